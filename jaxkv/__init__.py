@@ -1,0 +1,36 @@
+"""jaxkv: a paged KV cache for JAX.
+
+The cache is one immutable pytree; these are pure functions on it, to be called inside `jax.jit`.
+What is exported here is the supported surface, in the order a reader should take it.
+"""
+
+from jaxkv.config import CacheConfig as CacheConfig
+from jaxkv.state import KVCache as KVCache
+from jaxkv.state import KVPool as KVPool
+from jaxkv.state import PageTable as PageTable
+from jaxkv.state import AllocationStats as AllocationStats
+from jaxkv.state import Batch as Batch
+from jaxkv.state import Status as Status
+from jaxkv.state import init as init
+from jaxkv.pages import allocate as allocate
+from jaxkv.pages import free as free
+from jaxkv.pages import truncate as truncate
+from jaxkv.fork import fork as fork
+from jaxkv.pool import append as append
+from jaxkv.pool import gather as gather
+from jaxkv.pool import keys as keys
+from jaxkv.pool import values as values
+from jaxkv.attention import attend as attend
+from jaxkv.compact import compact as compact
+from jaxkv.compact import should_compact as should_compact
+from jaxkv.invariants import check_invariants as check_invariants
+from jaxkv.invariants import raise_for_status as raise_for_status
+from jaxkv.invariants import JaxKVError as JaxKVError
+from jaxkv.invariants import OutOfPagesError as OutOfPagesError
+from jaxkv.invariants import SequenceTooLongError as SequenceTooLongError
+from jaxkv.invariants import InvalidSequenceError as InvalidSequenceError
+from jaxkv.invariants import SlotOccupiedError as SlotOccupiedError
+from jaxkv.invariants import InvalidLengthError as InvalidLengthError
+from jaxkv.invariants import CacheCorruptedError as CacheCorruptedError
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Attention of this step's tokens over their sequences."""
+
+from jaxtyping import Array, Float, Int
+
+from jaxkv.state import Batch, KVCache
+from pallas_kernels import paged_attention
+
+
+def attend(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    q: Float[Array, "tokens q_heads head_dim"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " q_heads"] | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Array | tuple[Array, Array]:
+    """Causal attention of each token over its own sequence, up to and with itself.
+
+    Args:
+      cache: the cache after this layer's `append`.
+      layer: Python int or traced int32.
+      batch: of this step.
+      q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
+      scale: of the scores. Default: `1 / sqrt(head_dim)`.
+      window: a token sees itself and the `window - 1` places before it.
+      softcap: scores become `softcap * tanh(scores / softcap)`.
+      sinks: a logit for each query head that joins the softmax's denominator.
+      backend: "auto", or "xla"; a GPU backend that is not built raises.
+      return_lse: also return the log-sum-exp of the scores, for merging partial results.
+
+    Returns:
+      `out [tokens, q_heads, head_dim]` in `q`'s dtype; zeros for padding and refused sequences.
+      With `return_lse` also float32 `[tokens, q_heads]`, `-inf` for those.
+
+    Raises:
+      ValueError: for wrong shapes, dtypes or options, at trace time.
+      NotImplementedError: for a backend that cannot serve the call.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2)
+      >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
+      >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 1, 8)), jnp.full((1, 1, 8), 3.0))
+      >>> float(jaxkv.attend(cache, 0, batch, jnp.ones((1, 2, 8)))[0, 1, 0])
+      3.0
+    """
+    return paged_attention(
+        q,
+        cache.pool.k,
+        cache.pool.v,
+        batch.page_table,
+        batch.kv_lengths,
+        batch.query_starts,
+        layer=layer,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+        return_lse=return_lse,
+        backend=backend,
+    )

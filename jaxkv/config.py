@@ -1,0 +1,139 @@
+"""Static sizes of a cache and what follows from them."""
+
+from dataclasses import dataclass, fields
+from math import prod
+
+import jax
+import jax.numpy as jnp
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# Places are counted in int32, and a length plus one call's tokens must not wrap.
+_MAX_TOKENS = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Sizes of a paged KV cache; hashable, so it can be a static argument.
+
+    Attributes:
+      num_layers: attention layers that share the page table.
+      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA).
+      head_dim: elements a head.
+      num_pages: pages in the pool, shared by all sequences.
+      page_size: token places a page.
+      max_seqs: rows of the page table.
+      max_pages_per_seq: width of a row. Default: the whole pool.
+      dtype: of the stored K and V: "float32", "bfloat16" or "float16".
+      quantization: None; quantized pools are not built yet.
+      compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
+
+    Raises:
+      ValueError: naming the field, its value and what is allowed.
+
+    Example:
+      >>> config = CacheConfig(num_layers=2, num_kv_heads=4, head_dim=64, num_pages=128)
+      >>> config.max_tokens_per_seq
+      2048
+    """
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int = 16
+    max_seqs: int = 64
+    max_pages_per_seq: int = None  # type: ignore[assignment]  # filled in below
+    dtype: str = "bfloat16"
+    quantization: str | None = None
+    compaction_threshold: float = 0.3
+
+    def __post_init__(self):
+        if self.max_pages_per_seq is None:
+            object.__setattr__(self, "max_pages_per_seq", self.num_pages)
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        for field in fields(self):
+            if field.type in (int, "int"):
+                _check_count(field.name, getattr(self, field.name))
+        if self.max_pages_per_seq > self.num_pages:
+            raise ValueError(
+                f"max_pages_per_seq={self.max_pages_per_seq} must not exceed num_pages={self.num_pages}"
+            )
+        for name in ("num_pages", "max_pages_per_seq"):
+            places = getattr(self, name) * self.page_size
+            if places >= _MAX_TOKENS:
+                raise ValueError(f"{name} * page_size = {places} token places; must be below {_MAX_TOKENS}")
+        if self.quantization is not None:
+            raise ValueError(f"quantization={self.quantization!r} is not supported; allowed: None")
+        threshold = self.compaction_threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
+            raise ValueError(f"compaction_threshold={threshold!r} must be a number from 0 to 1")
+
+    @classmethod
+    def contiguous(
+        cls,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_seqs: int,
+        max_tokens: int,
+        dtype: str = "bfloat16",
+    ) -> "CacheConfig":
+        """A static cache: one buffer of `max_tokens` places for each sequence.
+
+        It is the paged cache with one page a sequence, so every function serves it;
+        `keys` and `values` give its dense views.
+        """
+        return cls(
+            num_layers=num_layers,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            num_pages=max_seqs,
+            page_size=max_tokens,
+            max_seqs=max_seqs,
+            max_pages_per_seq=1,
+            dtype=dtype,
+        )
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether every sequence has one page of its own."""
+        return self.max_pages_per_seq == 1 and self.num_pages == self.max_seqs
+
+    @property
+    def max_tokens_per_seq(self) -> int:
+        """Token places in a full row of the page table."""
+        return self.max_pages_per_seq * self.page_size
+
+    @property
+    def pool_shape(self) -> tuple[int, int, int, int, int]:
+        """Shape of K and of V: `[layers, pages, kv_heads, page_size, head_dim]`."""
+        return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page, K and V, in all layers."""
+        return 2 * prod(self.pool_shape) // self.num_pages * jnp.dtype(self.dtype).itemsize
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` places fill, the last one perhaps in part."""
+        return -(-num_tokens // self.page_size)
+
+
+def _check_count(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a positive integer")
+
+
+def _dtype_name(dtype: object) -> str:
+    try:
+        name = jnp.dtype(dtype).name  # type: ignore[arg-type]
+    except TypeError:
+        name = None
+    if name not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is not supported; allowed: {', '.join(DTYPES)}")
+    return name
+
+
+jax.tree_util.register_static(CacheConfig)

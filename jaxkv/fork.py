@@ -1,0 +1,82 @@
+"""Sharing: a fork names its parent's pages and moves no K or V. `allocate` copies on first write."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxkv.pages import check_vectors, for_each_page, is_first, rows_of
+from jaxkv.state import KVCache, PageTable, Status
+
+
+def fork(
+    cache: KVCache, parents: Int[Array, " seqs"], children: Int[Array, " seqs"]
+) -> tuple[KVCache, Int[Array, " seqs"]]:
+    """Lets each child share all of its parent's pages.
+
+        parent  [a b c d][e f . .]     refcounts 1 1
+        child   [a b c d][e f . .]               2 2      the same pages, not copies
+
+    Parents are read as before the call, and one may appear many times. The first writer of the shared
+    tail page, parent or child, gets a copy of it from `allocate`.
+
+    Args:
+      cache: the cache.
+      parents: slots to share.
+      children: empty slots. A negative parent or child makes the entry padding.
+
+    Returns:
+      The cache and a `Status` for each entry: OCCUPIED for a child in use, taken by an earlier entry or
+      its own parent; INVALID_SEQ for an empty parent or a slot beyond `max_seqs`.
+
+    Raises:
+      ValueError: for wrong shapes or dtypes, at trace time.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2)
+      >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
+      >>> cache, status = jaxkv.fork(cache, jnp.array([0, 0]), jnp.array([1, 0]))
+      >>> [jaxkv.Status(int(s)).name for s in status], int(cache.table.refcounts[0])
+      (['OK', 'OCCUPIED'], 2)
+    """
+    parents, children = check_vectors(parents=parents, children=children)
+    config, table = cache.config, cache.table
+    max_seqs, num_pages = config.max_seqs, config.num_pages
+    padding = (parents < 0) | (children < 0)
+    parent = jnp.where(padding, max_seqs, parents)
+    child = jnp.where(padding, max_seqs, children)
+    lengths = rows_of(table.lengths, parent)
+    status = jnp.select(
+        [
+            padding,
+            (parent >= max_seqs) | (child >= max_seqs),
+            parent == child,
+            lengths == 0,
+            rows_of(table.lengths, child) > 0,
+        ],
+        [Status.PADDING, Status.INVALID_SEQ, Status.OCCUPIED, Status.INVALID_SEQ, Status.OCCUPIED],
+        Status.OK,
+    ).astype(jnp.int32)
+    taken = (status == Status.OK) & ~is_first(jnp.where(status == Status.OK, child, max_seqs), max_seqs)
+    status = jnp.where(taken, Status.OCCUPIED, status)
+    child = jnp.where(status == Status.OK, child, max_seqs)
+    owned = jnp.where(status == Status.OK, (lengths + config.page_size - 1) // config.page_size, 0)
+
+    def share(table: PageTable, entry, place) -> PageTable:
+        page = table.pages.at[rows_of(parent, entry, max_seqs), place].get(mode="fill", fill_value=num_pages)
+        row = rows_of(child, entry, max_seqs)
+        return replace(
+            table,
+            pages=table.pages.at[row, place].set(page, mode="drop"),
+            refcounts=table.refcounts.at[page].add(1, mode="drop"),
+        )
+
+    table = for_each_page(share, table, jnp.cumsum(owned, dtype=jnp.int32), parents.shape[0] * config.max_pages_per_seq)
+    positions = rows_of(table.positions, parent)
+    table = replace(
+        table,
+        lengths=table.lengths.at[child].set(lengths, mode="drop"),
+        positions=table.positions.at[child].set(positions, mode="drop"),
+    )
+    return replace(cache, table=table), status

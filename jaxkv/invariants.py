@@ -1,0 +1,190 @@
+"""Host-side checks: is the cache sound, did a call succeed. And every error of jaxkv."""
+
+import jax
+import numpy as np
+
+from jaxkv.state import Batch, KVCache, Status
+
+
+class JaxKVError(Exception):
+    """What every error of jaxkv is, but for static mistakes, which are `ValueError`s."""
+
+
+class OutOfPagesError(JaxKVError):
+    """The pool has too few free pages."""
+
+
+class SequenceTooLongError(JaxKVError):
+    """A sequence does not fit its row of the page table."""
+
+
+class InvalidSequenceError(JaxKVError):
+    """A slot beyond `max_seqs`, named twice, or an empty parent."""
+
+
+class SlotOccupiedError(JaxKVError):
+    """A fork's child is in use."""
+
+
+class InvalidLengthError(JaxKVError):
+    """`num_tokens` is negative, or reaches past `total_tokens`."""
+
+
+class CacheCorruptedError(JaxKVError):
+    """The page table contradicts itself: a bug, or a cache edited by hand."""
+
+
+_ERRORS = {
+    Status.OUT_OF_PAGES: (OutOfPagesError, "the pool has too few free pages"),
+    Status.SEQUENCE_TOO_LONG: (SequenceTooLongError, "the sequence would outgrow its row of the page table"),
+    Status.INVALID_SEQ: (
+        InvalidSequenceError,
+        "the slot is beyond max_seqs, named earlier in the call, or an empty parent",
+    ),
+    Status.OCCUPIED: (SlotOccupiedError, "the child slot is in use"),
+    Status.INVALID_LENGTH: (
+        InvalidLengthError,
+        "num_tokens is negative or its rows reach past total_tokens",
+    ),
+}
+
+
+def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
+    """Raises for the first entry that is neither OK nor PADDING. Host side: it waits for the device.
+
+    Args:
+      batch_or_status: what `allocate` or `fork` returned, or a vector of `Status`.
+
+    Raises:
+      OutOfPagesError, SequenceTooLongError, InvalidSequenceError, SlotOccupiedError,
+      InvalidLengthError: with the entry, its slot and what it asked for.
+
+    Example:
+      >>> import jaxkv, numpy as np
+      >>> jaxkv.raise_for_status(np.array([0, 5]))
+      >>> jaxkv.raise_for_status(np.array([0, 1]))
+      Traceback (most recent call last):
+      jaxkv.invariants.OutOfPagesError: entry 1: the pool has too few free pages
+    """
+    batch = batch_or_status if isinstance(batch_or_status, Batch) else None
+    status = np.asarray(batch.status if batch is not None else batch_or_status)
+    if status.ndim > 1 or not np.issubdtype(status.dtype, np.integer):
+        raise ValueError(f"expected a Batch or a vector of Status, not {status.dtype}{list(status.shape)}")
+    status = status.reshape(-1)
+    failed = np.flatnonzero((status != Status.OK) & (status != Status.PADDING))
+    if not failed.size:
+        return
+    entry = int(failed[0])
+    error, reason = _ERRORS[Status(int(status[entry]))]
+    where = f"entry {entry}"
+    if batch is not None:
+        where += f" (slot {int(batch.seqs[entry])}, {int(batch.num_tokens[entry])} more tokens)"
+    others = f"; {failed.size - 1} more entries failed" if failed.size > 1 else ""
+    raise error(f"{where}: {reason}{others}")
+
+
+def check_invariants(cache: KVCache) -> None:
+    """Checks that the page table agrees with itself. Host side: it copies the table, not the pool.
+
+    Raises:
+      CacheCorruptedError: naming the page or slot, and why.
+
+    Example:
+      >>> import jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4)
+      >>> jaxkv.check_invariants(jaxkv.init(config))
+    """
+    table, stats = jax.device_get((cache.table, cache.stats))
+    _check_shapes(cache)
+    owned = _check_rows(cache, table)
+    _check_counts(cache, table, owned)
+    _check_stack(cache, table)
+    _check_stats(cache, table, stats)
+
+
+def _check_shapes(cache: KVCache) -> None:
+    config, pool, table = cache.config, cache.pool, cache.table
+    expected = {
+        "pool.k": (pool.k, config.pool_shape, config.dtype),
+        "pool.v": (pool.v, config.pool_shape, config.dtype),
+        "table.pages": (table.pages, (config.max_seqs, config.max_pages_per_seq), "int32"),
+        "table.lengths": (table.lengths, (config.max_seqs,), "int32"),
+        "table.positions": (table.positions, (config.max_seqs,), "int32"),
+        "table.refcounts": (table.refcounts, (config.num_pages,), "int32"),
+        "table.free_pages": (table.free_pages, (config.num_pages,), "int32"),
+        "table.num_free": (table.num_free, (), "int32"),
+    }
+    for name, (array, shape, dtype) in expected.items():
+        if array.shape != shape or array.dtype != dtype:
+            raise CacheCorruptedError(
+                f"{name} is {array.dtype}{list(array.shape)}; the config says {dtype}{list(shape)}"
+            )
+
+
+def _check_rows(cache: KVCache, table) -> np.ndarray:
+    """Lengths, positions, and each row: valid distinct pages, then only `num_pages`. Returns who is owned."""
+    config = cache.config
+    for name, most in (("lengths", config.max_tokens_per_seq), ("positions", np.iinfo(np.int32).max)):
+        values = getattr(table, name)
+        _refuse((values < 0) | (values > most), f"slot {{}}: {name} {{}} is not in 0..{most}", values)
+    _refuse(
+        (table.lengths > table.positions) | (table.lengths == 0) & (table.positions > 0),
+        "slot {}: position {} does not fit its length",
+        table.positions,
+    )
+    used = -(-table.lengths // config.page_size)
+    owned = np.arange(config.max_pages_per_seq) < used[:, None]
+    good = (table.pages >= 0) & (table.pages < config.num_pages)
+    wrong = np.where(owned, ~good, table.pages != config.num_pages)
+    for slot, column in np.argwhere(wrong)[:1]:
+        raise CacheCorruptedError(
+            f"slot {slot}: entry {column} of its row is {table.pages[slot, column]}, "
+            f"with {used[slot]} pages in use of a pool of {config.num_pages}"
+        )
+    for slot in np.flatnonzero(used > 1):
+        ids, times = np.unique(table.pages[slot, : used[slot]], return_counts=True)
+        if times.max() > 1:
+            raise CacheCorruptedError(f"slot {slot}: page {ids[times.argmax()]} stands twice in its row")
+    return owned
+
+
+def _check_counts(cache: KVCache, table, owned: np.ndarray) -> None:
+    owners = np.bincount(table.pages[owned], minlength=cache.config.num_pages)
+    wrong = owners != table.refcounts
+    for page in np.flatnonzero(wrong)[:1]:
+        raise CacheCorruptedError(
+            f"page {page}: refcount {table.refcounts[page]}, but {owners[page]} rows name it"
+        )
+
+
+def _check_stack(cache: KVCache, table) -> None:
+    num_pages, num_free = cache.config.num_pages, int(table.num_free)
+    if not 0 <= num_free <= num_pages:
+        raise CacheCorruptedError(f"num_free {num_free} is not in 0..{num_pages}")
+    stack = table.free_pages[:num_free]
+    outside = (stack < 0) | (stack >= num_pages)
+    _refuse(outside, f"free stack place {{}}: page {{}} is not in 0..{num_pages - 1}", stack)
+    times = np.bincount(stack, minlength=num_pages)
+    _refuse(times > 1, "page {} stands {} times on the free stack", times)
+    _refuse((times > 0) & (table.refcounts > 0), "page {} is free and has refcount {}", table.refcounts)
+    _refuse(
+        (times == 0) & (table.refcounts == 0),
+        "page {} is leaked: nobody owns it and it is not free (refcount {})",
+        table.refcounts,
+    )
+
+
+def _check_stats(cache: KVCache, table, stats) -> None:
+    in_use = cache.config.num_pages - int(table.num_free)
+    if stats.current_pages != in_use:
+        raise CacheCorruptedError(f"stats.current_pages is {stats.current_pages}, but {in_use} are in use")
+    if stats.peak_pages < in_use:
+        raise CacheCorruptedError(f"stats.peak_pages {stats.peak_pages} is below the {in_use} in use")
+    for name in cache.stats.__dataclass_fields__:
+        if getattr(stats, name) < 0:
+            raise CacheCorruptedError(f"stats.{name} is {getattr(stats, name)}")
+
+
+def _refuse(wrong: np.ndarray, message: str, values: np.ndarray) -> None:
+    for index in np.flatnonzero(wrong)[:1]:
+        raise CacheCorruptedError(message.format(index, values[index]))

@@ -1,0 +1,122 @@
+"""Writing and reading K and V: append, gather."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxkv.pages import check_vectors, rows_of
+from jaxkv.state import Batch, KVCache
+from pallas_kernels import append_kv
+from pallas_kernels.checks import check_layer
+
+
+def append(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+) -> KVCache:
+    """Writes one layer's K and V of this step's tokens where `batch` says.
+
+        page_size 4, a sequence of 6 tokens takes 3 more:
+
+        [a b c d][e f . .]      ->      [a b c d][e f 6 7][8 . . .]
+
+    Args:
+      cache: the cache that `allocate` returned with `batch`.
+      layer: Python int or traced int32.
+      batch: of this step.
+      k, v: new keys (after RoPE) and values, converted to the pool's dtype. Rows of padding and of
+        refused sequences are not written.
+
+    Returns:
+      The cache.
+
+    Raises:
+      ValueError: for wrong shapes or dtypes, at trace time.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=8, num_pages=2)
+      >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
+      >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)))
+    """
+    pool = cache.pool
+    k_pages, v_pages = append_kv(pool.k, pool.v, k, v, batch.page_ids, batch.offsets, layer=layer)
+    return replace(cache, pool=replace(pool, k=k_pages, v=v_pages))
+
+
+def gather(
+    cache: KVCache, layer: int | Int[Array, ""], seqs: Int[Array, " seqs"]
+) -> tuple[
+    Float[Array, "seqs max_tokens kv_heads head_dim"],
+    Float[Array, "seqs max_tokens kv_heads head_dim"],
+    Int[Array, " seqs"],
+]:
+    """A dense copy of some sequences, for looking at and for attention that needs it dense.
+
+    Args:
+      cache: the cache.
+      layer: Python int or traced int32.
+      seqs: slots. Padding, empty slots and slots beyond `max_seqs` give zeros and length 0.
+
+    Returns:
+      `(k, v, lengths)`; K and V are zero past each length. `max_tokens` is
+      `config.max_tokens_per_seq`.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=8, num_pages=2)
+      >>> k, v, lengths = jaxkv.gather(jaxkv.init(config), 0, jnp.array([0]))
+      >>> k.shape
+      (1, 32, 2, 8)
+    """
+    (seqs,) = check_vectors(seqs=seqs)
+    config = cache.config
+    check_layer(layer, config.num_layers)
+    slot = jnp.where(seqs < 0, config.max_seqs, seqs)
+    lengths = rows_of(cache.table.lengths, slot)
+    pages = rows_of(cache.table.pages, slot, config.num_pages)
+    real = jnp.arange(config.max_tokens_per_seq) < lengths[:, None]
+
+    def dense(pool):
+        tiles = pool.at[layer, pages].get(mode="fill", fill_value=0)
+        tokens = jnp.swapaxes(tiles, 2, 3).reshape(*real.shape, config.num_kv_heads, config.head_dim)
+        return jnp.where(real[..., None, None], tokens, 0)
+
+    return dense(cache.pool.k), dense(cache.pool.v), lengths
+
+
+def keys(
+    cache: KVCache, layer: int | Int[Array, ""]
+) -> Float[Array, "max_seqs max_tokens kv_heads head_dim"]:
+    """One layer's keys of a contiguous cache, slot by slot, zero past each length.
+
+    Raises:
+      ValueError: if the config is not `CacheConfig.contiguous(...)`; `gather` serves any.
+    """
+    return _contiguous_view(cache, layer)[0]
+
+
+def values(
+    cache: KVCache, layer: int | Int[Array, ""]
+) -> Float[Array, "max_seqs max_tokens kv_heads head_dim"]:
+    """One layer's values of a contiguous cache, slot by slot, zero past each length.
+
+    Raises:
+      ValueError: if the config is not `CacheConfig.contiguous(...)`; `gather` serves any.
+    """
+    return _contiguous_view(cache, layer)[1]
+
+
+def _contiguous_view(cache: KVCache, layer):
+    config = cache.config
+    if not config.is_contiguous:
+        raise ValueError(
+            f"keys and values need a contiguous config (one page a sequence), not "
+            f"num_pages={config.num_pages}, max_pages_per_seq={config.max_pages_per_seq}, "
+            f"max_seqs={config.max_seqs}; use gather"
+        )
+    return gather(cache, layer, jnp.arange(config.max_seqs, dtype=jnp.int32))

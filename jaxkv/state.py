@@ -1,0 +1,162 @@
+"""Every pytree of the cache, and `Status`.
+
+All are frozen and none checks itself: unflattening builds them from whatever leaves a
+transformation puts there. A static mistake is caught where a function is called.
+"""
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxkv.config import CacheConfig
+
+
+class Status(IntEnum):
+    """What became of one entry of a call. Failure is a value; `raise_for_status` makes it an error."""
+
+    OK = 0
+    OUT_OF_PAGES = 1
+    SEQUENCE_TOO_LONG = 2
+    INVALID_SEQ = 3
+    OCCUPIED = 4
+    PADDING = 5
+    INVALID_LENGTH = 6
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class KVPool:
+    """All pages of all layers. Scales are None unless the pool is quantized."""
+
+    k: Float[Array, "layers pages kv_heads page_size head_dim"]
+    v: Float[Array, "layers pages kv_heads page_size head_dim"]
+    k_scale: Float[Array, "layers pages kv_heads page_size"] | None = None
+    v_scale: Float[Array, "layers pages kv_heads page_size"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PageTable:
+    """Who owns which page.
+
+    Attributes:
+      pages: page ids of each sequence in token order, `num_pages` past its last page.
+      lengths: token places in use.
+      positions: position of the next token; more than `lengths` once a policy dropped tokens.
+      refcounts: table entries that name each page.
+      free_pages: a stack of page ids, `free_pages[:num_free]`; its top is handed out first.
+      num_free: pages on the stack.
+    """
+
+    pages: Int[Array, "seqs pages_per_seq"]
+    lengths: Int[Array, " seqs"]
+    positions: Int[Array, " seqs"]
+    refcounts: Int[Array, " pages"]
+    free_pages: Int[Array, " pages"]
+    num_free: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class AllocationStats:
+    """Counters since `init`, in pages unless said otherwise; they stop at the largest int32.
+
+    Attributes:
+      total_allocations: taken off the free stack, copies included.
+      total_deallocations: given back to it.
+      current_pages: in use now.
+      peak_pages: most in use at any moment.
+      copy_on_write_copies: copied because a shared tail page was written to.
+      refused_allocations: entries of `allocate` that were refused, whatever the reason.
+      compactions: calls of `compact`.
+      pages_moved: by `compact`.
+    """
+
+    total_allocations: Int[Array, ""]
+    total_deallocations: Int[Array, ""]
+    current_pages: Int[Array, ""]
+    peak_pages: Int[Array, ""]
+    copy_on_write_copies: Int[Array, ""]
+    refused_allocations: Int[Array, ""]
+    compactions: Int[Array, ""]
+    pages_moved: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """A paged KV cache: one immutable pytree."""
+
+    pool: KVPool
+    table: PageTable
+    stats: AllocationStats
+    config: CacheConfig = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Where this step's tokens go and what they may see.
+
+    The tokens of `seqs[i]` are the rows `query_starts[i]:query_starts[i+1]` of the token axis.
+    It describes the cache that `allocate` returned with it, until the page table changes again.
+
+    Attributes:
+      seqs, num_tokens: as given to `allocate`.
+      status: a `Status` for each entry.
+      query_starts: first row of each entry, and the end of the last.
+      kv_lengths: places of each sequence, this step's among them; 0 for a refused entry.
+      positions: of each token, for RoPE; 0 for padding.
+      page_ids, offsets: the place of each token; page id `num_pages` for padding.
+      page_table: the row of each entry.
+    """
+
+    seqs: Int[Array, " seqs"]
+    num_tokens: Int[Array, " seqs"]
+    status: Int[Array, " seqs"]
+    query_starts: Int[Array, " seqs+1"]
+    kv_lengths: Int[Array, " seqs"]
+    positions: Int[Array, " tokens"]
+    page_ids: Int[Array, " tokens"]
+    offsets: Int[Array, " tokens"]
+    page_table: Int[Array, "seqs pages_per_seq"]
+
+
+def init(config: CacheConfig) -> KVCache:
+    """An empty cache: a zeroed pool with every page free.
+
+    Args:
+      config: the sizes.
+
+    Returns:
+      The cache. Its pool takes `config.num_pages * config.page_bytes` bytes.
+
+    Example:
+      >>> from jaxkv import CacheConfig, init
+      >>> cache = init(CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4))
+      >>> int(cache.table.num_free)
+      4
+    """
+    if not isinstance(config, CacheConfig):
+        raise ValueError(f"init takes a CacheConfig, not {type(config).__name__}")
+    seqs, pages = config.max_seqs, config.num_pages
+    counters = [jnp.zeros((), jnp.int32) for _ in range(len(AllocationStats.__dataclass_fields__))]
+    return KVCache(
+        pool=KVPool(
+            k=jnp.zeros(config.pool_shape, config.dtype),
+            v=jnp.zeros(config.pool_shape, config.dtype),
+        ),
+        table=PageTable(
+            pages=jnp.full((seqs, config.max_pages_per_seq), pages, jnp.int32),
+            lengths=jnp.zeros(seqs, jnp.int32),
+            positions=jnp.zeros(seqs, jnp.int32),
+            refcounts=jnp.zeros(pages, jnp.int32),
+            free_pages=jnp.arange(pages - 1, -1, -1, dtype=jnp.int32),
+            num_free=jnp.asarray(pages, jnp.int32),
+        ),
+        stats=AllocationStats(*counters),
+        config=config,
+    )

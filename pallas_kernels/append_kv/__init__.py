@@ -1,0 +1,3 @@
+"""Writing tokens into pages."""
+
+from pallas_kernels.append_kv.api import append_kv as append_kv

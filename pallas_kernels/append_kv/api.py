@@ -1,0 +1,51 @@
+"""`append_kv`: the call, checked."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.append_kv import xla
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.dispatch import choose_backend
+
+
+def append_kv(
+    k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    k: Float[Array, "tokens kv_heads head_dim"],
+    v: Float[Array, "tokens kv_heads head_dim"],
+    page_ids: Int[Array, " tokens"],
+    offsets: Int[Array, " tokens"],
+    *,
+    layer: int | Int[Array, ""] = 0,
+    backend: str = "auto",
+) -> tuple[Array, Array]:
+    """Writes each token's K and V to `(page_ids, offsets)` of one layer.
+
+    Args:
+      k_pages, v_pages: the pool.
+      k, v: this step's keys and values, converted to the pool's dtype.
+      page_ids: page of each token; `pages` and above mean that nothing is written.
+      offsets: place within the page.
+      layer: Python int or int32 scalar.
+      backend: "auto" or a name.
+
+    Returns:
+      The pool, in place where the caller's `jit` donates it.
+
+    Raises:
+      ValueError: for wrong shapes or dtypes.
+      NotImplementedError: for a backend that cannot serve the call.
+    """
+    check_pool(k_pages, v_pages)
+    check_layer(layer, k_pages.shape[0])
+    _, _, kv_heads, _, head_dim = k_pages.shape
+    for name, array in (("k", k), ("v", v)):
+        check_floating(name, array)
+        if array.shape != (*page_ids.shape, kv_heads, head_dim):
+            raise ValueError(
+                f"{name} must be [tokens={page_ids.shape[0]}, kv_heads={kv_heads}, head_dim={head_dim}], "
+                f"not {list(array.shape)}"
+            )
+    check_integers("page_ids", page_ids, k.shape[:1])
+    check_integers("offsets", offsets, k.shape[:1])
+    choose_backend("append_kv", backend)
+    return xla.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer)

@@ -1,0 +1,40 @@
+"""Checks of arguments, at trace time, that every operation shares."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+def check_pool(k_pages: Array, v_pages: Array) -> None:
+    """K and V pages of one shape and dtype, `[layers, pages, kv_heads, page_size, head_dim]`."""
+    if k_pages.ndim != 5:
+        raise ValueError(
+            f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
+        )
+    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        raise ValueError(
+            f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
+            f"k_pages {k_pages.dtype}{list(k_pages.shape)}"
+        )
+
+
+def check_floating(name: str, array: Array) -> None:
+    """A floating-point array."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, not {array.dtype}")
+
+
+def check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:
+    """An integer array of exactly this shape."""
+    if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != shape:
+        raise ValueError(f"{name} must be int32{list(shape)}, not {array.dtype}{list(array.shape)}")
+
+
+def check_layer(layer: object, num_layers: int) -> None:
+    """A Python int within the pool, or a traced integer scalar (which is trusted)."""
+    if isinstance(layer, int) and not isinstance(layer, bool):
+        if not 0 <= layer < num_layers:
+            raise ValueError(f"layer={layer} must be from 0 to {num_layers - 1}")
+        return
+    dtype, shape = getattr(layer, "dtype", None), getattr(layer, "shape", None)
+    if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.integer):
+        raise ValueError(f"layer={layer!r} must be an integer scalar")

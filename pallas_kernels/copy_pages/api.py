@@ -1,0 +1,38 @@
+"""`copy_pages`: the call, checked."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import check_integers, check_pool
+from pallas_kernels.copy_pages import xla
+from pallas_kernels.dispatch import choose_backend
+
+
+def copy_pages(
+    k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    sources: Int[Array, " copies"],
+    destinations: Int[Array, " copies"],
+    *,
+    backend: str = "auto",
+) -> tuple[Array, Array]:
+    """Copies pages within the pool, K and V, all layers.
+
+    Args:
+      k_pages, v_pages: the pool.
+      sources: pages to read.
+      destinations: pages to write, each at most once and none of them a source; `pages` and above
+        mean no copy, which costs nothing.
+      backend: "auto" or a name.
+
+    Returns:
+      The pool, in place where the caller's `jit` donates it.
+
+    Raises:
+      ValueError: for wrong shapes or dtypes.
+      NotImplementedError: for a backend that cannot serve the call.
+    """
+    check_pool(k_pages, v_pages)
+    check_integers("sources", sources, sources.shape[:1])
+    check_integers("destinations", destinations, sources.shape[:1])
+    choose_backend("copy_pages", backend)
+    return xla.copy_pages(k_pages, v_pages, sources, destinations)

@@ -1,0 +1,95 @@
+"""`paged_attention`: the call, checked."""
+
+from math import sqrt
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.paged_attention import xla
+
+
+def paged_attention(
+    q: Float[Array, "tokens q_heads head_dim"],
+    k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    page_table: Int[Array, "seqs pages_per_seq"],
+    kv_lengths: Int[Array, " seqs"],
+    query_starts: Int[Array, " seqs+1"],
+    *,
+    layer: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: Float[Array, " q_heads"] | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Array | tuple[Array, Array]:
+    """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
+
+    The queries of sequence `i` are the rows `query_starts[i]:query_starts[i+1]` of `q`, and stand at
+    the last places of its `kv_lengths[i]`. One row a sequence is decode; many are prefill.
+
+    Args:
+      q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
+        `h // (q_heads // kv_heads)`.
+      k_pages, v_pages: the pool.
+      page_table: page ids of each sequence in token order. Entries past its length are never used.
+      kv_lengths: places of each sequence; 0 for one that has nothing to see.
+      query_starts: first row of each sequence and the end of the last; rows past it are padding.
+      layer: Python int or int32 scalar.
+      scale: of the scores. Default: `1 / sqrt(head_dim)`.
+      window: a token sees itself and the `window - 1` tokens before it.
+      softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
+      sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
+      return_lse: also return the log-sum-exp of each row's scores, sinks included.
+      backend: "auto" or a name.
+
+    Returns:
+      `out [tokens, q_heads, head_dim]` in `q`'s dtype, zero for padding rows and empty sequences;
+      with `return_lse` also `lse` float32 `[tokens, q_heads]`, natural log, `-inf` for such rows.
+
+    Raises:
+      ValueError: for wrong shapes, dtypes or options.
+      NotImplementedError: for a backend that cannot serve the call.
+    """
+    _check(q, k_pages, v_pages, page_table, kv_lengths, query_starts, sinks)
+    check_layer(layer, k_pages.shape[0])
+    for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
+        if value is not None and (isinstance(value, bool) or not value > 0):
+            raise ValueError(f"{name}={value!r} must be positive")
+    if window is not None and not isinstance(window, int):
+        raise ValueError(f"window={window!r} must be an integer")
+    choose_backend("paged_attention", backend)
+    out, lse = xla.paged_attention(
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        kv_lengths,
+        query_starts,
+        layer=layer,
+        scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
+        window=window,
+        softcap=softcap,
+        sinks=sinks,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k_pages, v_pages, page_table, kv_lengths, query_starts, sinks) -> None:
+    check_pool(k_pages, v_pages)
+    check_floating("q", q)
+    _, _, kv_heads, _, head_dim = k_pages.shape
+    if q.ndim != 3 or q.shape[2] != head_dim:
+        raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
+    if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
+        raise ValueError(f"q {list(q.shape)} must have tokens, and a multiple of {kv_heads} query heads")
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table must be [seqs, pages_per_seq], not {list(page_table.shape)}")
+    seqs = page_table.shape[0]
+    check_integers("page_table", page_table, page_table.shape)
+    check_integers("kv_lengths", kv_lengths, (seqs,))
+    check_integers("query_starts", query_starts, (seqs + 1,))
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")

@@ -1,0 +1,214 @@
+"""`paged_attention` in plain XLA: the specification of the other backends, and what a CPU runs.
+
+The work is a list of (query tile, key tile) pairs, built from the lengths, and one loop over it:
+
+    sequence 0, 1 query at place 5     q tile 0 x key tiles 0
+    sequence 1, 1 query at place 300   q tile 1 x key tiles 0 1 2
+    sequence 2, empty                  nothing
+
+so the time follows the tokens there are; no padding is attended, and no table is gathered densely.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.paged_attention import softmax
+from pallas_kernels.ragged import ragged_rows
+
+# Tokens of a key tile, and most of a query tile: a tile of K and V stays in a core's cache.
+_KEY_TILE = 128
+_QUERY_TILE = 64
+# Up to this many pages of a tile are sliced one by one, which copies faster than a gather does.
+_MAX_SLICES = 16
+
+
+def paged_attention(
+    q, k_pages, v_pages, page_table, kv_lengths, query_starts, *, layer, scale, window, softcap, sinks
+):
+    """See `api.paged_attention`. Returns `(out, lse)`."""
+    tokens, q_heads, head_dim = q.shape
+    kv_heads, page_size = k_pages.shape[2:4]
+    group = q_heads // kv_heads
+    keys = KeyTiles.of(page_size)
+    work = _plan(tokens, kv_lengths, query_starts, keys, window)
+    queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
+
+    def visit(item, seen):
+        tile = jnp.searchsorted(work.ends, item, side="right", method="compare_all").astype(jnp.int32)
+        at = _Item(tile, work.seq[tile], work.first_key_tile[tile] + item - work.ends[tile] + work.count[tile])
+        k, places = keys.read(k_pages, layer, page_table[at.seq], at.key_tile, work.num_keys[tile])
+        v, _ = keys.read(v_pages, layer, page_table[at.seq], at.key_tile, work.num_keys[tile])
+        scores = jnp.einsum("hrd,htd->hrt", queries[tile], k, precision="highest")
+        if softcap is not None:
+            scores = softcap * jnp.tanh(scores / softcap)
+        row_places = work.places[tile]
+        visible = (places >= 0) & (places <= row_places[:, None])
+        if window is not None:
+            visible &= places > row_places[:, None] - window
+        visible = jnp.repeat(visible, group, axis=0)[None]
+        new = softmax.extend(softmax.Partial(*(part[tile] for part in seen)), scores, visible, v)
+        return softmax.Partial(*(part.at[tile].set(value) for part, value in zip(seen, new, strict=True)))
+
+    seen = softmax.empty(queries.shape[:3], head_dim)
+    seen = jax.lax.fori_loop(0, work.ends[-1], visit, seen)
+    rows = work.rows
+    if sinks is not None:
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
+    out, lse = softmax.finish(seen, sinks)
+    return _unpack(out, rows, group).astype(q.dtype), _unpack(lse[..., None], rows, group)[..., 0]
+
+
+class _Item(NamedTuple):
+    tile: Array
+    seq: Array
+    key_tile: Array
+
+
+class _Work(NamedTuple):
+    """The work list. A query tile is up to `query_tile` neighbouring tokens of one sequence.
+
+    Attributes:
+      tokens: row of `q` of each tile's rows, `tokens` for none.
+      places: place of each row in its sequence, -1 for none: it sees nothing.
+      rows: `(tile, row)` of each token of `q`.
+      seq, num_keys: the sequence, and its length.
+      first_key_tile, count, ends: the key tiles to visit, and their running sum over the tiles.
+    """
+
+    tokens: Int[Array, "tiles query_tile"]
+    places: Int[Array, "tiles query_tile"]
+    rows: tuple[Int[Array, " tokens"], Int[Array, " tokens"]]
+    seq: Int[Array, " tiles"]
+    num_keys: Int[Array, " tiles"]
+    first_key_tile: Int[Array, " tiles"]
+    count: Int[Array, " tiles"]
+    ends: Int[Array, " tiles"]
+
+
+def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int | None) -> _Work:
+    num_seqs = kv_lengths.shape[0]
+    size = min(_QUERY_TILE, _next_power_of_two(-(-tokens // num_seqs)))
+    # The first token of a sequence opens a tile, and from there on every `size` tokens do.
+    num_tiles = min(tokens, num_seqs) + max(tokens - num_seqs, 0) // size
+    num_queries = query_starts[1:] - query_starts[:-1]
+    tile_ends = jnp.cumsum((num_queries + size - 1) // size)
+    entry, nth = ragged_rows(tile_ends, jnp.arange(num_tiles, dtype=jnp.int32))
+    real, seq = entry < num_seqs, jnp.minimum(entry, num_seqs - 1)
+
+    offset = nth[:, None] * size + jnp.arange(size, dtype=jnp.int32)
+    exists = real[:, None] & (offset < num_queries[seq, None])
+    place = (kv_lengths - num_queries)[seq, None] + offset
+    places = jnp.where(exists & (kv_lengths[seq, None] > 0), place, -1)
+    last = jnp.max(places, axis=1)
+    first = jnp.zeros_like(last) if window is None else jnp.maximum(places[:, 0] - window + 1, 0)
+    first_key_tile = keys.containing(first)
+    count = jnp.where(last >= 0, keys.containing(jnp.maximum(last, 0)) - first_key_tile + 1, 0)
+
+    token_seq, token_offset = ragged_rows(query_starts[1:], jnp.arange(tokens, dtype=jnp.int32))
+    opened = jnp.concatenate([jnp.zeros(1, tile_ends.dtype), tile_ends])[token_seq]
+    tile = jnp.where(token_seq < num_seqs, opened + token_offset // size, num_tiles)
+    return _Work(
+        tokens=jnp.where(exists, query_starts[seq, None] + offset, tokens),
+        places=places,
+        rows=(tile, token_offset % size),
+        seq=seq,
+        num_keys=kv_lengths[seq],
+        first_key_tile=first_key_tile,
+        count=count,
+        ends=jnp.cumsum(count),
+    )
+
+
+def _pack(q, work: _Work, kv_heads: int):
+    """Query tiles `[tiles, kv_heads, query_tile * group, head_dim]`: all that read one KV head together."""
+    head_dim = q.shape[-1]
+    tiles = q.at[work.tokens].get(mode="fill", fill_value=0)
+    tiles = tiles.reshape(*tiles.shape[:2], kv_heads, -1, head_dim)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(tiles.shape[0], kv_heads, -1, head_dim)
+
+
+def _unpack(tiles, rows, group: int):
+    """From `_pack`'s layout back to `[tokens, q_heads, ...]`; padding rows are the fill value."""
+    num_tiles, kv_heads, _, width = tiles.shape
+    tiles = tiles.reshape(num_tiles, kv_heads, -1, group, width).transpose(0, 2, 1, 3, 4)
+    fill = 0 if width > 1 else -jnp.inf
+    return tiles.at[rows].get(mode="fill", fill_value=fill).reshape(rows[0].shape[0], -1, width)
+
+
+def _next_power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True, slots=True)
+class KeyTiles:
+    """How a sequence's places fall into tiles: runs of whole pages, or parts of one long page.
+
+    Attributes:
+      page_size: places a page.
+      pages: pages a tile, 1 where a tile is a part.
+      parts: tiles a page, 1 where a tile is a run.
+      size: places a tile.
+    """
+
+    page_size: int
+    pages: int
+    parts: int
+    size: int
+
+    @classmethod
+    def of(cls, page_size: int) -> "KeyTiles":
+        """The tiling for pages of this size."""
+        pages = max(1, _KEY_TILE // page_size)
+        parts = -(-page_size // _KEY_TILE)
+        size = pages * page_size if parts == 1 else -(-page_size // parts)
+        return cls(page_size, pages, parts, size)
+
+    def containing(self, place):
+        """The tile that holds a place."""
+        if self.parts == 1:
+            return place // self.size
+        return place // self.page_size * self.parts + place % self.page_size // self.size
+
+    def read(self, pages, layer, page_row, tile, num_keys):
+        """One tile, `[kv_heads, size, head_dim]` float32, and the place of each of its tokens.
+
+        Tokens past the sequence's end, and those another tile holds, are zero, at place -1.
+        """
+        if self.parts == 1:
+            values = self._read_run(pages, layer, page_row, tile, num_keys)
+            places = tile * self.size + jnp.arange(self.size, dtype=jnp.int32)
+            own = places < num_keys
+        else:
+            page, part = tile // self.parts, tile % self.parts
+            # The last part may reach past the page; it starts earlier, and what it shares is not its own.
+            start = jnp.minimum(part * self.size, self.page_size - self.size)
+            values = _slice(pages, layer, page_row[page], start, self.size)
+            offsets = start + jnp.arange(self.size, dtype=jnp.int32)
+            places = page * self.page_size + offsets
+            own = (offsets >= part * self.size) & (places < num_keys)
+        values = jnp.where(own[None, :, None], values.astype(jnp.float32), 0.0)
+        return values, jnp.where(own, places, -1)
+
+    def _read_run(self, pages, layer, page_row, tile, num_keys):
+        kv_heads, head_dim = pages.shape[2], pages.shape[4]
+        columns = tile * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
+        # Past the end of the sequence the table means nothing: read its first page instead.
+        columns = jnp.where(columns * self.page_size < num_keys, columns, 0)
+        ids = page_row[columns]
+        if self.pages <= _MAX_SLICES:
+            runs = [_slice(pages, layer, ids[i], 0, self.page_size) for i in range(self.pages)]
+            return jnp.concatenate(runs, axis=1)
+        heads = jnp.arange(kv_heads, dtype=jnp.int32)
+        run = pages.at[layer, ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
+        return run.reshape(kv_heads, self.size, head_dim)
+
+
+def _slice(pages, layer, page, start, size: int):
+    """`pages[layer, page, :, start : start + size]`."""
+    starts = (layer, page, 0, start, 0)
+    _, _, kv_heads, _, head_dim = pages.shape
+    return jax.lax.dynamic_slice(pages, starts, (1, 1, kv_heads, size, head_dim))[0, 0]
