@@ -23,6 +23,10 @@ from jaxkv.pool import values as values
 from jaxkv.attention import attend as attend
 from jaxkv.compact import compact as compact
 from jaxkv.compact import should_compact as should_compact
+from jaxkv.sampling import Sampling as Sampling
+from jaxkv.generate import Finish as Finish
+from jaxkv.generate import Generation as Generation
+from jaxkv.generate import generate as generate
 from jaxkv.invariants import check_invariants as check_invariants
 from jaxkv.invariants import raise_for_status as raise_for_status
 from jaxkv.invariants import JaxKVError as JaxKVError

@@ -1,0 +1,447 @@
+"""Text generation on the paged cache: chunked prefill, forks, and one compiled decode loop.
+
+`prefill` and `decode` are pure functions for a caller's own `jit`; `generate` drives them.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxkv.config import CacheConfig
+from jaxkv.fork import fork
+from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
+from jaxkv.pages import allocate, free
+from jaxkv.sampling import Sampling, sample
+from jaxkv.state import Batch, KVCache, Status, init
+
+
+class CausalLM(Protocol):
+    """A model that threads the cache, and is a pytree (an NNX or Equinox module, say)."""
+
+    def __call__(
+        self, tokens: Int[Array, " tokens"], cache: KVCache, batch: Batch, *, rows: Array | None = None
+    ) -> tuple[Float[Array, "rows vocab"], KVCache]:
+        """Logits of the tokens at `rows` (all when None), and the cache."""
+        ...
+
+
+class Finish(IntEnum):
+    """Why a sequence ended."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+    OUT_OF_PAGES = 3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The state of a decode loop.
+
+    Attributes:
+      cache: the cache.
+      seqs: slot of each sequence.
+      next_tokens: the newest token of each, not yet in the cache.
+      output: tokens generated so far.
+      num_generated: how many of them.
+      finish: a `Finish` for each.
+      key: for sampling.
+      step: steps taken.
+      peak_unshared: most pages that the sequences would have held at once without sharing.
+      logits: those each output token was drawn from, where they are wanted; else None.
+    """
+
+    cache: KVCache
+    seqs: Int[Array, " seqs"]
+    next_tokens: Int[Array, " seqs"]
+    output: Int[Array, "seqs max_new_tokens"]
+    num_generated: Int[Array, " seqs"]
+    finish: Int[Array, " seqs"]
+    key: PRNGKeyArray
+    step: Int[Array, ""]
+    peak_unshared: Int[Array, ""]
+    logits: Float[Array, "seqs max_new_tokens vocab"] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What `generate` returns, on the host.
+
+    Attributes:
+      tokens: `tokens[prompt][sample]` is the list of new token ids, a stop token included.
+      finish: a `Finish` for each, likewise.
+      cache: the cache at the end; sequences that finished have left it.
+      peak_pages: most pages in use at once.
+      peak_pages_unshared: most pages the same sequences would have held at once without sharing.
+      prefill_tokens, prefill_seconds: tokens computed before the first new one, and the time.
+      decode_steps, decode_seconds: of the decode loop. Compilation is in neither with `warm_up`.
+      logits: float32 `[prompts * num_samples, max_new_tokens, vocab]` if asked for.
+    """
+
+    tokens: list[list[list[int]]]
+    finish: list[list[Finish]]
+    cache: KVCache
+    peak_pages: int
+    peak_pages_unshared: int
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_steps: int
+    decode_seconds: float
+    logits: Array | None
+
+    @property
+    def num_new_tokens(self) -> int:
+        """New tokens, all prompts and samples together."""
+        return sum(len(sample) for samples in self.tokens for sample in samples)
+
+
+def prefill(
+    model: CausalLM,
+    cache: KVCache,
+    seqs: Int[Array, " seqs"],
+    num_tokens: Int[Array, " seqs"],
+    tokens: Int[Array, " tokens"],
+) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"]]:
+    """Runs one ragged chunk of prompts through the model.
+
+    Args:
+      model: the model.
+      cache: the cache.
+      seqs: slots; a negative one is padding.
+      num_tokens: tokens of each in this chunk.
+      tokens: their ids, one sequence after the other, padded at the end.
+
+    Returns:
+      The logits after each sequence's last token of the chunk, the cache, and the statuses of
+      `allocate`.
+    """
+    cache, batch = allocate(cache, seqs, num_tokens, total_tokens=tokens.shape[0])
+    rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
+    logits, cache = model(tokens, cache, batch, rows=rows)
+    return logits, cache, batch.status
+
+
+def decode(
+    model: CausalLM,
+    state: Decoding,
+    until: Int[Array, ""] | int,
+    *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...] = (),
+) -> Decoding:
+    """Decodes until every sequence has finished or `until` steps are taken: one `lax.while_loop`.
+
+    A sequence that finishes gives its pages back at once. One that finds no free page waits for
+    that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room.
+
+    Args:
+      model: the model.
+      state: where the loop stands.
+      until: total steps after which to return; may be traced, so blocks share one program.
+      sampling: how tokens are chosen.
+      stop_tokens: ids that end a sequence.
+
+    Returns:
+      The state after the last step.
+    """
+
+    def unfinished(state: Decoding):
+        return (state.step < until) & jnp.any(state.finish == Finish.RUNNING)
+
+    step = partial(_decode_step, model, sampling=sampling, stop_tokens=stop_tokens)
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
+    running = state.finish == Finish.RUNNING
+    cache, batch = allocate(
+        state.cache, jnp.where(running, state.seqs, -1), jnp.ones_like(state.seqs)
+    )
+    logits, cache = model(state.next_tokens, cache, batch)
+    state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
+    return _take(state, logits, running, batch.status, sampling, stop_tokens)
+
+
+def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:
+    """Draws a token for each sequence that ran, notes it, and lets the finished ones go."""
+    ran = running & (status == Status.OK)
+    tokens = sample(jax.random.fold_in(state.key, state.step), logits, sampling)
+    entry = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    room = state.output.shape[1]
+    column = jnp.where(ran, state.num_generated, room)
+    num_generated = state.num_generated + ran.astype(jnp.int32)
+
+    stopped = ran & jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
+    full = (num_generated == room) | (status == Status.SEQUENCE_TOO_LONG)
+    waiting = running & (status == Status.OUT_OF_PAGES)
+    stuck = waiting & (entry == jnp.max(jnp.where(waiting, entry, -1))) & ~jnp.any(ran)
+    finish = jnp.select(
+        [stopped, running & full, stuck], [Finish.STOP, Finish.LENGTH, Finish.OUT_OF_PAGES], state.finish
+    ).astype(jnp.int32)
+    ended = running & (finish != Finish.RUNNING)
+    return replace(
+        state,
+        cache=free(state.cache, jnp.where(ended, state.seqs, -1)),
+        next_tokens=jnp.where(ran, tokens, state.next_tokens),
+        output=state.output.at[entry, column].set(tokens, mode="drop"),
+        num_generated=num_generated,
+        finish=finish,
+        logits=None if state.logits is None else state.logits.at[entry, column].set(logits, mode="drop"),
+    )
+
+
+def _peak_unshared(state: Decoding, cache: KVCache) -> Int[Array, ""]:
+    lengths, page_size = cache.table.lengths, cache.config.page_size
+    held = jnp.sum((lengths + page_size - 1) // page_size, dtype=jnp.int32)
+    return jnp.maximum(state.peak_unshared, held)
+
+
+def start(
+    cache: KVCache,
+    seqs: Int[Array, " seqs"],
+    logits: Float[Array, "seqs vocab"],
+    key: PRNGKeyArray,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...] = (),
+    keep_logits: bool = False,
+) -> Decoding:
+    """The state of a decode loop after prefill, with each sequence's first token drawn.
+
+    Args:
+      cache: the cache, prompts in it.
+      seqs: slots.
+      logits: after each prompt's last token.
+      key: for sampling.
+      max_new_tokens: hard cap, for every sequence.
+      sampling: how tokens are chosen.
+      stop_tokens: ids that end a sequence.
+      keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
+    """
+    num_seqs, vocab = logits.shape
+    zeros = jnp.zeros(num_seqs, jnp.int32)
+    state = Decoding(
+        cache=cache,
+        seqs=seqs,
+        next_tokens=zeros,
+        output=jnp.zeros((num_seqs, max_new_tokens), jnp.int32),
+        num_generated=zeros,
+        finish=zeros,
+        key=key,
+        step=jnp.zeros((), jnp.int32),
+        peak_unshared=jnp.zeros((), jnp.int32),
+        logits=jnp.zeros((num_seqs, max_new_tokens, vocab)) if keep_logits else None,
+    )
+    state = replace(state, peak_unshared=_peak_unshared(state, cache))
+    return _take(state, logits, jnp.ones(num_seqs, bool), zeros, sampling, stop_tokens)
+
+
+# `generate` owns the cache it makes, so these may donate it.
+_prefill = jax.jit(prefill, donate_argnames="cache")
+_fork = jax.jit(fork, donate_argnames="cache")
+_start = jax.jit(
+    start, static_argnames=("max_new_tokens", "sampling", "stop_tokens", "keep_logits"), donate_argnames="cache"
+)
+_decode = jax.jit(decode, static_argnames=("sampling", "stop_tokens"), donate_argnames="state")
+
+
+def generate(
+    model: CausalLM,
+    config: CacheConfig,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    num_samples: int = 1,
+    sampling: Sampling = Sampling(),
+    stop_tokens: Sequence[int] = (),
+    key: PRNGKeyArray | None = None,
+    share_prefix: bool = True,
+    prefill_chunk: int = 256,
+    block: int = 16,
+    keep_logits: bool = False,
+    warm_up: bool = False,
+    on_tokens: Callable[[Decoding], None] | None = None,
+) -> Generation:
+    """Generates text for a ragged batch of prompts.
+
+    Whole pages of what all prompts begin with are prefilled once and shared by `fork`, and so is each
+    prompt among its samples. Decoding is one compiled loop, left only between blocks of tokens.
+
+    Args:
+      model: a pytree that is called as `CausalLM`.
+      config: sizes of the cache; `generate` makes one and returns it at the end.
+      prompts: token ids of each prompt.
+      max_new_tokens: hard cap for every sequence. One that fills its row of the page table ends too.
+      num_samples: continuations of each prompt.
+      sampling: how tokens are chosen. Default: greedy.
+      stop_tokens: ids that end a sequence.
+      key: for sampling. Default: `jax.random.key(0)`.
+      share_prefix: whether to look for a common beginning.
+      prefill_chunk: most tokens a prefill step.
+      block: decode steps between two calls of `on_tokens`.
+      keep_logits: return the logits of every new token.
+      warm_up: compile before the clock starts.
+      on_tokens: called on the host with the state after each block, for streaming.
+
+    Returns:
+      A `Generation`.
+
+    Raises:
+      ValueError: for empty prompts, too many sequences or bad options, with the numbers.
+      SequenceTooLongError, OutOfPagesError: for prompts that do not fit, before anything is computed.
+    """
+    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    shared = _common_pages(prompts, config.page_size) if share_prefix and len(prompts) > 1 else 0
+    _check_fit(config, prompts, num_samples, shared)
+    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk), ("block", block)):
+        if value < 1:
+            raise ValueError(f"{name}={value!r} must be positive")
+    stop = tuple(sorted({int(token) for token in stop_tokens}))
+
+    cache = init(config)
+    first_slots = np.arange(len(prompts), dtype=np.int32) * num_samples
+    cache, logits, prefill_tokens, prefill_seconds = _run_prompts(
+        model, cache, prompts, first_slots, shared * config.page_size, prefill_chunk, warm_up
+    )
+    slots = jnp.arange(len(prompts) * num_samples, dtype=jnp.int32)
+    if num_samples > 1:
+        parents = jnp.repeat(jnp.asarray(first_slots), num_samples)
+        # Each prompt's own slot is among its children; as padding it stays what it is.
+        cache, status = _fork(cache, parents, jnp.where(slots == parents, -1, slots))
+        raise_for_status(status)
+    state = _start(
+        cache,
+        slots,
+        jnp.repeat(logits, num_samples, axis=0),
+        jax.random.key(0) if key is None else key,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop_tokens=stop,
+        keep_logits=keep_logits,
+    )
+    state, decode_seconds = _run_decode(
+        partial(_decode, model, sampling=sampling, stop_tokens=stop), state, block, warm_up, on_tokens
+    )
+    return _result(state, num_samples, prefill_tokens, prefill_seconds, decode_seconds)
+
+
+def _run_prompts(model, cache, prompts, slots, shared: int, largest: int, warm_up: bool):
+    """Prefills all prompts; the first `shared` tokens once, in the first slot, and forked from there."""
+    num_prompts, seconds = len(prompts), 0.0
+    rest = [prompt[shared:] for prompt in prompts]
+    longest = max(shared, sum(len(prompt) for prompt in rest))
+    size = min(largest, 1 << (longest - 1).bit_length())
+    stages = [([prompts[0][:shared]] + [[]] * (num_prompts - 1))] if shared else []
+    if warm_up:
+        none = jnp.full(num_prompts, -1, jnp.int32)
+        logits, cache, _ = _prefill(model, cache, none, jnp.zeros_like(none), jnp.zeros(size, jnp.int32))
+        jax.block_until_ready(logits)
+    last_logits: list = [None] * num_prompts
+    for stage in [*stages, rest]:
+        for num_tokens, tokens, ends in _chunks(stage, size):
+            began = time.perf_counter()
+            seqs = jnp.where(num_tokens > 0, jnp.asarray(slots), -1)
+            logits, cache, status = _prefill(model, cache, seqs, num_tokens, tokens)
+            raise_for_status(status)
+            seconds += time.perf_counter() - began
+            for entry in np.flatnonzero(ends):
+                last_logits[entry] = logits[entry]
+        if stage is not rest and num_prompts > 1:
+            parents = jnp.full(num_prompts - 1, slots[0], jnp.int32)
+            cache, status = _fork(cache, parents, jnp.asarray(slots[1:]))
+            raise_for_status(status)
+    return cache, jnp.stack(last_logits), shared + sum(len(prompt) for prompt in rest), seconds
+
+
+def _chunks(prompts: list[list[int]], size: int):
+    """Packs prompts into chunks of `size` tokens: `(num_tokens, tokens, which prompts end here)`."""
+    done = [0] * len(prompts)
+    while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
+        num_tokens, tokens = np.zeros(len(prompts), np.int32), []
+        for entry, prompt in enumerate(prompts):
+            part = prompt[done[entry] : done[entry] + size - len(tokens)]
+            num_tokens[entry] = len(part)
+            done[entry] += len(part)
+            tokens += part
+        ends = [n > 0 and at == len(p) for n, at, p in zip(num_tokens, done, prompts, strict=True)]
+        padded = np.zeros(size, np.int32)
+        padded[: len(tokens)] = tokens
+        yield jnp.asarray(num_tokens), jnp.asarray(padded), ends
+
+
+def _run_decode(advance, state: Decoding, block: int, warm_up: bool, on_tokens):
+    if warm_up:
+        state = jax.block_until_ready(advance(state, jnp.asarray(0, jnp.int32)))
+    began, until = time.perf_counter(), 0
+    while True:
+        if on_tokens is not None:
+            on_tokens(state)
+        if not np.any(np.asarray(state.finish) == Finish.RUNNING):
+            return state, time.perf_counter() - began
+        until = np.iinfo(np.int32).max if on_tokens is None else until + block
+        state = advance(state, jnp.asarray(until, jnp.int32))
+
+
+def _result(state: Decoding, num_samples: int, prefill_tokens, prefill_seconds, decode_seconds) -> Generation:
+    output, counts, finish = (np.asarray(x) for x in (state.output, state.num_generated, state.finish))
+    tokens = [row[:count].tolist() for row, count in zip(output, counts, strict=True)]
+    reasons = [Finish(int(reason)) for reason in finish]
+    by_prompt = range(0, len(tokens), num_samples)
+    return Generation(
+        tokens=[tokens[i : i + num_samples] for i in by_prompt],
+        finish=[reasons[i : i + num_samples] for i in by_prompt],
+        cache=state.cache,
+        peak_pages=int(state.cache.stats.peak_pages),
+        peak_pages_unshared=int(state.peak_unshared),
+        prefill_tokens=prefill_tokens,
+        prefill_seconds=prefill_seconds,
+        decode_steps=int(state.step),
+        decode_seconds=decode_seconds,
+        logits=state.logits,
+    )
+
+
+def _common_pages(prompts: list[list[int]], page_size: int) -> int:
+    """Whole pages that all prompts begin with; each keeps a token of its own to compute logits from."""
+    common = min((len(prompt) for prompt in prompts), default=1) - 1
+    for prompt in prompts[1:]:
+        pairs = zip(prompt[:common], prompts[0], strict=False)
+        common = next((i for i, (mine, first) in enumerate(pairs) if mine != first), min(common, len(prompt)))
+    return max(common, 0) // page_size
+
+
+def _check_fit(config: CacheConfig, prompts: list[list[int]], num_samples: int, shared: int) -> None:
+    """Refuses what cannot fit, with the numbers, before anything is computed."""
+    if not prompts:
+        raise ValueError("there are no prompts")
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples!r} must be positive")
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} is empty")
+        if len(prompt) > config.max_tokens_per_seq:
+            raise SequenceTooLongError(
+                f"prompt {number} has {len(prompt)} tokens; a sequence holds {config.max_tokens_per_seq} "
+                f"({config.max_pages_per_seq} pages of {config.page_size})"
+            )
+    if len(prompts) * num_samples > config.max_seqs:
+        raise ValueError(
+            f"{len(prompts)} prompts x {num_samples} samples need {len(prompts) * num_samples} slots; "
+            f"the cache has max_seqs={config.max_seqs}"
+        )
+    pages = shared + sum(config.pages_for(len(prompt)) - shared for prompt in prompts)
+    if pages > config.num_pages:
+        raise OutOfPagesError(
+            f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "
+            f"the pool has {config.num_pages}"
+        )
