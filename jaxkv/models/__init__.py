@@ -1,0 +1,15 @@
+# ruff: noqa: I001  (the order a reader should take)
+"""A Llama-family model on the paged cache, and its loaders. Needs the extra `jaxkv[models]`."""
+
+from jaxkv.models.config import ModelConfig as ModelConfig
+from jaxkv.models.llama import Llama as Llama
+from jaxkv.models.llama import abstract_model as abstract_model
+from jaxkv.models.llama import random_model as random_model
+from jaxkv.models.dense import dense_logits as dense_logits
+from jaxkv.models.loading import KNOWN_MODELS as KNOWN_MODELS
+from jaxkv.models.loading import LoadedModel as LoadedModel
+from jaxkv.models.loading import load as load
+from jaxkv.models.tokenizer import TextStream as TextStream
+from jaxkv.models.tokenizer import Tokenizer as Tokenizer
+from jaxkv.models.tokenizer import TokenizerError as TokenizerError
+from jaxkv.models.weights import ModelLoadError as ModelLoadError

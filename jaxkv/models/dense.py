@@ -1,0 +1,55 @@
+"""The same weights with plain dense attention and no cache: what the paged path is held against."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.models.llama import Llama
+
+
+def dense_logits(
+    model: Llama, tokens: Int[Array, "seqs length"], lengths: Int[Array, " seqs"]
+) -> Float[Array, "seqs length vocab"]:
+    """The logits after every token of whole sequences, by attention over all of them at once.
+
+    Memory grows with `seqs × length²` and with `seqs × length × vocab`: a reference, not a way to
+    generate.
+
+    Args:
+      model: the weights.
+      tokens: int32 ids, each sequence from column 0.
+      lengths: int32, how many of a row's tokens count.
+
+    Returns:
+      float32 logits, zero past each length.
+    """
+    seqs, length = tokens.shape
+    positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), seqs)
+    mask = _causal(length, model.config.window)
+    x = model.embed(tokens.reshape(-1))
+    for block in model.blocks:
+        q, k, v = (part.reshape(seqs, length, -1, model.config.head_dim) for part in block.qkv(x, positions))
+        x = block.mix(x, _attention(q, k, v, mask).reshape(seqs * length, -1, q.shape[-1]))
+    logits = model.unembed(x).reshape(seqs, length, -1)
+    counts = jnp.arange(length)[None, :] < lengths[:, None]
+    return jnp.where(counts[..., None], logits, jnp.zeros_like(logits))
+
+
+def _causal(length: int, window: int | None) -> Bool[Array, "queries keys"]:
+    behind = jnp.arange(length)[:, None] - jnp.arange(length)[None, :]
+    seen = behind >= 0
+    return seen if window is None else seen & (behind < window)
+
+
+def _attention(
+    q: Float[Array, "seqs length q_heads head_dim"],
+    k: Float[Array, "seqs length kv_heads head_dim"],
+    v: Float[Array, "seqs length kv_heads head_dim"],
+    mask: Bool[Array, "length length"],
+) -> Float[Array, "seqs length q_heads head_dim"]:
+    seqs, length, _, head_dim = q.shape
+    kv_heads = k.shape[2]
+    grouped = q.reshape(seqs, length, kv_heads, -1, head_dim).astype(jnp.float32)
+    scores = jnp.einsum("sqhgd,skhd->shgqk", grouped, k.astype(jnp.float32)) * head_dim**-0.5
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("shgqk,skhd->sqhgd", weights, v.astype(jnp.float32)).reshape(q.shape)

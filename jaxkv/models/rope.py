@@ -1,0 +1,115 @@
+"""Rotary position embedding: the two ways to pair features, and the ways to stretch a context.
+
+Each pair of features of a query or key is turned by an angle that grows with the token's position
+and shrinks along the head (RoFormer, arXiv 2104.09864). Checkpoints differ in *which* features form
+a pair, and in how the frequencies were scaled for contexts longer than the trained one.
+"""
+
+import dataclasses
+import math
+from typing import Literal, assert_never
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+RopePairing = Literal["half", "interleaved"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class LinearScaling:
+    """Every frequency divided by one number (position interpolation, arXiv 2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Llama3Scaling:
+    """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, a ramp between.
+
+    Wavelengths are compared with `original_max_position / low_freq_factor` and
+    `original_max_position / high_freq_factor`, in tokens.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class FrequencyFactors:
+    """One divisor for each of the `head_dim / 2` frequencies, as GGUF files store Llama 3.1's."""
+
+    factors: tuple[float, ...]
+
+
+RopeScaling = LinearScaling | Llama3Scaling | FrequencyFactors
+
+
+def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
+    """The angle in radians that each feature pair turns by from one token to the next.
+
+    Args:
+      head_dim: features of one head; even.
+      theta: the base of the geometric series, 10000 in the paper.
+      scaling: how the series was stretched, or None.
+
+    Returns:
+      float32 `[head_dim / 2]`, a NumPy constant.
+    """
+    exponents = np.arange(0, head_dim, 2, dtype=np.float64) / head_dim
+    frequencies = theta**-exponents
+    match scaling:
+        case None:
+            pass
+        case LinearScaling():
+            frequencies = frequencies / scaling.factor
+        case Llama3Scaling():
+            frequencies = _llama3(frequencies, scaling)
+        case FrequencyFactors():
+            frequencies = frequencies / np.asarray(scaling.factors, np.float64)
+        case _:
+            assert_never(scaling)
+    return frequencies.astype(np.float32)
+
+
+def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
+    # How often a pair turns right round within the context the model was first trained on.
+    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
+
+
+def rotate(
+    x: Float[Array, "tokens heads head_dim"],
+    positions: Int[Array, " tokens"],
+    frequencies: np.ndarray,
+    pairing: RopePairing,
+) -> Float[Array, "tokens heads head_dim"]:
+    """Turns every feature pair of `x` by its token's position times the pair's frequency.
+
+    Args:
+      x: queries or keys.
+      positions: each token's place in its sequence, from 0.
+      frequencies: float32 `[head_dim / 2]`, radians a token.
+      pairing: `"half"` pairs feature `i` with `i + head_dim / 2` (Hugging Face checkpoints),
+          `"interleaved"` pairs `2 i` with `2 i + 1` (the paper, and Llama in GGUF files).
+
+    Returns:
+      The turned features, in `x`'s dtype; the angles are computed in float32.
+    """
+    angles = positions.astype(jnp.float32)[:, None] * frequencies
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    wide = x.astype(jnp.float32)
+    if pairing == "half":
+        first, second = jnp.split(wide, 2, axis=-1)
+    else:
+        first, second = wide[..., 0::2], wide[..., 1::2]
+    turned = first * cos - second * sin, second * cos + first * sin
+    if pairing == "half":
+        out = jnp.concatenate(turned, axis=-1)
+    else:
+        out = jnp.stack(turned, axis=-1).reshape(x.shape)
+    return out.astype(x.dtype)

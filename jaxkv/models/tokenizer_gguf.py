@@ -1,0 +1,115 @@
+"""The tokenizer inside a GGUF file: vocabulary and merges in the metadata, the rest by a name."""
+
+from collections.abc import Sequence
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+
+from jaxkv.models.load_gguf import GGUFFile
+from jaxkv.models.tokenizer import Tokenizer, TokenizerError
+
+# llama.cpp's names for how text is cut before merging; the expressions are those of the models'
+# own tokenizer files.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_SPLITS = {
+    "gpt-2": (_GPT2,),
+    "smollm": (r"\p{N}", _GPT2),
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_QWEN2,),
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+}
+_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+# Files of these start a text with the begin-of-sequence token unless they say otherwise.
+_STARTS_WITH_BOS = ("llama-bpe",)
+
+_CONTROL, _USER_DEFINED = 3, 4
+_END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+
+
+def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
+    """Builds the tokenizer of a GGUF file.
+
+    Raises:
+      TokenizerError: for a kind of tokenizer that is not supported, or damaged metadata; named.
+    """
+    kind = file.get("tokenizer.ggml.model")
+    if kind != "gpt2":
+        raise TokenizerError(
+            f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE)"
+        )
+    pre = file.get("tokenizer.ggml.pre", "default")
+    pre = _ALIASES.get(pre, pre)
+    if pre not in _SPLITS:
+        raise TokenizerError(
+            f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(_SPLITS)}"
+        )
+    tokens = _strings(file, "tokenizer.ggml.tokens")
+    inner = _byte_level_bpe(file, tokens, pre)
+    _add_special(file, inner, tokens)
+    bos, eos = (_token(file, tokens, name) for name in ("bos_token_id", "eos_token_id"))
+    if bos and file.get("tokenizer.ggml.add_bos_token", pre in _STARTS_WITH_BOS):
+        first = (tokens[bos[0]], bos[0])
+        inner.post_processor = processors.TemplateProcessing(
+            single=[first[0], "$A"], pair=[first[0], "$A", "$B"], special_tokens=[first]
+        )
+    ends = [_token(file, tokens, name) for name in _END_FIELDS]
+    return Tokenizer(
+        inner,
+        stop_tokens={end[0] for end in ends if end},
+        chat_template=file.get("tokenizer.chat_template"),
+        bos=bos[1] if bos else "",
+        eos=eos[1] if eos else "",
+    )
+
+
+def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str], pre: str) -> tokenizers.Tokenizer:
+    vocabulary = {token: place for place, token in enumerate(tokens)}
+    if len(vocabulary) != len(tokens):
+        raise TokenizerError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+    merges = []
+    for merge in _strings(file, "tokenizer.ggml.merges"):
+        left, _, right = merge.partition(" ")
+        if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
+            raise TokenizerError(f"{file.path}: merge {merge!r} is not of the vocabulary")
+        merges.append((left, right))
+    inner = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
+    )
+    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in _SPLITS[pre]]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
+    inner.decoder = decoders.ByteLevel()
+    if pre == "qwen2":
+        inner.normalizer = normalizers.NFC()
+    return inner
+
+
+def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+    types = file.get("tokenizer.ggml.token_type", [])
+    if types and len(types) != len(tokens):
+        raise TokenizerError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
+    control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL]
+    defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
+    inner.add_special_tokens([AddedToken(text, normalized=False) for text in control])
+    inner.add_tokens([AddedToken(text, normalized=False) for text in defined])
+
+
+def _strings(file: GGUFFile, name: str) -> list[str]:
+    values = file.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
+        raise TokenizerError(f"{file.path}: metadata has no list of texts {name!r}")
+    return values
+
+
+def _token(file: GGUFFile, tokens: Sequence[str], name: str) -> tuple[int, str] | None:
+    token = file.get(f"tokenizer.ggml.{name}")
+    if token is None:
+        return None
+    if not isinstance(token, int) or not 0 <= token < len(tokens):
+        raise TokenizerError(f"{file.path}: tokenizer.ggml.{name} {token!r} is not a token")
+    return token, tokens[token]

@@ -1,0 +1,154 @@
+"""From the tensors of a checkpoint, whatever its format, to a model; every mistake is named.
+
+A format gives a `TensorSource`: names, shapes, and a way to read one tensor. What is here decides
+which tensors a model of a given config must have, joins those that are kept as one matrix, and reads
+them one at a time, so memory holds the model and one matrix more.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxkv.models.config import ModelConfig
+from jaxkv.models.llama import Llama, parameter_dtype
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes read so far and the bytes there are."""
+
+
+class ModelLoadError(ValueError):
+    """A model file that cannot be used; one line that names the file and what is wrong with it."""
+
+
+class TensorSource(Protocol):
+    """A checkpoint on disk.
+
+    Attributes:
+      path: the file or folder, for messages.
+      shapes: of every tensor in it, outermost dimension first.
+    """
+
+    path: Path
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor as a float array of its shape; raises `ModelLoadError` if it is damaged."""
+        ...
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of one tensor in the file."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TensorNames:
+    """What a format calls each parameter. Several names are joined along the outer dimension."""
+
+    embedding: str
+    final_norm: str
+    unembedding: str
+    layer: str
+    attention_norm: str
+    qkv: tuple[str, str, str]
+    qkv_bias: tuple[str, str, str]
+    out: str
+    mlp_norm: str
+    gate_up: tuple[str, str]
+    down: str
+
+    def parts(self, parameter: str) -> tuple[str, ...]:
+        """The tensors that make up a parameter named as `Llama` names it, `blocks.3.qkv`."""
+        *prefix, last = parameter.split(".")
+        names = getattr(self, last)
+        names = (names,) if isinstance(names, str) else names
+        start = self.layer.format(layer=prefix[1]) if prefix else ""
+        return tuple(start + name for name in names)
+
+
+def build_model(
+    config: ModelConfig,
+    source: TensorSource,
+    names: TensorNames,
+    *,
+    dtype: DTypeLike,
+    ignored: Callable[[str], bool],
+    progress: Progress | None = None,
+) -> Llama:
+    """Reads a whole checkpoint into a model.
+
+    Args:
+      config: the model's sizes; the tensors must fit them.
+      source: the checkpoint.
+      names: what it calls its tensors.
+      dtype: of the model's matrices.
+      ignored: whether a tensor that the model does not need may be there.
+      progress: told after each tensor how far reading is.
+
+    Raises:
+      ModelLoadError: for a missing, unexpected, misshapen or non-finite tensor.
+    """
+    wanted = expected_shapes(config, names)
+    _check_names(source, wanted, ignored)
+    total, done = sum(source.num_bytes(name) for name in wanted), 0
+
+    def parameter(name: str, shape: tuple[int, ...]) -> jax.Array:
+        nonlocal done
+        whole, row = np.empty(shape, parameter_dtype(shape, dtype)), 0
+        for part in names.parts(name):
+            tensor = _read_finite(source, part)
+            whole[row : row + len(tensor)] = tensor
+            row += len(tensor)
+            done += source.num_bytes(part)
+            if progress is not None:
+                progress(done, total)
+        return jnp.asarray(whole)
+
+    return Llama(config, parameter)
+
+
+def expected_shapes(config: ModelConfig, names: TensorNames) -> dict[str, tuple[int, ...]]:
+    """Every tensor that a checkpoint of this config must have, and its shape."""
+    q, kv, ffn = config.q_features, config.kv_features, config.intermediate_size
+    rows = {"qkv": (q, kv, kv), "qkv_bias": (q, kv, kv), "gate_up": (ffn, ffn)}
+    wanted: dict[str, tuple[int, ...]] = {}
+
+    def note(parameter: str, shape: tuple[int, ...]) -> jax.Array:
+        heights = rows.get(parameter.rpartition(".")[2], shape[:1])
+        for name, height in zip(names.parts(parameter), heights, strict=True):
+            wanted[name] = (height, *shape[1:])
+        return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[return-value]
+
+    Llama(config, note)
+    return wanted
+
+
+def _check_names(
+    source: TensorSource, wanted: Mapping[str, tuple[int, ...]], ignored: Callable[[str], bool]
+) -> None:
+    for name, shape in wanted.items():
+        found = source.shapes.get(name)
+        if found is None:
+            raise ModelLoadError(f"{source.path}: tensor {name!r} is missing")
+        if found != shape:
+            raise ModelLoadError(f"{source.path}: tensor {name!r} has shape {found}, expected {shape}")
+    for name in source.shapes:
+        if name not in wanted and not ignored(name):
+            raise ModelLoadError(f"{source.path}: tensor {name!r} is not part of this model")
+
+
+def _read_finite(source: TensorSource, name: str) -> np.ndarray:
+    tensor = source.read(name)
+    # A sum is finite only if every term is (or it overflowed: then look closely).
+    with np.errstate(over="ignore", invalid="ignore"):
+        total = np.sum(tensor, dtype=np.float32)
+    if not np.isfinite(total) and not np.all(np.isfinite(tensor)):
+        raise ModelLoadError(f"{source.path}: tensor {name!r} holds NaN or infinite values")
+    return tensor
