@@ -30,8 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="jaxkv", description="A paged KV cache for JAX.")
+    parser = _Parser(prog="jaxkv", description="A paged KV cache for JAX.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("generate", help="write text with a model")
     command.set_defaults(run=_run_generate)
