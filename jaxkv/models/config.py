@@ -157,6 +157,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 _MISSING = object()
+_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
 def _field(raw: Mapping[str, Any], name: str, kind: type, default: Any = _MISSING) -> Any:
@@ -168,7 +169,7 @@ def _field(raw: Mapping[str, Any], name: str, kind: type, default: Any = _MISSIN
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be a {kind.__name__}, not {value!r}")
+        raise ValueError(f"{name} must be {_KINDS[kind]}, not {value!r}")
     return value
 
 

@@ -1,0 +1,105 @@
+"""Reading `config.json`: what is supported, what is refused, and that the message names it."""
+
+import json
+
+import pytest
+
+import jaxkv
+from jaxkv.models import ModelConfig
+from jaxkv.models.rope import LinearScaling
+
+LLAMA = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+}
+QWEN2 = LLAMA | {"model_type": "qwen2", "use_sliding_window": False, "sliding_window": 4096}
+
+
+def test_head_dim_and_kv_heads_have_their_defaults():
+    raw = {name: value for name, value in LLAMA.items() if name != "num_key_value_heads"}
+    config = ModelConfig.from_hf(raw)
+    assert (config.num_kv_heads, config.head_dim) == (32, 128)
+    assert not config.qkv_bias and not config.tied_embeddings and config.rope_pairing == "half"
+    assert config == ModelConfig.from_hf(raw) and hash(config) == hash(ModelConfig.from_hf(raw))
+
+
+def test_qwen2_has_biases_and_no_window():
+    config = ModelConfig.from_hf(QWEN2 | {"tie_word_embeddings": True})
+    assert config.qkv_bias and config.tied_embeddings and config.window is None
+
+
+def test_mistral_keeps_its_window():
+    raw = LLAMA | {"model_type": "mistral"}
+    assert ModelConfig.from_hf(raw | {"sliding_window": 4096}).window == 4096
+    assert ModelConfig.from_hf(raw | {"sliding_window": None}).window is None
+
+
+@pytest.mark.parametrize("key", ["type", "rope_type"])
+def test_linear_scaling_is_read(key):
+    config = ModelConfig.from_hf(LLAMA | {"rope_scaling": {key: "linear", "factor": 2}})
+    assert config.rope_scaling == LinearScaling(factor=2.0)
+
+
+def test_cache_config_takes_the_models_sizes():
+    got = ModelConfig.from_hf(LLAMA).cache_config(num_pages=4, page_size=8, dtype="float32")
+    assert got == jaxkv.CacheConfig(
+        num_layers=32, num_kv_heads=8, head_dim=128, num_pages=4, page_size=8, dtype="float32"
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: llama, mistral, qwen2"),
+        ({"model_type": None}, "model_type None"),
+        ({"hidden_size": None}, "no field 'hidden_size'"),
+        ({"hidden_size": 0}, "hidden_size must be positive, not 0"),
+        ({"hidden_size": "4096"}, "hidden_size must be an integer, not '4096'"),
+        ({"num_attention_heads": -1}, "num_attention_heads must be positive"),
+        ({"num_key_value_heads": 5}, "num_kv_heads must divide num_q_heads"),
+        ({"num_hidden_layers": 10**9}, "num_layers must be an integer from 1 to"),
+        ({"num_hidden_layers": True}, "num_hidden_layers must be an integer, not True"),
+        ({"vocab_size": 0}, "vocab_size must be"),
+        ({"head_dim": 7}, "head_dim must be even, not 7"),
+        ({"rms_norm_eps": 0}, "rms_norm_eps must lie between"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps must lie between"),
+        ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "no field 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor must be a positive number"),
+        ({"rope_scaling": 3}, "rope_scaling must be an object"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
+    ],
+)
+def test_a_bad_field_is_named(change, message):
+    with pytest.raises(ValueError) as raised:
+        ModelConfig.from_hf(LLAMA | change)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_qwen2_window_is_refused():
+    with pytest.raises(ValueError, match="use_sliding_window True is not supported"):
+        ModelConfig.from_hf(QWEN2 | {"use_sliding_window": True})
+
+
+def test_a_bad_file_is_named(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match="cannot be read"):
+        ModelConfig.from_hf(path)
+    path.write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json: is not JSON"):
+        ModelConfig.from_hf(tmp_path)
+    path.write_text(json.dumps([LLAMA]))
+    with pytest.raises(ValueError, match="must hold a JSON object"):
+        ModelConfig.from_hf(path)
