@@ -11,5 +11,5 @@ from jaxkv.models.loading import LoadedModel as LoadedModel
 from jaxkv.models.loading import load as load
 from jaxkv.models.tokenizer import TextStream as TextStream
 from jaxkv.models.tokenizer import Tokenizer as Tokenizer
-from jaxkv.models.tokenizer import TokenizerError as TokenizerError
-from jaxkv.models.weights import ModelLoadError as ModelLoadError
+from jaxkv.models.errors import ModelLoadError as ModelLoadError
+from jaxkv.models.errors import TokenizerError as TokenizerError

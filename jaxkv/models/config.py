@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv.config import CacheConfig
-from jaxkv.models.rope import LinearScaling, Llama3Scaling, RopePairing, RopeScaling
+from jaxkv.models.rope import LinearScaling, Llama3Scaling, RopePairing, RopeScaling, check_scaling
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")
 
@@ -87,6 +87,8 @@ class ModelConfig:
             raise ValueError(f"rope_theta must be a finite number above 1, not {self.rope_theta!r}")
         if self.rope_pairing not in ("half", "interleaved"):
             raise ValueError(f"rope_pairing must be 'half' or 'interleaved', not {self.rope_pairing!r}")
+        if self.rope_scaling is not None:
+            check_scaling(self.rope_scaling, self.head_dim)
 
     @property
     def q_features(self) -> int:
@@ -224,22 +226,12 @@ def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearScaling(factor=_positive(rope, "factor"))
+        return LinearScaling(factor=_field(rope, "factor", float))
     if kind == "llama3":
-        low, high = _positive(rope, "low_freq_factor"), _positive(rope, "high_freq_factor")
-        if low >= high:
-            raise ValueError(f"low_freq_factor ({low}) must be below high_freq_factor ({high})")
         return Llama3Scaling(
-            factor=_positive(rope, "factor"),
-            low_freq_factor=low,
-            high_freq_factor=high,
-            original_max_position=int(_positive(rope, "original_max_position_embeddings")),
+            factor=_field(rope, "factor", float),
+            low_freq_factor=_field(rope, "low_freq_factor", float),
+            high_freq_factor=_field(rope, "high_freq_factor", float),
+            original_max_position=_field(rope, "original_max_position_embeddings", int),
         )
     raise ValueError(f"rope_scaling {kind!r} is not supported; supported: default, linear, llama3")
-
-
-def _positive(rope: Mapping[str, Any], name: str) -> float:
-    value = _field(rope, name, float)
-    if not 0.0 < value < math.inf:
-        raise ValueError(f"rope_scaling's {name} must be a positive number, not {value!r}")
-    return value

@@ -10,8 +10,9 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from jaxkv.models.config import ModelConfig
+from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.llama import Llama
-from jaxkv.models.weights import ModelLoadError, Progress, TensorNames, build_model
+from jaxkv.models.weights import Progress, TensorNames, build_model
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

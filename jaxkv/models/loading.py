@@ -10,12 +10,14 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jaxkv.models.config import ModelConfig
+from jaxkv.models.errors import ModelLoadError
+from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.llama import Llama
-from jaxkv.models.load_gguf import GGUFFile, load_gguf
+from jaxkv.models.load_gguf import load_gguf
 from jaxkv.models.load_hf import load_hf
 from jaxkv.models.tokenizer import Tokenizer
 from jaxkv.models.tokenizer_gguf import gguf_tokenizer
-from jaxkv.models.weights import ModelLoadError, Progress
+from jaxkv.models.weights import Progress
 
 # Models that a Python package brings along: distribution, file in it, how to install it.
 KNOWN_MODELS = {

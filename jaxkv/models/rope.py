@@ -47,6 +47,22 @@ class FrequencyFactors:
 RopeScaling = LinearScaling | Llama3Scaling | FrequencyFactors
 
 
+def check_scaling(scaling: RopeScaling, head_dim: int) -> None:
+    """Raises `ValueError` for numbers that no scaling can have; naming them."""
+    for field in dataclasses.fields(scaling):
+        value = getattr(scaling, field.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not 0.0 < number < math.inf:
+                raise ValueError(f"rope_scaling's {field.name} must be positive, not {number!r}")
+    if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != head_dim // 2:
+        raise ValueError(f"rope_scaling needs {head_dim // 2} factors, not {len(scaling.factors)}")
+    if isinstance(scaling, Llama3Scaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
+        raise ValueError(
+            f"rope_scaling's low_freq_factor must be below its high_freq_factor "
+            f"({scaling.high_freq_factor}), not {scaling.low_freq_factor}"
+        )
+
+
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
     """The angle in radians that each feature pair turns by from one token to the next.
 

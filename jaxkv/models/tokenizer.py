@@ -12,15 +12,13 @@ import jinja2
 import jinja2.sandbox
 import tokenizers
 
+from jaxkv.models.errors import ModelLoadError, TokenizerError
+
 # Tokens that end a turn in the chat formats of the supported models; a file's own end-of-sequence
 # token is often only one of them.
 END_OF_TURN = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
 
 Messages = Sequence[Mapping[str, str]]
-
-
-class TokenizerError(ValueError):
-    """A tokenizer file that cannot be used, or text and messages that it cannot take."""
 
 
 class Tokenizer:
@@ -123,15 +121,15 @@ class Tokenizer:
         """Reads `tokenizer.json` and what is beside it.
 
         Raises:
-          TokenizerError: naming the file that is missing or damaged.
+          ModelLoadError: naming the file that is missing or damaged.
         """
         path = folder / "tokenizer.json"
         if not path.is_file():
-            raise TokenizerError(f"{path}: is missing")
+            raise ModelLoadError(f"{path}: is missing")
         try:
             inner = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         except Exception as error:  # the package raises bare Exception
-            raise TokenizerError(f"{path}: is not a tokenizer: {error}") from None
+            raise ModelLoadError(f"{path}: is not a tokenizer: {error}") from None
         settings = _read_json(folder / "tokenizer_config.json")
         bos, eos = (_token_text(settings.get(f"{name}_token")) for name in ("bos", "eos"))
         stops = {inner.token_to_id(eos)} if eos else set()
@@ -227,7 +225,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         raw = json.loads(path.read_bytes())
     except ValueError as error:
-        raise TokenizerError(f"{path}: is not JSON: {error}") from None
+        raise ModelLoadError(f"{path}: is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise TokenizerError(f"{path}: must hold a JSON object")
+        raise ModelLoadError(f"{path}: must hold a JSON object")
     return raw

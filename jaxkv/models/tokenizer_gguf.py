@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxkv.models.load_gguf import GGUFFile
-from jaxkv.models.tokenizer import Tokenizer, TokenizerError
+from jaxkv.models.errors import ModelLoadError
+from jaxkv.models.gguf_file import GGUFFile
+from jaxkv.models.tokenizer import Tokenizer
 
 # llama.cpp's names for how text is cut before merging; the expressions are those of the models'
 # own tokenizer files.
@@ -35,17 +36,17 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     """Builds the tokenizer of a GGUF file.
 
     Raises:
-      TokenizerError: for a kind of tokenizer that is not supported, or damaged metadata; named.
+      ModelLoadError: for a kind of tokenizer that is not supported, or damaged metadata; named.
     """
     kind = file.get("tokenizer.ggml.model")
     if kind != "gpt2":
-        raise TokenizerError(
+        raise ModelLoadError(
             f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE)"
         )
     pre = file.get("tokenizer.ggml.pre", "default")
     pre = _ALIASES.get(pre, pre)
     if pre not in _SPLITS:
-        raise TokenizerError(
+        raise ModelLoadError(
             f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(_SPLITS)}"
         )
     tokens = _strings(file, "tokenizer.ggml.tokens")
@@ -70,12 +71,12 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
 def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str], pre: str) -> tokenizers.Tokenizer:
     vocabulary = {token: place for place, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise TokenizerError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+        raise ModelLoadError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
     merges = []
     for merge in _strings(file, "tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
-            raise TokenizerError(f"{file.path}: merge {merge!r} is not of the vocabulary")
+            raise ModelLoadError(f"{file.path}: merge {merge!r} is not of the vocabulary")
         merges.append((left, right))
     inner = tokenizers.Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
@@ -92,7 +93,7 @@ def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str], pre: str) -> tokenize
 def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
     types = file.get("tokenizer.ggml.token_type", [])
     if types and len(types) != len(tokens):
-        raise TokenizerError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
+        raise ModelLoadError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
     control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL]
     defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
     inner.add_special_tokens([AddedToken(text, normalized=False) for text in control])
@@ -102,7 +103,7 @@ def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[s
 def _strings(file: GGUFFile, name: str) -> list[str]:
     values = file.get(name)
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise TokenizerError(f"{file.path}: metadata has no list of texts {name!r}")
+        raise ModelLoadError(f"{file.path}: metadata has no list of texts {name!r}")
     return values
 
 
@@ -111,5 +112,5 @@ def _token(file: GGUFFile, tokens: Sequence[str], name: str) -> tuple[int, str] 
     if token is None:
         return None
     if not isinstance(token, int) or not 0 <= token < len(tokens):
-        raise TokenizerError(f"{file.path}: tokenizer.ggml.{name} {token!r} is not a token")
+        raise ModelLoadError(f"{file.path}: tokenizer.ggml.{name} {token!r} is not a token")
     return token, tokens[token]

@@ -16,14 +16,11 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxkv.models.config import ModelConfig
+from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.llama import Llama, parameter_dtype
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the bytes there are."""
-
-
-class ModelLoadError(ValueError):
-    """A model file that cannot be used; one line that names the file and what is wrong with it."""
 
 
 class TensorSource(Protocol):

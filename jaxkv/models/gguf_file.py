@@ -1,0 +1,107 @@
+"""A GGUF file opened: its metadata by name, its tensors dequantized one by one."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from jaxkv.models.errors import ModelLoadError
+
+
+class GGUFFile:
+    """The metadata and the tensors of one GGUF file.
+
+    Attributes:
+      path: of the file.
+      shapes: of every tensor, outermost dimension first.
+
+    Raises:
+      ModelLoadError: when it is not a GGUF file, or ends too early.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        reader = _open(path)
+        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.shapes = {
+            name: tuple(int(size) for size in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+        self._fields = reader.fields
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """One metadata field, or `default` where the file has none."""
+        field = self._fields.get(name)
+        if field is None:
+            return default
+        try:
+            return field.contents()
+        except Exception as error:
+            raise ModelLoadError(f"{self.path}: field {name!r} is damaged: {error}") from None
+
+    def number(self, name: str, kind: type[int] | type[float], default: float | None = None) -> Any:
+        """One metadata field that must be an integer or a number.
+
+        Args:
+          name: the field.
+          kind: `int` or `float`.
+          default: taken where the file has no such field; None means that it must.
+        """
+        value = self.get(name, default)
+        if value is None:
+            raise ModelLoadError(f"{self.path}: metadata has no field {name!r}")
+        if isinstance(value, list) and len(set(value)) == 1:
+            value = value[0]  # a number for each layer, all the same
+        if not isinstance(value, kind) or isinstance(value, bool):
+            expected = "an integer" if kind is int else "a number"
+            raise ModelLoadError(f"{self.path}: field {name!r} must be {expected}, not {value!r}")
+        return value
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantized: float32, or float16 where the file has that."""
+        tensor = self._tensors[name]
+        try:
+            if tensor.tensor_type.name in ("F32", "F16", "F64"):
+                return tensor.data
+            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise ModelLoadError(
+                f"{self.path}: tensor {name!r} is of type {tensor.tensor_type.name}, "
+                "which cannot be dequantized"
+            ) from None
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of one tensor in the file."""
+        return int(self._tensors[name].n_bytes)
+
+
+class _Reader(gguf.GGUFReader):
+    """Reads a header three times faster: slices of a plain array cost less than of a memory map."""
+
+    @property
+    def data(self) -> np.ndarray:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: np.ndarray) -> None:
+        self._data = mapped.view(np.ndarray)
+
+
+def _open(path: Path) -> gguf.GGUFReader:
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ModelLoadError(f"{path}: is not a GGUF file")
+    try:
+        # Sizes of a damaged header overflow before the reader notices that the file is too short.
+        with warnings.catch_warnings(), np.errstate(all="ignore"):
+            warnings.simplefilter("ignore", RuntimeWarning)
+            return _Reader(path)
+    except Exception as error:
+        # The reader has no errors of its own: whatever it trips over, the file is not whole.
+        raise ModelLoadError(f"{path}: is truncated or damaged: {error}") from None

@@ -1,0 +1,120 @@
+"""Writes small GGUF files for the tests, the way llama.cpp's converter writes large ones."""
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from jaxkv.models.load_gguf import NAMES as GGUF_NAMES
+from jaxkv.models.load_hf import NAMES as HF_NAMES
+from jaxkv.models.load_hf import SafetensorsFolder
+
+Types = gguf.GGMLQuantizationType
+QK = ("attn_q.weight", "attn_k.weight")
+
+
+def tensor_names(layers: int) -> dict[str, str]:
+    """Every tensor's name in a Hugging Face checkpoint, and in a GGUF file."""
+    blocks = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
+    parameters = ["embedding", "final_norm", "unembedding"]
+    parameters += [f"blocks.{layer}.{name}" for layer in range(layers) for name in blocks]
+    return {
+        hf: ours
+        for name in parameters
+        for hf, ours in zip(HF_NAMES.parts(name), GGUF_NAMES.parts(name), strict=True)
+    }
+
+
+def permute(weight: np.ndarray, heads: int) -> np.ndarray:
+    """Reorders a Llama Q or K projection's rows so that features `i, i + half` become neighbours."""
+    rows = weight.reshape(heads, 2, -1, weight.shape[-1])
+    return rows.swapaxes(1, 2).reshape(weight.shape)
+
+
+def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """A Hugging Face checkpoint's config, and its tensors under GGUF names in float32."""
+    raw = json.loads((folder / "config.json").read_text())
+    source = SafetensorsFolder(folder)
+    names = tensor_names(raw["num_hidden_layers"])
+    tensors = {names[name]: source.read(name).astype(np.float32) for name in source.shapes}
+    if raw["model_type"] != "qwen2":
+        for name in tensors:
+            if name.endswith(QK):
+                key = "num_attention_heads" if name.endswith(QK[0]) else "num_key_value_heads"
+                tensors[name] = permute(tensors[name], raw[key])
+    return raw, tensors
+
+
+def metadata(raw: dict) -> dict[str, object]:
+    """The header fields of a model with this `config.json`."""
+    architecture = "qwen2" if raw["model_type"] == "qwen2" else "llama"
+    head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    fields = {
+        "block_count": raw["num_hidden_layers"],
+        "context_length": raw["max_position_embeddings"],
+        "embedding_length": raw["hidden_size"],
+        "feed_forward_length": raw["intermediate_size"],
+        "attention.head_count": raw["num_attention_heads"],
+        "attention.head_count_kv": raw["num_key_value_heads"],
+        "attention.key_length": head_dim,
+        "attention.value_length": head_dim,
+        "attention.layer_norm_rms_epsilon": raw["rms_norm_eps"],
+        "rope.freq_base": raw["rope_parameters"]["rope_theta"],
+        "rope.dimension_count": head_dim,
+    }
+    named = {f"{architecture}.{name}": value for name, value in fields.items()}
+    return {"general.architecture": architecture} | named
+
+
+# A vocabulary for the 96 ids of the fixtures: all that "hello" needs, three special tokens, filler.
+LETTERS = ["h", "e", "l", "o", "Ġ", "he", "ll", "hell", "hello", "Ġhello", "Ċ"]
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+TOKENS = SPECIAL + LETTERS + [f"x{i}" for i in range(96 - len(SPECIAL) - len(LETTERS))]
+TOKENIZER = {
+    "tokenizer.ggml.model": "gpt2",
+    "tokenizer.ggml.pre": "smollm",
+    "tokenizer.ggml.tokens": TOKENS,
+    "tokenizer.ggml.token_type": [3] * len(SPECIAL) + [1] * (96 - len(SPECIAL)),
+    "tokenizer.ggml.merges": ["h e", "l l", "he ll", "hell o", "Ġ hello"],
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.chat_template": "{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}",
+}
+
+
+def write(path: Path, fields: dict, tensors: dict[str, np.ndarray], types: dict | None = None) -> Path:
+    """A GGUF file; a tensor named in `types` is raw data of that quantization type."""
+    writer = gguf.GGUFWriter(path, fields["general.architecture"])
+    for name, value in fields.items():
+        if name == "general.architecture":
+            continue
+        add = {str: writer.add_string, list: writer.add_array, float: writer.add_float32}
+        add.get(type(value), writer.add_uint32)(name, value)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, tensor, raw_dtype=(types or {}).get(name))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_checkpoint(path: Path, folder: Path, **change) -> Path:
+    """A fixture as a float32 GGUF file; `change` replaces fields and tensors, None leaves one out."""
+    raw, tensors = convert(folder)
+    everything = metadata(raw) | TOKENIZER | tensors | change.get("replace", {})
+    kept = {name: value for name, value in everything.items() if value is not None}
+    arrays = {name: value for name, value in kept.items() if isinstance(value, np.ndarray)}
+    return write(path, {name: kept[name] for name in kept if name not in arrays}, arrays)
+
+
+def quantized_blocks(rng: np.random.Generator, shape: tuple[int, int], kind: Types) -> np.ndarray:
+    """Random raw rows of a quantization type, with scales that are ordinary float16 numbers."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
+    places = {Types.Q8_0: (0,), Types.Q4_0: (0,), Types.Q4_1: (0, 2), Types.Q4_K: (0, 2), Types.Q6_K: (208,)}
+    for place in places[kind]:
+        scales = rng.uniform(0.001, 0.01, rows.shape[:2]).astype(np.float16)
+        rows[..., place : place + 2] = scales[..., None].view(np.uint8)
+    return rows.reshape(shape[0], -1)
