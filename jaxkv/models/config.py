@@ -166,7 +166,7 @@ def _field(raw: Mapping[str, Any], name: str, kind: type, default: Any = _MISSIN
     value = raw.get(name)
     if value is None:
         if default is _MISSING:
-            raise ValueError(f"config.json has no field {name!r}")
+            raise ValueError(f"field {name!r} is missing")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

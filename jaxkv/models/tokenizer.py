@@ -97,6 +97,8 @@ class Tokenizer:
         if self.chat_template is None:
             raise TokenizerError("this model has no chat template; give it plain text")
         for place, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise TokenizerError(f"message {place} must be a role and its content, not {message!r}")
             for key in ("role", "content"):
                 if not isinstance(message.get(key), str):
                     raise TokenizerError(f"message {place} needs a text {key!r}")
@@ -108,8 +110,9 @@ class Tokenizer:
                 bos_token=self.bos,
                 eos_token=self.eos,
             )
-        except jinja2.TemplateError as error:
-            raise TokenizerError(f"the chat template refused the messages: {error}") from None
+        except Exception as error:  # a template fails like any program
+            line = " ".join(str(error).split())
+            raise TokenizerError(f"the chat template refused the messages: {line}") from None
 
     def encode_chat(self, messages: Messages, *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; raises as `chat` and `encode` do."""
@@ -206,7 +209,10 @@ def _environment() -> jinja2.Environment:
 def _hf_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ModelLoadError(f"{path}: is not UTF-8 text") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several named templates
         template = {item["name"]: item["template"] for item in template}.get("default")

@@ -100,9 +100,9 @@ def build_model(
         nonlocal done
         whole, row = np.empty(shape, parameter_dtype(shape, dtype)), 0
         for part in names.parts(name):
-            tensor = _read_finite(source, part)
-            whole[row : row + len(tensor)] = tensor
-            row += len(tensor)
+            rows = wanted[part][0]
+            _copy(source, part, whole[row : row + rows])
+            row += rows
             done += source.num_bytes(part)
             if progress is not None:
                 progress(done, total)
@@ -141,11 +141,15 @@ def _check_names(
             raise ModelLoadError(f"{source.path}: tensor {name!r} is not part of this model")
 
 
-def _read_finite(source: TensorSource, name: str) -> np.ndarray:
+def _copy(source: TensorSource, name: str, into: np.ndarray) -> None:
+    """Reads a tensor into its rows of a parameter, in the parameter's dtype, all finite."""
     tensor = source.read(name)
-    # A sum is finite only if every term is (or it overflowed: then look closely).
     with np.errstate(over="ignore", invalid="ignore"):
-        total = np.sum(tensor, dtype=np.float32)
-    if not np.isfinite(total) and not np.all(np.isfinite(tensor)):
-        raise ModelLoadError(f"{source.path}: tensor {name!r} holds NaN or infinite values")
-    return tensor
+        into[...] = tensor
+        # A sum is finite only if every term is; if it is not, the terms are looked at.
+        total = np.sum(into, dtype=np.float32)
+    if np.isfinite(total) or np.all(np.isfinite(into)):
+        return
+    damaged = not np.all(np.isfinite(tensor))
+    what = "NaN or infinite values" if damaged else f"values too large for {into.dtype}"
+    raise ModelLoadError(f"{source.path}: tensor {name!r} holds {what}")

@@ -60,7 +60,7 @@ def test_cache_config_takes_the_models_sizes():
     [
         ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: llama, mistral, qwen2"),
         ({"model_type": None}, "model_type None"),
-        ({"hidden_size": None}, "no field 'hidden_size'"),
+        ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"hidden_size": 0}, "hidden_size must be positive, not 0"),
         ({"hidden_size": "4096"}, "hidden_size must be an integer, not '4096'"),
         ({"num_attention_heads": -1}, "num_attention_heads must be positive"),
@@ -76,7 +76,7 @@ def test_cache_config_takes_the_models_sizes():
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supported"),
-        ({"rope_scaling": {"rope_type": "linear"}}, "no field 'factor'"),
+        ({"rope_scaling": {"rope_type": "linear"}}, "field 'factor' is missing"),
         ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor must be positive, not -1.0"),
         ({"rope_scaling": 3}, "rope_scaling must be an object"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
