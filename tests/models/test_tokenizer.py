@@ -80,7 +80,7 @@ def gpt2(tmp_path_factory):
 def test_gguf_splits_text_as_hugging_face_does(request, name, text):
     original, ours = request.getfixturevalue(name)
     assert ours.encode(text) == original.encode(text).ids
-    assert ours.decode(ours.encode(text)) == text
+    assert ours.decode(ours.encode(text), skip_special=False) == text
 
 
 @given(text=st.text(max_size=40), cuts=st.lists(st.integers(1, 7), max_size=60))
@@ -91,7 +91,7 @@ def test_streamed_blocks_add_up_to_the_text(smollm, text, cuts):
     for cut in [*cuts, len(ids)]:
         pieces.append(stream.push(ids[:cut]))
         ids = ids[cut:]
-    assert "".join(pieces) + stream.flush() == text
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(tokenizer.encode(text))
     assert stream.flush() == ""
 
 
