@@ -31,10 +31,21 @@ def project(
     x: Float[Array, "tokens in_features"], weight: Float[Array, "out_features in_features"]
 ) -> Float[Array, "tokens out_features"]:
     """`x` times the transpose of `weight`: multiplied in the weight's dtype, summed in float32."""
+    x = x.astype(weight.dtype)
+    if x.shape[0] == 1 and weight.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(x, weight, cpu=_project_twice, default=_project)
+    return _project(x, weight)
+
+
+def _project(x: Array, weight: Array) -> Array:
     contract_last = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(
-        x.astype(weight.dtype), weight, contract_last, preferred_element_type=jnp.float32
-    )
+    return jax.lax.dot_general(x, weight, contract_last, preferred_element_type=jnp.float32)
+
+
+def _project_twice(x: Array, weight: Array) -> Array:
+    # XLA multiplies bfloat16 on a CPU ten times faster for two rows than for one: 35 ms instead of
+    # 420 for a whole SmolLM2-135M.
+    return _project(jnp.concatenate([x, x]), weight)[:1]
 
 
 def rms_norm(

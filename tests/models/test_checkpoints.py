@@ -89,6 +89,15 @@ def test_matrices_take_the_dtype_asked_for_and_vectors_stay_float32():
     assert q.dtype == k.dtype == v.dtype == jnp.bfloat16
 
 
+def test_one_bfloat16_token_gets_the_logits_it_gets_among_others():
+    folder = FIXTURES / "qwen2_bf16"
+    model = load(folder, dtype="bfloat16").model
+    tokens = jnp.asarray([[5, 9]])
+    pair = jax.jit(dense_logits)(model, tokens, jnp.asarray([2]))
+    alone = jax.jit(dense_logits)(model, tokens[:, :1], jnp.asarray([1]))
+    np.testing.assert_allclose(alone[0, 0], pair[0, 0], atol=0.05)
+
+
 def test_bfloat16_logits_are_near_float32s():
     folder = FIXTURES / "qwen2_bf16"
     with np.load(folder / "logits.npz") as saved:
