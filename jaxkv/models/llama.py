@@ -199,7 +199,7 @@ def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Llama
       >>> config = ModelConfig(vocab_size=128256, hidden_size=4096, num_layers=32, num_q_heads=32,
       ...                      num_kv_heads=8, head_dim=128, intermediate_size=14336,
       ...                      max_context=131072)
-      >>> abstract_model(config).blocks[0].down_weight[...].shape
+      >>> abstract_model(config).blocks[0].down_weight.shape
       (4096, 14336)
     """
     return jax.eval_shape(

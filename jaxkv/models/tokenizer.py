@@ -152,10 +152,9 @@ class TextStream:
     """Text from tokens that arrive a few at a time; a character that is not whole yet waits.
 
     Example:
-      >>> stream = tokenizer.stream()                                        # doctest: +SKIP
-      >>> for block in blocks:
-      ...     print(stream.push(block), end="")
-      >>> print(stream.flush())
+      >>> stream = tokenizer.stream()                                          # doctest: +SKIP
+      >>> stream.push([19556, 15107]), stream.push([232, 227])                 # doctest: +SKIP
+      ('Hello', ' 🎉')
     """
 
     # A character is four bytes at most; so many tokens without the end of one are not text at all.
