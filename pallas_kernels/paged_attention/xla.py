@@ -37,24 +37,33 @@ def paged_attention(
     work = _plan(tokens, kv_lengths, query_starts, keys, window)
     queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
 
-    def visit(item, seen):
-        tile = jnp.searchsorted(work.ends, item, side="right", method="compare_all").astype(jnp.int32)
-        at = _Item(tile, work.seq[tile], work.first_key_tile[tile] + item - work.ends[tile] + work.count[tile])
-        k, places = keys.read(k_pages, layer, page_table[at.seq], at.key_tile, work.num_keys[tile])
-        v, _ = keys.read(v_pages, layer, page_table[at.seq], at.key_tile, work.num_keys[tile])
-        scores = jnp.einsum("hrd,htd->hrt", queries[tile], k, precision="highest")
+    def look_up(item):
+        tile, key_tile = work.find(item)
+        tile = jnp.minimum(tile, work.seq.shape[0] - 1)
+        ids, places = keys.locate(page_table[work.seq[tile]], key_tile, work.num_keys[tile])
+        return tile, ids, places, work.places[tile]
+
+    def visit(item, carry):
+        seen, (tile, ids, places, row_places) = carry
+        scores = jnp.einsum("hrd,htd->hrt", _at(queries, tile), keys.read(k_pages, layer, ids), precision="highest")
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
-        row_places = work.places[tile]
         visible = (places >= 0) & (places <= row_places[:, None])
         if window is not None:
             visible &= places > row_places[:, None] - window
         visible = jnp.repeat(visible, group, axis=0)[None]
-        new = softmax.extend(softmax.Partial(*(part[tile] for part in seen)), scores, visible, v)
-        return softmax.Partial(*(part.at[tile].set(value) for part, value in zip(seen, new, strict=True)))
+        # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
+        v = jnp.where((places >= 0)[None, :, None], keys.read(v_pages, layer, ids), 0.0)
+        new = softmax.extend(jax.tree.map(lambda part: _at(part, tile), seen), scores, visible, v)
+        seen = jax.tree.map(
+            lambda part, value: jax.lax.dynamic_update_index_in_dim(part, value, tile, 0), seen, new
+        )
+        # Looked up one item ahead: a carried value is worked out once, where XLA would otherwise fuse
+        # the search for it into every loop over a tile's elements, and repeat it for each.
+        return seen, look_up(item + 1)
 
     seen = softmax.empty(queries.shape[:3], head_dim)
-    seen = jax.lax.fori_loop(0, work.ends[-1], visit, seen)
+    seen, _ = jax.lax.fori_loop(0, work.ends[-1], visit, (seen, look_up(jnp.zeros((), jnp.int32))))
     rows = work.rows
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
@@ -62,10 +71,8 @@ def paged_attention(
     return _unpack(out, rows, group).astype(q.dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
 
-class _Item(NamedTuple):
-    tile: Array
-    seq: Array
-    key_tile: Array
+def _at(array, index):
+    return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
 
 
 class _Work(NamedTuple):
@@ -87,6 +94,11 @@ class _Work(NamedTuple):
     first_key_tile: Int[Array, " tiles"]
     count: Int[Array, " tiles"]
     ends: Int[Array, " tiles"]
+
+    def find(self, item) -> tuple[Array, Array]:
+        """The query tile and the key tile of an item of the list."""
+        tile = jnp.searchsorted(self.ends, item, side="right", method="compare_all").astype(jnp.int32)
+        return tile, self.first_key_tile[tile] + item - (self.ends[tile] - self.count[tile])
 
 
 def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int | None) -> _Work:
@@ -173,42 +185,36 @@ class KeyTiles:
             return place // self.size
         return place // self.page_size * self.parts + place % self.page_size // self.size
 
-    def read(self, pages, layer, page_row, tile, num_keys):
-        """One tile, `[kv_heads, size, head_dim]` float32, and the place of each of its tokens.
+    def locate(self, page_row, tile, num_keys):
+        """Where a tile lies: `(page ids [pages], first offset)`, and the place of each of its tokens.
 
-        Tokens past the sequence's end, and those another tile holds, are zero, at place -1.
+        A place is -1 past the end of the sequence, and where another tile holds it.
         """
+        nth = jnp.arange(self.size, dtype=jnp.int32)
         if self.parts == 1:
-            values = self._read_run(pages, layer, page_row, tile, num_keys)
-            places = tile * self.size + jnp.arange(self.size, dtype=jnp.int32)
-            own = places < num_keys
-        else:
-            page, part = tile // self.parts, tile % self.parts
-            # The last part may reach past the page; it starts earlier, and what it shares is not its own.
-            start = jnp.minimum(part * self.size, self.page_size - self.size)
-            values = _slice(pages, layer, page_row[page], start, self.size)
-            offsets = start + jnp.arange(self.size, dtype=jnp.int32)
-            places = page * self.page_size + offsets
-            own = (offsets >= part * self.size) & (places < num_keys)
-        values = jnp.where(own[None, :, None], values.astype(jnp.float32), 0.0)
-        return values, jnp.where(own, places, -1)
+            columns = tile * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
+            # Past the end of the sequence the table means nothing: read its first page instead.
+            columns = jnp.where(columns * self.page_size < num_keys, columns, 0)
+            places = tile * self.size + nth
+            return (page_row[columns], 0), jnp.where(places < num_keys, places, -1)
+        page, part = tile // self.parts, tile % self.parts
+        # The last part may reach past the page; it starts earlier, and what it shares is not its own.
+        start = jnp.minimum(part * self.size, self.page_size - self.size)
+        places = page * self.page_size + start + nth
+        own = (start + nth >= part * self.size) & (places < num_keys)
+        return (page_row[page][None], start), jnp.where(own, places, -1)
 
-    def _read_run(self, pages, layer, page_row, tile, num_keys):
+    def read(self, pages, layer, where):
+        """One tile, `[kv_heads, size, head_dim]` float32."""
+        ids, start = where
         kv_heads, head_dim = pages.shape[2], pages.shape[4]
-        columns = tile * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
-        # Past the end of the sequence the table means nothing: read its first page instead.
-        columns = jnp.where(columns * self.page_size < num_keys, columns, 0)
-        ids = page_row[columns]
-        if self.pages <= _MAX_SLICES:
-            runs = [_slice(pages, layer, ids[i], 0, self.page_size) for i in range(self.pages)]
-            return jnp.concatenate(runs, axis=1)
-        heads = jnp.arange(kv_heads, dtype=jnp.int32)
-        run = pages.at[layer, ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
-        return run.reshape(kv_heads, self.size, head_dim)
-
-
-def _slice(pages, layer, page, start, size: int):
-    """`pages[layer, page, :, start : start + size]`."""
-    starts = (layer, page, 0, start, 0)
-    _, _, kv_heads, _, head_dim = pages.shape
-    return jax.lax.dynamic_slice(pages, starts, (1, 1, kv_heads, size, head_dim))[0, 0]
+        if self.pages > _MAX_SLICES:
+            heads = jnp.arange(kv_heads, dtype=jnp.int32)
+            tile = pages.at[layer, ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
+            return tile.reshape(kv_heads, self.size, head_dim).astype(jnp.float32)
+        size = self.size // self.pages
+        runs = [
+            jax.lax.dynamic_slice(pages, (layer, ids[i], 0, start, 0), (1, 1, kv_heads, size, head_dim))
+            for i in range(self.pages)
+        ]
+        return jnp.concatenate([run[0, 0] for run in runs], axis=1).astype(jnp.float32)
