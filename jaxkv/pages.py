@@ -241,7 +241,7 @@ def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: in
     )
 
 
-def rows_of(values: Array, index: Int[Array, " entries"], fill: int = 0) -> Array:
+def rows_of(values: Array, index: Int[Array, "..."], fill: int = 0) -> Array:
     """`values[index]`, `fill` where the index is past the end."""
     return values.at[index].get(mode="fill", fill_value=fill)
 
@@ -259,11 +259,11 @@ def check_vectors(**vectors: Array) -> list[Array]:
     length = None
     for name, array in arrays.items():
         if array.ndim != 1 or array.shape[0] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(
-                f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}"
-            )
+            raise ValueError(f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}")
         if length not in (None, array.shape[0]):
-            raise ValueError(f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}")
+            raise ValueError(
+                f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"
+            )
         length = array.shape[0]
     return [array.astype(jnp.int32) for array in arrays.values()]
 
@@ -313,7 +313,9 @@ def _batch(cache: KVCache, seqs, num_tokens, status, ends, total: int) -> Batch:
     )
 
 
-def _count(stats: AllocationStats, *, num_taken=0, num_released=0, **others) -> AllocationStats:
+def _count(
+    stats: AllocationStats, *, num_taken: Array | int = 0, num_released: Array | int = 0, **others: Array
+) -> AllocationStats:
     """Adds to the counters; the peak is reached before pages are given back."""
     in_use = stats.current_pages + num_taken
     increments = dict(total_allocations=num_taken, total_deallocations=num_released, **others)
