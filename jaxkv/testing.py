@@ -1,0 +1,142 @@
+"""Assertions for tests of code that uses the cache. Import it by name: `import jaxkv.testing`."""
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxkv.invariants import CacheCorruptedError, check_invariants
+from jaxkv.pool import gather
+from jaxkv.state import KVCache, KVPool
+
+_gather = jax.jit(gather)
+
+
+def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
+    """Two caches hold the same sequences with the same contents, wherever the pages lie.
+
+    Slots, lengths, positions, and K and V of every token in every layer are compared, these
+    exactly. Page ids, page sizes, sharing, the free stack and the counters may differ.
+
+    Args:
+      a: a cache.
+      b: another.
+
+    Raises:
+      AssertionError: naming the first slot, and the layer and token, that differ.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv, jaxkv.testing
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4)
+      >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0, 1]), jnp.array([1, 1]))
+      >>> cache = jaxkv.free(cache, jnp.array([0]))
+      >>> jaxkv.testing.assert_caches_equivalent(cache, jaxkv.compact(cache)[0])
+    """
+    for name in ("num_layers", "num_kv_heads", "head_dim", "max_seqs"):
+        _assert_same(getattr(a.config, name), getattr(b.config, name), name)
+    for name in ("lengths", "positions"):
+        pairs = zip(*(np.asarray(getattr(x.table, name)).tolist() for x in (a, b)), strict=True)
+        for slot, (one, other) in enumerate(pairs):
+            _assert_same(one, other, f"{name}[{slot}]")
+    lengths = np.asarray(a.table.lengths).tolist()
+    for slot in np.flatnonzero(lengths).tolist():
+        for layer in range(a.config.num_layers):
+            contents = (_contents(x, layer, slot, lengths[slot]) for x in (a, b))
+            for name, one, other in zip("kv", *contents, strict=True):
+                differs = np.any((one != other) & ~(np.isnan(one) & np.isnan(other)), axis=(1, 2))
+                if differs.any():
+                    token = np.flatnonzero(differs)[0]
+                    raise AssertionError(f"{name} of slot {slot} differs in layer {layer} at token {token}")
+
+
+def assert_invariants(cache: KVCache) -> None:
+    """The cache's bookkeeping is sound: `jaxkv.check_invariants` as an assertion.
+
+    Args:
+      cache: a cache.
+
+    Raises:
+      AssertionError: saying which page or slot is wrong, and why.
+    """
+    try:
+        check_invariants(cache)
+    except CacheCorruptedError as error:
+        raise AssertionError(str(error)) from error
+
+
+def assert_in_place(
+    fn: Callable,
+    *args: object,
+    donate_argnums: int | Sequence[int] = 0,
+    max_temp_bytes: int | None = None,
+) -> None:
+    """`jax.jit(fn, donate_argnums=...)` updates the cache in place: it keeps no copy of the pool.
+
+    Compiles and does not run, so `args` may be `jax.ShapeDtypeStruct`s (`jax.eval_shape` makes
+    them), and a pool larger than this machine costs nothing. Give it a pool that is large beside
+    the activations, or say in `max_temp_bytes` what they may take.
+
+    Args:
+      fn: takes and returns at least one `KVCache`, somewhere in its arguments and results.
+      *args: its arguments, arrays or shapes.
+      donate_argnums: the arguments to donate, as for `jax.jit`.
+      max_temp_bytes: what the compiled program may use beside its arguments and results.
+        Default: less than one layer of one pool array.
+
+    Raises:
+      AssertionError: naming what is copied: an output that does not reuse a donated pool, an
+        instruction that copies a pool, or temporary memory the size of a layer.
+      ValueError: if no `KVCache` is among the arguments.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxkv, jaxkv.testing
+      >>> config = jaxkv.CacheConfig(num_layers=2, num_kv_heads=2, head_dim=64, num_pages=64)
+      >>> cache = jax.eval_shape(lambda: jaxkv.init(config))
+      >>> jaxkv.testing.assert_in_place(jaxkv.free, cache, jnp.array([0, 1]))
+    """
+    pools = [
+        array
+        for leaf in jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, KVPool))
+        if isinstance(leaf, KVPool)
+        for array in jax.tree.leaves(leaf)
+    ]
+    if not pools:
+        raise ValueError("assert_in_place needs a KVCache among the arguments")
+    compiled = jax.jit(fn, donate_argnums=donate_argnums).lower(*args).compile()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    sizes = [pool.size * jnp.dtype(pool.dtype).itemsize for pool in pools]
+    if memory.alias_size_in_bytes < sum(sizes):
+        raise AssertionError(
+            f"only {memory.alias_size_in_bytes} bytes of the results reuse donated memory; "
+            f"the pool has {sum(sizes)}: is the cache donated and returned?"
+        )
+    for pool in pools:
+        copy = re.search(_copy_of(pool), hlo)
+        if copy:
+            raise AssertionError(f"the compiled program copies a whole pool: {copy[0].strip()}")
+    allowed = max_temp_bytes
+    if allowed is None:
+        allowed = min(size // pool.shape[0] for size, pool in zip(sizes, pools, strict=True)) - 1
+    if memory.temp_size_in_bytes > allowed:
+        raise AssertionError(
+            f"the compiled program takes {memory.temp_size_in_bytes} bytes of temporary memory, "
+            f"more than {allowed}; the pool has {sum(sizes)}"
+        )
+
+
+def _contents(cache: KVCache, layer: int, slot: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    k, v, _ = _gather(cache, jnp.int32(layer), jnp.array([slot], jnp.int32))
+    return np.asarray(k[0, :length]), np.asarray(v[0, :length])
+
+
+def _assert_same(one: object, other: object, name: str) -> None:
+    if one != other:
+        raise AssertionError(f"{name} differs: {one} and {other}")
+
+
+def _copy_of(pool: jax.Array | jax.ShapeDtypeStruct) -> str:
+    """Matches a copy instruction of optimized HLO whose result is shaped like the pool."""
+    shape = ",".join(str(size) for size in pool.shape)
+    return rf"[^\n]*= \(?\w+\[{shape}\]\S* copy(?:-start)?\([^\n]*"
