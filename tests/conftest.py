@@ -1,0 +1,28 @@
+"""Settings for every test: CPU by default, strict promotion, shapes checked as they are annotated."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_compilation_cache", False)
+
+# Function modules only: JAX unflattens the pytrees of jaxkv.state with things that are not arrays.
+CHECKED = ("pages", "fork", "pool", "attention", "compact", "invariants", "testing")
+jaxtyping.install_import_hook(
+    [f"jaxkv.{module}" for module in CHECKED] + ["pallas_kernels"], "beartype.beartype"
+)
+
+pytest.register_assert_rewrite("tests.twin", "tests.edges")
+
+
+@pytest.fixture
+def no_shape_checks():
+    """As a user runs: without the type checker, which would speak before the library does."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,15 @@
+"""The public functions under `jit`, for tests that are not about it: op by op they are slow."""
+
+import jax
+
+import jaxkv
+
+init = jax.jit(jaxkv.init, static_argnums=0)
+allocate = jax.jit(jaxkv.allocate, static_argnames="total_tokens")
+append = jax.jit(jaxkv.append)
+attend = jax.jit(jaxkv.attend, static_argnames=("scale", "window", "softcap", "backend", "return_lse"))
+gather = jax.jit(jaxkv.gather)
+fork = jax.jit(jaxkv.fork)
+free = jax.jit(jaxkv.free)
+truncate = jax.jit(jaxkv.truncate)
+compact = jax.jit(jaxkv.compact)

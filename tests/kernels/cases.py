@@ -1,0 +1,141 @@
+"""The table of arguments that every backend is tested with, and benchmarks draw on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    """Attention over pages: `lengths[i]` places of sequence i, its last `queries[i]` of them asking."""
+
+    name: str
+    lengths: Sequence[int]
+    queries: Sequence[int] | None = None  # default: decode, one for each sequence with any place
+    q_heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 64
+    page_size: int = 16
+    num_layers: int = 2
+    layer: int = 1
+    dtype: str = "float32"
+    padding_rows: int = 0  # rows of q that belong to no sequence
+    spare_pages: int = 3  # pages of the pool that belong to no sequence, filled with NaN
+    magnitude: float = 1.0  # of q
+    sinks: bool = False
+    options: dict = field(default_factory=dict)
+
+    def __str__(self):
+        return self.name
+
+    @property
+    def num_queries(self) -> Sequence[int]:
+        if self.queries is not None:
+            return self.queries
+        return [min(length, 1) for length in self.lengths]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    q: np.ndarray
+    k_pages: np.ndarray
+    v_pages: np.ndarray
+    page_table: np.ndarray
+    kv_lengths: np.ndarray
+    query_starts: np.ndarray
+    options: dict
+
+    @property
+    def arrays(self) -> tuple[jax.Array, ...]:
+        """The positional arguments of `paged_attention`."""
+        names = ("q", "k_pages", "v_pages", "page_table", "kv_lengths", "query_starts")
+        return tuple(jnp.asarray(getattr(self, name)) for name in names)
+
+
+def make(case: Case, seed: int = 0) -> Arguments:
+    """Random arguments. Pages lie in random order, and every place of the pool and row of q that
+    belongs to no sequence holds NaN: past a length, in a spare page, in another layer."""
+    random = np.random.default_rng(seed)
+    dtype = jnp.dtype(case.dtype)
+    needed = [-(-length // case.page_size) for length in case.lengths]
+    num_pages = sum(needed) + case.spare_pages
+    width = max(1, *needed) + 1
+    order = random.permutation(num_pages).tolist()
+    page_table = np.full((len(needed), width), num_pages, np.int32)
+    pool = (case.num_layers, num_pages, case.kv_heads, case.page_size, case.head_dim)
+    k_pages, v_pages = np.full(pool, np.nan, dtype), np.full(pool, np.nan, dtype)
+    for row, (length, pages) in enumerate(zip(case.lengths, needed, strict=True)):
+        page_table[row, :pages] = [order.pop() for _ in range(pages)]
+        for place in range(length):
+            at = case.layer, page_table[row, place // case.page_size], slice(None), place % case.page_size
+            k_pages[at], v_pages[at] = random.normal(size=(2, case.kv_heads, case.head_dim))
+    query_starts = np.cumsum([0, *case.num_queries], dtype=np.int32)
+    q = case.magnitude * random.normal(
+        size=(query_starts[-1] + case.padding_rows, case.q_heads, case.head_dim)
+    )
+    q[query_starts[-1] :] = np.nan
+    options = dict(case.options)
+    if case.sinks:
+        options["sinks"] = random.normal(size=case.q_heads).astype(np.float32)
+    lengths = np.array(case.lengths, np.int32)
+    return Arguments(q.astype(dtype), k_pages, v_pages, page_table, lengths, query_starts, options)
+
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+# How far a result computed in float32 and rounded to the dtype may lie from float64, values of
+# order one.
+TOLERANCE = {"float32": 1e-5, "float16": 2.0**-9, "bfloat16": 2.0**-6}
+
+RAGGED = (1, 37, 16, 0, 100, 17)
+
+PAGED_ATTENTION = (
+    [
+        Case(f"decode with {heads}, {dtype}", RAGGED, q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
+        for heads, q_heads, kv_heads in [("MHA", 4, 4), ("GQA", 6, 2), ("MQA", 5, 1)]
+        for dtype in DTYPES
+    ]
+    + [
+        Case(f"{kind} with head_dim {head_dim}", (5, 40), queries, head_dim=head_dim, dtype=dtype)
+        for kind, queries, dtype in [("decode", (1, 1), "bfloat16"), ("prefill", (5, 33), "float32")]
+        for head_dim in (64, 80, 96, 128, 256)
+    ]
+    + [
+        Case(f"pages of {page_size}", (1, 64, 35, 63), (1, 2, 35, 1), page_size=page_size)
+        for page_size in (1, 2, 3, 8, 64, 128)
+    ]
+    + [
+        Case("one token of one sequence", (1,)),
+        Case("one layer", (9,), num_layers=1, layer=0),
+        Case("every length at a page boundary", (16, 32, 48), (1, 16, 32)),
+        Case("whole prompts", (33, 7, 16), (33, 7, 16)),
+        Case("a chunk after a prefix", (200, 48), (64, 16)),
+        Case("prefill and decode in one call", (30, 90, 0, 1, 64), (30, 1, 0, 1, 1)),
+        Case("live sequences that ask nothing", (30, 20, 10), (0, 2, 0)),
+        Case("nothing to see at all", (0, 0), padding_rows=3),
+        Case("rows of no sequence", RAGGED, padding_rows=5),
+        Case("long against short", (1500, 3, 1), page_size=8),
+        Case("a long prompt", (300,), (300,), page_size=8, q_heads=2, head_dim=16),
+        Case("large scores", (70, 40), (70, 1), magnitude=60.0),
+        Case("scale", (40, 20), (3, 1), options={"scale": 0.3}),
+        Case("a window of one", (40, 20), (3, 1), options={"window": 1}),
+        Case("a window inside a page", (40, 20), (3, 1), options={"window": 5}),
+        Case("a window over pages", (150, 33, 1), (20, 33, 1), options={"window": 40}),
+        Case("a window at page boundaries", (64, 48), (17, 1), options={"window": 16}),
+        Case("a window longer than the sequence", (40, 20), (3, 1), options={"window": 1000}),
+        Case("softcap", (40, 20), (3, 1), magnitude=8.0, options={"softcap": 2.0}),
+        Case("sinks", (40, 1), (3, 1), sinks=True),
+        Case(
+            "all options, bfloat16",
+            (90, 33, 0, 5),
+            (40, 1, 0, 5),
+            dtype="bfloat16",
+            padding_rows=2,
+            sinks=True,
+            options={"window": 20, "softcap": 5.0, "scale": 0.2},
+        ),
+    ]
+)
