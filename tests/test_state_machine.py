@@ -1,0 +1,141 @@
+"""Any history of operations leaves the cache as the oracle says, in every byte that can be read.
+
+`JAXKV_EXAMPLES` sets how many histories of 40 steps are tried, over all shapes together.
+"""
+
+import os
+from dataclasses import replace
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+
+from jaxkv import CacheConfig
+from tests.twin import Twin
+
+LARGEST = 2**31 - 1
+
+BASE = CacheConfig(
+    num_layers=2, num_kv_heads=2, head_dim=4, num_pages=14, page_size=4, max_seqs=6, dtype="float32"
+)
+SHAPES = {
+    "grouped heads, short rows": {
+        "config": replace(BASE, num_pages=10, max_pages_per_seq=4),
+        "q_heads": 4,
+        "total_tokens": 10,
+    },
+    "pages of one token": {
+        "config": replace(BASE, page_size=1, num_pages=24, max_pages_per_seq=9, num_kv_heads=1),
+        "q_heads": 3,
+    },
+    "few entries, long rows, bfloat16": {
+        "config": replace(BASE, page_size=3, num_pages=16, max_pages_per_seq=16, dtype="bfloat16"),
+        "q_heads": 2,
+        "entries": 3,
+        "total_tokens": 20,
+    },
+    "one sequence, few pages, float16": {
+        "config": replace(BASE, max_seqs=1, page_size=2, num_pages=3, max_pages_per_seq=3, dtype="float16"),
+        "q_heads": 2,
+    },
+    "more slots than pages": {
+        "config": replace(BASE, num_layers=1, max_seqs=9, num_pages=5, page_size=8, max_pages_per_seq=2),
+        "q_heads": 2,
+    },
+}
+EXAMPLES = int(os.environ.get("JAXKV_EXAMPLES", "300"))
+
+
+class Machine(RuleBasedStateMachine):
+    shape: dict
+
+    def __init__(self):
+        super().__init__()
+        self.twin = Twin(**self.shape)
+        twin, config = self.twin, self.twin.config
+        slots = st.integers(0, config.max_seqs - 1)
+        odd_slots = st.sampled_from([-1, -7, config.max_seqs, config.max_seqs + 3, LARGEST])
+        slot = st.one_of(slots, slots, slots, odd_slots)
+        odd_counts = st.sampled_from([0, -1, LARGEST, twin.total_tokens, config.page_size])
+        count = st.one_of(st.integers(1, 3), st.integers(1, twin.total_tokens), odd_counts)
+        odd_lengths = st.sampled_from([0, -1, LARGEST, config.page_size])
+        length = st.one_of(st.integers(0, config.max_tokens_per_seq), odd_lengths)
+        self.slots = entries(twin, slot)
+        self.requests = entries(twin, st.tuples(slot, count))
+        self.decode = st.permutations(range(config.max_seqs))
+        self.forks = entries(twin, st.tuples(slot, slot))
+        self.cuts = entries(twin, st.tuples(slot, length))
+        self.near_cuts = entries(twin, st.tuples(slots, st.integers(1, config.page_size + 1)))
+
+    @rule(data=st.data())
+    def extend(self, data):
+        self.twin.extend(*columns(data.draw(self.requests)))
+
+    @rule(data=st.data())
+    def decode_all(self, data):
+        """One token for as many distinct sequences as a call takes."""
+        seqs = data.draw(self.decode)[: self.twin.entries]
+        self.twin.extend(seqs, [1] * len(seqs))
+
+    @rule(data=st.data(), over=st.integers(0, 1))
+    def fill_a_row(self, data, over):
+        """Up to the last place of a row, or one past it."""
+        slot = data.draw(st.integers(0, self.twin.config.max_seqs - 1))
+        room = self.twin.config.max_tokens_per_seq - self.twin.oracle.sequences[slot].length
+        self.twin.extend([slot], [min(room + over, self.twin.total_tokens)])
+
+    @rule(data=st.data())
+    def fork(self, data):
+        self.twin.fork(*columns(data.draw(self.forks)))
+
+    @precondition(lambda self: any(s.length for s in self.twin.oracle.sequences))
+    @rule(data=st.data())
+    def fork_a_live_sequence(self, data):
+        lengths = [s.length for s in self.twin.oracle.sequences]
+        live = [slot for slot, length in enumerate(lengths) if length]
+        empty = [slot for slot, length in enumerate(lengths) if not length]
+        children = data.draw(st.permutations(empty))[: self.twin.entries]
+        parents = [data.draw(st.sampled_from(live)) for _ in children]
+        self.twin.fork(parents, children)
+
+    @rule(data=st.data())
+    def free(self, data):
+        self.twin.free(data.draw(self.slots))
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        self.twin.truncate(*columns(data.draw(self.cuts)))
+
+    @rule(data=st.data())
+    def roll_back_a_little(self, data):
+        cuts = data.draw(self.near_cuts)
+        lengths = [s.length for s in self.twin.oracle.sequences]
+        self.twin.truncate([slot for slot, _ in cuts], [lengths[slot] - by for slot, by in cuts])
+
+    @rule()
+    def compact(self):
+        self.twin.compact()
+        assert self.twin.compact() == 0, "the second time there is nothing to move"
+
+
+def entries(twin, entry):
+    return st.lists(entry, min_size=1, max_size=twin.entries)
+
+
+def columns(rows):
+    return [list(column) for column in zip(*rows, strict=True)]
+
+
+def machine(name, shape):
+    case = type("Machine", (Machine,), {"shape": shape}).TestCase
+    case.settings = settings(
+        max_examples=-(-EXAMPLES // len(SHAPES)),
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    case.__name__ = case.__qualname__ = "Test" + "".join(c for c in name.title() if c.isalnum())
+    return case
+
+
+globals().update({case.__name__: case for case in map(machine, SHAPES, SHAPES.values())})
