@@ -1,0 +1,254 @@
+"""Attention through the cache: each token sees its own sequence, up to and with itself."""
+
+import inspect
+from dataclasses import replace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import CacheConfig
+from tests import jitted
+from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poisoned_init
+from tests.kernels import reference
+from tests.kernels.cases import TOLERANCE
+from tests.twin import Twin
+
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+OPTIONS = {
+    "plain": {},
+    "scale": {"scale": 0.25},
+    "window": {"window": 7},
+    "softcap": {"softcap": 1.5},
+    "all": {"window": 20, "softcap": 3.0, "scale": 0.2},
+}
+
+
+def step(cache, seqs, num_tokens, layer, k, v, q, **options):
+    """One layer of one step, jitted and donated. `layer` is traced, or a Python int by a closure."""
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q.shape[0])
+    cache = jaxkv.append(cache, layer, batch, k, v)
+    return cache, jaxkv.attend(cache, layer, batch, q, **options)
+
+
+def compiled(layer=None, **options):
+    if layer is None:
+        return jax.jit(lambda *args: step(*args, **options), donate_argnums=0)
+    return jax.jit(
+        lambda cache, seqs, counts, _, k, v, q: step(cache, seqs, counts, layer, k, v, q, **options),
+        donate_argnums=0,
+    )
+
+
+def float64(x):
+    return np.asarray(x).astype(np.float64)
+
+
+def random_step(config, total, q_heads, seed):
+    k, v = (
+        normal(total, config.num_kv_heads, config.head_dim, dtype=config.dtype, seed=seed + i) for i in (1, 2)
+    )
+    return k, v, normal(total, q_heads, config.head_dim, dtype=config.dtype, seed=seed)
+
+
+def check_history(config, q_heads, counts, *, layer=None, sinks=None, **options):
+    """Grows sequences 0, 1, .. by `counts[step][slot]` tokens, and holds every step's rows to float64."""
+    total = max(map(sum, counts)) + 1
+    run = compiled(layer, **options, **({} if sinks is None else {"sinks": sinks}))
+    cache = poisoned_init(config)
+    kept = [([], []) for _ in counts[0]]
+    for number, row in enumerate(counts):
+        k, v, q = random_step(config, total, q_heads, 10 * number)
+        cache, out = run(cache, jnp.arange(len(row)), ints(*row), jnp.int32(layer or 0), k, v, q)
+        assert out.dtype == config.dtype
+        start, want = 0, np.zeros(out.shape)
+        for count, (keys, values) in zip(row, kept, strict=True):
+            rows = slice(start, start := start + count)
+            keys.extend(float64(k[rows]))
+            values.extend(float64(v[rows]))
+            if count:
+                arguments = float64(q[rows]), np.stack(keys), np.stack(values)
+                sunk = None if sinks is None else float64(sinks)
+                want[rows], _ = reference.attention(*arguments, sinks=sunk, **options)
+        np.testing.assert_allclose(
+            float64(out), want, rtol=TOLERANCE[config.dtype], atol=TOLERANCE[config.dtype]
+        )
+
+
+# Prompts of different lengths, decode for all, decode and a chunk together, nothing for one.
+HISTORY = [(5, 16, 33), (1, 1, 1), (1, 20, 0), (1, 1, 1)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("heads", HEADS)
+def test_heads_and_dtypes(heads, dtype):
+    q_heads, kv_heads = HEADS[heads]
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=kv_heads, head_dim=64, num_pages=9, max_seqs=3, dtype=dtype
+    )
+    check_history(config, q_heads, HISTORY)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_head_dims(head_dim):
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=2, head_dim=head_dim, num_pages=9, max_seqs=3, dtype="float32"
+    )
+    check_history(config, 4, HISTORY)
+
+
+@pytest.mark.parametrize("page_size", [1, 5, 16, 64, 200])
+def test_page_sizes(page_size):
+    config = CacheConfig(
+        num_layers=1,
+        num_kv_heads=2,
+        head_dim=8,
+        num_pages=3 + 90 // page_size,
+        page_size=page_size,
+        max_seqs=3,
+        dtype="float32",
+    )
+    check_history(config, 4, HISTORY)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+def test_options(options, sinks):
+    config = CacheConfig(
+        num_layers=1, num_kv_heads=2, head_dim=16, num_pages=30, page_size=4, max_seqs=3, dtype="float32"
+    )
+    check_history(config, 4, HISTORY, sinks=normal(4) if sinks else None, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_layer_as_a_python_int(layer):
+    config = CacheConfig(num_layers=3, num_kv_heads=2, head_dim=8, num_pages=9, max_seqs=3, dtype="float32")
+    check_history(config, 4, HISTORY, layer=layer)
+
+
+def test_a_prompt_in_chunks_gives_what_it_gives_whole():
+    config = replace(SMALL, num_pages=16, max_pages_per_seq=16)
+    k, v, q = random_step(config, 40, 4, 3)
+    run = compiled()
+    _, whole = run(poisoned_init(config), ints(0), ints(40), 0, k, v, q)
+    cache, parts = poisoned_init(config), []
+    for rows in (slice(0, 16), slice(16, 32), slice(32, 40)):
+        count = ints(rows.stop - rows.start)
+        cache, out = run(cache, ints(0), count, 0, k[rows], v[rows], q[rows])
+        parts.append(out)
+    np.testing.assert_allclose(np.concatenate(parts), whole, rtol=1e-5, atol=1e-6)
+
+
+def test_lse_merges_two_halves_into_the_whole():
+    """What a split or a cascade relies on: attention over parts, weighted by exp(lse), is attention."""
+    config = replace(SMALL, num_layers=3, num_pages=16, max_pages_per_seq=16)
+    k, v, q = random_step(config, 24, 4, 3)
+    cache, batch = jitted.allocate(poisoned_init(config), ints(0), ints(24), total_tokens=24)
+    cache = jitted.append(cache, 0, batch, k, v)
+    ask = jax.jit(lambda cache, batch, q: jitted.attend(cache, 0, batch, q, return_lse=True))
+    last = replace(batch, query_starts=ints(0, 1))
+    whole, lse = ask(cache, last, q[-1:])
+    parts = []
+    for part in (slice(0, 8), slice(8, 24)):
+        half, batch = jitted.allocate(
+            poisoned_init(config), ints(0), ints(part.stop - part.start), total_tokens=24
+        )
+        half = jitted.append(half, 0, batch, jnp.roll(k, -part.start, 0), jnp.roll(v, -part.start, 0))
+        parts.append(ask(half, replace(batch, query_starts=ints(0, 1)), q[-1:]))
+    weights = [np.exp(part_lse - lse)[..., None] for _, part_lse in parts]
+    np.testing.assert_allclose(sum(weights), 1.0, rtol=1e-5)
+    merged = sum(out * weight for (out, _), weight in zip(parts, weights, strict=True))
+    np.testing.assert_allclose(merged, whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [SMALL, PAGE_OF_ONE, ONE_SEQUENCE], ids=["4", "1", "one"])
+def test_rows_of_padding_and_of_refused_sequences_are_zero(config):
+    twin = Twin(config)
+    full = config.max_tokens_per_seq
+    twin.extend([-1, 0, config.max_seqs, 0, 0], [2, 3, 1, 1, -4])
+    twin.extend([-1, 0, -3], [1, full, 4])
+    twin.extend([0], [full - 3])
+    twin.extend([0], [1])
+
+
+def test_query_rows_of_nobody_may_hold_anything():
+    cache, batch = jitted.allocate(poisoned_init(SMALL), ints(0, -1), ints(3, 2), total_tokens=8)
+    k, v, q = random_step(SMALL, 8, 4, 0)
+    cache = jitted.append(cache, 0, batch, k, v)
+    out, lse = jitted.attend(cache, 0, batch, q.at[3:].set(jnp.nan), return_lse=True)
+    assert np.isfinite(out).all()
+    assert not np.asarray(out[3:]).any()
+    assert np.all(np.asarray(lse[3:]) == -np.inf)
+
+
+def test_k_and_v_rows_of_nobody_may_hold_anything():
+    cache, batch = jitted.allocate(poisoned_init(SMALL), ints(0, -1), ints(3, 2), total_tokens=8)
+    k, v, q = random_step(SMALL, 8, 4, 0)
+    clean = jitted.append(cache, 0, batch, k, v)
+    dirty = jitted.append(cache, 0, batch, k.at[3:].set(jnp.nan), v.at[3:].set(jnp.nan))
+    np.testing.assert_array_equal(clean.pool.k, dirty.pool.k)
+    np.testing.assert_array_equal(jitted.attend(clean, 0, batch, q), jitted.attend(dirty, 0, batch, q))
+
+
+def test_a_sequences_output_does_not_depend_on_its_neighbours():
+    config = replace(SMALL, num_pages=16)
+    k, v, q = random_step(config, 12, 4, 0)
+    run = compiled()
+    _, together = run(poisoned_init(config), ints(3, 1, 0), ints(4, 6, 2), 0, k, v, q)
+    rows = slice(4, 10)
+    _, alone = run(poisoned_init(config), ints(1), ints(6), 0, k[rows], v[rows], q[rows])
+    np.testing.assert_allclose(together[rows], alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_queries_wider_than_the_pool_keep_their_dtype(dtype):
+    cache, _ = filled(replace(SMALL, dtype=dtype), (5,))
+    cache, batch = jitted.allocate(cache, ints(0), ints(0))
+    batch = replace(batch, query_starts=ints(0, 1))
+    assert jitted.attend(cache, 0, batch, normal(1, 4, 4)).dtype == jnp.float32
+
+
+def mistakes(cache, batch):
+    attend = inspect.unwrap(jaxkv.attend)
+    q = jnp.zeros((2, 4, 4))
+    return {
+        "head_dim=4": lambda: attend(cache, 0, batch, jnp.zeros((2, 4, 8))),
+        "multiple of 2": lambda: attend(cache, 0, batch, jnp.zeros((2, 3, 4))),
+        "q .*int32": lambda: attend(cache, 0, batch, q.astype(jnp.int32)),
+        "q must be": lambda: attend(cache, 0, batch, q[0]),
+        "layer=2": lambda: attend(cache, 2, batch, q),
+        "window=0": lambda: attend(cache, 0, batch, q, window=0),
+        "window=1.5": lambda: attend(cache, 0, batch, q, window=1.5),
+        "softcap=-1": lambda: attend(cache, 0, batch, q, softcap=-1),
+        "q_heads=4": lambda: attend(cache, 0, batch, q, sinks=jnp.zeros(2)),
+        "backend='cuda'": lambda: attend(cache, 0, batch, q, backend="cuda"),
+    }
+
+
+@pytest.mark.parametrize("message", mistakes(None, None))
+def test_a_wrong_shape_dtype_or_option_is_a_value_error_that_names_it(message, no_shape_checks):
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0, 1), ints(1, 1))
+    with pytest.raises(ValueError, match=message):
+        mistakes(cache, batch)[message]()
+
+
+def test_a_backend_that_cannot_serve_is_refused_by_name():
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    with pytest.raises(NotImplementedError, match="mosaic"):
+        jitted.attend(cache, 0, batch, jnp.zeros((1, 4, 4)), backend="mosaic")
+
+
+class Variants(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_attend(self):
+        cache, batch = jitted.allocate(poisoned_init(SMALL), ints(1, 2), ints(5, 2), total_tokens=8)
+        k, v, q = random_step(SMALL, 8, 4, 0)
+        cache = jitted.append(cache, 1, batch, k, v)
+        out = self.variant(jaxkv.attend)(cache, jnp.int32(1), batch, q)
+        want = np.zeros(out.shape)
+        for rows in (slice(0, 5), slice(5, 7)):
+            want[rows], _ = reference.attention(*(float64(x[rows]) for x in (q, k, v)))
+        chex.assert_trees_all_close(float64(out), want, rtol=1e-5, atol=1e-5)

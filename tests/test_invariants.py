@@ -1,0 +1,140 @@
+"""A corrupted cache is recognised, with the page or slot that is wrong; a refusal becomes an error."""
+
+from dataclasses import replace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import (
+    CacheCorruptedError,
+    InvalidLengthError,
+    InvalidSequenceError,
+    JaxKVError,
+    OutOfPagesError,
+    SequenceTooLongError,
+    SlotOccupiedError,
+    Status,
+)
+from tests import jitted
+from tests.caches import SMALL, filled, ints
+
+
+def sound():
+    """Slots 0 to 2 hold 6, 4 and 1 tokens in pages [0 1], [2], [3]; slot 3 shares the first page of 0."""
+    cache, _ = filled(SMALL, (6, 4, 1))
+    cache, _ = jitted.fork(cache, ints(0), ints(3))
+    return jitted.truncate(cache, ints(3), ints(4))
+
+
+def test_a_sound_cache_passes():
+    jaxkv.check_invariants(sound())
+
+
+CORRUPTIONS = {
+    # what: (field of the table, index, its new value, what the error must say)
+    "a refcount too high": ("refcounts", 2, 2, "page 2.*refcount 2"),
+    "a refcount too low": ("refcounts", 0, 1, "page 0.*refcount 1"),
+    "a negative refcount": ("refcounts", 5, -1, "page 5.*-1"),
+    "a page in two rows, counted once": ("pages", (1, 0), 3, "page [23]"),
+    "a page twice in one row": ("pages", (0, 1), 0, "slot 0.*page 0"),
+    "a page that does not exist": ("pages", (1, 0), 99, "slot 1.*99"),
+    "a negative page": ("pages", (1, 0), -1, "slot 1.*-1"),
+    "a hole in a row": ("pages", (0, 0), 8, "slot 0"),
+    "a page past the end of a row": ("pages", (2, 1), 5, "slot 2.*5"),
+    "a page in an empty past": ("pages", (2, 3), 0, "slot 2"),
+    "a length with more pages than the row has": ("lengths", 2, 5, "slot 2"),
+    "a length with fewer pages than the row has": ("lengths", 0, 4, "slot 0"),
+    "a negative length": ("lengths", 1, -3, "slot 1.*-3"),
+    "a length beyond a full row": ("lengths", 1, 17, "slot 1.*17"),
+    "a position behind its length": ("positions", 0, 5, "slot 0.*5"),
+    "a free page on the stack twice": ("free_pages", 0, 4, "page 4.*2 times|page 7"),
+    "a live page on the stack": ("free_pages", 0, 2, "page [27]"),
+    "an id on the stack that does not exist": ("free_pages", 0, 8, "8"),
+    "a negative id on the stack": ("free_pages", 1, -1, "-1"),
+    "a leaked page": ("num_free", ..., 3, "page 4"),
+    "a stack that is too tall": ("num_free", ..., 5, "page 3"),
+    "a stack taller than the pool": ("num_free", ..., 9, "num_free.*9"),
+    "a stack below zero": ("num_free", ..., -1, "num_free.*-1"),
+}
+
+
+@pytest.mark.parametrize("corruption", CORRUPTIONS)
+def test_a_corrupted_table_is_recognised(corruption):
+    field, index, value, message = CORRUPTIONS[corruption]
+    cache = sound()
+    table = replace(cache.table, **{field: getattr(cache.table, field).at[index].set(value)})
+    with pytest.raises(CacheCorruptedError, match=message):
+        jaxkv.check_invariants(replace(cache, table=table))
+
+
+def test_an_empty_slot_with_a_position_is_recognised():
+    cache = jaxkv.init(SMALL)
+    table = replace(cache.table, positions=cache.table.positions.at[2].set(7))
+    with pytest.raises(CacheCorruptedError, match=r"slot 2.*7"):
+        jaxkv.check_invariants(replace(cache, table=table))
+
+
+def test_a_position_ahead_of_its_length_is_sound():
+    """A policy that drops tokens leaves it so."""
+    cache = sound()
+    table = replace(cache.table, positions=cache.table.positions.at[0].set(1000))
+    jaxkv.check_invariants(replace(cache, table=table))
+
+
+@pytest.mark.parametrize(
+    ("counter", "value"),
+    [("current_pages", 3), ("peak_pages", 3), ("total_allocations", -1), ("pages_moved", -5)],
+)
+def test_a_counter_that_cannot_be_is_recognised(counter, value):
+    cache = sound()
+    stats = replace(cache.stats, **{counter: jnp.int32(value)})
+    with pytest.raises(CacheCorruptedError, match=rf"{counter}.*{value}"):
+        jaxkv.check_invariants(replace(cache, stats=stats))
+
+
+def test_arrays_of_another_config_are_recognised():
+    cache = replace(sound(), config=replace(SMALL, page_size=8))
+    with pytest.raises(CacheCorruptedError, match=r"pool\.k"):
+        jaxkv.check_invariants(cache)
+
+
+# From a status to an error ----------------------------------------------------------------------
+
+ERRORS = {
+    Status.OUT_OF_PAGES: OutOfPagesError,
+    Status.SEQUENCE_TOO_LONG: SequenceTooLongError,
+    Status.INVALID_SEQ: InvalidSequenceError,
+    Status.OCCUPIED: SlotOccupiedError,
+    Status.INVALID_LENGTH: InvalidLengthError,
+}
+
+
+@pytest.mark.parametrize("status", ERRORS)
+def test_every_refusal_has_its_error(status):
+    with pytest.raises(ERRORS[status], match="entry 2") as caught:
+        jaxkv.raise_for_status(ints(Status.OK, Status.PADDING, status, Status.OUT_OF_PAGES))
+    assert isinstance(caught.value, JaxKVError)
+
+
+def test_ok_and_padding_are_no_error():
+    jaxkv.raise_for_status(ints(Status.OK, Status.PADDING))
+    jaxkv.raise_for_status(np.array([], np.int32))
+
+
+def test_a_batch_names_entry_slot_and_what_was_asked():
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(1, 3, -1), ints(2, 17, 1), total_tokens=20)
+    with pytest.raises(SequenceTooLongError, match=r"entry 1.*slot 3.*17"):
+        jaxkv.raise_for_status(batch)
+
+
+def test_a_good_batch_is_no_error():
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(1, -1), ints(1, 1))
+    jaxkv.raise_for_status(batch)
+
+
+def test_a_forks_status_is_taken_too():
+    _, status = jitted.fork(sound(), ints(0, 0), ints(-1, 1))
+    with pytest.raises(SlotOccupiedError, match="entry 1"):
+        jaxkv.raise_for_status(status)
