@@ -1,0 +1,183 @@
+"""The assertions for users' tests pass where they should and say what is wrong where they should not."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxkv
+from jaxkv.testing import assert_caches_equivalent, assert_in_place, assert_invariants
+from tests import jitted
+from tests.caches import SMALL, filled, ints
+
+LAYERS = 4
+CONFIG = jaxkv.CacheConfig(
+    num_layers=LAYERS,
+    num_kv_heads=2,
+    head_dim=64,
+    num_pages=512,
+    max_seqs=8,
+    max_pages_per_seq=64,
+    dtype="float32",
+)
+CACHE = jax.eval_shape(lambda: jaxkv.init(CONFIG))
+SLOTS = jax.ShapeDtypeStruct((8,), jnp.int32)
+
+
+# Same contents ----------------------------------------------------------------------------------
+
+
+def test_a_cache_is_equivalent_to_itself_and_to_its_copy_with_other_pages():
+    cache, _ = filled(SMALL, (6, 5, 1))
+    assert_caches_equivalent(cache, cache)
+    assert_caches_equivalent(cache, filled(replace(SMALL, page_size=3, num_pages=9), (6, 5, 1))[0])
+
+
+def test_sharing_pages_or_not_is_no_difference():
+    shared, _ = jitted.fork(filled(SMALL, (6,))[0], ints(0), ints(2))
+    twice, batch = jitted.allocate(jaxkv.init(SMALL), ints(0, 2), ints(6, 6), total_tokens=12)
+    for layer in range(SMALL.num_layers):
+        k, v, _ = jitted.gather(shared, layer, ints(0, 2))
+        k, v = (dense[:, :6].reshape(12, 2, 4) for dense in (k, v))
+        twice = jitted.append(twice, layer, batch, k, v)
+    assert_caches_equivalent(shared, twice)
+
+
+def test_another_length_is_a_difference():
+    cache, _ = filled(SMALL, (6, 5))
+    with pytest.raises(AssertionError, match=r"lengths\[1\].*5.*4"):
+        assert_caches_equivalent(cache, jitted.truncate(cache, ints(1), ints(4)))
+
+
+def test_another_position_is_a_difference():
+    cache, _ = filled(SMALL, (6, 5))
+    table = replace(cache.table, positions=cache.table.positions + 1)
+    with pytest.raises(AssertionError, match=r"positions\[0\]"):
+        assert_caches_equivalent(cache, replace(cache, table=table))
+
+
+@pytest.mark.parametrize("name", ["k", "v"])
+def test_one_other_number_is_a_difference(name):
+    cache, _ = filled(SMALL, (6, 5))
+    pool = getattr(cache.pool, name)
+    page = cache.table.pages[1, 1]
+    pool = pool.at[1, page, 1, 0, 3].add(2.0**-20)
+    other = replace(cache, pool=replace(cache.pool, **{name: pool}))
+    with pytest.raises(AssertionError, match=f"{name} of slot 1 .*layer 1 at token 4"):
+        assert_caches_equivalent(cache, other)
+
+
+def test_another_shape_is_a_difference():
+    with pytest.raises(AssertionError, match=r"max_seqs.*4.*5"):
+        assert_caches_equivalent(jaxkv.init(SMALL), jaxkv.init(replace(SMALL, max_seqs=5)))
+
+
+def test_a_broken_cache_fails_the_assertion():
+    cache = jaxkv.init(SMALL)
+    assert_invariants(cache)
+    table = replace(cache.table, num_free=cache.table.num_free - 1)
+    with pytest.raises(AssertionError, match="page 0"):
+        assert_invariants(replace(cache, table=table))
+
+
+# In place ---------------------------------------------------------------------------------------
+
+
+def one_layer(cache, layer, batch, q):
+    """As in a model, what a layer writes depends on what the layer before it read."""
+    k, v = q[:, :2], q[:, 2:]
+    cache = jaxkv.append(cache, layer, batch, k, v)
+    return cache, jaxkv.attend(cache, layer, batch, q)
+
+
+def decode(cache, seqs, q):
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    for layer in range(LAYERS):
+        cache, q = one_layer(cache, layer, batch, q)
+    return cache, q
+
+
+def scanned(cache, seqs, q):
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+
+    def step(carry, layer):
+        cache, q = carry
+        return one_layer(cache, layer, batch, q), None
+
+    return jax.lax.scan(step, (cache, q), jnp.arange(LAYERS, dtype=jnp.int32))[0]
+
+
+def generation(cache, seqs, q):
+    def step(_, carry):
+        cache, q = carry
+        cache, q = scanned(cache, seqs, q)
+        return jaxkv.free(cache, jnp.where(jnp.sum(q[:, 0, 0]) > 1e6, seqs, -1)), q
+
+    return jax.lax.fori_loop(0, 10, step, (cache, q))
+
+
+K = jax.ShapeDtypeStruct((8, 2, 64), jnp.float32)
+Q = jax.ShapeDtypeStruct((8, 4, 64), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("operation", "arguments"),
+    [
+        (jaxkv.allocate, (SLOTS, SLOTS)),
+        (jaxkv.fork, (SLOTS, SLOTS)),
+        (jaxkv.free, (SLOTS,)),
+        (jaxkv.truncate, (SLOTS, SLOTS)),
+        (decode, (SLOTS, Q)),
+        (scanned, (SLOTS, Q)),
+        (generation, (SLOTS, Q)),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_donated_operation_keeps_no_copy_of_the_pool(operation, arguments):
+    assert_in_place(operation, CACHE, *arguments)
+
+
+def test_compact_keeps_a_chunk_and_no_pool():
+    config = replace(CONFIG, num_pages=4096)
+    cache = jax.eval_shape(lambda: jaxkv.init(config))
+    assert_in_place(jaxkv.compact, cache, max_temp_bytes=40 * 2**20)
+
+
+def test_a_cache_in_any_argument_may_be_donated():
+    assert_in_place(lambda seqs, cache: jitted.free(cache, seqs), SLOTS, CACHE, donate_argnums=(1,))
+
+
+def test_a_cache_that_is_not_donated_is_not_in_place():
+    with pytest.raises(AssertionError, match="donated"):
+        assert_in_place(jaxkv.free, CACHE, SLOTS, donate_argnums=())
+
+
+def test_a_pool_that_is_kept_beside_its_update_is_a_copy():
+    def keeps_both(cache, seqs, k):
+        after, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+        after = jaxkv.append(after, 0, batch, k, k)
+        return after, jaxkv.gather(cache, 0, seqs)[0].sum()
+
+    def copies(cache):
+        k = cache.pool.k.at[0, 0].set(0.0)
+        return replace(cache, pool=replace(cache.pool, k=k)), jnp.sum(cache.pool.k * k)
+
+    for fn, arguments in ((keeps_both, (SLOTS, K)), (copies, ())):
+        with pytest.raises(AssertionError, match=r"copies a whole pool|temporary memory"):
+            assert_in_place(fn, CACHE, *arguments)
+
+
+def test_a_layer_sliced_out_is_a_copy():
+    def slices(cache, layer):
+        k = jax.lax.dynamic_index_in_dim(cache.pool.k, layer, keepdims=False)
+        order = jnp.argsort(k[:, 0, 0, 0])
+        return cache, jax.lax.sort((k + k[order], k), num_keys=1)[1]
+
+    with pytest.raises(AssertionError, match="temporary memory"):
+        assert_in_place(slices, CACHE, jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def test_without_a_cache_there_is_nothing_to_check():
+    with pytest.raises(ValueError, match="KVCache"):
+        assert_in_place(lambda x: x, jnp.zeros(3))
