@@ -1,9 +1,43 @@
 """Attention of this step's tokens over their sequences."""
 
+from typing import Literal, overload
+
 from jaxtyping import Array, Float, Int
 
 from jaxkv.state import Batch, KVCache
 from pallas_kernels import paged_attention
+
+
+@overload
+def attend(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    q: Float[Array, "tokens q_heads head_dim"],
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Float[Array, " q_heads"] | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Array: ...
+
+
+@overload
+def attend(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    q: Float[Array, "tokens q_heads head_dim"],
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    softcap: float | None = ...,
+    sinks: Float[Array, " q_heads"] | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Array, Array]: ...
 
 
 def attend(

@@ -41,13 +41,18 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("generate", help="write text with a model")
     command.set_defaults(run=_run_generate)
     command.add_argument(
-        "--model", required=True, metavar="PATH_OR_NAME", help="a GGUF file, a Hugging Face folder, or a known name"
+        "--model",
+        required=True,
+        metavar="PATH_OR_NAME",
+        help="a GGUF file, a Hugging Face folder, or a known name",
     )
     command.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="may be repeated")
     command.add_argument("--prompts-file", type=Path, metavar="FILE", help="UTF-8, one prompt a line")
     command.add_argument("--chat", action="store_true", help="put each prompt into the model's chat template")
     command.add_argument("--system", metavar="TEXT", help="system prompt; with --chat")
-    command.add_argument("--num-samples", type=_count, default=1, metavar="N", help="continuations of each prompt")
+    command.add_argument(
+        "--num-samples", type=_count, default=1, metavar="N", help="continuations of each prompt"
+    )
     command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     command.add_argument("--top-k", type=int, metavar="K")
     command.add_argument("--top-p", type=float, metavar="P")

@@ -97,8 +97,10 @@ def _move(k: Array, v: Array, target: Int[Array, " pages"], chunk: int) -> tuple
     number = jnp.arange(num_pages, dtype=jnp.int32)
     moves = (target < num_pages) & (target != number)
     # The page that is due at each target, for the targets whose page must move, lowest first.
-    due = jnp.full(num_pages, num_pages, jnp.int32).at[jnp.where(moves, target, num_pages)].set(
-        number, mode="drop"
+    due = (
+        jnp.full(num_pages, num_pages, jnp.int32)
+        .at[jnp.where(moves, target, num_pages)]
+        .set(number, mode="drop")
     )
     ends = jnp.cumsum(due < num_pages, dtype=jnp.int32)
     queue = jnp.full(num_pages, num_pages, jnp.int32)
@@ -120,7 +122,9 @@ def _move(k: Array, v: Array, target: Int[Array, " pages"], chunk: int) -> tuple
         leaves = (to < num_pages) & ~stays
         nth = jnp.where(vacated, jnp.cumsum(vacated, dtype=jnp.int32) - 1, chunk)
         place_of = jnp.full(chunk, num_pages, jnp.int32).at[nth].set(source, mode="drop")
-        refuge = jnp.where(leaves, rows_of(place_of, jnp.cumsum(leaves, dtype=jnp.int32) - 1, num_pages), num_pages)
+        refuge = jnp.where(
+            leaves, rows_of(place_of, jnp.cumsum(leaves, dtype=jnp.int32) - 1, num_pages), num_pages
+        )
         refuge = jnp.where(displaced < num_pages, refuge, num_pages)
 
         read = jnp.concatenate([source, to])

@@ -72,7 +72,9 @@ def fork(
             refcounts=table.refcounts.at[page].add(1, mode="drop"),
         )
 
-    table = for_each_page(share, table, jnp.cumsum(owned, dtype=jnp.int32), parents.shape[0] * config.max_pages_per_seq)
+    table = for_each_page(
+        share, table, jnp.cumsum(owned, dtype=jnp.int32), parents.shape[0] * config.max_pages_per_seq
+    )
     positions = rows_of(table.positions, parent)
     table = replace(
         table,

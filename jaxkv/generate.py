@@ -4,7 +4,7 @@
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
@@ -19,7 +19,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.fork import fork
 from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
 from jaxkv.pages import allocate, free
-from jaxkv.sampling import Sampling, sample
+from jaxkv.sampling import GREEDY, Sampling, sample
 from jaxkv.state import Batch, KVCache, Status, init
 
 
@@ -163,9 +163,7 @@ def decode(
 
 def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
     running = state.finish == Finish.RUNNING
-    cache, batch = allocate(
-        state.cache, jnp.where(running, state.seqs, -1), jnp.ones_like(state.seqs)
-    )
+    cache, batch = allocate(state.cache, jnp.where(running, state.seqs, -1), jnp.ones_like(state.seqs))
     logits, cache = model(state.next_tokens, cache, batch)
     state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
     return _take(state, logits, running, batch.status, sampling, stop_tokens)
@@ -250,7 +248,9 @@ def start(
 _prefill = jax.jit(prefill, donate_argnames="cache")
 _fork = jax.jit(fork, donate_argnames="cache")
 _start = jax.jit(
-    start, static_argnames=("max_new_tokens", "sampling", "stop_tokens", "keep_logits"), donate_argnames="cache"
+    start,
+    static_argnames=("max_new_tokens", "sampling", "stop_tokens", "keep_logits"),
+    donate_argnames="cache",
 )
 _decode = jax.jit(decode, static_argnames=("sampling", "stop_tokens"), donate_argnames="state")
 
@@ -262,8 +262,8 @@ def generate(
     *,
     max_new_tokens: int = 128,
     num_samples: int = 1,
-    sampling: Sampling = Sampling(),
-    stop_tokens: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    stop_tokens: Iterable[int] = (),
     key: PRNGKeyArray | None = None,
     share_prefix: bool = True,
     prefill_chunk: int = 256,
@@ -303,7 +303,11 @@ def generate(
     prompts = [[int(token) for token in prompt] for prompt in prompts]
     shared = _common_pages(prompts, config.page_size) if share_prefix and len(prompts) > 1 else 0
     _check_fit(config, prompts, num_samples, shared)
-    for name, value in (("max_new_tokens", max_new_tokens), ("prefill_chunk", prefill_chunk), ("block", block)):
+    for name, value in (
+        ("max_new_tokens", max_new_tokens),
+        ("prefill_chunk", prefill_chunk),
+        ("block", block),
+    ):
         if value < 1:
             raise ValueError(f"{name}={value!r} must be positive")
     stop = tuple(sorted({int(token) for token in stop_tokens}))
@@ -373,7 +377,8 @@ def _chunks(prompts: list[list[int]], size: int):
             num_tokens[entry] = len(part)
             done[entry] += len(part)
             tokens += part
-        ends = [n > 0 and at == len(p) for n, at, p in zip(num_tokens, done, prompts, strict=True)]
+        lengths = np.array([len(prompt) for prompt in prompts])
+        ends = (num_tokens > 0) & (np.array(done) == lengths)
         padded = np.zeros(size, np.int32)
         padded[: len(tokens)] = tokens
         yield jnp.asarray(num_tokens), jnp.asarray(padded), ends

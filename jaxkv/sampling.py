@@ -36,9 +36,10 @@ class Sampling:
             raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1")
 
 
-def sample(
-    key: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling
-) -> Int[Array, " seqs"]:
+GREEDY = Sampling()
+
+
+def sample(key: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling) -> Int[Array, " seqs"]:
     """Draws one token a sequence.
 
     Args:

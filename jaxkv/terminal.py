@@ -21,9 +21,9 @@ from pallas_kernels.dispatch import choose_backend
 _STEPS_A_BLOCK = 8
 
 SYSTEM_PROMPT = (
-    "You are a helpful AI assistant who answers questions about geography, science and daily life. Your users "
-    "are curious people who want short, correct and friendly answers. Answer each question in one or two "
-    "complete sentences, in plain English."
+    "You are a helpful AI assistant who answers questions about geography, science and daily life. Your "
+    "users are curious people who want short, correct and friendly answers. Answer each question in one or "
+    "two complete sentences, in plain English."
 )
 QUESTIONS = (
     "What is the capital of France?",
@@ -88,13 +88,13 @@ def run_demo(options: argparse.Namespace) -> int:
         difference = _largest_difference(loaded, ids, result)
     for question, (text,) in zip(QUESTIONS, _texts(tokenizer, result), strict=True):
         print(f"> {question}\n{text}\n")
-    device = jax.devices()[0]
+    device, backend = jax.devices()[0], choose_backend("paged_attention", "auto")
     rows = {
         "model": f"{loaded.name}, cache in {config.dtype}",
         "speed": _speed(result),
         "pages": _pages(config, result),
         "largest |Δlogit| against dense attention": f"{difference:.2e}",
-        "attention backend": f"{choose_backend('paged_attention', 'auto')} on {device.device_kind} ({device.platform})",
+        "attention backend": f"{backend} on {device.device_kind} ({device.platform})",
     }
     width = max(map(len, rows))
     for name, value in rows.items():
@@ -131,7 +131,11 @@ def _load(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
 
 
 def _cache_config(
-    loaded: LoadedModel, ids: list[list[int]], options: argparse.Namespace, num_samples: int, num_pages: int | None
+    loaded: LoadedModel,
+    ids: list[list[int]],
+    options: argparse.Namespace,
+    num_samples: int,
+    num_pages: int | None,
 ) -> CacheConfig:
     """A pool that holds every sequence at its longest, unless the user says how many pages."""
     context, size = loaded.config.max_context, options.page_size
@@ -200,7 +204,7 @@ class _Watch:
 
     def __exit__(self, *exception) -> None:
         self._status.stop()
-        if self._text is not None:
+        if self._text is not None and self._shown:
             print(self._text.flush(), flush=True)
 
     def see(self, state: Decoding) -> None:
@@ -208,7 +212,7 @@ class _Watch:
         counts = np.asarray(state.num_generated)
         if self._text is None:
             running = int(np.sum(np.asarray(state.finish) == Finish.RUNNING))
-            self._status.update(f"decoding: {counts.max()} of {self._most} tokens, {running} sequences running")
+            self._status.update(f"decoding: {counts.max()} of {self._most} tokens, {running} running")
             return
         self._status.stop()
         tokens = np.asarray(state.output)[0, self._shown : counts[0]].tolist()

@@ -43,7 +43,7 @@ def extend(
     return Partial(
         m=m,
         l=seen.l * rescale + jnp.sum(p, axis=-1),
-        o=seen.o * rescale[..., None] + jnp.einsum("hrt,htd->hrd", p, v),
+        o=seen.o * rescale[..., None] + jnp.einsum("hrt,htd->hrd", p, v, precision="highest"),
     )
 
 

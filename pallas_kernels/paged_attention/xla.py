@@ -45,7 +45,8 @@ def paged_attention(
 
     def visit(item, carry):
         seen, (tile, ids, places, row_places) = carry
-        scores = jnp.einsum("hrd,htd->hrt", _at(queries, tile), keys.read(k_pages, layer, ids), precision="highest")
+        k = keys.read(k_pages, layer, ids)
+        scores = jnp.einsum("hrd,htd->hrt", _at(queries, tile), k, precision="highest")
         if softcap is not None:
             scores = softcap * jnp.tanh(scores / softcap)
         visible = (places >= 0) & (places <= row_places[:, None])
@@ -83,7 +84,7 @@ class _Work(NamedTuple):
       places: place of each row in its sequence, -1 for none: it sees nothing.
       rows: `(tile, row)` of each token of `q`.
       seq, num_keys: the sequence, and its length.
-      first_key_tile, count, ends: the key tiles to visit, and their running sum over the tiles.
+      first_key_tile, num_key_tiles, ends: the key tiles to visit, and their running sum over the tiles.
     """
 
     tokens: Int[Array, "tiles query_tile"]
@@ -92,13 +93,13 @@ class _Work(NamedTuple):
     seq: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
     first_key_tile: Int[Array, " tiles"]
-    count: Int[Array, " tiles"]
+    num_key_tiles: Int[Array, " tiles"]
     ends: Int[Array, " tiles"]
 
     def find(self, item) -> tuple[Array, Array]:
         """The query tile and the key tile of an item of the list."""
         tile = jnp.searchsorted(self.ends, item, side="right", method="compare_all").astype(jnp.int32)
-        return tile, self.first_key_tile[tile] + item - (self.ends[tile] - self.count[tile])
+        return tile, self.first_key_tile[tile] + item - (self.ends[tile] - self.num_key_tiles[tile])
 
 
 def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int | None) -> _Work:
@@ -107,7 +108,7 @@ def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int |
     # The first token of a sequence opens a tile, and from there on every `size` tokens do.
     num_tiles = min(tokens, num_seqs) + max(tokens - num_seqs, 0) // size
     num_queries = query_starts[1:] - query_starts[:-1]
-    tile_ends = jnp.cumsum((num_queries + size - 1) // size)
+    tile_ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
     entry, nth = ragged_rows(tile_ends, jnp.arange(num_tiles, dtype=jnp.int32))
     real, seq = entry < num_seqs, jnp.minimum(entry, num_seqs - 1)
 
@@ -130,8 +131,8 @@ def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int |
         seq=seq,
         num_keys=kv_lengths[seq],
         first_key_tile=first_key_tile,
-        count=count,
-        ends=jnp.cumsum(count),
+        num_key_tiles=count,
+        ends=jnp.cumsum(count, dtype=jnp.int32),
     )
 
 

@@ -1,0 +1,110 @@
+"""The commands: what they print, and that a user's mistake is one line and exit code 2."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from jaxkv.cli import main
+
+def fails(capsys, *arguments: str) -> str:
+    """Runs a command that must fail, and returns its one line."""
+    try:
+        code = main(arguments)
+    except SystemExit as exit:
+        code = exit.code
+    out, error = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert "Traceback" not in error
+    lines = [line for line in error.splitlines() if line.strip()]
+    assert len(lines) == 1, error
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "COMMAND"),
+        (["frob"], "frob"),
+        (["generate"], "--model"),
+        (["generate", "--model", "x", "--num-samples", "0"], "'0' is not a positive integer"),
+        (["generate", "--model", "x", "--page-size", "many"], "'many' is not a positive integer"),
+        (["generate", "--model", "x", "--kv-dtype", "int3"], "int3"),
+        (["generate", "--model", "x", "--frob"], "--frob"),
+        (["generate", "--model", "x"], "no prompt"),
+        (["generate", "--model", "x", "--prompt", " "], "prompt 0 is empty"),
+        (["generate", "--model", "x", "--prompt", "a", "--prompt", "\udcff"], "prompt 1 is not UTF-8"),
+        (["generate", "--model", "x", "--prompt", "a", "--system", "b"], "--system needs --chat"),
+        (["generate", "--model", "x", "--prompt", "a", "--temperature", "-1"], "temperature=-1.0"),
+        (["generate", "--model", "x", "--prompt", "a", "--top-p", "nan"], "top_p=nan"),
+        (["generate", "--model", "x", "--prompt", "a", "--top-k", "0"], "top_k=0"),
+        (["generate", "--model", "nowhere", "--prompt", "a"], "nowhere: no such file or folder"),
+        (["generate", "--model", "pyproject.toml", "--prompt", "a"], "pyproject.toml: is not a GGUF file"),
+        (["generate", "--model", "tests", "--prompt", "a"], "config.json"),
+        (["generate", "--model", "x", "--prompts-file", "nowhere.txt"], "nowhere.txt"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_it(capsys, arguments, message):
+    assert message in fails(capsys, *arguments)
+
+
+def test_a_prompts_file_that_is_not_utf8_is_named_with_its_byte(capsys, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(b"good\nbad \xff\n")
+    line = fails(capsys, "generate", "--model", "x", "--prompts-file", str(path))
+    assert "prompts.txt: is not UTF-8 at byte 9" in line
+
+
+def test_a_prompts_file_of_blank_lines_holds_no_prompt(capsys, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n  \n")
+    assert "no prompt" in fails(capsys, "generate", "--model", "x", "--prompts-file", str(path))
+
+
+def test_a_prompt_longer_than_the_cache_is_refused_with_the_numbers(capsys):
+    arguments = ["generate", "--model", "smollm2-135m", "--prompt", "one two three four five six seven"]
+    line = fails(capsys, *arguments, "--num-pages", "1", "--page-size", "4")
+    assert "prompt 0 has 7 tokens; a sequence holds 4" in line
+
+
+def run(*arguments: str, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "jaxkv.cli", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        **options,
+    )
+
+
+def test_the_demo_knows_the_capital_of_france_and_agrees_with_dense_attention():
+    process = run("demo")
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    answers = dict(part.split("\n", 1) for part in out.split("> ")[1:])
+    assert "Paris" in answers["What is the capital of France?"]
+    assert "Jupiter" in answers["What is the largest planet in our solar system?"]
+    figures = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    assert float(figures["largest |Δlogit| against dense attention"]) < 1e-3
+    assert "xla on cpu" in figures["attention backend"]
+    assert "without sharing" in figures["pages"]
+
+
+def test_generate_streams_text_and_ctrl_c_stops_it_cleanly():
+    arguments = ["--prompt", "Once upon a time", "--max-new-tokens", "4000"]
+    process = run("generate", "--model", "smollm2-135m", *arguments)
+    assert process.stdout is not None
+    begun = process.stdout.read(3)
+    assert begun.strip()
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    assert "stopped" in error
+    assert out

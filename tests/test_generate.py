@@ -1,0 +1,223 @@
+"""Generation with a small random model: ends, stops, samples, waiting, and what is refused."""
+
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.generate import Finish, decode, prefill, start
+from jaxkv.models import ModelConfig, dense_logits, random_model
+from jaxkv.sampling import GREEDY, Sampling
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    max_context=128,
+)
+PROMPTS = [[1, 2, 3], list(range(4, 15)), [7], [9, 8, 7, 6, 5]]
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(CONFIG, jax.random.key(3))
+
+
+def cache_config(**changes) -> jaxkv.CacheConfig:
+    sizes = dict(num_pages=64, page_size=4, max_seqs=8, max_pages_per_seq=16, dtype="float32")
+    return CONFIG.cache_config(**{**sizes, **changes})
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """The same by recomputing everything, each token."""
+    forward, tokens = jax.jit(dense_logits), list(prompt)
+    for _ in range(count):
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logits = forward(model, jnp.asarray(padded), jnp.array([len(tokens)]))
+        tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return [greedy(model, prompt, 12) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("prefill_chunk", [256, 8, 1])
+def test_ragged_prompts_give_what_dense_recomputation_gives(model, expected, prefill_chunk):
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, prefill_chunk=prefill_chunk)
+    assert [samples[0] for samples in result.tokens] == expected
+    assert all(reason == [Finish.LENGTH] for reason in result.finish)
+
+
+def test_a_finished_generation_has_given_every_page_back(model):
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=5)
+    jaxkv.check_invariants(result.cache)
+    assert int(result.cache.table.num_free) == 64
+
+
+def test_a_common_beginning_is_prefilled_once_and_changes_nothing(model):
+    shared = list(range(20, 40))
+    prompts = [shared + prompt for prompt in PROMPTS]
+    apart = jaxkv.generate(model, cache_config(), prompts, max_new_tokens=10, share_prefix=False)
+    together = jaxkv.generate(model, cache_config(), prompts, max_new_tokens=10)
+    assert together.tokens == apart.tokens
+    assert together.prefill_tokens == apart.prefill_tokens - 3 * len(shared)
+    assert together.peak_pages == apart.peak_pages - 3 * len(shared) // 4
+    assert together.peak_pages_unshared == apart.peak_pages_unshared == apart.peak_pages
+
+
+def test_identical_prompts_share_all_but_what_logits_need(model):
+    result = jaxkv.generate(model, cache_config(), [PROMPTS[1]] * 3, max_new_tokens=4)
+    assert result.tokens[0] == result.tokens[1] == result.tokens[2]
+
+
+def test_greedy_samples_of_one_prompt_are_equal_and_share_its_pages(model, expected):
+    result = jaxkv.generate(model, cache_config(), PROMPTS[:2], num_samples=3, max_new_tokens=12)
+    assert result.tokens == [[expected[0]] * 3, [expected[1]] * 3]
+    assert result.peak_pages < result.peak_pages_unshared
+
+
+def test_sampling_repeats_with_its_key_and_differs_with_another(model):
+    run = partial(
+        jaxkv.generate,
+        model,
+        cache_config(),
+        PROMPTS[:1],
+        num_samples=4,
+        max_new_tokens=12,
+        sampling=Sampling(temperature=1.0),
+    )
+    first = run(key=jax.random.key(1))
+    assert first.tokens == run(key=jax.random.key(1)).tokens != run(key=jax.random.key(2)).tokens
+    assert len({tuple(sample) for sample in first.tokens[0]}) == 4
+
+
+def test_a_stop_token_ends_one_sequence_and_only_it(model, expected):
+    stop = expected[0][4]
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, stop_tokens=[stop])
+    for samples, (reason,), whole in zip(result.tokens, result.finish, expected, strict=True):
+        stops = stop in whole
+        assert reason == (Finish.STOP if stops else Finish.LENGTH)
+        assert samples[0] == (whole[: whole.index(stop) + 1] if stops else whole)
+
+
+def test_a_full_row_ends_a_sequence(model, expected):
+    config = cache_config(max_pages_per_seq=4)
+    result = jaxkv.generate(model, config, PROMPTS[1:2], max_new_tokens=12)
+    # Places 11..15 take five tokens; the sixth is drawn from the last place and needs none itself.
+    assert result.tokens[0][0] == expected[1][:6]
+    assert result.finish == [[Finish.LENGTH]]
+
+
+def test_a_sequence_without_a_page_waits_for_one_that_stops(model, expected):
+    """Two sequences of up to 15 places in 7 pages of 4: the second waits, takes the pages of the first
+    when that stops, and writes what it would have written alone."""
+    prompts, stop = [PROMPTS[0], PROMPTS[3]], expected[0][8]
+    assert stop not in expected[0][:8] and stop not in expected[3]
+    config = cache_config(num_pages=6, max_pages_per_seq=6)
+    result = jaxkv.generate(model, config, prompts, max_new_tokens=12, stop_tokens=[stop])
+    assert result.tokens == [[expected[0][:9]], [expected[3]]]
+    assert result.finish == [[Finish.STOP], [Finish.LENGTH]]
+    assert result.decode_steps > 11
+    assert int(result.cache.stats.refused_allocations) > 0
+
+
+def test_when_all_wait_the_last_ends_and_makes_room(model, expected):
+    config = cache_config(num_pages=4, max_pages_per_seq=4)
+    result = jaxkv.generate(model, config, [PROMPTS[0], PROMPTS[3]], max_new_tokens=12)
+    assert result.finish == [[Finish.LENGTH], [Finish.OUT_OF_PAGES]]
+    assert result.tokens[0] == [expected[0]]
+    assert result.tokens[1][0] == expected[3][: len(result.tokens[1][0])]
+    jaxkv.check_invariants(result.cache)
+
+
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_blocks_of_tokens_are_shown_as_they_come(model, expected, block):
+    seen = []
+    result = jaxkv.generate(
+        model,
+        cache_config(),
+        PROMPTS,
+        max_new_tokens=12,
+        block=block,
+        on_tokens=lambda state: seen.append(np.asarray(state.num_generated).max()),
+    )
+    assert [samples[0] for samples in result.tokens] == expected
+    assert seen == [1, *range(1 + block, 12, block), 12]
+
+
+def test_kept_logits_are_those_of_dense_attention(model, expected):
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, keep_logits=True)
+    for row, (prompt, tokens) in enumerate(zip(PROMPTS, expected, strict=True)):
+        whole = jnp.array([prompt + tokens])
+        dense = jax.jit(dense_logits)(model, whole, jnp.array([whole.shape[1]]))[0, len(prompt) - 1 : -1]
+        np.testing.assert_allclose(result.logits[row], dense, atol=1e-4)
+
+
+def test_a_hundred_steps_trace_the_model_once(model):
+    traces = []
+
+    @jax.tree_util.register_static
+    class Counting:
+        def __call__(self, tokens, cache, batch, *, rows=None):
+            traces.append(tokens.shape)
+            return model(tokens, cache, batch, rows=rows)
+
+    config = cache_config(max_pages_per_seq=32)
+    jaxkv.generate(Counting(), config, PROMPTS, max_new_tokens=100, block=7, on_tokens=lambda state: None)
+    assert traces == [(32,), (4,)]  # one chunk of prompts, one decode step
+
+
+def test_the_parts_serve_a_caller_s_own_jit_and_compact_between_them(model, expected):
+    """Other sequences come and go; the pages move; the text does not change."""
+    cache = jaxkv.init(cache_config())
+    cache, batch = jaxkv.allocate(cache, jnp.array([7]), jnp.array([30]), total_tokens=30)
+    jaxkv.raise_for_status(batch)
+    seqs = jnp.arange(4)
+    flat = [token for prompt in PROMPTS for token in prompt]
+    lengths = jnp.array([len(prompt) for prompt in PROMPTS])
+    logits, cache, status = jax.jit(prefill, donate_argnames="cache")(
+        model, cache, seqs, lengths, jnp.array(flat)
+    )
+    jaxkv.raise_for_status(status)
+    begin = jax.jit(partial(start, max_new_tokens=12, sampling=GREEDY))
+    state = begin(cache, seqs, logits, jax.random.key(0))
+    run = jax.jit(partial(decode, sampling=GREEDY), donate_argnums=1)
+    state = run(model, state, 5)
+    cache, num_moved = jaxkv.compact(jaxkv.free(state.cache, jnp.array([7])))
+    assert int(num_moved) > 0
+    state = run(model, replace(state, cache=cache), 100)
+    assert state.output.tolist() == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "options", "error", "message"),
+    [
+        ({}, [], {}, ValueError, "no prompts"),
+        ({}, [[1], []], {}, ValueError, "prompt 1 is empty"),
+        ({}, [[1] * 65], {}, jaxkv.SequenceTooLongError, "prompt 0 has 65 tokens; a sequence holds 64"),
+        ({}, [[1]] * 9, {}, ValueError, "9 prompts x 1 samples need 9 slots"),
+        ({}, [[1]] * 3, dict(num_samples=3), ValueError, "3 prompts x 3 samples"),
+        (dict(num_pages=5, max_pages_per_seq=5), [[1] * 12, [2] * 12], {}, jaxkv.OutOfPagesError, "6 pages"),
+        ({}, [[1]], dict(max_new_tokens=0), ValueError, "max_new_tokens=0"),
+        ({}, [[1]], dict(num_samples=0), ValueError, "num_samples=0"),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_its_numbers_before_anything_runs(
+    changes, prompts, options, error, message
+):
+    def untouched(*_, **__):
+        raise AssertionError("the model was called")
+
+    with pytest.raises(error, match=message):
+        jaxkv.generate(untouched, cache_config(**changes), prompts, **options)
