@@ -79,7 +79,7 @@ def gather(
     slot = jnp.where(seqs < 0, config.max_seqs, seqs)
     lengths = rows_of(cache.table.lengths, slot)
     pages = rows_of(cache.table.pages, slot, config.num_pages)
-    real = jnp.arange(config.max_tokens_per_seq) < lengths[:, None]
+    real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32) < lengths[:, None]
 
     def dense(pool):
         tiles = pool.at[layer, pages].get(mode="fill", fill_value=0)
