@@ -20,7 +20,7 @@ SMALL = CacheConfig(
     max_pages_per_seq=4,
     dtype="float32",
 )
-PAGE_OF_ONE = replace(SMALL, page_size=1, max_pages_per_seq=6)
+PAGE_OF_ONE = replace(SMALL, page_size=1, max_pages_per_seq=None)  # rows as wide as the pool
 ONE_SEQUENCE = replace(SMALL, max_seqs=1, num_pages=3, max_pages_per_seq=3)
 
 

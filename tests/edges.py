@@ -1,7 +1,6 @@
 """The corners of the state space: named ways to bring a twin to its limits, for every operation."""
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import pytest
 
@@ -87,7 +86,6 @@ CONFIGS = {
     "pages of 4": SMALL,
     "pages of 1": PAGE_OF_ONE,
     "one sequence": ONE_SEQUENCE,
-    "rows as wide as the pool": replace(SMALL, max_pages_per_seq=8),
 }
 
 

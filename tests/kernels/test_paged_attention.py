@@ -156,7 +156,7 @@ def calls(backend):
     _, *pages, _, _, _ = arguments.arrays
     k, some = pages[0][0, :1, :, 0], jnp.array([0])
     return {
-        "paged_attention": lambda: paged_attention(*arguments.arrays, backend=backend),
+        "paged_attention": lambda: attend(*arguments.arrays, backend=backend),
         "append_kv": lambda: append_kv(*pages, k, k, some, some, backend=backend),
         "copy_pages": lambda: copy_pages(*pages, some, some + 1, backend=backend),
     }
