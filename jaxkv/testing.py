@@ -78,6 +78,10 @@ def assert_in_place(
     them), and a pool larger than this machine costs nothing. Give it a pool that is large beside
     the activations, or say in `max_temp_bytes` what they may take.
 
+    A write to the pool must come after the reads of what it replaces. In a model it does, since a
+    layer's K and V depend on the attention of the layer before; a step whose `append` is independent
+    of an earlier `attend` leaves the compiler free to keep both pools.
+
     Args:
       fn: takes and returns at least one `KVCache`, somewhere in its arguments and results.
       *args: its arguments, arrays or shapes.

@@ -221,15 +221,25 @@ def test_a_batch_says_what_was_asked_and_holds_each_sequences_row():
 
 def test_positions_go_on_where_a_policy_left_them():
     """`positions` may run ahead of `lengths`: new tokens count from the position."""
-    cache, _ = jitted.allocate(jaxkv.init(SMALL), ints(1), ints(3), total_tokens=3)
-    table = replace(cache.table, positions=cache.table.positions.at[1].set(100))
-    cache = replace(cache, table=table)
-    cache, batch = jitted.allocate(cache, ints(1), ints(2), total_tokens=2)
-    assert batch.positions.tolist() == [100, 101]
-    assert batch.offsets.tolist() == [3, 0]
-    cache = jitted.truncate(cache, ints(1), ints(4))
-    assert (int(cache.table.positions[1]), int(cache.table.lengths[1])) == (101, 4)
-    jaxkv.check_invariants(cache)
+    twin = Twin(SMALL)
+    twin.extend([1], [3])
+    twin.advance_position(1, 97)
+    twin.extend([1], [2])
+    assert twin.cache.table.positions[1] == 102
+    twin.fork([1], [0])
+    twin.truncate([1], [4])
+    assert twin.cache.table.positions[:2].tolist() == [102, 101]
+    twin.truncate([1], [0])
+    assert twin.cache.table.positions[1] == 0
+
+
+def test_every_entry_may_need_two_pages_for_two_tokens():
+    """The most that a call can hand out: the copy of a tail with one place left, and the next page."""
+    twin = Twin(replace(SMALL, num_pages=9), entries=4, total_tokens=8)
+    twin.extend([0], [3])
+    twin.fork([0, 0, 0], [1, 2, 3])
+    assert twin.extend([0, 1, 2, 3], [2, 2, 2, 2]) == [OK, OK, OK, OK]
+    assert twin.oracle.num_free == 1
 
 
 def test_peak_counts_copies_before_their_originals_are_given_back():

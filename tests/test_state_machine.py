@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import hypothesis.strategies as st
 from hypothesis import HealthCheck, settings
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, rule
 
 from jaxkv import CacheConfig
 from tests.twin import Twin
@@ -27,6 +27,7 @@ SHAPES = {
     "pages of one token": {
         "config": replace(BASE, page_size=1, num_pages=24, max_pages_per_seq=9, num_kv_heads=1),
         "q_heads": 3,
+        "total_tokens": 12,
     },
     "few entries, long rows, bfloat16": {
         "config": replace(BASE, page_size=3, num_pages=16, max_pages_per_seq=16, dtype="bfloat16"),
@@ -37,10 +38,12 @@ SHAPES = {
     "one sequence, few pages, float16": {
         "config": replace(BASE, max_seqs=1, page_size=2, num_pages=3, max_pages_per_seq=3, dtype="float16"),
         "q_heads": 2,
+        "total_tokens": 8,
     },
     "more slots than pages": {
         "config": replace(BASE, num_layers=1, max_seqs=9, num_pages=5, page_size=8, max_pages_per_seq=2),
         "q_heads": 2,
+        "total_tokens": 20,
     },
 }
 EXAMPLES = int(os.environ.get("JAXKV_EXAMPLES", "300"))
@@ -88,15 +91,33 @@ class Machine(RuleBasedStateMachine):
     def fork(self, data):
         self.twin.fork(*columns(data.draw(self.forks)))
 
-    @precondition(lambda self: any(s.length for s in self.twin.oracle.sequences))
     @rule(data=st.data())
-    def fork_a_live_sequence(self, data):
-        lengths = [s.length for s in self.twin.oracle.sequences]
-        live = [slot for slot, length in enumerate(lengths) if length]
-        empty = [slot for slot, length in enumerate(lengths) if not length]
-        children = data.draw(st.permutations(empty))[: self.twin.entries]
-        parents = [data.draw(st.sampled_from(live)) for _ in children]
-        self.twin.fork(parents, children)
+    def fork_live_into_empty(self, data):
+        """Forks that mostly succeed; a child may be named twice."""
+        live, empty = self.slots_by(lambda length: length > 0), self.slots_by(lambda length: length == 0)
+        if live and empty:
+            pair = st.tuples(st.sampled_from(live), st.sampled_from(empty))
+            self.twin.fork(*columns(data.draw(entries(self.twin, pair))))
+
+    @rule(data=st.data(), tokens=st.integers(1, 2))
+    def write_to_shared_tails(self, data, tokens):
+        """Where the first write copies the page, several owners at once."""
+        owners = self.twin.oracle.owners()
+        shared = [
+            slot
+            for slot, sequence in enumerate(self.twin.oracle.sequences)
+            if sequence.length % self.twin.config.page_size and owners[sequence.pages[-1]] > 1
+        ]
+        if shared:
+            seqs = data.draw(st.permutations(shared))[: self.twin.entries]
+            self.twin.extend(seqs, [tokens] * len(seqs))
+
+    @rule(data=st.data(), tokens=st.integers(1, 5))
+    def drop_by_policy(self, data, tokens):
+        """A policy that dropped tokens leaves a position ahead of its length."""
+        live = self.slots_by(lambda length: length > 0)
+        if live:
+            self.twin.advance_position(data.draw(st.sampled_from(live)), tokens)
 
     @rule(data=st.data())
     def free(self, data):
@@ -116,6 +137,10 @@ class Machine(RuleBasedStateMachine):
     def compact(self):
         self.twin.compact()
         assert self.twin.compact() == 0, "the second time there is nothing to move"
+
+    def slots_by(self, condition):
+        sequences = enumerate(self.twin.oracle.sequences)
+        return [slot for slot, sequence in sequences if condition(sequence.length)]
 
 
 def entries(twin, entry):

@@ -161,6 +161,14 @@ class Twin:
             assert pages == sorted(pages), f"slot {slot} is out of order"
         return int(num_moved)
 
+    def advance_position(self, slot, tokens):
+        """What a policy leaves behind that dropped tokens: a position ahead of its length."""
+        table = self.cache.table
+        table = replace(table, positions=table.positions.at[slot].add(tokens))
+        self.cache = replace(self.cache, table=table)
+        self.oracle.sequences[slot].position += tokens
+        self.check()
+
     def pages(self, slot) -> list[int]:
         """The ids of a sequence's pages, in token order."""
         count = len(self.oracle.sequences[slot].pages)
