@@ -19,6 +19,8 @@ jaxtyping.install_import_hook(
 
 pytest.register_assert_rewrite("tests.twin", "tests.edges")
 
+collect_ignore = ["fixtures"]  # data, and the scripts that wrote it
+
 
 @pytest.fixture
 def no_shape_checks():
