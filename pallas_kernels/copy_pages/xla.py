@@ -6,18 +6,23 @@ import jax.numpy as jnp
 
 def copy_pages(k_pages, v_pages, sources, destinations):
     """See `api.copy_pages`."""
-    num_pages, num_copies = k_pages.shape[1], sources.shape[0]
-    wanted = destinations < num_pages
-    rank = jnp.cumsum(wanted, dtype=jnp.int32)
-    place = jnp.where(wanted, rank - 1, num_copies)
-    sources = jnp.zeros_like(sources).at[place].set(sources, mode="drop")
-    destinations = jnp.zeros_like(destinations).at[place].set(destinations, mode="drop")
+    num_copies = sources.shape[0]
+    number = jnp.arange(num_copies, dtype=jnp.int32)
+    wanted = destinations < k_pages.shape[1]
 
-    def copy(i, pools):
+    def next_after(i):
+        return jnp.min(jnp.where(wanted & (number > i), number, num_copies))
+
+    def copy(state):
+        i, *pools = state
+
         def one(pages):
             page = jax.lax.dynamic_slice_in_dim(pages, sources[i], 1, axis=1)
             return jax.lax.dynamic_update_slice_in_dim(pages, page, destinations[i], axis=1)
 
-        return tuple(one(pages) for pages in pools)
+        return next_after(i), *(one(pages) for pages in pools)
 
-    return jax.lax.fori_loop(0, rank[-1], copy, (k_pages, v_pages))
+    _, k_pages, v_pages = jax.lax.while_loop(
+        lambda state: state[0] < num_copies, copy, (next_after(-1), k_pages, v_pages)
+    )
+    return k_pages, v_pages

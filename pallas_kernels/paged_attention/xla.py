@@ -109,7 +109,7 @@ def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int |
     num_tiles = min(tokens, num_seqs) + max(tokens - num_seqs, 0) // size
     num_queries = query_starts[1:] - query_starts[:-1]
     tile_ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
-    entry, nth = ragged_rows(tile_ends, jnp.arange(num_tiles, dtype=jnp.int32))
+    entry, nth = ragged_rows(tile_ends, num_tiles)
     real, seq = entry < num_seqs, jnp.minimum(entry, num_seqs - 1)
 
     offset = nth[:, None] * size + jnp.arange(size, dtype=jnp.int32)
@@ -121,7 +121,7 @@ def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int |
     first_key_tile = keys.containing(first)
     count = jnp.where(last >= 0, keys.containing(jnp.maximum(last, 0)) - first_key_tile + 1, 0)
 
-    token_seq, token_offset = ragged_rows(query_starts[1:], jnp.arange(tokens, dtype=jnp.int32))
+    token_seq, token_offset = ragged_rows(query_starts[1:], tokens)
     opened = jnp.concatenate([jnp.zeros(1, tile_ends.dtype), tile_ends])[token_seq]
     tile = jnp.where(token_seq < num_seqs, opened + token_offset // size, num_tiles)
     return _Work(
