@@ -1,0 +1,280 @@
+"""Is everything done in place on a GPU? Asked of the compiler, with no GPU at hand.
+
+Each program is compiled for an H100 with its cache donated, at the sizes of an 8-billion-parameter
+model and a 4 GiB pool, on the `xla` backend. Three answers are read off what the compiler returns:
+
+  temporaries   What the program needs beside its arguments and results. The share that the pool is
+                to blame for is found by compiling the same program with a pool as small as the page
+                table allows, everything else the same: the difference, scaled from the difference
+                of the two pools to the whole one. The bar is 2% of the pool.
+  copies        Instructions of the optimized HLO that write a new buffer of at least one layer of K,
+                and that the program with the small pool does not have. The bar is none. (A layer is
+                1.6% of the pool: the first bar alone would let one pass.)
+  aliased       Bytes of the results that reuse donated arguments. The bar is the whole pool.
+
+Programs that are wrong on purpose run first: if the check passes one of them, it checks nothing.
+
+It needs the CUDA plugin of the same version as JAX (`jax-cuda12-plugin` and `jax-cuda12-pjrt`, or
+their successors), and neither a driver nor the CUDA libraries.
+
+    python -m benchmarks.check_aot [--self-test] [--only NAME ...]
+
+Exit status: 0, or 1 where a bar is missed, or 2 where the compiler cannot be reached. The last line
+of output is one JSON document.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache as once
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+
+import jaxkv
+from benchmarks.hlo import new_buffers
+from jaxkv.models import ModelConfig, abstract_model
+
+LLAMA_8B = ModelConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    num_layers=32,
+    num_q_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    intermediate_size=14336,
+    max_context=131072,
+)
+POOL_BYTES = 4 * 2**30
+MAX_SEQS, ROW_PAGES, CHUNK_TOKENS = 64, 128, 512
+BAR = 0.02
+MIB = 2**20
+TARGET = Path(__file__).with_name("h100.textproto")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function of a cache and other arguments, which takes the cache first and returns it first."""
+
+    name: str
+    run: Callable
+    arguments: Callable[[], tuple]
+    donated: bool = True
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the compiler says of one program; sizes in bytes."""
+
+    program: str
+    compile_seconds: float
+    temporary: int
+    of_the_pool: int
+    aliased: int
+    pool: int
+    copies: dict[str, int]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every bar holds."""
+        return self.of_the_pool <= BAR * self.pool and self.aliased >= self.pool and not self.copies
+
+
+def decode(cache, model, seqs, tokens):
+    """One token of each sequence: make room, run the model."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    logits, cache = model(tokens, cache, batch)
+    return cache, logits, batch.status
+
+
+def prefill(cache, model, seqs, num_tokens, tokens):
+    """A chunk of one prompt; logits of its last token only."""
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=tokens.shape[0])
+    logits, cache = model(tokens, cache, batch, rows=batch.query_starts[1:] - 1)
+    return cache, logits, batch.status
+
+
+def layer_sliced_out(cache, seqs, k):
+    """Wrong on purpose: each layer leaves the pool, is written to, and is put back."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    for layer in range(cache.config.num_layers):
+        own = jax.lax.optimization_barrier(cache.pool.k[layer])
+        own = own.at[batch.page_ids, :, batch.offsets].set(k, mode="drop")
+        cache = replace(cache, pool=replace(cache.pool, k=cache.pool.k.at[layer].set(own)))
+    return cache
+
+
+def pool_through_scan(cache, seqs, k):
+    """Wrong on purpose: the pool as inputs and outputs of a scan over layers."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+
+    def write(_, own):
+        return None, own.at[batch.page_ids, :, batch.offsets].set(k, mode="drop")
+
+    _, pages = jax.lax.scan(write, None, cache.pool.k)
+    return replace(cache, pool=replace(cache.pool, k=pages))
+
+
+def programs() -> list[Program]:
+    """What is held to the bars."""
+    seqs, one = _int32(MAX_SEQS), _int32(1)
+    return [
+        Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),
+        Program(
+            "prefill chunk, 512 tokens",
+            prefill,
+            lambda: (_model(), one, one, _int32(CHUNK_TOKENS)),
+        ),
+        Program("allocate, with copy-on-write", jaxkv.allocate, lambda: (seqs, seqs)),
+        Program("fork", jaxkv.fork, lambda: (seqs, seqs)),
+        Program("free", jaxkv.free, lambda: (seqs,)),
+        Program("truncate", jaxkv.truncate, lambda: (seqs, seqs)),
+        Program("compact", jaxkv.compact, lambda: ()),
+    ]
+
+
+def wrong_programs() -> list[Program]:
+    """What the check must not pass."""
+    seqs = _int32(MAX_SEQS)
+    k = jax.ShapeDtypeStruct((MAX_SEQS, LLAMA_8B.num_kv_heads, LLAMA_8B.head_dim), jnp.bfloat16)
+    return [
+        Program("a layer sliced out and put back", layer_sliced_out, lambda: (seqs, k)),
+        Program("the pool through a scan", pool_through_scan, lambda: (seqs, k)),
+        Program("nothing donated", jaxkv.allocate, lambda: (seqs, seqs), donated=False),
+    ]
+
+
+def check(program: Program) -> Verdict:
+    """Compiles a program with the whole pool and with a small one, and compares."""
+    start = time.perf_counter()
+    whole, small = _cache(POOL_BYTES), _cache(0)
+    (memory, hlo), (small_memory, small_hlo) = _compile(program, whole), _compile(program, small)
+    pool, small_pool = _bytes(whole.pool), _bytes(small.pool)
+    more = memory.temp_size_in_bytes - small_memory.temp_size_in_bytes
+    layer_of_k = pool // 2 // whole.config.num_layers
+    copies = Counter(new_buffers(hlo, layer_of_k)) - Counter(new_buffers(small_hlo, layer_of_k))
+    return Verdict(
+        program=program.name,
+        compile_seconds=time.perf_counter() - start,
+        temporary=memory.temp_size_in_bytes,
+        of_the_pool=max(0, more) * pool // (pool - small_pool),
+        aliased=memory.alias_size_in_bytes,
+        pool=pool,
+        copies=dict(copies),
+    )
+
+
+def table(verdicts: list[Verdict], *, wanted: bool) -> str:
+    """The verdicts, a line each; `wanted` is the outcome that is good."""
+    header = f"{'program':34}{'compile s':>10}{'temp MiB':>10}{'of the pool':>13}{'bar MiB':>9}"
+    lines = [f"{header}{'aliased MiB':>13}{'copies':>8}  verdict"]
+    for v in verdicts:
+        word = {True: "ok", False: "MISSED"}[v.ok] if wanted else {True: "PASSED", False: "caught"}[v.ok]
+        lines.append(
+            f"{v.program:34}{v.compile_seconds:10.1f}{v.temporary / MIB:10.2f}{v.of_the_pool / MIB:13.2f}"
+            f"{BAR * v.pool / MIB:9.1f}{v.aliased / MIB:13.1f}{sum(v.copies.values()):8d}  {word}"
+        )
+        lines += [f"    {times} x {copy}" for copy, times in v.copies.items()]
+    return "\n".join(lines)
+
+
+def _int32(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((size,), jnp.int32)
+
+
+@once
+def _model():
+    return abstract_model(LLAMA_8B, jnp.bfloat16)
+
+
+def _cache(pool_bytes: int) -> jaxkv.KVCache:
+    """Shapes of a cache with a pool of about so many bytes, and no smaller than one row."""
+    sizes = LLAMA_8B.cache_config(num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16")
+    pages = max(ROW_PAGES, pool_bytes // sizes.page_bytes)
+    return jax.eval_shape(lambda: jaxkv.init(replace(sizes, num_pages=pages)))
+
+
+def _bytes(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+@once
+def _mesh() -> jax.sharding.Mesh:
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="h100", topology="1x1x1", target_config=TARGET.read_text()
+    )
+    return jax.sharding.Mesh(np.array(topology.devices), ("x",))
+
+
+def _compile(program: Program, cache) -> tuple[Any, str]:
+    """The compiler's account of the program's memory, and its optimized HLO."""
+    on_gpu = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
+    donated = 0 if program.donated else ()
+    with jax.sharding.use_abstract_mesh(_mesh().abstract_mesh):
+        jitted = jax.jit(program.run, donate_argnums=donated, in_shardings=on_gpu, out_shardings=on_gpu)
+        compiled = jitted.lower(cache, *program.arguments()).compile()
+    memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or hlo is None:
+        raise RuntimeError(f"the compiler says nothing of {program.name}")
+    return memory, hlo
+
+
+def _check_all(chosen: list[Program], *, wanted: bool) -> list[Verdict]:
+    verdicts = []
+    for program in chosen:
+        print(f"compiling: {program.name}", file=sys.stderr, flush=True)
+        verdicts.append(check(program))
+    print(table(verdicts, wanted=wanted), flush=True)
+    return verdicts
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the check; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Compiled for an H100: is everything done in place?")
+    parser.add_argument("--self-test", action="store_true", help="only the programs that must be caught")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some programs")
+    options = parser.parse_args(arguments)
+    try:
+        _mesh()
+    except Exception as error:
+        print(
+            f"check_aot: no CUDA compiler ({error}); install jax-cuda12-plugin and jax-cuda12-pjrt "
+            f"{jax.__version__} beside JAX",
+            file=sys.stderr,
+        )
+        return 2
+    print(f"JAX {jax.__version__}, compiled for {_mesh().devices[0].device_kind}\n\nmust be caught")
+    wrong = _check_all(wrong_programs(), wanted=False)
+    held = []
+    if not options.self_test:
+        chosen = [p for p in programs() if not options.only or any(name in p.name for name in options.only)]
+        print(f"\nmust hold: bar {BAR:.0%} of a {POOL_BYTES / 2**30:g} GiB pool")
+        held = _check_all(chosen, wanted=True)
+    passed = all(v.ok for v in held) and not any(v.ok for v in wrong)
+    document = {
+        "benchmark": "check_aot",
+        "jax": jax.__version__,
+        "target": _mesh().devices[0].device_kind,
+        "bar": BAR,
+        "programs": [asdict(v) | {"ok": v.ok} for v in held],
+        "self_test": [asdict(v) | {"caught": not v.ok} for v in wrong],
+        "passed": passed,
+    }
+    print(json.dumps(document))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Reading optimized HLO: which instructions write a new buffer."""
+
+import re
+from collections.abc import Iterator
+from math import prod
+from typing import NamedTuple
+
+_ELEMENT_BYTES = {"pred": 1, "bf16": 2} | {
+    f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
+}
+# These name, group or hand on buffers that others wrote.
+_HAND_ON = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"),
+    *("while", "conditional", "call", "copy-done", "async-update", "async-done"),
+}
+_UPDATES = ("dynamic-update-slice", "scatter")
+_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
+_OPERAND = re.compile(r"%([\w.\-]+)")
+_FUSED = re.compile(r"calls=%?([\w.\-]+)")
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
+
+
+class Instruction(NamedTuple):
+    """One line of HLO. `rest` is what follows the opening parenthesis."""
+
+    is_root: bool
+    name: str
+    shape: str
+    opcode: str
+    rest: str
+
+    @property
+    def operands(self) -> list[str]:
+        """Names of the operands, in order."""
+        return _OPERAND.findall(self.rest.split("), ")[0])
+
+
+Computation = dict[str, Instruction]
+
+
+def new_buffers(hlo: str, at_least: int) -> Iterator[str]:
+    """Instructions that write a new buffer of `at_least` bytes, as `opcode dtype[shape]`.
+
+    An update (`dynamic-update-slice`, `scatter`) of a buffer writes into it: where that is not
+    allowed the compiler has put a `copy` before it. A fusion that returns nothing but updates of its
+    parameters does the same, and so does a custom call that says which outputs are its operands.
+
+    Args:
+      hlo: text of an optimized module.
+      at_least: bytes; smaller buffers are passed over.
+    """
+    computations = _parse(hlo)
+    fused = {name for body in computations.values() for i in body.values() for name in _fused(i)}
+    for name, body in computations.items():
+        if name in fused:
+            continue
+        for instruction in body.values():
+            if instruction.opcode in _HAND_ON or _in_place(instruction, computations):
+                continue
+            for dtype, shape in _ARRAY.findall(instruction.shape):
+                if _size(dtype, shape) >= at_least:
+                    yield f"{instruction.opcode} {dtype}[{shape}]"
+
+
+def _parse(hlo: str) -> dict[str, Computation]:
+    computations: dict[str, Computation] = {}
+    body: Computation = {}
+    for line in hlo.splitlines():
+        if match := _INSTRUCTION.match(line):
+            root, name, shape, opcode, rest = match.groups()
+            body[name] = Instruction(bool(root), name, shape, opcode, rest)
+        elif match := _COMPUTATION.match(line):
+            body = computations[match[1]] = {}
+    return computations
+
+
+def _fused(instruction: Instruction) -> list[str]:
+    return _FUSED.findall(instruction.rest) if instruction.opcode == "fusion" else []
+
+
+def _in_place(instruction: Instruction, computations: dict[str, Computation]) -> bool:
+    if instruction.opcode == "custom-call":
+        return "output_to_operand_aliasing" in instruction.rest
+    if instruction.opcode in _UPDATES:
+        return True
+    return any(_only_updates(computations[name]) for name in _fused(instruction))
+
+
+def _only_updates(body: Computation) -> bool:
+    (root,) = (i for i in body.values() if i.is_root)
+    results = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    return all(_updates_a_parameter(result, body) for result in results)
+
+
+def _updates_a_parameter(instruction: Instruction, body: Computation) -> bool:
+    instruction = _behind_bitcasts(instruction, body)
+    if instruction.opcode not in _UPDATES:
+        return False
+    # A scatter into several arrays names them first; each is a buffer of its own.
+    updated = _behind_bitcasts(body[instruction.operands[0]], body)
+    return updated.opcode == "parameter" or _updates_a_parameter(updated, body)
+
+
+def _behind_bitcasts(instruction: Instruction, body: Computation) -> Instruction:
+    while instruction.opcode == "bitcast":
+        instruction = body[instruction.operands[0]]
+    return instruction
+
+
+def _size(dtype: str, shape: str) -> int:
+    return prod(int(n) for n in shape.split(",") if n) * _ELEMENT_BYTES.get(dtype, 1)
