@@ -29,7 +29,6 @@ def decode(context: int, steps: int) -> Callable[[], float] | None:
         num_attention_heads=9,
         num_key_value_heads=3,
         max_position_embeddings=8192,
-        rope_theta=100000.0,
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config).eval()

@@ -92,7 +92,7 @@ def assert_in_place(
     Raises:
       AssertionError: naming what is copied: an output that does not reuse a donated pool, an
         instruction that copies a pool, or temporary memory the size of a layer.
-      ValueError: if no `KVCache` is among the arguments.
+      ValueError: if no `KVCache` is among the arguments, or the compiler does not tell.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxkv, jaxkv.testing
@@ -110,6 +110,8 @@ def assert_in_place(
         raise ValueError("assert_in_place needs a KVCache among the arguments")
     compiled = jax.jit(fn, donate_argnums=donate_argnums).lower(*args).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
+    if memory is None or hlo is None:
+        raise ValueError(f"the compiler of {jax.default_backend()} does not say how it uses memory")
     sizes = [pool.size * jnp.dtype(pool.dtype).itemsize for pool in pools]
     if memory.alias_size_in_bytes < sum(sizes):
         raise AssertionError(

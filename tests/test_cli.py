@@ -10,6 +10,7 @@ import pytest
 
 from jaxkv.cli import main
 
+
 def fails(capsys, *arguments: str) -> str:
     """Runs a command that must fail, and returns its one line."""
     try:

@@ -1,4 +1,3 @@
-# ruff: noqa: I001  (the order a reader should take)
 """A Llama-family model on the paged cache, and its loaders. Needs the extra `jaxkv[models]`."""
 
 from jaxkv.models.config import ModelConfig as ModelConfig
