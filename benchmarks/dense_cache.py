@@ -26,8 +26,8 @@ class DenseCache:
 def init(config: ModelConfig, num_seqs: int, max_tokens: int) -> DenseCache:
     """An empty cache, float32."""
     shape = (num_seqs, config.num_kv_heads, max_tokens, config.head_dim)
-    buffers = [tuple(jnp.zeros(shape) for _ in range(config.num_layers)) for _ in range(2)]
-    return DenseCache(*buffers, jnp.zeros(num_seqs, jnp.int32))
+    k, v = (tuple(jnp.zeros(shape) for _ in range(config.num_layers)) for _ in range(2))
+    return DenseCache(k, v, jnp.zeros(num_seqs, jnp.int32))
 
 
 def decode_step(

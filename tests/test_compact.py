@@ -2,6 +2,7 @@
 
 import importlib
 from dataclasses import replace
+from functools import partial
 
 import chex
 import jax
@@ -77,30 +78,41 @@ def test_shared_pages_stay_shared():
 
 def test_a_full_pool_in_the_worst_order_is_sorted():
     """No free page to go through: every page trades places."""
-    twin = Twin(replace(SMALL, max_seqs=8, max_pages_per_seq=1), entries=8)
-    for slot in reversed(range(8)):
-        twin.extend([slot], [2])
+    twin = Twin(SMALL)
+    for slot in (3, 2, 1, 0):
+        twin.extend([slot], [8])
     assert twin.compact() == 8
-    assert [twin.pages(slot) for slot in range(8)] == [[slot] for slot in range(8)]
+    assert [twin.pages(slot) for slot in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-@pytest.mark.parametrize("chunk", [1, 3])
-def test_any_arrangement_of_a_pool_larger_than_a_chunk(chunk, monkeypatch):
-    """Many chunks of few pages: what one displaces, a later one must find."""
-    config = replace(PACKED, compaction_threshold=0.1 * chunk)  # compiled anew for each chunk
-    monkeypatch.setattr(
-        importlib.import_module("jaxkv.compact"), "_CHUNK_BYTES", chunk * 2 * config.page_bytes
-    )
-    random = np.random.default_rng(chunk)
-    twin = Twin(config, entries=9)
-    for _ in range(3):
+def test_any_arrangement_in_chunks_of_any_size(monkeypatch):
+    """What one chunk displaces, a later one must find."""
+    module = importlib.import_module("jaxkv.compact")
+    twin, random = Twin(PACKED, entries=9), np.random.default_rng(0)
+    for _ in range(4):
         for _ in range(4):
             slots = random.permutation(9)[:5]
             twin.extend(slots, random.integers(1, 7, size=5))
             twin.truncate(slots[:2], random.integers(0, 9, size=2))
             twin.fork(slots[:2], slots[2:4])
             twin.free(random.permutation(9)[:1])
-        assert twin.compact() > chunk
+        results = []
+        for chunk in (1, 2, 7, 100):
+            monkeypatch.setattr(module, "_CHUNK_BYTES", chunk * 2 * PACKED.page_bytes)
+            cache, num_moved = compact_in_chunks(twin.cache, chunk)
+            assert num_moved > 7
+            jaxkv.check_invariants(cache)
+            assert_caches_equivalent(twin.cache, cache)
+            results.append(jax.device_get(cache.table))
+        for table in results[1:]:
+            chex.assert_trees_all_equal(table, results[0])
+
+
+@partial(jax.jit, static_argnums=1)
+def compact_in_chunks(cache, chunk):
+    """Compiled anew for each size of a chunk."""
+    del chunk
+    return jaxkv.compact(cache)
 
 
 def test_contents_are_the_same_wherever_the_pages_lie():
@@ -134,14 +146,16 @@ def test_a_batch_made_after_compaction_serves():
     ],
 )
 def test_should_compact_by_the_share_of_holes_below_the_highest_live_page(threshold, live, expected):
-    config = replace(SMALL, max_seqs=8, max_pages_per_seq=1, compaction_threshold=threshold)
+    config = replace(SMALL, max_seqs=8, max_pages_per_seq=1)
     slots = jnp.arange(8, dtype=jnp.int32)
     cache, _ = jitted.allocate(jaxkv.init(config), slots, jnp.ones_like(slots))
-    cache = jitted.free(cache, jnp.array([slot if slot not in live else -1 for slot in range(8)]))
-    got = jax.jit(jaxkv.should_compact)(cache)
-    assert (got.dtype, got.shape) == (jnp.bool_, ())
-    assert bool(got) is expected
-    assert not jax.jit(jaxkv.should_compact)(jitted.compact(cache)[0])
+    cache = jitted.free(cache, jnp.array([-1 if slot in live else slot for slot in range(8)]))
+    for cache in (cache, jitted.compact(cache)[0]):
+        asked = replace(cache, config=replace(config, compaction_threshold=threshold))
+        got = jax.jit(jaxkv.should_compact)(asked)
+        assert (got.dtype, got.shape) == (jnp.bool_, ())
+        assert bool(got) is expected
+        expected = False  # once it is compact
 
 
 class Variants(chex.TestCase):
