@@ -150,12 +150,12 @@ def test_should_compact_by_the_share_of_holes_below_the_highest_live_page(thresh
     slots = jnp.arange(8, dtype=jnp.int32)
     cache, _ = jitted.allocate(jaxkv.init(config), slots, jnp.ones_like(slots))
     cache = jitted.free(cache, jnp.array([-1 if slot in live else slot for slot in range(8)]))
-    for cache in (cache, jitted.compact(cache)[0]):
-        asked = replace(cache, config=replace(config, compaction_threshold=threshold))
+    compacted, _ = jitted.compact(cache)
+    for one, answer in ((cache, expected), (compacted, False)):
+        asked = replace(one, config=replace(config, compaction_threshold=threshold))
         got = jax.jit(jaxkv.should_compact)(asked)
         assert (got.dtype, got.shape) == (jnp.bool_, ())
-        assert bool(got) is expected
-        expected = False  # once it is compact
+        assert bool(got) is answer
 
 
 class Variants(chex.TestCase):
