@@ -12,7 +12,7 @@ from jaxkv.state import AllocationStats as AllocationStats
 from jaxkv.state import Batch as Batch
 from jaxkv.state import Status as Status
 from jaxkv.state import init as init
-from jaxkv.pages import allocate as allocate
+from jaxkv.allocate import allocate as allocate
 from jaxkv.pages import free as free
 from jaxkv.pages import truncate as truncate
 from jaxkv.fork import fork as fork
@@ -24,7 +24,7 @@ from jaxkv.attention import attend as attend
 from jaxkv.compact import compact as compact
 from jaxkv.compact import should_compact as should_compact
 from jaxkv.sampling import Sampling as Sampling
-from jaxkv.generate import Finish as Finish
+from jaxkv.decode import Finish as Finish
 from jaxkv.generate import Generation as Generation
 from jaxkv.generate import generate as generate
 from jaxkv.invariants import check_invariants as check_invariants

@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxkv.pages import check_vectors, for_each_page, is_first, rows_of
+from jaxkv.pages import check_vectors, for_each_page, is_first, pages_for, rows_of
 from jaxkv.state import KVCache, PageTable, Status
 
 
@@ -61,7 +61,7 @@ def fork(
     taken = (status == Status.OK) & ~is_first(jnp.where(status == Status.OK, child, max_seqs), max_seqs)
     status = jnp.where(taken, Status.OCCUPIED, status)
     child = jnp.where(status == Status.OK, child, max_seqs)
-    owned = jnp.where(status == Status.OK, (lengths + config.page_size - 1) // config.page_size, 0)
+    owned = jnp.where(status == Status.OK, pages_for(lengths, config.page_size), 0)
 
     def share(table: PageTable, entry, place) -> PageTable:
         page = table.pages.at[rows_of(parent, entry, max_seqs), place].get(mode="fill", fill_value=num_pages)

@@ -1,4 +1,4 @@
-"""Who owns which page: allocate, free, truncate. No K or V in sight, but for copy-on-write.
+"""Who owns which page: free, truncate, and how pages come off the stack and go back. No K or V in sight.
 
 The cost of each function follows the batch and its pages, never the size of the pool: pages come
 off a stack by rank (a running sum over the batch), and go back to it the same way. An index that
@@ -11,136 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.state import AllocationStats, Batch, KVCache, PageTable, Status
-from pallas_kernels.copy_pages import copy_pages
+from jaxkv.state import AllocationStats, KVCache, PageTable
 from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
 _CHUNK = 1024
-
-
-def allocate(
-    cache: KVCache,
-    seqs: Int[Array, " seqs"],
-    num_tokens: Int[Array, " seqs"],
-    *,
-    total_tokens: int | None = None,
-) -> tuple[KVCache, Batch]:
-    """Makes room for `num_tokens[i]` more tokens of `seqs[i]` and counts them in.
-
-        page_size 4, sequence A has 6 tokens, B is its fork, A wants 3 more:
-
-        before   A [a b c d][e f . .]                      B shares both pages
-        after    A [a b c d][e f 6 7][8 . . .]             B [a b c d][e f . .]
-                            copied   fresh
-
-    All or nothing for each sequence, earlier entries first: from the first entry that finds too few
-    free pages, every later entry that needs a page is refused too. A refused sequence is exactly as
-    it was. The first write to a part-full tail page that others share goes to a copy.
-
-    Args:
-      cache: the cache.
-      seqs: slots; a negative one is padding. A slot may be named once a call.
-      num_tokens: tokens to make room for, one number an entry.
-      total_tokens: static length of the token axis. Default: `len(seqs)`, plain decode.
-
-    Returns:
-      The cache and the `Batch` that `append` and `attend` take. `batch.status` says what became of
-      each entry.
-
-    Raises:
-      ValueError: for a wrong shape, dtype or `total_tokens`, at trace time.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxkv
-      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2, page_size=4)
-      >>> cache, batch = jaxkv.allocate(
-      ...     jaxkv.init(config), jnp.array([0, 1]), jnp.array([5, 1]), total_tokens=6)
-      >>> [jaxkv.Status(int(status)).name for status in batch.status]
-      ['OK', 'OUT_OF_PAGES']
-    """
-    seqs, num_tokens = check_vectors(seqs=seqs, num_tokens=num_tokens)
-    total = _check_total(total_tokens, seqs.shape[0])
-    given, seqs, num_tokens = (seqs, num_tokens), *_at_least_two(seqs, num_tokens)
-    config, table = cache.config, cache.table
-    max_seqs, page_size, num_pages = config.max_seqs, config.page_size, config.num_pages
-
-    ends = jnp.cumsum(jnp.clip(num_tokens, 0, total + 1), dtype=jnp.int32)
-    slot = jnp.where(seqs < 0, max_seqs, seqs)
-    length = rows_of(table.lengths, slot)
-    status = jnp.select(
-        [
-            seqs < 0,
-            ~is_first(slot, max_seqs),
-            (num_tokens < 0) | (ends > total) & (num_tokens > 0),
-            num_tokens > config.max_tokens_per_seq - length,
-        ],
-        [Status.PADDING, Status.INVALID_SEQ, Status.INVALID_LENGTH, Status.SEQUENCE_TOO_LONG],
-        Status.OK,
-    ).astype(jnp.int32)
-
-    wants = (status == Status.OK) & (num_tokens > 0)
-    owned = _pages_for(length, page_size)
-    tail = table.pages.at[slot, length // page_size].get(mode="fill", fill_value=num_pages)
-    copies = wants & (length % page_size > 0) & (rows_of(table.refcounts, tail) > 1)
-    first_new = owned - copies.astype(jnp.int32)
-    need = jnp.where(wants, _pages_for(length + num_tokens, page_size) - first_new, 0)
-    last = jnp.cumsum(need, dtype=jnp.int32)
-    refused = (need > 0) & (last > table.num_free)
-    status = jnp.where(refused, Status.OUT_OF_PAGES, status)
-    granted, copies = wants & ~refused, copies & ~refused
-    added = jnp.where(granted, num_tokens, 0)
-
-    # The n-th page an entry needs is page `last - need + n` from the top of the stack.
-    top = table.num_free - 1
-    entry, offset = ragged_rows(ends, total)
-    real = rows_of(granted, entry, False)
-    place = rows_of(length, entry) + offset
-    column = place // page_size
-    is_new = column >= rows_of(first_new, entry)
-    taken = rows_of(table.free_pages, top - rows_of(last - need - first_new, entry) - column)
-    page_ids = jnp.where(real, jnp.where(is_new, taken, rows_of(tail, entry)), num_pages)
-    # A new page is entered in the table by the first token on it.
-    opens = real & is_new & ((place % page_size == 0) | (offset == 0))
-    row = jnp.where(opens, rows_of(slot, entry), max_seqs)
-    position = rows_of(rows_of(table.positions, slot), entry) + offset
-    copied_to = jnp.where(copies, rows_of(table.free_pages, top - last + need), num_pages)
-    num_taken = jnp.sum(jnp.where(granted, need, 0), dtype=jnp.int32)
-    table = replace(
-        table,
-        pages=table.pages.at[row, column].set(page_ids, mode="drop"),
-        lengths=table.lengths.at[slot].add(added, mode="drop"),
-        positions=table.positions.at[slot].add(added, mode="drop"),
-        refcounts=table.refcounts.at[jnp.where(opens, page_ids, num_pages)].set(1, mode="drop"),
-        num_free=table.num_free - num_taken,
-    )
-    num_free_at_peak = table.num_free
-    # What is pushed depends on what was taken: that orders the two, and spares a copy of the stack.
-    table = release_pages(table, jnp.where(copied_to < num_pages, tail, num_pages))
-    k, v = copy_pages(cache.pool.k, cache.pool.v, tail, copied_to)
-    stats = _count(
-        cache.stats,
-        num_taken=num_taken,
-        num_released=table.num_free - num_free_at_peak,
-        copy_on_write_copies=jnp.sum(copies, dtype=jnp.int32),
-        refused_allocations=jnp.sum((status != Status.OK) & (status != Status.PADDING), dtype=jnp.int32),
-    )
-    cache = replace(cache, pool=replace(cache.pool, k=k, v=v), table=table, stats=stats)
-    asked_seqs, asked_tokens = given
-    entries = asked_seqs.shape[0]
-    # A refused entry sees nothing, so its row is never read; filling it would cost a pass over all rows.
-    rows = jnp.minimum(slot[:entries], max_seqs - 1)
-    return cache, Batch(
-        seqs=asked_seqs,
-        num_tokens=asked_tokens,
-        status=status[:entries],
-        query_starts=jnp.minimum(jnp.concatenate([jnp.zeros(1, jnp.int32), ends[:entries]]), total),
-        kv_lengths=jnp.where(status == Status.OK, length + added, 0)[:entries],
-        positions=jnp.where(real, position, 0),
-        page_ids=page_ids,
-        offsets=jnp.where(real, place % page_size, 0),
-        page_table=table.pages.at[rows].get(mode="promise_in_bounds"),
-    )
 
 
 def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
@@ -196,8 +71,8 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
     new = rows_of(new_lengths, slot)
     once = is_first(slot, config.max_seqs)
     cut = jnp.where(once, old - new, 0)
-    kept = _pages_for(new, config.page_size)
-    ends = jnp.cumsum(jnp.where(once, _pages_for(old, config.page_size) - kept, 0), dtype=jnp.int32)
+    kept = pages_for(new, config.page_size)
+    ends = jnp.cumsum(jnp.where(once, pages_for(old, config.page_size) - kept, 0), dtype=jnp.int32)
 
     def give_back(table: PageTable, entry, place):
         row, column = rows_of(slot, entry, config.max_seqs), rows_of(kept, entry) + place
@@ -212,7 +87,7 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
     positions = table.positions.at[slot].add(-cut, mode="drop")
     emptied = jnp.where(new == 0, slot, config.max_seqs)
     table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
-    stats = _count(cache.stats, num_released=table.num_free - num_free)
+    stats = count(cache.stats, num_released=table.num_free - num_free)
     return replace(cache, table=table, stats=stats)
 
 
@@ -258,7 +133,7 @@ def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: in
     )
 
 
-def rows_of(values: Array, index: Int[Array, "..."], fill: int = 0) -> Array:
+def rows_of(values: Array, index: Int[Array, "..."] | tuple[Array, ...], fill: int = 0) -> Array:
     """`values[index]`, `fill` where the index is past the end."""
     return values.at[index].get(mode="fill", fill_value=fill)
 
@@ -285,30 +160,11 @@ def check_vectors(**vectors: Array) -> list[Array]:
     return [array.astype(jnp.int32) for array in arrays.values()]
 
 
-def _check_total(total_tokens: int | None, num_entries: int) -> int:
-    total = num_entries if total_tokens is None else total_tokens
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
-        raise ValueError(f"total_tokens={total_tokens!r} must be a positive Python integer (it is static)")
-    if num_entries * (total + 1) >= 2**30:
-        raise ValueError(f"{num_entries} entries x {total} total_tokens overflow int32; split the call")
-    return total
-
-
-def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:
-    """A padding entry beside a lone one.
-
-    XLA turns a scatter of one row into a slice update, moves reads of the table past it, and then must
-    copy the table. Scatters of two rows stay scatters, in place.
-    """
-    missing = max(0, 2 - seqs.shape[0])
-    return jnp.pad(seqs, (0, missing), constant_values=-1), jnp.pad(num_tokens, (0, missing))
-
-
-def _pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
+def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
     return (num_tokens + page_size - 1) // page_size
 
 
-def _count(
+def count(
     stats: AllocationStats, *, num_taken: Array | int = 0, num_released: Array | int = 0, **others: Array
 ) -> AllocationStats:
     """Adds to the counters; the peak is reached before pages are given back."""

@@ -12,7 +12,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from jaxkv.cli import KV_DTYPES
 from jaxkv.config import CacheConfig
-from jaxkv.generate import Decoding, Finish, Generation, generate
+from jaxkv.decode import Decoding, Finish
+from jaxkv.generate import Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
 from jaxkv.sampling import Sampling

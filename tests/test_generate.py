@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv.generate import Finish, decode, prefill, start
+from jaxkv.decode import Finish, decode, prefill, start
 from jaxkv.models import ModelConfig, dense_logits, random_model
 from jaxkv.sampling import GREEDY, Sampling
 

@@ -10,7 +10,7 @@ import pytest
 
 import jaxkv
 from benchmarks import dense_cache
-from jaxkv.generate import decode, prefill, start
+from jaxkv.decode import decode, prefill, start
 from jaxkv.models import load
 from jaxkv.sampling import GREEDY
 

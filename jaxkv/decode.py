@@ -1,0 +1,204 @@
+"""The parts of text generation, pure functions for a caller's own `jit`: prefill, start, decode."""
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from functools import partial
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxkv.allocate import allocate
+from jaxkv.pages import free
+from jaxkv.sampling import Sampling, sample
+from jaxkv.state import Batch, KVCache, Status
+
+
+class CausalLM(Protocol):
+    """A model that threads the cache, and is a pytree (an NNX or Equinox module, say)."""
+
+    def __call__(
+        self, tokens: Int[Array, " tokens"], cache: KVCache, batch: Batch, *, rows: Array | None = None
+    ) -> tuple[Float[Array, "rows vocab"], KVCache]:
+        """Logits of the tokens at `rows` (all when None), and the cache."""
+        ...
+
+
+class Finish(IntEnum):
+    """Why a sequence ended."""
+
+    RUNNING = 0
+    STOP = 1
+    LENGTH = 2
+    OUT_OF_PAGES = 3
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """The state of a decode loop.
+
+    Attributes:
+      cache: the cache.
+      seqs: slot of each sequence.
+      next_tokens: the newest token of each, not yet in the cache.
+      output: tokens generated so far.
+      num_generated: how many of them.
+      finish: a `Finish` for each.
+      key: for sampling.
+      step: steps taken.
+      peak_unshared: most pages that the sequences would have held at once without sharing.
+      logits: those each output token was drawn from, where they are wanted; else None.
+    """
+
+    cache: KVCache
+    seqs: Int[Array, " seqs"]
+    next_tokens: Int[Array, " seqs"]
+    output: Int[Array, "seqs max_new_tokens"]
+    num_generated: Int[Array, " seqs"]
+    finish: Int[Array, " seqs"]
+    key: PRNGKeyArray
+    step: Int[Array, ""]
+    peak_unshared: Int[Array, ""]
+    logits: Float[Array, "seqs max_new_tokens vocab"] | None = None
+
+
+def prefill(
+    model: CausalLM,
+    cache: KVCache,
+    seqs: Int[Array, " seqs"],
+    num_tokens: Int[Array, " seqs"],
+    tokens: Int[Array, " tokens"],
+) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"]]:
+    """Runs one ragged chunk of prompts through the model.
+
+    Args:
+      model: the model.
+      cache: the cache.
+      seqs: slots; a negative one is padding.
+      num_tokens: tokens of each in this chunk.
+      tokens: their ids, one sequence after the other, padded at the end.
+
+    Returns:
+      The logits after each sequence's last token of the chunk, the cache, and the statuses of
+      `allocate`.
+    """
+    cache, batch = allocate(cache, seqs, num_tokens, total_tokens=tokens.shape[0])
+    rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
+    logits, cache = model(tokens, cache, batch, rows=rows)
+    return logits, cache, batch.status
+
+
+def decode(
+    model: CausalLM,
+    state: Decoding,
+    until: Int[Array, ""] | int,
+    *,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...] = (),
+) -> Decoding:
+    """Decodes until every sequence has finished or `until` steps are taken: one `lax.while_loop`.
+
+    A sequence that finishes gives its pages back at once. One that finds no free page waits for
+    that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room.
+
+    Args:
+      model: the model.
+      state: where the loop stands.
+      until: total steps after which to return; may be traced, so blocks share one program.
+      sampling: how tokens are chosen.
+      stop_tokens: ids that end a sequence.
+
+    Returns:
+      The state after the last step.
+    """
+
+    def unfinished(state: Decoding):
+        return (state.step < until) & jnp.any(state.finish == Finish.RUNNING)
+
+    step = partial(_decode_step, model, sampling=sampling, stop_tokens=stop_tokens)
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
+    running = state.finish == Finish.RUNNING
+    cache, batch = allocate(state.cache, jnp.where(running, state.seqs, -1), jnp.ones_like(state.seqs))
+    logits, cache = model(state.next_tokens, cache, batch)
+    state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
+    return _take(state, logits, running, batch.status, sampling, stop_tokens)
+
+
+def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:
+    """Draws a token for each sequence that ran, notes it, and lets the finished ones go."""
+    ran = running & (status == Status.OK)
+    tokens = sample(jax.random.fold_in(state.key, state.step), logits, sampling)
+    entry = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    room = state.output.shape[1]
+    column = jnp.where(ran, state.num_generated, room)
+    num_generated = state.num_generated + ran.astype(jnp.int32)
+
+    stopped = ran & jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
+    full = (num_generated == room) | (status == Status.SEQUENCE_TOO_LONG)
+    waiting = running & (status == Status.OUT_OF_PAGES)
+    stuck = waiting & (entry == jnp.max(jnp.where(waiting, entry, -1))) & ~jnp.any(ran)
+    finish = jnp.select(
+        [stopped, running & full, stuck], [Finish.STOP, Finish.LENGTH, Finish.OUT_OF_PAGES], state.finish
+    ).astype(jnp.int32)
+    ended = running & (finish != Finish.RUNNING)
+    return replace(
+        state,
+        cache=free(state.cache, jnp.where(ended, state.seqs, -1)),
+        next_tokens=jnp.where(ran, tokens, state.next_tokens),
+        output=state.output.at[entry, column].set(tokens, mode="drop"),
+        num_generated=num_generated,
+        finish=finish,
+        logits=None if state.logits is None else state.logits.at[entry, column].set(logits, mode="drop"),
+    )
+
+
+def _peak_unshared(state: Decoding, cache: KVCache) -> Int[Array, ""]:
+    lengths, page_size = cache.table.lengths, cache.config.page_size
+    held = jnp.sum((lengths + page_size - 1) // page_size, dtype=jnp.int32)
+    return jnp.maximum(state.peak_unshared, held)
+
+
+def start(
+    cache: KVCache,
+    seqs: Int[Array, " seqs"],
+    logits: Float[Array, "seqs vocab"],
+    key: PRNGKeyArray,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_tokens: tuple[int, ...] = (),
+    keep_logits: bool = False,
+) -> Decoding:
+    """The state of a decode loop after prefill, with each sequence's first token drawn.
+
+    Args:
+      cache: the cache, prompts in it.
+      seqs: slots.
+      logits: after each prompt's last token.
+      key: for sampling.
+      max_new_tokens: hard cap, for every sequence.
+      sampling: how tokens are chosen.
+      stop_tokens: ids that end a sequence.
+      keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
+    """
+    num_seqs, vocab = logits.shape
+    zeros = jnp.zeros(num_seqs, jnp.int32)
+    state = Decoding(
+        cache=cache,
+        seqs=seqs,
+        next_tokens=zeros,
+        output=jnp.zeros((num_seqs, max_new_tokens), jnp.int32),
+        num_generated=zeros,
+        finish=zeros,
+        key=key,
+        step=jnp.zeros((), jnp.int32),
+        peak_unshared=jnp.zeros((), jnp.int32),
+        logits=jnp.zeros((num_seqs, max_new_tokens, vocab)) if keep_logits else None,
+    )
+    state = replace(state, peak_unshared=_peak_unshared(state, cache))
+    return _take(state, logits, jnp.ones(num_seqs, bool), zeros, sampling, stop_tokens)
