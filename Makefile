@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --durations=8
 
 test-long: $(VENV)/.installed
-	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 -q tests/test_state_machine.py
+	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --dist=load -q tests/test_state_machine.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

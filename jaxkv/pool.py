@@ -24,6 +24,10 @@ def append(
 
         [a b c d][e f . .]      ->      [a b c d][e f 6 7][8 . . .]
 
+    In place where the caller's `jit` donates the cache and the next layer's K and V depend on this
+    layer's `attend`, as in any model. Were they independent, a compiler might order that append before
+    this attend, and would have to keep the old pool for it.
+
     Args:
       cache: the cache that `allocate` returned with `batch`.
       layer: Python int or traced int32.
