@@ -4,6 +4,7 @@ from typing import Literal, overload
 
 from jaxtyping import Array, Float, Int
 
+from jaxkv.pool import check_batch
 from jaxkv.state import Batch, KVCache
 from pallas_kernels import paged_attention
 
@@ -55,6 +56,8 @@ def attend(
 ) -> Array | tuple[Array, Array]:
     """Causal attention of each token over its own sequence, up to and with itself.
 
+    For inference: the loop over the pages has no reverse-mode derivative.
+
     Args:
       cache: the cache after this layer's `append`.
       layer: Python int or traced int32.
@@ -83,6 +86,9 @@ def attend(
       >>> float(jaxkv.attend(cache, 0, batch, jnp.ones((1, 2, 8)))[0, 1, 0])
       3.0
     """
+    check_batch(cache, batch)
+    if len(q) != batch.positions.shape[0]:
+        raise ValueError(f"q has {len(q)} tokens, the batch {batch.positions.shape[0]}")
     return paged_attention(
         q,
         cache.pool.k,

@@ -9,6 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+
 from jaxkv.invariants import JaxKVError
 
 KV_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
@@ -24,6 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except ModuleNotFoundError as error:
         print(f"jaxkv: error: {error.name} is missing; pip install 'jaxkv[models]'", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        print(f"jaxkv: error: the device refused: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\njaxkv: stopped", file=sys.stderr)
@@ -56,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default) is greedy")
     command.add_argument("--top-k", type=int, metavar="K")
     command.add_argument("--top-p", type=float, metavar="P")
-    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N")
     command.add_argument("--num-pages", type=_count, metavar="N", help="pages in the pool (default: enough)")
     _add_common(command)
 
@@ -78,9 +84,15 @@ def _count(text: str) -> int:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    if not 1 <= value < 2**30:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer below {2**30}")
     return value
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to {2**32 - 1}")
+    return int(text)
 
 
 def _run_generate(options: argparse.Namespace) -> int:
@@ -102,9 +114,13 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
             lines = options.prompts_file.read_bytes().decode("utf-8").splitlines()
         except UnicodeDecodeError as error:
             raise ValueError(f"{options.prompts_file}: is not UTF-8 at byte {error.start}") from None
+        except ValueError as error:
+            raise ValueError(f"--prompts-file {str(options.prompts_file)!r}: {error}") from None
         prompts += [line for line in lines if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with at least one line")
+    if not options.model:
+        raise ValueError("--model is empty")
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {number} is empty")

@@ -132,8 +132,8 @@ def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tup
 def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:
     """Draws a token for each sequence that ran, notes it, and lets the finished ones go."""
     ran = running & (status == Status.OK)
-    tokens = sample(jax.random.fold_in(state.key, state.step), logits, sampling)
-    entry = jnp.arange(tokens.shape[0], dtype=jnp.int32)
+    entry = jnp.arange(state.seqs.shape[0], dtype=jnp.int32)
+    tokens = jax.vmap(lambda key, row: sample(key, row[None], sampling)[0])(_draw_keys(state, entry), logits)
     room = state.output.shape[1]
     column = jnp.where(ran, state.num_generated, room)
     num_generated = state.num_generated + ran.astype(jnp.int32)
@@ -155,6 +155,12 @@ def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampli
         finish=finish,
         logits=None if state.logits is None else state.logits.at[entry, column].set(logits, mode="drop"),
     )
+
+
+def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
+    """A key for each sequence and place in its text, so that waiting for a page changes no draw."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return jax.vmap(jax.random.fold_in)(fold(state.key, entry), state.num_generated)
 
 
 def _peak_unshared(state: Decoding, cache: KVCache) -> Int[Array, ""]:

@@ -1,5 +1,6 @@
 """Text generation on the paged cache: it drives the parts of `decode.py` for a batch of prompts."""
 
+import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -106,7 +107,12 @@ def generate(
       ValueError: for empty prompts, too many sequences or bad options, with the numbers.
       SequenceTooLongError, OutOfPagesError: for prompts that do not fit, before anything is computed.
     """
-    prompts = [[int(token) for token in prompt] for prompt in prompts]
+    if not isinstance(config, CacheConfig) or not isinstance(sampling, Sampling):
+        raise ValueError(f"config={config!r} must be a CacheConfig, sampling={sampling!r} a Sampling")
+    try:
+        prompts = [_token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+    except TypeError:
+        raise ValueError("prompts must be a sequence of sequences of token ids") from None
     shared = _common_pages(prompts, config.page_size) if share_prefix and len(prompts) > 1 else 0
     _check_fit(config, prompts, num_samples, shared)
     for name, value in (
@@ -114,9 +120,9 @@ def generate(
         ("prefill_chunk", prefill_chunk),
         ("block", block),
     ):
-        if value < 1:
-            raise ValueError(f"{name}={value!r} must be positive")
-    stop = tuple(sorted({int(token) for token in stop_tokens}))
+        if type(value) is not int or not 1 <= value < 2**30:
+            raise ValueError(f"{name}={value!r} must be a positive integer below {2**30}")
+    stop = tuple(sorted(set(_token_ids(stop_tokens, "stop_tokens"))))
 
     cache = init(config)
     first_slots = np.arange(len(prompts), dtype=np.int32) * num_samples
@@ -143,6 +149,18 @@ def generate(
         partial(_decode, model, sampling=sampling, stop_tokens=stop), state, block, warm_up, on_tokens
     )
     return _result(state, num_samples, prefill_tokens, prefill_seconds, decode_seconds)
+
+
+def _token_ids(tokens: Iterable[int], name: str) -> list[int]:
+    ids = []
+    for token in tokens:
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            raise ValueError(f"{name}: {token!r} is not a token id") from None
+        if not 0 <= ids[-1] < 2**31:
+            raise ValueError(f"{name}: token id {token} is out of range")
+    return ids
 
 
 def _run_prompts(model, cache, prompts, slots, shared: int, largest: int, warm_up: bool):
@@ -235,7 +253,7 @@ def _check_fit(config: CacheConfig, prompts: list[list[int]], num_samples: int, 
     """Refuses what cannot fit, with the numbers, before anything is computed."""
     if not prompts:
         raise ValueError("there are no prompts")
-    if num_samples < 1:
+    if type(num_samples) is not int or num_samples < 1:
         raise ValueError(f"num_samples={num_samples!r} must be positive")
     for number, prompt in enumerate(prompts):
         if not prompt:

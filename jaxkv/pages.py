@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.state import AllocationStats, KVCache, PageTable
@@ -147,7 +148,10 @@ def is_first(slot: Int[Array, " entries"], max_seqs: int) -> Bool[Array, " entri
 
 def check_vectors(**vectors: Array) -> list[Array]:
     """int32 vectors of one length, or a `ValueError` naming the argument that is not."""
-    arrays = {name: jnp.asarray(vector) for name, vector in vectors.items()}
+    arrays = {
+        name: vector if isinstance(vector, jax.Array) else np.asarray(vector)
+        for name, vector in vectors.items()
+    }
     length = None
     for name, array in arrays.items():
         if array.ndim != 1 or array.shape[0] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
@@ -157,7 +161,13 @@ def check_vectors(**vectors: Array) -> list[Array]:
                 f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"
             )
         length = array.shape[0]
-    return [array.astype(jnp.int32) for array in arrays.values()]
+    return [_to_int32(array) for array in arrays.values()]
+
+
+def _to_int32(array: Array | np.ndarray) -> Array:
+    """Numbers beyond int32 become its ends, which no slot and no length reaches; they must not wrap."""
+    own, int32 = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
+    return jnp.asarray(array.clip(max(own.min, int32.min), min(own.max, int32.max)), jnp.int32)
 
 
 def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:

@@ -47,9 +47,20 @@ def append(
       >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
       >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)))
     """
+    check_batch(cache, batch)
     pool = cache.pool
     k_pages, v_pages = append_kv(pool.k, pool.v, k, v, batch.page_ids, batch.offsets, layer=layer)
     return replace(cache, pool=replace(pool, k=k_pages, v=v_pages))
+
+
+def check_batch(cache: KVCache, batch: Batch) -> None:
+    """A batch of another cache would name pages that its sequences do not own."""
+    columns = batch.page_table.shape[1]
+    if columns != cache.config.max_pages_per_seq:
+        raise ValueError(
+            f"the batch is of another cache: its rows have {columns} pages, "
+            f"this cache's max_pages_per_seq is {cache.config.max_pages_per_seq}"
+        )
 
 
 def gather(

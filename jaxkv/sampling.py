@@ -28,12 +28,16 @@ class Sampling:
 
     def __post_init__(self):
         # Written so that NaN is refused too.
-        if not 0 <= self.temperature < float("inf"):
+        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
             raise ValueError(f"temperature={self.temperature!r} must be 0 (greedy) or positive")
-        if self.top_k is not None and (isinstance(self.top_k, bool) or self.top_k < 1):
+        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
             raise ValueError(f"top_k={self.top_k!r} must be a positive integer")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
+        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 GREEDY = Sampling()

@@ -147,7 +147,9 @@ def _cache_config(
             )
     places = [min(len(tokens) + options.max_new_tokens, context) for tokens in ids]
     row = max(-(-n // size) for n in places)
-    enough = sum(-(-n // size) for n in places) * num_samples
+    # Samples of a prompt copy its part-full last page before the one they share is given back.
+    spare = len(ids) if num_samples > 1 else 0
+    enough = sum(-(-n // size) for n in places) * num_samples + spare
     dtype = KV_DTYPES[options.kv_dtype] if options.kv_dtype else loaded.model.embedding[...].dtype
     return loaded.config.cache_config(
         num_pages=max(enough, row) if num_pages is None else num_pages,

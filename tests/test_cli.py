@@ -36,6 +36,10 @@ def fails(capsys, *arguments: str) -> str:
         (["generate", "--model", "x", "--page-size", "many"], "'many' is not a positive integer"),
         (["generate", "--model", "x", "--kv-dtype", "int3"], "int3"),
         (["generate", "--model", "x", "--frob"], "--frob"),
+        (["generate", "--model", "x", "--seed", "-1"], "'-1' is not an integer from 0"),
+        (["generate", "--model", "x", "--max-new-tokens", "3000000000"], "'3000000000' is not"),
+        (["generate", "--model", "", "--prompt", "a"], "--model is empty"),
+        (["generate", "--model", "x", "--prompts-file", "a\0b"], "--prompts-file 'a"),
         (["generate", "--model", "x"], "no prompt"),
         (["generate", "--model", "x", "--prompt", " "], "prompt 0 is empty"),
         (["generate", "--model", "x", "--prompt", "a", "--prompt", "\udcff"], "prompt 1 is not UTF-8"),
@@ -109,3 +113,8 @@ def test_generate_streams_text_and_ctrl_c_stops_it_cleanly():
     assert "Traceback" not in error
     assert "stopped" in error
     assert out
+
+
+def test_a_pool_that_no_memory_holds_is_refused(capsys):
+    arguments = ["generate", "--model", "smollm2-135m", "--prompt", "a", "--page-size", "1000000"]
+    assert "device refused" in fails(capsys, *arguments, "--num-pages", "1000")

@@ -211,6 +211,12 @@ def test_the_parts_serve_a_caller_s_own_jit_and_compact_between_them(model, expe
         (dict(num_pages=5, max_pages_per_seq=5), [[1] * 12, [2] * 12], {}, jaxkv.OutOfPagesError, "6 pages"),
         ({}, [[1]], dict(max_new_tokens=0), ValueError, "max_new_tokens=0"),
         ({}, [[1]], dict(num_samples=0), ValueError, "num_samples=0"),
+        ({}, [[1]], dict(max_new_tokens=1.5), ValueError, "max_new_tokens=1.5"),
+        ({}, [[1]], dict(sampling=0.7), ValueError, "sampling=0.7"),
+        ({}, [[1]], dict(stop_tokens=[2**40]), ValueError, "stop_tokens: token id"),
+        ({}, [1, 2], {}, ValueError, "prompts must be a sequence of sequences"),
+        ({}, [[1], [1.7]], {}, ValueError, "prompt 1: 1.7 is not a token id"),
+        ({}, [[-5]], {}, ValueError, "prompt 0: token id -5 is out of range"),
     ],
 )
 def test_what_cannot_fit_is_refused_with_its_numbers_before_anything_runs(

@@ -3,13 +3,21 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jaxkv
 
 
-def test_every_operation_keeps_its_dtypes_under_x64():
+@pytest.mark.parametrize("page_size", [4, 16, 300])
+def test_every_operation_keeps_its_dtypes_under_x64(page_size):
     config = jaxkv.CacheConfig(
-        num_layers=2, num_kv_heads=2, head_dim=8, num_pages=8, page_size=4, max_seqs=4, dtype="float32"
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=8,
+        num_pages=8,
+        page_size=page_size,
+        max_seqs=4,
+        dtype="float32",
     )
     with jax.enable_x64(True):
         cache = jaxkv.init(config)
@@ -21,8 +29,9 @@ def test_every_operation_keeps_its_dtypes_under_x64():
         )
         k = jnp.asarray(np.random.default_rng(0).normal(size=(12, 2, 8)), jnp.float32)
         cache = jax.jit(jaxkv.append, static_argnums=1)(cache, 1, batch, k, k)
-        out, lse = jaxkv.attend(cache, jnp.asarray(1), batch, k, return_lse=True)
-        assert out.dtype == lse.dtype == jnp.float32
+        for layer in (1, jnp.asarray(1), jnp.asarray(1, jnp.int8)):
+            out, lse = jaxkv.attend(cache, layer, batch, k, return_lse=True)
+            assert out.dtype == lse.dtype == jnp.float32
         assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {jnp.dtype("int32")}
         cache, status = jax.jit(jaxkv.fork)(cache, seqs[:1], seqs[:1] + 2)
         assert status.dtype == jnp.int32
@@ -33,3 +42,21 @@ def test_every_operation_keeps_its_dtypes_under_x64():
         assert num_moved.dtype == jnp.int32
         assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.shape), cache) == before
         jaxkv.check_invariants(cache)
+
+
+def test_a_number_beyond_int32_names_no_slot_and_no_length():
+    config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=8, max_seqs=4)
+    cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
+    with jax.enable_x64(True):
+        _, batch = jaxkv.allocate(cache, jnp.array([2**32, 1]), jnp.array([3, 2**32 + 3]), total_tokens=8)
+        assert batch.status.tolist() == [jaxkv.Status.INVALID_SEQ, jaxkv.Status.INVALID_LENGTH]
+        assert int(jaxkv.free(cache, jnp.array([2**32])).table.lengths[0]) == 1
+
+
+def test_numpy_and_lists_serve_outside_jit(no_shape_checks):
+    config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=8, max_seqs=4)
+    cache, batch = jaxkv.allocate(jaxkv.init(config), [2, 2**32 + 1], np.array([1, 1]))
+    assert batch.status.tolist() == [jaxkv.Status.OK, jaxkv.Status.INVALID_SEQ]
+    ones = np.ones((2, 1, 8), np.float32)
+    cache = jaxkv.append(cache, 0, batch, ones, ones)
+    assert jaxkv.attend(cache, 0, batch, ones)[:, 0, 0].tolist() == [1, 0]

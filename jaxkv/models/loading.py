@@ -64,8 +64,8 @@ def load(
       ModelLoadError: one line naming the file and what is wrong with it.
 
     Example:
-      >>> loaded = load("smollm2-135m")                                      # doctest: +SKIP
-      >>> loaded.tokenizer.encode("Hello")                                   # doctest: +SKIP
+      >>> loaded = load("smollm2-135m")
+      >>> loaded.tokenizer.encode("Hello")
       [19556]
     """
     kept = _matrix_dtype(dtype)

@@ -152,16 +152,17 @@ class TextStream:
     """Text from tokens that arrive a few at a time; a character that is not whole yet waits.
 
     Example:
-      >>> stream = tokenizer.stream()                                          # doctest: +SKIP
-      >>> stream.push([19556, 15107]), stream.push([232, 227])                 # doctest: +SKIP
-      ('Hello', ' 🎉')
+      >>> from jaxkv.models import load
+      >>> stream = load("smollm2-135m").tokenizer.stream()
+      >>> [stream.push([token]) for token in stream.tokenizer.encode("A \u2615!")]
+      ['A', '', '', ' \u2615', '!']
     """
 
     # A character is four bytes at most; so many tokens without the end of one are not text at all.
     _MOST_WAITING = 16
 
     def __init__(self, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._shown: list[int] = []
         self._waiting: list[int] = []
 
@@ -185,8 +186,8 @@ class TextStream:
         return text
 
     def _text(self) -> str:
-        before = self._tokenizer.decode(self._shown)
-        return self._tokenizer.decode(self._shown + self._waiting)[len(before) :]
+        before = self.tokenizer.decode(self._shown)
+        return self.tokenizer.decode(self._shown + self._waiting)[len(before) :]
 
 
 def _environment() -> jinja2.Environment:

@@ -1,5 +1,6 @@
 """`append_kv`: the call, checked."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.append_kv import xla
@@ -35,6 +36,7 @@ def append_kv(
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
+    k, v = jnp.asarray(k), jnp.asarray(v)
     check_pool(k_pages, v_pages)
     check_layer(layer, k_pages.shape[0])
     _, _, kv_heads, _, head_dim = k_pages.shape

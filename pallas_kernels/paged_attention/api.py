@@ -2,6 +2,7 @@
 
 from math import sqrt
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
@@ -53,11 +54,13 @@ def paged_attention(
       ValueError: for wrong shapes, dtypes or options.
       NotImplementedError: for a backend that cannot serve the call.
     """
+    q, sinks = jnp.asarray(q), None if sinks is None else jnp.asarray(sinks)
     _check(q, k_pages, v_pages, page_table, kv_lengths, query_starts, sinks)
     check_layer(layer, k_pages.shape[0])
     for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
-        if value is not None and (isinstance(value, bool) or not value > 0):
-            raise ValueError(f"{name}={value!r} must be positive")
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
     if window is not None and not isinstance(window, int):
         raise ValueError(f"window={window!r} must be an integer")
     choose_backend("paged_attention", backend)
@@ -70,7 +73,7 @@ def paged_attention(
         query_starts,
         layer=layer,
         scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
-        window=window,
+        window=None if window is None else min(window, 2**30),
         softcap=softcap,
         sinks=sinks,
     )

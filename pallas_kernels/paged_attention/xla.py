@@ -31,6 +31,7 @@ def paged_attention(
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
     tokens, q_heads, head_dim = q.shape
+    layer = jnp.asarray(layer, jnp.int32)
     kv_heads, page_size = k_pages.shape[2:4]
     group = q_heads // kv_heads
     keys = KeyTiles.of(page_size)
@@ -197,7 +198,7 @@ class KeyTiles:
             # Past the end of the sequence the table means nothing: read its first page instead.
             columns = jnp.where(columns * self.page_size < num_keys, columns, 0)
             places = tile * self.size + nth
-            return (page_row[columns], 0), jnp.where(places < num_keys, places, -1)
+            return (page_row[columns], jnp.zeros((), jnp.int32)), jnp.where(places < num_keys, places, -1)
         page, part = tile // self.parts, tile % self.parts
         # The last part may reach past the page; it starts earlier, and what it shares is not its own.
         start = jnp.minimum(part * self.size, self.page_size - self.size)
@@ -213,9 +214,9 @@ class KeyTiles:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
             tile = pages.at[layer, ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
             return tile.reshape(kv_heads, self.size, head_dim).astype(jnp.float32)
-        size = self.size // self.pages
+        size, zero = self.size // self.pages, jnp.zeros((), jnp.int32)
         runs = [
-            jax.lax.dynamic_slice(pages, (layer, ids[i], 0, start, 0), (1, 1, kv_heads, size, head_dim))
+            jax.lax.dynamic_slice(pages, (layer, ids[i], zero, start, zero), (1, 1, kv_heads, size, head_dim))
             for i in range(self.pages)
         ]
         return jnp.concatenate([run[0, 0] for run in runs], axis=1).astype(jnp.float32)
