@@ -18,8 +18,12 @@ def decode(context: int, steps: int) -> Callable[[], float] | None:
     """
     if not present():
         return None
-    import torch
-    from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+    import torch  # pyright: ignore[reportMissingImports]
+    from transformers import (  # pyright: ignore[reportMissingImports]
+        DynamicCache,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
 
     config = LlamaConfig(
         vocab_size=49152,

@@ -1,7 +1,7 @@
 """Checks of arguments, at trace time, that every operation shares."""
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array
 
 
@@ -39,5 +39,5 @@ def check_layer(layer: object, num_layers: int) -> None:
     dtype, shape = getattr(layer, "dtype", None), getattr(layer, "shape", None)
     if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.integer):
         raise ValueError(f"layer={layer!r} must be an integer scalar")
-    if not isinstance(layer, jax.core.Tracer):
+    if not isinstance(layer, Tracer):
         check_layer(int(layer), num_layers)  # type: ignore[call-overload]
