@@ -2,6 +2,7 @@
 
 from typing import Literal, overload
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkv.pool import check_batch
@@ -87,8 +88,10 @@ def attend(
       3.0
     """
     check_batch(cache, batch)
-    if len(q) != batch.positions.shape[0]:
-        raise ValueError(f"q has {len(q)} tokens, the batch {batch.positions.shape[0]}")
+    q = jnp.asarray(q)
+    tokens = batch.positions.shape[0]
+    if q.ndim == 3 and q.shape[0] != tokens:
+        raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
     return paged_attention(
         q,
         cache.pool.k,

@@ -180,12 +180,12 @@ def _check_stats(cache: KVCache, table, stats) -> None:
         raise CacheCorruptedError(f"stats.current_pages is {stats.current_pages}, but {in_use} are in use")
     if stats.peak_pages < in_use:
         raise CacheCorruptedError(f"stats.peak_pages {stats.peak_pages} is below the {in_use} in use")
-    taken, returned = int(stats.total_allocations), int(stats.total_deallocations)
-    if max(taken, returned) < np.iinfo(np.int32).max and taken - returned != in_use:
-        raise CacheCorruptedError(f"stats: {taken} pages taken less {returned} returned, but {in_use} in use")
     for name in cache.stats.__dataclass_fields__:
         if getattr(stats, name) < 0:
             raise CacheCorruptedError(f"stats.{name} is {getattr(stats, name)}")
+    taken, returned = int(stats.total_allocations), int(stats.total_deallocations)
+    if max(taken, returned) < np.iinfo(np.int32).max and taken - returned != in_use:
+        raise CacheCorruptedError(f"stats: {taken} pages taken less {returned} returned, but {in_use} in use")
 
 
 def _refuse(wrong: np.ndarray, message: str, values: np.ndarray) -> None:
