@@ -18,7 +18,7 @@ test-long: $(VENV)/.installed
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m benchmarks.check_aot
