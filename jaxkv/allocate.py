@@ -187,8 +187,6 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
     lengths = (grant.length + grant.num_tokens)[:entries]
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), grant.ends[:entries]])
     ahead = rows_of(table.positions, grant.slot) - grant.num_tokens - grant.length
-    # A refused entry sees nothing, so its row is never read; to blank it would cost a pass over all rows.
-    rows = jnp.minimum(grant.slot[:entries], config.max_seqs - 1)
     return Batch(
         seqs=seqs,
         num_tokens=num_tokens,
@@ -198,7 +196,10 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
         positions=jnp.where(tokens.real, tokens.place + rows_of(ahead, tokens.entry), 0),
         page_ids=tokens.page_ids,
         offsets=jnp.where(tokens.real, tokens.place % config.page_size, 0),
-        page_table=table.pages.at[rows].get(mode="promise_in_bounds"),
+        # A refused entry sees nothing, so its row is never read.
+        table_rows=jnp.minimum(grant.slot[:entries], config.max_seqs - 1),
+        num_free=table.num_free,
+        config=config,
     )
 
 

@@ -57,7 +57,8 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
 
     Raises:
       OutOfPagesError, SequenceTooLongError, InvalidSequenceError, SlotOccupiedError,
-      InvalidLengthError: with the entry, its slot and what it asked for.
+      InvalidLengthError: with the entry and, from a `Batch`, its slot, what it asked for and what
+        there was.
 
     Example:
       >>> import jaxkv, numpy as np
@@ -79,8 +80,22 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     where = f"entry {entry}"
     if batch is not None:
         where += f" (slot {int(batch.seqs[entry])}, {int(batch.num_tokens[entry])} more tokens)"
+        reason += _numbers(batch, error)
     others = f"; {failed.size - 1} more entries failed" if failed.size > 1 else ""
     raise error(f"{where}: {reason}{others}")
+
+
+def _numbers(batch: Batch, error: type[JaxKVError]) -> str:
+    config = batch.config
+    if error is OutOfPagesError:
+        return f": {int(batch.num_free)} of {config.num_pages} are left, of {config.page_size} tokens each"
+    if error is SequenceTooLongError:
+        return f": at most {config.max_tokens_per_seq} tokens"
+    if error is InvalidSequenceError:
+        return f" (max_seqs is {config.max_seqs})"
+    if error is InvalidLengthError:
+        return f" ({batch.positions.shape[0]})"
+    return ""
 
 
 def check_invariants(cache: KVCache) -> None:

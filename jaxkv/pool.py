@@ -55,12 +55,8 @@ def append(
 
 def check_batch(cache: KVCache, batch: Batch) -> None:
     """A batch of another cache would name pages that its sequences do not own."""
-    columns = batch.page_table.shape[1]
-    if columns != cache.config.max_pages_per_seq:
-        raise ValueError(
-            f"the batch is of another cache: its rows have {columns} pages, "
-            f"this cache's max_pages_per_seq is {cache.config.max_pages_per_seq}"
-        )
+    if batch.config != cache.config:
+        raise ValueError(f"the batch is of another cache: {batch.config}, not {cache.config}")
 
 
 def gather(

@@ -111,7 +111,9 @@ class Batch:
       kv_lengths: places of each sequence, this step's among them; 0 for a refused entry.
       positions: of each token, for RoPE; 0 for padding.
       page_ids, offsets: the place of each token; page id `num_pages` for padding.
-      page_table: the row of each entry.
+      table_rows: the row of the page table of each entry; any row for one that sees nothing.
+      num_free: pages free after the call.
+      config: of the cache.
     """
 
     seqs: Int[Array, " seqs"]
@@ -122,7 +124,9 @@ class Batch:
     positions: Int[Array, " tokens"]
     page_ids: Int[Array, " tokens"]
     offsets: Int[Array, " tokens"]
-    page_table: Int[Array, "seqs pages_per_seq"]
+    table_rows: Int[Array, " seqs"]
+    num_free: Int[Array, ""]
+    config: CacheConfig = field(metadata={"static": True})
 
 
 def init(config: CacheConfig) -> KVCache:

@@ -149,15 +149,18 @@ def test_lse_merges_two_halves_into_the_whole():
     cache, batch = jitted.allocate(poisoned_init(config), ints(0), ints(24), total_tokens=24)
     cache = jitted.append(cache, 0, batch, k, v)
     ask = jax.jit(lambda cache, batch, q: jitted.attend(cache, 0, batch, q, return_lse=True))
-    last = replace(batch, query_starts=ints(0, 1))
-    whole, lse = ask(cache, last, q[-1:])
+
+    def of_the_last(batch):
+        return replace(batch, query_starts=ints(0, 1), positions=batch.positions[:1])
+
+    whole, lse = ask(cache, of_the_last(batch), q[-1:])
     parts = []
     for part in (slice(0, 8), slice(8, 24)):
         half, batch = jitted.allocate(
             poisoned_init(config), ints(0), ints(part.stop - part.start), total_tokens=24
         )
         half = jitted.append(half, 0, batch, jnp.roll(k, -part.start, 0), jnp.roll(v, -part.start, 0))
-        parts.append(ask(half, replace(batch, query_starts=ints(0, 1)), q[-1:]))
+        parts.append(ask(half, of_the_last(batch), q[-1:]))
     weights = [np.exp(part_lse - lse)[..., None] for _, part_lse in parts]
     np.testing.assert_allclose(sum(weights), 1.0, rtol=1e-5)
     merged = sum(out * weight for (out, _), weight in zip(parts, weights, strict=True))

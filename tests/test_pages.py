@@ -215,8 +215,8 @@ def test_a_batch_says_what_was_asked_and_holds_each_sequences_row():
     cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(2, -1, 0), ints(5, 1, 2), total_tokens=8)
     assert batch.seqs.tolist() == [2, -1, 0]
     assert batch.num_tokens.tolist() == [5, 1, 2]
-    np.testing.assert_array_equal(batch.page_table[0], cache.table.pages[2])
-    np.testing.assert_array_equal(batch.page_table[2], cache.table.pages[0])
+    np.testing.assert_array_equal(cache.table.pages[batch.table_rows[0]], cache.table.pages[2])
+    np.testing.assert_array_equal(cache.table.pages[batch.table_rows[2]], cache.table.pages[0])
 
 
 def test_positions_go_on_where_a_policy_left_them():

@@ -14,10 +14,11 @@ def paged_attention(
     q: Float[Array, "tokens q_heads head_dim"],
     k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
     v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
-    page_table: Int[Array, "seqs pages_per_seq"],
+    page_table: Int[Array, "rows pages_per_seq"],
     kv_lengths: Int[Array, " seqs"],
     query_starts: Int[Array, " seqs+1"],
     *,
+    table_rows: Int[Array, " seqs"] | None = None,
     layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     window: int | None = None,
@@ -35,9 +36,10 @@ def paged_attention(
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
       k_pages, v_pages: the pool.
-      page_table: page ids of each sequence in token order. Entries past its length are never used.
+      page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
       query_starts: first row of each sequence and the end of the last; rows past it are padding.
+      table_rows: row of `page_table` of each sequence. Default: its own number.
       layer: Python int or int32 scalar.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` tokens before it.
@@ -55,7 +57,9 @@ def paged_attention(
       NotImplementedError: for a backend that cannot serve the call.
     """
     q, sinks = jnp.asarray(q), None if sinks is None else jnp.asarray(sinks)
-    _check(q, k_pages, v_pages, page_table, kv_lengths, query_starts, sinks)
+    if table_rows is None:
+        table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
+    _check(q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts, sinks)
     check_layer(layer, k_pages.shape[0])
     for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -69,6 +73,7 @@ def paged_attention(
         k_pages,
         v_pages,
         page_table,
+        table_rows,
         kv_lengths,
         query_starts,
         layer=layer,
@@ -80,7 +85,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def _check(q, k_pages, v_pages, page_table, kv_lengths, query_starts, sinks) -> None:
+def _check(q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts, sinks) -> None:
     check_pool(k_pages, v_pages)
     check_floating("q", q)
     _, _, kv_heads, _, head_dim = k_pages.shape
@@ -89,9 +94,12 @@ def _check(q, k_pages, v_pages, page_table, kv_lengths, query_starts, sinks) -> 
     if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"q {list(q.shape)} must have tokens, and a multiple of {kv_heads} query heads")
     if page_table.ndim != 2:
-        raise ValueError(f"page_table must be [seqs, pages_per_seq], not {list(page_table.shape)}")
-    seqs = page_table.shape[0]
+        raise ValueError(f"page_table must be [rows, pages_per_seq], not {list(page_table.shape)}")
+    if table_rows.ndim != 1:
+        raise ValueError(f"table_rows must be [seqs], not {list(table_rows.shape)}")
+    seqs = table_rows.shape[0]
     check_integers("page_table", page_table, page_table.shape)
+    check_integers("table_rows", table_rows, (seqs,))
     check_integers("kv_lengths", kv_lengths, (seqs,))
     check_integers("query_starts", query_starts, (seqs + 1,))
     if sinks is not None and sinks.shape != q.shape[1:2]:

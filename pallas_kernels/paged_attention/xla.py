@@ -27,7 +27,19 @@ _MAX_SLICES = 16
 
 
 def paged_attention(
-    q, k_pages, v_pages, page_table, kv_lengths, query_starts, *, layer, scale, window, softcap, sinks
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    table_rows,
+    kv_lengths,
+    query_starts,
+    *,
+    layer,
+    scale,
+    window,
+    softcap,
+    sinks,
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
     tokens, q_heads, head_dim = q.shape
@@ -41,7 +53,7 @@ def paged_attention(
     def look_up(item):
         tile, key_tile = work.find(item)
         tile = jnp.minimum(tile, work.seq.shape[0] - 1)
-        ids, places = keys.locate(page_table[work.seq[tile]], key_tile, work.num_keys[tile])
+        ids, places = keys.locate(page_table[table_rows[work.seq[tile]]], key_tile, work.num_keys[tile])
         return tile, ids, places, work.places[tile]
 
     def visit(item, carry):
