@@ -17,7 +17,7 @@ from jaxkv.generate import Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
 from jaxkv.sampling import Sampling
-from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.dispatch import auto_backend
 
 _STEPS_A_BLOCK = 8
 
@@ -89,13 +89,13 @@ def run_demo(options: argparse.Namespace) -> int:
         difference = _largest_difference(loaded, ids, result)
     for question, (text,) in zip(QUESTIONS, _texts(tokenizer, result), strict=True):
         print(f"> {question}\n{text}\n")
-    device, backend = jax.devices()[0], choose_backend("paged_attention", "auto")
+    device, backend = jax.devices()[0], auto_backend()
     rows = {
         "model": f"{loaded.name}, cache in {config.dtype}",
         "speed": _speed(result),
         "pages": _pages(config, result),
         "largest |Δlogit| against dense attention": f"{difference:.2e}",
-        "attention backend": f"{backend} on {device.device_kind} ({device.platform})",
+        "attention backend": f"{backend.name} on {device.device_kind} ({device.platform})",
     }
     width = max(map(len, rows))
     for name, value in rows.items():

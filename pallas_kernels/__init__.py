@@ -1,10 +1,11 @@
 """Attention over paged K and V, and the writes that go with it. Plain arrays in, plain arrays out.
 
 Each operation has a folder: `api.py` checks the call and picks a backend, `xla.py` is the
-specification and what a CPU runs.
+specification and what a CPU runs, `triton.py` is the kernel in Pallas Triton (CUDA and ROCm).
 """
 
 from pallas_kernels.append_kv import append_kv as append_kv
 from pallas_kernels.copy_pages import copy_pages as copy_pages
 from pallas_kernels.dispatch import BACKENDS as BACKENDS
+from pallas_kernels.dispatch import use_backend as use_backend
 from pallas_kernels.paged_attention import paged_attention as paged_attention

@@ -24,6 +24,11 @@ def check_floating(name: str, array: Array) -> None:
         raise ValueError(f"{name} must be floating point, not {array.dtype}")
 
 
+def lacks_float64(*arrays: Array) -> str | None:
+    """What a GPU's kernels lack for these arrays, if anything."""
+    return "float64" if any(array.dtype == jnp.float64 for array in arrays) else None
+
+
 def check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:
     """An integer array of exactly this shape."""
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != shape:

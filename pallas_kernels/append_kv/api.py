@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.append_kv import xla
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_float64
 from pallas_kernels.dispatch import choose_backend
 
 
@@ -18,6 +18,7 @@ def append_kv(
     *,
     layer: int | Int[Array, ""] = 0,
     backend: str = "auto",
+    interpret: bool | None = None,
 ) -> tuple[Array, Array]:
     """Writes each token's K and V to `(page_ids, offsets)` of one layer.
 
@@ -28,6 +29,7 @@ def append_kv(
       offsets: place within the page.
       layer: Python int or int32 scalar.
       backend: "auto" or a name.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
     Returns:
       The pool, in place where the caller's `jit` donates it.
@@ -49,5 +51,10 @@ def append_kv(
             )
     check_integers("page_ids", page_ids, k.shape[:1])
     check_integers("offsets", offsets, k.shape[:1])
-    choose_backend("append_kv", backend)
-    return xla.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer)
+    lacks = {"xla": None, "triton": lacks_float64(k_pages)}
+    chosen = choose_backend("append_kv", backend, lacks, interpret)
+    if chosen.name == "xla":
+        return xla.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer)
+    from pallas_kernels.append_kv import triton
+
+    return triton.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, interpret=chosen.interpret)

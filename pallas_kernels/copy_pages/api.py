@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_integers, check_pool
+from pallas_kernels.checks import check_integers, check_pool, lacks_float64
 from pallas_kernels.copy_pages import xla
 from pallas_kernels.dispatch import choose_backend
 
@@ -14,6 +14,7 @@ def copy_pages(
     destinations: Int[Array, " copies"],
     *,
     backend: str = "auto",
+    interpret: bool | None = None,
 ) -> tuple[Array, Array]:
     """Copies pages within the pool, K and V, all layers.
 
@@ -23,6 +24,7 @@ def copy_pages(
       destinations: pages to write, each at most once and none of them a source; `pages` and above
         mean no copy, which costs nothing.
       backend: "auto" or a name.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
     Returns:
       The pool, in place where the caller's `jit` donates it.
@@ -34,5 +36,10 @@ def copy_pages(
     check_pool(k_pages, v_pages)
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
-    choose_backend("copy_pages", backend)
-    return xla.copy_pages(k_pages, v_pages, sources, destinations)
+    lacks = {"xla": None, "triton": lacks_float64(k_pages)}
+    chosen = choose_backend("copy_pages", backend, lacks, interpret)
+    if chosen.name == "xla":
+        return xla.copy_pages(k_pages, v_pages, sources, destinations)
+    from pallas_kernels.copy_pages import triton
+
+    return triton.copy_pages(k_pages, v_pages, sources, destinations, interpret=chosen.interpret)

@@ -5,9 +5,10 @@ from math import sqrt
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_float64
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import xla
+from pallas_kernels.paged_attention.tuning import Device, Tuning, choose
 
 
 def paged_attention(
@@ -26,6 +27,8 @@ def paged_attention(
     sinks: Float[Array, " q_heads"] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    interpret: bool | None = None,
+    tuning: Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
 
@@ -47,6 +50,8 @@ def paged_attention(
       sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
       return_lse: also return the log-sum-exp of each row's scores, sinks included.
       backend: "auto" or a name.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype, zero for padding rows and empty sequences;
@@ -67,21 +72,24 @@ def paged_attention(
             raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
     if window is not None and not isinstance(window, int):
         raise ValueError(f"window={window!r} must be an integer")
-    choose_backend("paged_attention", backend)
-    out, lse = xla.paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        page_table,
-        table_rows,
-        kv_lengths,
-        query_starts,
+    arrays = q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
+    options = dict(
         layer=layer,
         scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
         window=None if window is None else min(window, 2**30),
         softcap=softcap,
         sinks=sinks,
     )
+    lacks = {"xla": None, "triton": lacks_float64(k_pages, q)}
+    chosen = choose_backend("paged_attention", backend, lacks, interpret)
+    if chosen.name == "xla":
+        out, lse = xla.paged_attention(*arrays, **options)
+    else:
+        from pallas_kernels.paged_attention import triton
+
+        if tuning is None:
+            tuning = choose(Device.current(), q.shape[-1], k_pages.dtype)
+        out, lse = triton.paged_attention(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
     return (out, lse) if return_lse else out
 
 

@@ -4,6 +4,7 @@ A partial result is `(m, l, o)`: the greatest score seen, the sum of `exp(score 
 of `exp(score - m) * v`. A row that has seen nothing is `(LOWEST, 0, 0)`.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -32,29 +33,62 @@ def empty(rows: tuple[int, ...], head_dim: int) -> Partial:
 
 def extend(
     seen: Partial,
-    scores: Float[Array, "heads rows tokens"],
-    visible: Bool[Array, "#heads rows tokens"],
-    v: Float[Array, "heads tokens head_dim"],
+    scores: Float[Array, "*rows tokens"],
+    visible: Bool[Array, "*#rows tokens"] | None,
+    v: Float[Array, "... tokens head_dim"],
+    *,
+    product: Callable[[Array, Array], Array],
+    exp: Callable[[Array], Array] = jnp.exp,
 ) -> Partial:
-    """Lets rows see one more tile of tokens. What `v` holds at tokens nobody sees must be finite."""
-    m = jnp.maximum(seen.m, jnp.max(jnp.where(visible, scores, LOWEST), axis=-1))
-    p = jnp.where(visible, jnp.exp(scores - m[..., None]), 0.0)
-    rescale = jnp.exp(seen.m - m)
+    """Lets rows see one more tile of tokens.
+
+    Args:
+      seen: what they saw before.
+      scores: of the tile's tokens.
+      visible: which of them a row sees; None for all.
+      v: the tile's values; what it holds at tokens nobody sees must be finite.
+      product: of `p [*rows, tokens]` and `v`, `[*rows, head_dim]`.
+      exp: `jnp.exp2` for scores in units of log 2.
+    """
+    if visible is not None:
+        scores = jnp.where(visible, scores, LOWEST)
+    m = jnp.maximum(seen.m, jnp.max(scores, axis=-1))
+    p = exp(scores - m[..., None])
+    if visible is not None:
+        # A row that has seen nothing yet has `m` at LOWEST too, and exp(0) is one.
+        p = jnp.where(visible, p, 0.0)
+    rescale = exp(seen.m - m)
     return Partial(
         m=m,
         l=seen.l * rescale + jnp.sum(p, axis=-1),
-        o=seen.o * rescale[..., None] + jnp.einsum("hrt,htd->hrd", p, v, precision="highest"),
+        o=seen.o * rescale[..., None] + product(p, v),
     )
 
 
-def finish(seen: Partial, sinks: Float[Array, "*rows"] | None) -> tuple[Array, Array]:
+def merge(one: Partial, other: Partial, exp: Callable[[Array], Array] = jnp.exp) -> Partial:
+    """What rows have seen in two disjoint sets of tokens."""
+    m = jnp.maximum(one.m, other.m)
+    weight, other_weight = exp(one.m - m), exp(other.m - m)
+    return Partial(
+        m=m,
+        l=one.l * weight + other.l * other_weight,
+        o=one.o * weight[..., None] + other.o * other_weight[..., None],
+    )
+
+
+def finish(
+    seen: Partial,
+    sinks: Float[Array, "*rows"] | None,
+    exp: Callable[[Array], Array] = jnp.exp,
+    log: Callable[[Array], Array] = jnp.log,
+) -> tuple[Array, Array]:
     """The output and the log-sum-exp of rows that have seen all; zero and -inf where that is nothing."""
     m, l, o = seen  # noqa: E741
     some = l > 0
     if sinks is not None:
         top = jnp.maximum(m, sinks)
-        l = l * jnp.exp(m - top) + jnp.exp(sinks - top)  # noqa: E741
-        o = o * jnp.exp(m - top)[..., None]
+        l = l * exp(m - top) + exp(sinks - top)  # noqa: E741
+        o = o * exp(m - top)[..., None]
         m = top
     l = jnp.where(some, l, 1.0)  # noqa: E741
-    return o / l[..., None], jnp.where(some, m + jnp.log(l), -jnp.inf)
+    return o / l[..., None], jnp.where(some, m + log(l), -jnp.inf)

@@ -10,6 +10,7 @@ so the time follows the tokens there are; no padding is attended, and no table i
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -68,7 +69,10 @@ def paged_attention(
         visible = jnp.repeat(visible, group, axis=0)[None]
         # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
         v = jnp.where((places >= 0)[None, :, None], keys.read(v_pages, layer, ids), 0.0)
-        new = softmax.extend(jax.tree.map(lambda part: _at(part, tile), seen), scores, visible, v)
+        product = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
+        new = softmax.extend(
+            jax.tree.map(lambda part: _at(part, tile), seen), scores, visible, v, product=product
+        )
         seen = jax.tree.map(
             lambda part, value: jax.lax.dynamic_update_index_in_dim(part, value, tile, 0), seen, new
         )

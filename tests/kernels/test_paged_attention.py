@@ -5,15 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import append_kv, copy_pages, paged_attention
+from pallas_kernels import append_kv, copy_pages, paged_attention, use_backend
+from pallas_kernels.paged_attention.tuning import Tuning
 from tests.kernels import reference
 from tests.kernels.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
 
-BACKENDS = ("xla",)  # that run on this machine
+BACKENDS = ("xla", "triton")
 
-attend = jax.jit(paged_attention, static_argnames=("scale", "window", "softcap", "return_lse", "backend"))
+attend = jax.jit(
+    paged_attention,
+    static_argnames=("scale", "window", "softcap", "return_lse", "backend", "interpret", "tuning"),
+)
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def on(backend):
+    """The arguments that run a backend here: its kernels interpreted where there is no GPU."""
+    return {"backend": backend, "interpret": backend != "xla" and jax.default_backend() != "gpu"}
 
 
 def float64(*arrays):
@@ -38,7 +47,7 @@ def test_attention_is_that_of_float64(case, backend):
         *arguments.arrays,
         layer=jnp.int32(case.layer),
         return_lse=True,
-        backend=backend,
+        **on(backend),
         **arguments.options,
     )
     want, want_lse = expected(case, arguments)
@@ -53,7 +62,7 @@ def test_attention_is_that_of_float64(case, backend):
 def test_without_lse_only_the_output_comes_back(backend):
     case = Case("", RAGGED)
     arguments = make(case)
-    out = attend(*arguments.arrays, layer=1, backend=backend)
+    out = attend(*arguments.arrays, layer=1, **on(backend))
     assert out.shape == arguments.q.shape
     assert_close(out, expected(case, arguments)[0], "float32")
 
@@ -63,7 +72,7 @@ def test_without_lse_only_the_output_comes_back(backend):
 def test_layer_may_be_a_python_int(backend, layer):
     case = Case("", (20, 5), num_layers=3, layer=layer)
     arguments = make(case)
-    out = jax.jit(lambda *args: paged_attention(*args, layer=layer, backend=backend))(*arguments.arrays)
+    out = jax.jit(lambda *args: paged_attention(*args, layer=layer, **on(backend)))(*arguments.arrays)
     assert_close(out, expected(case, arguments)[0], "float32")
 
 
@@ -85,8 +94,8 @@ def test_output_holds_nothing_of_pages_that_are_not_the_sequences_own(backend):
             )
     q, _, _, _, *rows = one.arrays
     k, v, table = map(jnp.asarray, (k, v, table))
-    out = attend(*one.arrays, layer=1, backend=backend)
-    other = attend(q, k, v, table, *rows, layer=1, backend=backend)
+    out = attend(*one.arrays, layer=1, **on(backend))
+    other = attend(q, k, v, table, *rows, layer=1, **on(backend))
     np.testing.assert_array_equal(out, other)
 
 
@@ -96,11 +105,11 @@ def test_window_is_that_of_the_places_it_covers(backend):
     case = Case("", (50,), page_size=4, num_layers=1, layer=0)
     arguments = make(case)
     q, *_, starts = arguments.arrays
-    windowed = attend(*arguments.arrays, window=8, backend=backend)
+    windowed = attend(*arguments.arrays, window=8, **on(backend))
     pools = arguments.k_pages, arguments.v_pages
     seen = [reference.read_pages(pages[0], arguments.page_table[0], 50)[-8:] for pages in pools]
     k, v = (jnp.asarray(tokens.swapaxes(0, 1)[None, None]) for tokens in seen)  # one page of eight
-    alone = attend(q, k, v, jnp.array([[0]]), jnp.array([8]), starts, backend=backend)
+    alone = attend(q, k, v, jnp.array([[0]]), jnp.array([8]), starts, **on(backend))
     assert_close(windowed, alone, "float32")
 
 
@@ -115,7 +124,7 @@ def test_append_writes_each_token_to_its_place_and_nothing_else(backend, dtype, 
     offsets = np.array([3, 0, 0, 1, 2, 3, 1], np.int32)
     want = reference.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer=1)
     layer = jnp.int32(1) if traced else 1
-    append = jax.jit(lambda *args: append_kv(*args, layer=layer, backend=backend), donate_argnums=(0, 1))
+    append = jax.jit(lambda *args: append_kv(*args, layer=layer, **on(backend)), donate_argnums=(0, 1))
     got = append(jnp.asarray(k_pages), jnp.asarray(v_pages), k, v, page_ids, offsets)
     for one, other in zip(got, want, strict=True):
         assert one.dtype == jnp.dtype(dtype)
@@ -139,7 +148,7 @@ def test_copy_moves_pages_in_every_layer_and_nothing_else(backend, dtype, copies
     sources, destinations = [*copies, 1, 6], [*copies.values(), 6, 1000]  # 6 and beyond: nothing
     sources, destinations = np.array(sources, np.int32), np.array(destinations, np.int32)
     want = reference.copy_pages(k_pages, v_pages, sources, destinations)
-    copy = jax.jit(lambda *args: copy_pages(*args, backend=backend), donate_argnums=(0, 1))
+    copy = jax.jit(lambda *args: copy_pages(*args, **on(backend)), donate_argnums=(0, 1))
     got = copy(jnp.asarray(k_pages), jnp.asarray(v_pages), sources, destinations)
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, other)
@@ -156,7 +165,7 @@ def calls(backend):
     _, *pages, _, _, _ = arguments.arrays
     k, some = pages[0][0, :1, :, 0], jnp.array([0])
     return {
-        "paged_attention": lambda: attend(*arguments.arrays, backend=backend),
+        "paged_attention": lambda: paged_attention(*arguments.arrays, backend=backend),
         "append_kv": lambda: append_kv(*pages, k, k, some, some, backend=backend),
         "copy_pages": lambda: copy_pages(*pages, some, some + 1, backend=backend),
     }
@@ -168,13 +177,71 @@ def test_auto_finds_a_backend(operation):
 
 
 @pytest.mark.parametrize("operation", calls("auto"))
-@pytest.mark.parametrize("backend", ["triton", "mosaic"])
-def test_a_backend_that_cannot_serve_the_call_is_refused_by_name(operation, backend):
-    with pytest.raises(NotImplementedError, match=backend):
-        calls(backend)[operation]()
+def test_a_backend_that_is_not_built_is_refused_by_name(operation):
+    with pytest.raises(NotImplementedError, match="mosaic"):
+        calls("mosaic")[operation]()
+
+
+@pytest.mark.parametrize("operation", calls("auto"))
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
+def test_a_kernel_without_a_gpu_is_refused_and_says_what_helps(operation):
+    with pytest.raises(NotImplementedError, match=r"triton.*lacks a GPU.*use_backend"):
+        calls("triton")[operation]()
+
+
+@pytest.mark.parametrize("operation", calls("auto"))
+def test_auto_means_what_use_backend_says(operation):
+    with use_backend("mosaic"), pytest.raises(NotImplementedError, match="mosaic"):
+        calls("auto")[operation]()
+
+
+def test_use_backend_takes_only_backends():
+    with pytest.raises(ValueError, match="cuda"), use_backend("cuda"):
+        pass
 
 
 @pytest.mark.parametrize("operation", calls("auto"))
 def test_an_unknown_backend_is_a_value_error(operation):
     with pytest.raises(ValueError, match=r"'cuda'.*xla"):
         calls("cuda")[operation]()
+
+
+TUNINGS = {
+    "one item a tile": Tuning(key_tile=16, num_warps=4, num_stages=1, programs=1),
+    "many items a tile": Tuning(key_tile=16, num_warps=4, num_stages=1, programs=200),
+    "more items than work": Tuning(key_tile=64, num_warps=4, num_stages=1, programs=4000),
+}
+
+
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("long beside short", (700, 3, 0, 17)),
+        Case(
+            "window, sinks, padding",
+            (300, 90, 7),
+            (5, 1, 7),
+            padding_rows=4,
+            sinks=True,
+            options={"window": 33},
+        ),
+        Case("71 heads on one, bfloat16", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_any_tuning_is_right(case, tuning):
+    arguments = make(case)
+    interpret = jax.default_backend() != "gpu"
+    got = attend(
+        *arguments.arrays,
+        layer=1,
+        return_lse=True,
+        backend="triton",
+        interpret=interpret,
+        tuning=tuning,
+        **arguments.options,
+    )
+    want = expected(case, arguments)
+    assert_close(got[0], want[0], case.dtype)
+    assert_close(got[1], want[1], "float32")

@@ -1,0 +1,54 @@
+"""`append_kv` in Pallas Triton: one launch writes K and V of all tokens, into the pool's own memory."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import cost
+from pallas_kernels.launch import launch, next_power_of_two
+
+# Numbers of K that a program holds, and as many of V: 32 a thread.
+_BLOCK = 4096
+
+
+def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, *, interpret: bool):
+    """See `api.append_kv`."""
+    tokens, kv_heads, head_dim = k.shape
+    if tokens == 0:
+        return k_pages, v_pages
+    dims = next_power_of_two(head_dim)
+    heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // dims))
+    pool = jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype)
+    append = launch(
+        partial(_append, heads=heads, dims=dims),
+        grid=(-(-kv_heads // heads), tokens),
+        out_shape=(pool, pool),
+        name="append_kv",
+        num_warps=4,
+        num_stages=1,
+        interpret=interpret,
+        cost=cost.append_kv(
+            tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, dtype=k.dtype, pool_dtype=k_pages.dtype
+        ),
+        aliases={5: 0, 6: 1},
+    )
+    return append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, k_pages, v_pages)
+
+
+def _append(
+    layer_ref, page_ref, offset_ref, k_ref, v_ref, _k, _v, k_pages, v_pages, *, heads: int, dims: int
+):
+    block, token = pl.program_id(0), pl.program_id(1)
+    layer, page, offset = layer_ref[0], page_ref[token], offset_ref[token]
+    head, dim = block * heads + lax.iota(jnp.int32, heads), lax.iota(jnp.int32, dims)
+    exists = (head < k_ref.shape[1])[:, None] & (dim < k_ref.shape[2])[None, :]
+    # A page past the end is padding; so is what a place that is no place would write.
+    wanted = exists & (page >= 0) & (page < k_pages.shape[1]) & (offset < k_pages.shape[3])
+    for new, pages in ((k_ref, k_pages), (v_ref, v_pages)):
+        values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists)
+        at = pages.at[layer, page, head[:, None], offset, dim[None, :]]
+        plgpu.store(at, values.astype(pages.dtype), mask=wanted)

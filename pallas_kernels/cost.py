@@ -1,0 +1,66 @@
+"""What each operation moves and computes, counted."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.typing import DTypeLike
+
+
+def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, int]:
+    """`(num_keys, num_pairs)` of attention with these lengths: tokens read, and query and key that meet.
+
+    Example:
+      >>> causal([5, 3], [1, 2])
+      (8, 10)
+    """
+    lengths = list(zip(kv_lengths, num_queries, strict=True))
+    asked = sum(keys for keys, queries in lengths if queries)
+    return asked, sum(queries * keys - queries * (queries - 1) // 2 for keys, queries in lengths)
+
+
+def paged_attention(
+    *,
+    num_keys: int,
+    num_pairs: int,
+    tokens: int,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    q_dtype,
+    kv_dtype,
+) -> pl.CostEstimate:
+    """Attention of `tokens` queries: every K and V read once, q read and the output written.
+
+    Args:
+      num_keys, num_pairs: as from `causal`.
+      tokens, q_heads, kv_heads, head_dim, q_dtype, kv_dtype: of the arguments.
+    """
+    kv_bytes = 2 * num_keys * kv_heads * head_dim * jnp.dtype(kv_dtype).itemsize
+    q_bytes = 2 * tokens * q_heads * head_dim * jnp.dtype(q_dtype).itemsize
+    return pl.CostEstimate(
+        flops=4 * num_pairs * q_heads * head_dim,
+        transcendentals=num_pairs * q_heads,
+        bytes_accessed=kv_bytes + q_bytes,
+    )
+
+
+def append_kv(
+    *, tokens: int, kv_heads: int, head_dim: int, dtype: DTypeLike, pool_dtype: DTypeLike
+) -> pl.CostEstimate:
+    """K and V of `tokens`, read once and written once."""
+    numbers = 2 * tokens * kv_heads * head_dim
+    return pl.CostEstimate(
+        flops=0,
+        transcendentals=0,
+        bytes_accessed=numbers * (jnp.dtype(dtype).itemsize + jnp.dtype(pool_dtype).itemsize),
+    )
+
+
+def copy_pages(*, copies: int, layers: int, page_numbers: int, dtype: DTypeLike) -> pl.CostEstimate:
+    """K and V of `copies` pages of `page_numbers` numbers in each layer, read once and written once."""
+    return pl.CostEstimate(
+        flops=0,
+        transcendentals=0,
+        bytes_accessed=4 * copies * layers * page_numbers * jnp.dtype(dtype).itemsize,
+    )

@@ -1,0 +1,125 @@
+"""Who works on what: query tiles, and their key tiles cut into items of even size.
+
+All of it follows from the lengths, on the device, so one compiled program serves every batch of a shape:
+
+    sequence 0, 1 query at place 5      query tile 0     item 0: key tile  0
+    sequence 1, 1 query at place 300    query tile 1     item 1: key tiles 0 1
+                                                         item 2: key tiles 2
+    sequence 2, empty                   query tile 2     nothing to see, no item
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pallas_kernels.ragged import ragged_rows
+
+
+class QueryTiles(NamedTuple):
+    """Runs of neighbouring rows of `q` that belong to one sequence, or to none.
+
+    Attributes:
+      table_row: row of the page table.
+      first_row, num_rows: its rows of `q`.
+      first_place: place of its first row in the sequence; row `n` sees places up to `first_place + n`.
+      num_keys: places that its last row sees; 0 for padding and for empty sequences.
+    """
+
+    table_row: Int[Array, " tiles"]
+    first_row: Int[Array, " tiles"]
+    num_rows: Int[Array, " tiles"]
+    first_place: Int[Array, " tiles"]
+    num_keys: Int[Array, " tiles"]
+
+
+class Items(NamedTuple):
+    """Shares of the work. An item past the last has `tile` 0 and no key tiles.
+
+    Attributes:
+      tile: the query tile.
+      begin, end: its key tiles.
+      starts: first item of each query tile, and the end of the last.
+    """
+
+    tile: Int[Array, " items"]
+    begin: Int[Array, " items"]
+    end: Int[Array, " items"]
+    starts: Int[Array, " tiles+1"]
+
+
+def num_query_tiles(tokens: int, num_seqs: int, size: int) -> int:
+    """The most tiles there can be: one for each sequence and the padding, one for every `size` rows more."""
+    runs = min(tokens, num_seqs + 1)
+    return runs + (tokens - runs) // size
+
+
+def query_tiles(
+    tokens: int,
+    size: int,
+    kv_lengths: Int[Array, " seqs"],
+    query_starts: Int[Array, " seqs+1"],
+    table_rows: Int[Array, " seqs"],
+) -> QueryTiles:
+    """Cuts the rows of `q` into tiles of at most `size`; every row is in one."""
+    num_seqs = kv_lengths.shape[0]
+    # The rows past the last sequence are those of one more, which is empty.
+    starts = jnp.concatenate([query_starts, jnp.full(1, tokens, query_starts.dtype)]).astype(jnp.int32)
+    num_queries = starts[1:] - starts[:-1]
+    lengths = jnp.concatenate([kv_lengths.astype(jnp.int32), jnp.zeros(1, jnp.int32)])
+    ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
+    entry, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size))
+    exists, seq = entry <= num_seqs, jnp.minimum(entry, num_seqs)
+    offset = nth * size
+    num_rows = jnp.where(exists, jnp.clip(num_queries[seq] - offset, 0, size), 0)
+    first_place = lengths[seq] - num_queries[seq] + offset
+    return QueryTiles(
+        table_row=table_rows[jnp.minimum(seq, num_seqs - 1)].astype(jnp.int32),
+        first_row=starts[seq] + offset,
+        num_rows=num_rows,
+        first_place=first_place,
+        num_keys=jnp.where((lengths[seq] > 0) & (num_rows > 0), first_place + num_rows, 0),
+    )
+
+
+def share(tiles: QueryTiles, num_items: int, key_tile: int, window: int | None) -> Items:
+    """Cuts each query tile's key tiles into items, all of about the same size.
+
+    The size is the least that makes do with `num_items`: a long sequence among short ones is cut into
+    many, so that none of the GPU waits for it.
+
+    Args:
+      tiles: the query tiles, fewer than `num_items`.
+      num_items: static.
+      key_tile: tokens a key tile.
+      window: as in `paged_attention`.
+    """
+    num_tiles = tiles.num_keys.shape[0]
+    first = jnp.zeros_like(tiles.num_keys)
+    if window is not None:
+        first = jnp.maximum(tiles.first_place - window + 1, 0) // key_tile
+    last = (tiles.num_keys + key_tile - 1) // key_tile
+    count = jnp.maximum(last - first, 0)
+    # sum(ceil(count / size)) <= num_tiles + sum(count) / size <= num_items
+    spare = num_items - num_tiles
+    size = jnp.maximum((jnp.sum(count, dtype=jnp.int32) + spare - 1) // spare, 1)
+    ends = jnp.cumsum((count + size - 1) // size, dtype=jnp.int32)
+    entry, nth = ragged_rows(ends, num_items)
+    tile = jnp.minimum(entry, num_tiles - 1)
+    begin = jnp.where(entry < num_tiles, first[tile] + nth * size, 0)
+    return Items(
+        tile=jnp.where(entry < num_tiles, tile, 0),
+        begin=begin,
+        end=jnp.where(entry < num_tiles, jnp.minimum(begin + size, last[tile]), 0),
+        starts=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
+    )
+
+
+def whole(tiles: QueryTiles, key_tile: int, window: int | None) -> Items:
+    """One item for each query tile."""
+    num_tiles = tiles.num_keys.shape[0]
+    begin = jnp.zeros_like(tiles.num_keys)
+    if window is not None:
+        begin = jnp.maximum(tiles.first_place - window + 1, 0) // key_tile
+    number = jnp.arange(num_tiles + 1, dtype=jnp.int32)
+    return Items(number[:-1], begin, (tiles.num_keys + key_tile - 1) // key_tile, number)

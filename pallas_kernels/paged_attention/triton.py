@@ -1,0 +1,277 @@
+"""`paged_attention` in Pallas Triton, for CUDA from sm_80 and ROCm from gfx942.
+
+One program takes one item of the schedule for one KV head: a query tile, with all query heads of the KV
+head as the rows of one matrix product, and a run of key tiles. So every byte of K and V is read once,
+whatever the number of query heads. Where a query tile is cut into several items, each leaves a partial
+softmax behind and a second launch merges them.
+
+A key tile is a number of tokens, whatever the page size: each token's address comes from the page table,
+and the ids of the next tile are fetched while this one is worked on.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import cost
+from pallas_kernels.launch import launch, next_power_of_two
+from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention.tuning import Tuning
+
+LOG2E = 1.4426950408889634
+
+
+def paged_attention(
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    table_rows,
+    kv_lengths,
+    query_starts,
+    *,
+    layer,
+    scale,
+    window,
+    softcap,
+    sinks,
+    tuning: Tuning,
+    interpret: bool,
+):
+    """See `api.paged_attention`. Returns `(out, lse)`."""
+    tokens, q_heads, head_dim = q.shape
+    kv_heads, page_size = k_pages.shape[2:4]
+    group = q_heads // kv_heads
+    size = tuning.query_tile(tokens, kv_lengths.shape[0], group)
+    tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
+    num_tiles = tiles.num_keys.shape[0]
+    num_items = tuning.num_items(num_tiles, kv_heads, page_table.shape[1] * page_size)
+    if num_items > num_tiles:
+        items = schedule.share(tiles, num_items, tuning.key_tile, window)
+    else:
+        items = schedule.whole(tiles, tuning.key_tile, window)
+    split = num_items > num_tiles
+    if sinks is None:
+        sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
+    sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
+
+    rows = size * group
+    block_rows = max(16, next_power_of_two(rows))
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    lse = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
+    partials = (
+        jax.ShapeDtypeStruct((num_items, kv_heads, rows), jnp.float32),
+        jax.ShapeDtypeStruct((num_items, kv_heads, rows), jnp.float32),
+        jax.ShapeDtypeStruct((num_items, kv_heads, rows, head_dim), jnp.float32),
+    )
+    geometry = partial(_Rows, group=group, size=size, block=block_rows, head_dim=head_dim)
+    attend = partial(
+        _attend,
+        rows=geometry,
+        key_tile=tuning.key_tile,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        # The interpreter's CPU has float32 and nothing like it.
+        precision=lax.Precision.HIGHEST if interpret else tuning.precision(q.dtype, k_pages.dtype),
+        split=split,
+    )
+    results = launch(
+        attend,
+        grid=(kv_heads, num_items),
+        out_shape=partials if split else (out, lse),
+        name="paged_attention",
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        cost=cost.paged_attention(
+            num_keys=page_table.shape[1] * page_size * kv_lengths.shape[0],
+            num_pairs=page_table.shape[1] * page_size * tokens,
+            tokens=tokens,
+            q_heads=q_heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            q_dtype=q.dtype,
+            kv_dtype=k_pages.dtype,
+        ),
+        interpret=interpret,
+    )(jnp.asarray(layer, jnp.int32).reshape(1), *items[:3], *tiles, page_table, sinks, q, k_pages, v_pages)
+    if not split:
+        return tuple(results)
+    return tuple(
+        launch(
+            partial(_merge, rows=geometry),
+            grid=(kv_heads, num_tiles),
+            out_shape=(out, lse),
+            name="paged_attention_merge",
+            num_warps=4,
+            num_stages=2,
+            cost=None,
+            interpret=interpret,
+        )(items.starts, tiles.first_row, tiles.num_rows, sinks, *results)
+    )
+
+
+class _Rows:
+    """The rows of a program's matrix product: query tokens x query heads of one KV head."""
+
+    def __init__(self, first_row, num_rows, head, *, group: int, size: int, block: int, head_dim: int):
+        row = lax.iota(jnp.int32, block)
+        self.offset = lax.div(row, group)
+        self.head_dim = head_dim
+        self.exists = (self.offset < num_rows) & (row < size * group)
+        self.token = first_row + self.offset
+        self.q_head = head * group + lax.rem(row, group)
+        self.in_group = lax.rem(row, group)
+        self.dims = lax.iota(jnp.int32, next_power_of_two(head_dim))
+
+    def load(self, q):
+        """`[block, head_dim]`, zeros where there is no row."""
+        return plgpu.load(self._at(q), mask=self._mask(), other=0.0)
+
+    def load_each(self, per_head, head):
+        """`per_head[kv head, query head]` of each row."""
+        return plgpu.load(per_head.at[head, self.in_group], mask=self.exists, other=0.0)
+
+    def store(self, out, lse, values, lse_values):
+        """Writes the rows that exist."""
+        plgpu.store(self._at(out), values.astype(out.dtype), mask=self._mask())
+        plgpu.store(lse.at[self.token, self.q_head], lse_values, mask=self.exists)
+
+    def _at(self, array):
+        return array.at[self.token[:, None], self.q_head[:, None], self.dims[None, :]]
+
+    def _mask(self):
+        return self.exists[:, None] & (self.dims < self.head_dim)[None, :]
+
+
+def _attend(
+    layer_ref,
+    tile_ref,
+    begin_ref,
+    end_ref,
+    table_row_ref,
+    first_row_ref,
+    num_rows_ref,
+    first_place_ref,
+    num_keys_ref,
+    page_table_ref,
+    sinks_ref,
+    q_ref,
+    k_ref,
+    v_ref,
+    *out_refs,
+    rows: Callable[..., _Rows],
+    key_tile: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    precision,
+    split: bool,
+):
+    head, item = pl.program_id(0), pl.program_id(1)
+    layer, tile = layer_ref[0], tile_ref[item]
+    begin, end = begin_ref[item], end_ref[item]
+    num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
+    table_row, page_size, head_dim = table_row_ref[tile], k_ref.shape[3], k_ref.shape[4]
+    mine = rows(first_row_ref[tile], num_rows, head)
+    row_place = first_place + mine.offset
+    q = mine.load(q_ref)
+    in_head = (mine.dims < head_dim)[None, :]
+    wide = jnp.promote_types(q_ref.dtype, k_ref.dtype)
+
+    def places_of(key):
+        return key * key_tile + lax.iota(jnp.int32, key_tile)
+
+    def page_ids(key):
+        places = places_of(key)
+        return plgpu.load(
+            page_table_ref.at[table_row, lax.div(places, page_size)], mask=places < num_keys, other=0
+        )
+
+    def product(a, b, **transposed):
+        return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
+
+    def visit(key, carry, *, edge: bool):
+        seen, ids = carry
+        places = places_of(key)
+        real = in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
+        at = (layer, ids[:, None], head, lax.rem(places, page_size)[:, None], mine.dims[None, :])
+        k = plgpu.load(k_ref.at[at], mask=real, other=0.0)
+        v = plgpu.load(v_ref.at[at], mask=real, other=0.0)
+        next_ids = page_ids(key + 1)
+        scores = product(q, k, trans_b=True) * scale
+        if softcap is not None:
+            scores = softcap * _tanh(scores / softcap)
+        scores = scores * LOG2E
+        visible = None
+        if edge:
+            visible = places[None, :] <= row_place[:, None]
+            if window is not None:
+                visible &= places[None, :] > row_place[:, None] - window
+        return softmax.extend(seen, scores, visible, v, exp=jnp.exp2, product=product), next_ids
+
+    seen = softmax.empty((mine.offset.shape[0],), mine.dims.shape[0])
+    carry = seen, page_ids(begin)
+    # In the interior every row sees every token of a tile, and nothing is masked.
+    low, high = begin, jnp.clip((first_place + 1) // key_tile, begin, end)
+    if window is not None:
+        low = jnp.clip(-((window - first_place - num_rows) // key_tile), begin, high)
+    carry = lax.fori_loop(begin, low, partial(visit, edge=True), carry)
+    carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
+    seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
+    if not split:
+        mine.store(*out_refs, *_finish(seen, mine, sinks_ref, head))
+        return
+
+    @pl.when(begin < end)
+    def _():
+        row = lax.iota(jnp.int32, mine.offset.shape[0])
+        m_ref, l_ref, o_ref = out_refs
+        exists = row < m_ref.shape[2]
+        plgpu.store(m_ref.at[item, head, row], seen.m, mask=exists)
+        plgpu.store(l_ref.at[item, head, row], seen.l, mask=exists)
+        at = o_ref.at[item, head, row[:, None], mine.dims[None, :]]
+        plgpu.store(at, seen.o, mask=exists[:, None] & in_head)
+
+
+def _merge(
+    starts_ref, first_row_ref, num_rows_ref, sinks_ref, m_ref, l_ref, o_ref, out_ref, lse_ref, *, rows
+):
+    """The items of one query tile become its rows of the output."""
+    head, tile = pl.program_id(0), pl.program_id(1)
+    mine = rows(first_row_ref[tile], num_rows_ref[tile], head)
+    row = lax.iota(jnp.int32, mine.offset.shape[0])
+    in_head = (mine.dims < o_ref.shape[3])[None, :]
+    exists = row < m_ref.shape[2]
+
+    def visit(item, seen):
+        part = softmax.Partial(
+            m=plgpu.load(m_ref.at[item, head, row], mask=exists, other=softmax.LOWEST),
+            l=plgpu.load(l_ref.at[item, head, row], mask=exists, other=0.0),
+            o=plgpu.load(
+                o_ref.at[item, head, row[:, None], mine.dims[None, :]],
+                mask=exists[:, None] & in_head,
+                other=0.0,
+            ),
+        )
+        return softmax.merge(seen, part, exp=jnp.exp2)
+
+    seen = softmax.empty((row.shape[0],), mine.dims.shape[0])
+    seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, seen)
+    mine.store(out_ref, lse_ref, *_finish(seen, mine, sinks_ref, head))
+
+
+def _finish(seen, mine: _Rows, sinks_ref, head):
+    sinks = mine.load_each(sinks_ref, head) * LOG2E
+    out, lse = softmax.finish(seen, sinks, exp=jnp.exp2, log=jnp.log2)
+    return out, lse / LOG2E
+
+
+def _tanh(x):
+    # Triton's own is a call into the vendor's library, which would have to be linked in.
+    return 1.0 - 2.0 / (jnp.exp2(2.0 * LOG2E * x) + 1.0)
