@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-long lint check-aot bench compare-llama-cpp clean
+.PHONY: demo test test-long lint check-aot check-targets bench compare-llama-cpp clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -22,6 +22,9 @@ lint: $(VENV)/.lint
 
 check-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m benchmarks.check_aot
+
+check-targets: .venv-targets/.installed
+	.venv-targets/bin/python -m benchmarks.check_targets
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.bench_ops
@@ -48,6 +51,12 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(PYTHON) -m venv .venv-aot
 	.venv-aot/bin/pip install -q -e '.[models]' jax==0.10.2
 	.venv-aot/bin/pip install -q --no-deps jax-cuda12-plugin==0.10.2 jax-cuda12-pjrt==0.10.2
+	touch $@
+
+# Triton compiles for any GPU, and needs none.
+.venv-targets/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-targets
+	.venv-targets/bin/pip install -q -e . jax==0.10.2 triton==3.6.0
 	touch $@
 
 # The peers of the benchmarks. Levanter's two files are read by path: only what they import is installed.

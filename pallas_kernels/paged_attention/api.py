@@ -7,8 +7,8 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_float64
 from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.paged_attention import tuning as tuning_table
 from pallas_kernels.paged_attention import xla
-from pallas_kernels.paged_attention.tuning import Device, Tuning, choose
 
 
 def paged_attention(
@@ -28,7 +28,7 @@ def paged_attention(
     return_lse: bool = False,
     backend: str = "auto",
     interpret: bool | None = None,
-    tuning: Tuning | None = None,
+    tuning: tuning_table.Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
 
@@ -80,7 +80,10 @@ def paged_attention(
         softcap=softcap,
         sinks=sinks,
     )
-    lacks = {"xla": None, "triton": lacks_float64(k_pages, q)}
+    lacks = {
+        "xla": None,
+        "triton": lacks_float64(k_pages, q) or tuning_table.lacks(tuning_table.Device.current(), q.shape[2]),
+    }
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":
         out, lse = xla.paged_attention(*arrays, **options)
@@ -88,7 +91,14 @@ def paged_attention(
         from pallas_kernels.paged_attention import triton
 
         if tuning is None:
-            tuning = choose(Device.current(), q.shape[-1], k_pages.dtype)
+            tuning = tuning_table.choose(
+                tuning_table.Device.current(),
+                tokens=q.shape[0],
+                seqs=kv_lengths.shape[0],
+                group=q.shape[1] // k_pages.shape[2],
+                head_dim=q.shape[2],
+                dtype=k_pages.dtype,
+            )
         out, lse = triton.paged_attention(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
     return (out, lse) if return_lse else out
 

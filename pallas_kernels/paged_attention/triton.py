@@ -23,8 +23,6 @@ from pallas_kernels.launch import launch, next_power_of_two
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
 
-LOG2E = 1.4426950408889634
-
 
 def paged_attention(
     q,
@@ -47,7 +45,7 @@ def paged_attention(
     tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[2:4]
     group = q_heads // kv_heads
-    size = tuning.query_tile(tokens, kv_lengths.shape[0], group)
+    size = tuning.query_tile
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
     num_tiles = tiles.num_keys.shape[0]
     num_items = tuning.num_items(num_tiles, kv_heads, page_table.shape[1] * page_size)
@@ -137,8 +135,9 @@ class _Rows:
         """`per_head[kv head, query head]` of each row."""
         return plgpu.load(per_head.at[head, self.in_group], mask=self.exists, other=0.0)
 
-    def store(self, out, lse, values, lse_values):
+    def store(self, out, lse, result):
         """Writes the rows that exist."""
+        values, lse_values = result
         plgpu.store(self._at(out), values.astype(out.dtype), mask=self._mask())
         plgpu.store(lse.at[self.token, self.q_head], lse_values, mask=self.exists)
 
@@ -207,13 +206,12 @@ def _attend(
         scores = product(q, k, trans_b=True) * scale
         if softcap is not None:
             scores = softcap * _tanh(scores / softcap)
-        scores = scores * LOG2E
         visible = None
         if edge:
             visible = places[None, :] <= row_place[:, None]
             if window is not None:
                 visible &= places[None, :] > row_place[:, None] - window
-        return softmax.extend(seen, scores, visible, v, exp=jnp.exp2, product=product), next_ids
+        return softmax.extend(seen, scores, visible, v, product=product), next_ids
 
     seen = softmax.empty((mine.offset.shape[0],), mine.dims.shape[0])
     carry = seen, page_ids(begin)
@@ -221,11 +219,12 @@ def _attend(
     low, high = begin, jnp.clip((first_place + 1) // key_tile, begin, end)
     if window is not None:
         low = jnp.clip(-((window - first_place - num_rows) // key_tile), begin, high)
-    carry = lax.fori_loop(begin, low, partial(visit, edge=True), carry)
+        carry = lax.fori_loop(begin, low, partial(visit, edge=True), carry)
     carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
     if not split:
-        mine.store(*out_refs, *_finish(seen, mine, sinks_ref, head))
+        out_ref, lse_ref = out_refs
+        mine.store(out_ref, lse_ref, softmax.finish(seen, mine.load_each(sinks_ref, head)))
         return
 
     @pl.when(begin < end)
@@ -259,19 +258,13 @@ def _merge(
                 other=0.0,
             ),
         )
-        return softmax.merge(seen, part, exp=jnp.exp2)
+        return softmax.merge(seen, part)
 
     seen = softmax.empty((row.shape[0],), mine.dims.shape[0])
     seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, seen)
-    mine.store(out_ref, lse_ref, *_finish(seen, mine, sinks_ref, head))
-
-
-def _finish(seen, mine: _Rows, sinks_ref, head):
-    sinks = mine.load_each(sinks_ref, head) * LOG2E
-    out, lse = softmax.finish(seen, sinks, exp=jnp.exp2, log=jnp.log2)
-    return out, lse / LOG2E
+    mine.store(out_ref, lse_ref, softmax.finish(seen, mine.load_each(sinks_ref, head)))
 
 
 def _tanh(x):
-    # Triton's own is a call into the vendor's library, which would have to be linked in.
-    return 1.0 - 2.0 / (jnp.exp2(2.0 * LOG2E * x) + 1.0)
+    # Triton's own is a call into the vendor's library; this is one exponential.
+    return 1.0 - 2.0 / (jnp.exp(2.0 * x) + 1.0)

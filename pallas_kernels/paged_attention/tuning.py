@@ -6,10 +6,11 @@ from math import ceil
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from pallas_kernels.launch import next_power_of_two
 
-# Rows of a matrix product that a program takes, at most: query tokens x query heads of a KV head.
+# Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
 _MAX_ROWS = 128
 
 
@@ -18,23 +19,20 @@ class Tuning:
     """How the work is cut up. Any values are right; some are fast.
 
     Attributes:
-      key_tile: tokens of K and V that a program works on at a time, a power of two.
-      num_warps, num_stages: as Triton means them; stages are tiles in flight.
+      query_tile: neighbouring tokens of a sequence that a program takes, at most.
+      key_tile: tokens of K and V that it works on at a time, a power of two.
+      num_warps, num_stages: as Triton means them.
       programs: to be resident on the device at once. Query tiles are cut until there are so many.
-      exact_float32: float32 products by fused multiply-add, where matrix units would take three
-        products of TF32 parts. ROCm's matrix units take float32 as it is, and need it.
+      exact_float32: float32 products as they are, where a GPU's matrix units take float32 (CDNA) or
+        none at all. Else three products of TF32 parts, as accurate and on matrix units.
     """
 
+    query_tile: int
     key_tile: int
     num_warps: int
     num_stages: int
     programs: int
     exact_float32: bool = False
-
-    def query_tile(self, tokens: int, num_seqs: int, group: int) -> int:
-        """Rows of `q` that a program takes at most: the average run, within the limit for `group` heads."""
-        run = next_power_of_two(ceil(tokens / num_seqs))
-        return min(run, max(1, _MAX_ROWS // next_power_of_two(group)))
 
     def num_items(self, num_tiles: int, kv_heads: int, max_keys: int) -> int:
         """Items to cut the query tiles into: `num_tiles` where a second launch would not pay."""
@@ -42,11 +40,11 @@ class Tuning:
             return num_tiles
         return max(2 * num_tiles, self.programs // kv_heads)
 
-    def precision(self, *dtypes):
+    def precision(self, *dtypes: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
         """Of the matrix products."""
-        if any(jnp.dtype(dtype) == jnp.float32 for dtype in dtypes):
-            return lax.Precision.HIGHEST if self.exact_float32 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-        return lax.Precision.DEFAULT
+        if all(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
+            return lax.Precision.DEFAULT
+        return lax.Precision.HIGHEST if self.exact_float32 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,27 +52,59 @@ class Device:
     """What of a GPU the choice depends on.
 
     Attributes:
-      platform: "cuda" or "rocm".
+      arch: "sm_90", "gfx942" and so on.
       multiprocessors: or compute units.
     """
 
-    platform: str
+    arch: str
     multiprocessors: int
+
+    @property
+    def platform(self) -> str:
+        """As JAX names it."""
+        return "rocm" if self.arch.startswith("gfx") else "cuda"
 
     @classmethod
     def current(cls) -> "Device":
         """The default device; where that is no GPU, an H100."""
         device = jax.devices()[0]
-        if device.platform not in ("gpu", "cuda", "rocm"):
-            return cls("cuda", 132)
-        rocm = "rocm" in getattr(device.client, "platform_version", "").lower()
-        return cls("rocm" if rocm else "cuda", getattr(device, "core_count", 0) or 132)
+        if device.platform != "gpu":
+            return cls("sm_90", 132)
+        arch = str(device.compute_capability)
+        return cls(arch if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), device.core_count)
 
 
-def choose(device: Device, head_dim: int, dtype) -> Tuning:
-    """The table. A key tile and its stages fill shared memory so that several programs are resident."""
+def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int, dtype: DTypeLike) -> Tuning:
+    """The table.
+
+    Args:
+      device: what it will run on.
+      tokens, seqs: rows of `q` and sequences, static.
+      group: query heads a KV head.
+      head_dim, dtype: of the pool.
+    """
+    rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
+    max_rows = 32 if rdna else _MAX_ROWS
+    run = next_power_of_two(ceil(tokens / seqs))
+    query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
+    many_rows = next_power_of_two(query_tile * group) > 32
+    # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit.
     row_bytes = next_power_of_two(head_dim) * jnp.dtype(dtype).itemsize
-    key_tile = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
+    key_tile = min(64, max(16, 16384 // row_bytes))
+    programs = 4 * device.multiprocessors
+    if rdna:
+        # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
+        return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_rows else 4, 1, programs, True)
     if device.platform == "rocm":
-        return Tuning(key_tile, 4, 1, 4 * device.multiprocessors, exact_float32=True)
-    return Tuning(key_tile, 4, 4, 4 * device.multiprocessors)
+        return Tuning(query_tile, key_tile, 8 if many_rows else 4, 1, programs, exact_float32=True)
+    if int(device.arch[3:]) < 90:
+        # Less shared memory: half the tile, and as many programs.
+        return Tuning(query_tile, max(16, key_tile // 2), 8 if many_rows else 4, 4, programs)
+    return Tuning(query_tile, key_tile, 8 if many_rows else 4, 4, programs)
+
+
+def lacks(device: Device, head_dim: int) -> str | None:
+    """What the kernel lacks for this shape on this device, if anything."""
+    if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
+        return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
+    return None

@@ -1,0 +1,410 @@
+"""Machine code of every kernel for every GPU it is meant for, with no GPU at hand.
+
+Each kernel is lowered by Pallas for CUDA and for ROCm, compiled by Triton for the targets below, and what
+came out is read:
+
+  registers    of a thread.
+  spills       bytes (CUDA) or registers (ROCm) that did not fit and went to memory.
+  shared       bytes of shared memory of a program.
+  matrix       matrix instructions (mma, wgmma, mfma, wmma).
+  16-byte      loads of 16 bytes from global memory.
+  in flight    CUDA: bytes of K and V under way for a multiprocessor while it computes: programs resident at
+               once, by registers, shared memory and warps, times the copies a program does not wait for.
+
+Bars: no spills anywhere; matrix instructions and 16-byte loads wherever attention is computed, 16-byte
+loads where pages are copied; at least 40 KB in flight on CUDA in decode with up to 32 query rows
+a KV head, which is bound by memory.
+
+    python -m benchmarks.check_targets [--only NAME ...] [--target NAME ...]
+
+It needs the `triton` package. Exit status: 0, or 1 where a bar is missed. The last line of output is one
+JSON document.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jax.sharding import AbstractMesh
+
+import pallas_kernels
+from pallas_kernels.paged_attention.tuning import Device, choose, lacks
+
+BYTES_IN_FLIGHT = 40 * 1024
+KIB = 1024
+COLUMNS = "registers", "spills", "shared", "matrix", "16-byte", "in flight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU, as Triton names it, and what limits the programs resident on one multiprocessor."""
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    device: Device
+    shared: int = 0
+    registers: int = 65536
+    warps: int = 64
+
+
+TARGETS = (
+    Target("sm_80", "cuda", 80, 32, Device("sm_80", 108), shared=164 * KIB),
+    Target("sm_90", "cuda", 90, 32, Device("sm_90", 132), shared=228 * KIB),
+    Target("sm_100", "cuda", 100, 32, Device("sm_100", 148), shared=228 * KIB),
+    Target("gfx942", "hip", "gfx942", 64, Device("gfx942", 304)),
+    Target("gfx950", "hip", "gfx950", 64, Device("gfx950", 256)),
+    Target("gfx1100", "hip", "gfx1100", 32, Device("gfx1100", 96)),
+)
+# Device kinds that JAX may be told of, where it asks.
+_DEVICE_KINDS = {"cuda": "NVIDIA H100", "rocm": "gfx942"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A call to compile. `of` names the launches of it that are looked at."""
+
+    name: str
+    call: Callable
+    shapes: tuple
+    of: tuple[str, ...]
+    bars: frozenset[str]
+    head_dim: int = 0  # of attention
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a call, as Pallas hands it to Triton."""
+
+    name: str
+    ir: str
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came out for one kernel and one target."""
+
+    kernel: str
+    launch: str
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    matrix: int
+    wide_loads: int
+    in_flight: int | None
+    missed: tuple[str, ...]
+
+
+def attention(
+    name: str,
+    *,
+    q_heads: int = 32,
+    kv_heads: int = 8,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    page_size: int = 16,
+    seqs: int = 64,
+    tokens: int = 64,
+    bars: tuple[str, ...] = ("spills", "matrix", "wide loads"),
+    **options,
+) -> Kernel:
+    """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do."""
+    pool = _shape((32, 2**17 // page_size, kv_heads, page_size, head_dim), dtype)
+    rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
+
+    def call(device, q, k, v, page_table, lengths, starts):
+        group = q_heads // kv_heads
+        tuning = choose(device, tokens=tokens, seqs=seqs, group=group, head_dim=head_dim, dtype=dtype)
+        return pallas_kernels.paged_attention(
+            q, k, v, page_table, lengths, starts, layer=7, tuning=tuning, **options
+        )
+
+    return Kernel(
+        name,
+        call,
+        (_shape((tokens, q_heads, head_dim), dtype), pool, pool, rows, vector, _shape((seqs + 1,), "int32")),
+        of=("paged_attention",),
+        bars=frozenset(bars),
+        head_dim=head_dim,
+    )
+
+
+def merge() -> Kernel:
+    """The second launch of a decode step."""
+    whole = attention("merge of partial results", bars=("spills",))
+    return Kernel(whole.name, whole.call, whole.shapes, ("paged_attention_merge",), whole.bars)
+
+
+def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: str) -> Kernel:
+    """A call of `append_kv`."""
+    pool = _shape((32, 8192, kv_heads, 16, head_dim), pool_dtype)
+    new, place = _shape((256, kv_heads, head_dim), dtype), _shape((256,), "int32")
+
+    def call(_, *arrays):
+        return pallas_kernels.append_kv(*arrays, layer=7)
+
+    return Kernel(name, call, (pool, pool, new, new, place, place), ("append_kv",), frozenset({"spills"}))
+
+
+def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
+    """A call of `copy_pages`."""
+    pool = _shape((32, 8192, 8, page_size, 128), dtype)
+
+    def call(_, *arrays):
+        return pallas_kernels.copy_pages(*arrays)
+
+    shapes = pool, pool, _shape((64,), "int32"), _shape((64,), "int32")
+    return Kernel(name, call, shapes, ("copy_pages",), frozenset({"spills", "wide loads"}))
+
+
+def kernels() -> list[Kernel]:
+    """Every kernel and dtype class."""
+    decode_bars = ("spills", "matrix", "wide loads", "in flight")
+    decode = partial(attention, bars=decode_bars)
+    return [
+        decode("decode 32/8/128 bf16"),
+        decode("decode 32/8/128 f16", dtype="float16"),
+        decode("decode 32/8/128 f32", dtype="float32"),
+        decode("decode 9/3/64 bf16", q_heads=9, kv_heads=3, head_dim=64),
+        decode("decode 32/32/80 bf16", kv_heads=32, head_dim=80),
+        decode("decode 32/32/96 bf16", kv_heads=32, head_dim=96),
+        decode("decode 16/8/256 bf16", q_heads=16, head_dim=256),
+        attention("decode 71/1/64 bf16", q_heads=71, kv_heads=1, head_dim=64),
+        decode("decode, pages of 24", page_size=24),
+        decode("decode, pages of 1", page_size=1),
+        decode("decode, window softcap", window=1000, softcap=30.0),
+        decode("4 tokens a sequence bf16", tokens=256),
+        attention("prefill 512 tokens bf16", tokens=512, seqs=1),
+        merge(),
+        append("append 8/128 bf16", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="bfloat16"),
+        append("append 8/128 f32", kv_heads=8, head_dim=128, dtype="float32", pool_dtype="float32"),
+        append("append 32/80 f32 to bf16", kv_heads=32, head_dim=80, dtype="float32", pool_dtype="bfloat16"),
+        copy("copy pages of 16 bf16", dtype="bfloat16", page_size=16),
+        copy("copy pages of 7 f32", dtype="float32", page_size=7),
+    ]
+
+
+def _shape(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def launches(kernel: Kernel, device: Device) -> Iterator[Launch]:
+    """The launches of a call that are looked at."""
+    with pallas_kernels.use_backend("triton"), _pretend(device.platform):
+        lowered = jax.jit(partial(kernel.call, device)).trace(*kernel.shapes)
+        module = lowered.lower(lowering_platforms=(device.platform,)).compiler_ir("stablehlo")
+    assert module is not None
+    for operation in _walk(module.operation):
+        if operation.name != "stablehlo.custom_call":
+            continue
+        if "triton" not in operation.attributes["call_target_name"].value:
+            continue
+        config = operation.attributes["mhlo.backend_config"]
+        if config["name"].value in kernel.of:
+            yield Launch(
+                config["name"].value,
+                _as_text(config["ir"].value_bytes),
+                config["num_warps"].value,
+                config["num_stages"].value,
+            )
+
+
+def _pretend(platform: str):
+    """JAX 0.11 and later ask what device they lower for."""
+    try:
+        from jax.sharding import AbstractDevice
+
+        device = AbstractDevice(device_kind=_DEVICE_KINDS[platform], num_cores=None, platform="gpu")
+    except (ImportError, TypeError):
+        return jax.sharding.use_abstract_mesh(AbstractMesh((), ()))
+    return jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device))
+
+
+def _walk(operation):
+    yield operation
+    for region in operation.regions:
+        for block in region.blocks:
+            for inner in block.operations:
+                yield from _walk(inner.operation)
+
+
+def _as_text(bytecode: bytes) -> str:
+    from jaxlib.mlir import ir
+    from jaxlib.triton import dialect
+
+    with ir.Context() as context:
+        dialect.register_dialect(context)
+        return str(ir.Module.parse(bytecode))
+
+
+def build(kernel: str, bars: frozenset[str], launch: Launch, target: Target) -> Report:
+    """Compiles one launch for one target and reads what came out."""
+    import triton  # pyright: ignore[reportMissingImports]
+    from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, f"{launch.name}.ttir")
+        path.write_text(launch.ir)
+        compiled = triton.compile(
+            str(path),
+            target=GPUTarget(target.backend, target.arch, target.warp_size),
+            options=dict(num_warps=launch.warps, num_stages=launch.stages),
+        )
+        shared = compiled.metadata.shared
+        if target.backend == "cuda":
+            narrow = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48]\b", compiled.asm["ptx"])
+            numbers = _read_ptx(compiled.asm["ptx"], target, launch.warps, shared, Path(folder))
+        else:
+            narrow = []
+            numbers = _read_amdgcn(compiled.asm["amdgcn"])
+    held = {
+        "spills": numbers["spills"] == 0,
+        "matrix": numbers["matrix"] > 0 or not _has_matrix_units(target, kernel),
+        "wide loads": numbers["wide_loads"] > 0 and not narrow,
+        "in flight": numbers["in_flight"] is None or numbers["in_flight"] >= BYTES_IN_FLIGHT,
+    }
+    missed = tuple(bar for bar in sorted(bars) if not held[bar])
+    return Report(kernel, launch.name, target.name, shared=shared, missed=missed, **numbers)
+
+
+def _has_matrix_units(target: Target, kernel: str) -> bool:
+    # RDNA 3 multiplies 16-bit matrices only.
+    return not (target.name == "gfx1100" and kernel.endswith("f32"))
+
+
+def _read_ptx(ptx: str, target: Target, warps: int, shared: int, folder: Path) -> dict:
+    import triton  # pyright: ignore[reportMissingImports]
+
+    path = folder / "kernel.ptx"
+    path.write_text(ptx)
+    tools = Path(str(triton.__file__)).parent / "backends/nvidia/bin"
+    arch = _find(r"\.target (sm_\w+)", ptx)
+    ptxas = tools / ("ptxas-blackwell" if target.name == "sm_100" else "ptxas")
+    run = subprocess.run(
+        [ptxas, "-v", f"--gpu-name={arch}", path, "-o", folder / "kernel.cubin"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    registers = int(_find(r"Used (\d+) registers", run.stderr))
+    resident = min(
+        target.registers // (warps * 32 * -(-registers // 8) * 8),
+        target.shared // (shared + KIB),
+        target.warps // warps,
+    )
+    return dict(
+        registers=registers,
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill", run.stderr))),
+        matrix=len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        wide_loads=len(
+            re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10|ld\.global\S*\.v4\.b32", ptx)
+        ),
+        in_flight=resident * _copies_not_waited_for(ptx, warps),
+    )
+
+
+def _copies_not_waited_for(ptx: str, warps: int) -> int:
+    """Bytes of 16-byte copies that a program leaves under way where it waits for the ones it needs."""
+    most, group, sizes = 0, [], []
+    for line in ptx.splitlines():
+        if "cp.async.c" in line and "0x10" in line:
+            group.append(16 * 32 * warps)
+        elif "cp.async.commit_group" in line:
+            sizes.append(sum(group))
+            group = []
+        elif wait := re.search(r"cp\.async\.wait_group\s+(\d+)", line):
+            under_way = int(wait[1])
+            most = max(most, sum(sizes[-under_way:]) if under_way else 0)
+    return most
+
+
+def _find(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"the compiler's output holds no {pattern}")
+    return found[1]
+
+
+def _read_amdgcn(code: str) -> dict:
+    def number(pattern: str) -> int:
+        return int(_find(pattern, code))
+
+    return dict(
+        registers=number(r"\.vgpr_count:\s+(\d+)"),
+        # Scalar registers spill to vector ones, which costs no memory.
+        spills=number(r"\.vgpr_spill_count:\s+(\d+)") + number(r"ScratchSize:\s+(\d+)"),
+        matrix=len(re.findall(r"\bv_(?:mfma|wmma|smfmac)", code)),
+        wide_loads=len(re.findall(r"\b(?:global|buffer)_load_(?:dwordx4|b128|lds_dwordx4)", code)),
+        in_flight=None,
+    )
+
+
+def main() -> int:
+    """Compiles everything, prints the table, and says whether the bars hold."""
+    parser = argparse.ArgumentParser(description="Compiles every kernel for every target.")
+    parser.add_argument("--only", nargs="+", default=[""], help="kernels whose name contains one of these")
+    parser.add_argument("--target", nargs="+", default=[target.name for target in TARGETS])
+    arguments = parser.parse_args()
+    chosen = [kernel for kernel in kernels() if any(part in kernel.name for part in arguments.only)]
+    with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
+        futures = []
+        for kernel in chosen:
+            for target in TARGETS:
+                if target.name not in arguments.target:
+                    continue
+                if reason := lacks(target.device, kernel.head_dim):
+                    print(f"{kernel.name} is left to the xla backend on {target.name}: no {reason}")
+                    continue
+                for launch in launches(kernel, target.device):
+                    futures.append(pool.submit(build, kernel.name, kernel.bars, launch, target))
+        print(_line("kernel", "target", *COLUMNS, ""))
+        reports = []
+        for future in futures:
+            report = future.result()
+            reports.append(report)
+            flight = "-" if report.in_flight is None else f"{report.in_flight // KIB} KB"
+            verdict = "MISSED: " + ", ".join(report.missed) if report.missed else "ok"
+            print(
+                _line(
+                    report.kernel,
+                    report.target,
+                    report.registers,
+                    report.spills,
+                    report.shared,
+                    report.matrix,
+                    report.wide_loads,
+                    flight,
+                    verdict,
+                ),
+                flush=True,
+            )
+    missed = [report for report in reports if report.missed]
+    print(f"\n{len(reports)} compiled, {len(missed)} miss a bar")
+    print(json.dumps({"benchmark": "targets", "reports": [asdict(report) for report in reports]}))
+    return 1 if missed else 0
+
+
+def _line(*cells) -> str:
+    kernel, target, *numbers, verdict = cells
+    return f"{kernel:<26} {target:<8}" + "".join(f"{number!s:>10}" for number in numbers) + f"  {verdict}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
