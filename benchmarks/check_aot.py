@@ -1,7 +1,8 @@
 """Is everything done in place on a GPU? Asked of the compiler, with no GPU at hand.
 
 Each program is compiled for an H100 with its cache donated, at the sizes of an 8-billion-parameter
-model and a 4 GiB pool, on the `xla` backend. Three answers are read off what the compiler returns:
+model and a 4 GiB pool, on the `xla` backend and on the `triton` one. Three answers are read off what the
+compiler returns:
 
   temporaries   What the program needs beside its arguments and results. The share that the pool is
                 to blame for is found by compiling the same program with a pool as small as the page
@@ -11,6 +12,8 @@ model and a 4 GiB pool, on the `xla` backend. Three answers are read off what th
                 and that the program with the small pool does not have. The bar is none. (A layer is
                 1.6% of the pool: the first bar alone would let one pass.)
   aliased       Bytes of the results that reuse donated arguments. The bar is the whole pool.
+
+And for the Triton kernels: what a layer of a decode step launches.
 
 Programs that are wrong on purpose run first: if the check passes one of them, it checks nothing.
 
@@ -32,6 +35,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +48,9 @@ import numpy as np
 from jax.experimental import topologies
 
 import jaxkv
-from benchmarks.hlo import new_buffers
+from benchmarks.hlo import launches, new_buffers
 from jaxkv.models import ModelConfig, abstract_model
+from pallas_kernels import use_backend
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256,
@@ -72,6 +77,7 @@ class Program:
     run: Callable
     arguments: Callable[[], tuple]
     donated: bool = True
+    backend: str = "xla"
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,15 @@ def prefill(cache, model, seqs, num_tokens, tokens):
     return cache, logits, batch.status
 
 
+def append_and_attend(cache, seqs, k, q, *, layers: int):
+    """A decode step with nothing but the cache in it."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    for layer in range(layers):
+        cache = jaxkv.append(cache, layer, batch, k, k)
+        q = jaxkv.attend(cache, layer, batch, q)
+    return cache, q
+
+
 def layer_sliced_out(cache, seqs, k):
     """Wrong on purpose: each layer leaves the pool, is written to, and is put back."""
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
@@ -130,6 +145,22 @@ def pool_through_scan(cache, seqs, k):
 def programs() -> list[Program]:
     """What is held to the bars."""
     seqs, one = _int32(MAX_SEQS), _int32(1)
+    triton = [
+        Program("triton: decode step", decode, lambda: (_model(), seqs, seqs), backend="triton"),
+        Program(
+            "triton: prefill chunk",
+            prefill,
+            lambda: (_model(), one, one, _int32(CHUNK_TOKENS)),
+            backend="triton",
+        ),
+        Program(
+            "triton: append and attend, 1 layer",
+            partial(append_and_attend, layers=1),
+            lambda: (seqs, *_step()),
+            backend="triton",
+        ),
+        Program("triton: allocate, copy-on-write", jaxkv.allocate, lambda: (seqs, seqs), backend="triton"),
+    ]
     return [
         Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),
         Program(
@@ -142,6 +173,7 @@ def programs() -> list[Program]:
         Program("free", jaxkv.free, lambda: (seqs,)),
         Program("truncate", jaxkv.truncate, lambda: (seqs, seqs)),
         Program("compact", jaxkv.compact, lambda: ()),
+        *triton,
     ]
 
 
@@ -190,6 +222,26 @@ def table(verdicts: list[Verdict], *, wanted: bool) -> str:
     return "\n".join(lines)
 
 
+def launches_a_layer() -> Counter[str]:
+    """What append and attention of one more layer add to a decode step, on the `triton` backend."""
+    counts = []
+    for layers in (2, 3):
+        run = partial(append_and_attend, layers=layers)
+        program = Program("", run, lambda: (_int32(MAX_SEQS), *_step()), backend="triton")
+        _, hlo = _compile(program, _cache(0))
+        counts.append(Counter(launches(hlo)))
+    return counts[1] - counts[0]
+
+
+def _step() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """K (or V) and q of one token of each sequence."""
+    q_heads, kv_heads, head_dim = LLAMA_8B.num_q_heads, LLAMA_8B.num_kv_heads, LLAMA_8B.head_dim
+    return (
+        jax.ShapeDtypeStruct((MAX_SEQS, kv_heads, head_dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((MAX_SEQS, q_heads, head_dim), jnp.bfloat16),
+    )
+
+
 def _int32(size: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct((size,), jnp.int32)
 
@@ -222,7 +274,7 @@ def _compile(program: Program, cache) -> tuple[Any, str]:
     """The compiler's account of the program's memory, and its optimized HLO."""
     on_gpu = jax.sharding.NamedSharding(_mesh(), jax.sharding.PartitionSpec())
     donated = 0 if program.donated else ()
-    with jax.sharding.use_abstract_mesh(_mesh().abstract_mesh):
+    with jax.sharding.use_abstract_mesh(_mesh().abstract_mesh), use_backend(program.backend):
         jitted = jax.jit(program.run, donate_argnums=donated, in_shardings=on_gpu, out_shardings=on_gpu)
         compiled = jitted.lower(cache, *program.arguments()).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
@@ -257,11 +309,14 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     print(f"JAX {jax.__version__}, compiled for {_mesh().devices[0].device_kind}\n\nmust be caught")
     wrong = _check_all(wrong_programs(), wanted=False)
-    held = []
+    held, launched = [], Counter()
     if not options.self_test:
         chosen = [p for p in programs() if not options.only or any(name in p.name for name in options.only)]
         print(f"\nmust hold: bar {BAR:.0%} of a {POOL_BYTES / 2**30:g} GiB pool")
         held = _check_all(chosen, wanted=True)
+        launched = launches_a_layer()
+        print("\na layer of a decode step launches, on the triton backend:")
+        print("\n".join(f"    {times} x {name}" for name, times in launched.items()))
     passed = all(v.ok for v in held) and not any(v.ok for v in wrong)
     document = {
         "benchmark": "check_aot",
@@ -269,6 +324,7 @@ def main(arguments: list[str] | None = None) -> int:
         "target": _mesh().devices[0].device_kind,
         "bar": BAR,
         "programs": [asdict(v) | {"ok": v.ok} for v in held],
+        "launches_a_layer": dict(launched),
         "self_test": [asdict(v) | {"caught": not v.ok} for v in wrong],
         "passed": passed,
     }

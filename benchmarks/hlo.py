@@ -18,6 +18,7 @@ _COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
+_KERNEL_NAME = re.compile(r', name = "(\w+)", num_stages')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -61,6 +62,16 @@ def new_buffers(hlo: str, at_least: int) -> Iterator[str]:
             for dtype, shape in _ARRAY.findall(instruction.shape):
                 if _size(dtype, shape) >= at_least:
                     yield f"{instruction.opcode} {dtype}[{shape}]"
+
+
+def launches(hlo: str) -> Iterator[str]:
+    """What the entry computation launches on the device: names of Pallas kernels, opcodes of the rest."""
+    entry = hlo[hlo.index("\nENTRY ") + 1 :]
+    for instruction in next(iter(_parse(entry).values())).values():
+        if instruction.opcode == "custom-call" and (name := _KERNEL_NAME.search(instruction.rest)):
+            yield name[1]
+        elif instruction.opcode not in _HAND_ON:
+            yield instruction.opcode
 
 
 def _parse(hlo: str) -> dict[str, Computation]:

@@ -2,6 +2,8 @@
 
 A partial result is `(m, l, o)`: the greatest score seen, the sum of `exp(score - m)`, and the sum
 of `exp(score - m) * v`. A row that has seen nothing is `(LOWEST, 0, 0)`.
+
+With `exp=jnp.exp2`, which is one instruction on a GPU, scores and `m` are in units of log 2.
 """
 
 from collections.abc import Callable
@@ -38,6 +40,7 @@ def extend(
     v: Float[Array, "... tokens head_dim"],
     *,
     product: Callable[[Array, Array], Array],
+    exp: Callable[[Array], Array] = jnp.exp,
 ) -> Partial:
     """Lets rows see one more tile of tokens.
 
@@ -51,11 +54,11 @@ def extend(
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
     m = jnp.maximum(seen.m, jnp.max(scores, axis=-1))
-    p = jnp.exp(scores - m[..., None])
+    p = exp(scores - m[..., None])
     if visible is not None:
-        # A row that has seen nothing yet has `m` at LOWEST too, and jnp.exp(0) is one.
+        # A row that has seen nothing yet has `m` at LOWEST too, and exp(0) is one.
         p = jnp.where(visible, p, 0.0)
-    rescale = jnp.exp(seen.m - m)
+    rescale = exp(seen.m - m)
     return Partial(
         m=m,
         l=seen.l * rescale + jnp.sum(p, axis=-1),
@@ -63,10 +66,10 @@ def extend(
     )
 
 
-def merge(one: Partial, other: Partial) -> Partial:
+def merge(one: Partial, other: Partial, exp: Callable[[Array], Array] = jnp.exp) -> Partial:
     """What rows have seen in two disjoint sets of tokens."""
     m = jnp.maximum(one.m, other.m)
-    weight, other_weight = jnp.exp(one.m - m), jnp.exp(other.m - m)
+    weight, other_weight = exp(one.m - m), exp(other.m - m)
     return Partial(
         m=m,
         l=one.l * weight + other.l * other_weight,
@@ -74,14 +77,19 @@ def merge(one: Partial, other: Partial) -> Partial:
     )
 
 
-def finish(seen: Partial, sinks: Float[Array, "*rows"] | None) -> tuple[Array, Array]:
+def finish(
+    seen: Partial,
+    sinks: Float[Array, "*rows"] | None,
+    exp: Callable[[Array], Array] = jnp.exp,
+    log: Callable[[Array], Array] = jnp.log,
+) -> tuple[Array, Array]:
     """The output and the log-sum-exp of rows that have seen all; zero and -inf where that is nothing."""
     m, l, o = seen  # noqa: E741
     some = l > 0
     if sinks is not None:
         top = jnp.maximum(m, sinks)
-        l = l * jnp.exp(m - top) + jnp.exp(sinks - top)  # noqa: E741
-        o = o * jnp.exp(m - top)[..., None]
+        l = l * exp(m - top) + exp(sinks - top)  # noqa: E741
+        o = o * exp(m - top)[..., None]
         m = top
     l = jnp.where(some, l, 1.0)  # noqa: E741
-    return o / l[..., None], jnp.where(some, m + jnp.log(l), -jnp.inf)
+    return o / l[..., None], jnp.where(some, m + log(l), -jnp.inf)

@@ -11,6 +11,7 @@ and the ids of the next tile are fetched while this one is worked on.
 
 from collections.abc import Callable
 from functools import partial
+from math import e, log2
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from pallas_kernels import cost
 from pallas_kernels.launch import launch, next_power_of_two
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
+
+# The softmax counts in powers of two.
+_LOG2E = log2(e)
 
 
 def paged_attention(
@@ -203,15 +207,17 @@ def _attend(
         k = plgpu.load(k_ref.at[at], mask=real, other=0.0)
         v = plgpu.load(v_ref.at[at], mask=real, other=0.0)
         next_ids = page_ids(key + 1)
-        scores = product(q, k, trans_b=True) * scale
-        if softcap is not None:
-            scores = softcap * _tanh(scores / softcap)
+        scores = product(q, k, trans_b=True)
+        if softcap is None:
+            scores = scores * (scale * _LOG2E)
+        else:
+            scores = (softcap * _LOG2E) * _tanh(scores * (scale / softcap))
         visible = None
         if edge:
             visible = places[None, :] <= row_place[:, None]
             if window is not None:
                 visible &= places[None, :] > row_place[:, None] - window
-        return softmax.extend(seen, scores, visible, v, product=product), next_ids
+        return softmax.extend(seen, scores, visible, v, product=product, exp=jnp.exp2), next_ids
 
     seen = softmax.empty((mine.offset.shape[0],), mine.dims.shape[0])
     carry = seen, page_ids(begin)
@@ -224,7 +230,7 @@ def _attend(
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
     if not split:
         out_ref, lse_ref = out_refs
-        mine.store(out_ref, lse_ref, softmax.finish(seen, mine.load_each(sinks_ref, head)))
+        mine.store(out_ref, lse_ref, _finish(seen, mine.load_each(sinks_ref, head)))
         return
 
     @pl.when(begin < end)
@@ -258,13 +264,18 @@ def _merge(
                 other=0.0,
             ),
         )
-        return softmax.merge(seen, part)
+        return softmax.merge(seen, part, exp=jnp.exp2)
 
     seen = softmax.empty((row.shape[0],), mine.dims.shape[0])
     seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, seen)
-    mine.store(out_ref, lse_ref, softmax.finish(seen, mine.load_each(sinks_ref, head)))
+    mine.store(out_ref, lse_ref, _finish(seen, mine.load_each(sinks_ref, head)))
+
+
+def _finish(seen, sinks):
+    out, lse = softmax.finish(seen, sinks * _LOG2E, exp=jnp.exp2, log=jnp.log2)
+    return out, lse / _LOG2E
 
 
 def _tanh(x):
     # Triton's own is a call into the vendor's library; this is one exponential.
-    return 1.0 - 2.0 / (jnp.exp(2.0 * x) + 1.0)
+    return 1.0 - 2.0 / (jnp.exp2((2.0 * _LOG2E) * x) + 1.0)

@@ -90,16 +90,16 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
     many_rows = next_power_of_two(query_tile * group) > 32
     # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit.
     row_bytes = next_power_of_two(head_dim) * jnp.dtype(dtype).itemsize
-    key_tile = min(64, max(16, 16384 // row_bytes))
+    key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
         return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_rows else 4, 1, programs, True)
     if device.platform == "rocm":
-        return Tuning(query_tile, key_tile, 8 if many_rows else 4, 1, programs, exact_float32=True)
+        return Tuning(query_tile, min(key_tile, 64), 8 if many_rows else 4, 1, programs, True)
     if int(device.arch[3:]) < 90:
         # Less shared memory: half the tile, and as many programs.
-        return Tuning(query_tile, max(16, key_tile // 2), 8 if many_rows else 4, 4, programs)
+        return Tuning(query_tile, max(16, key_tile // 2), 8 if many_rows else 4, 5, programs)
     return Tuning(query_tile, key_tile, 8 if many_rows else 4, 4, programs)
 
 
