@@ -13,6 +13,7 @@ from benchmarks import dense_cache
 from jaxkv.decode import decode, prefill, start
 from jaxkv.models import load
 from jaxkv.sampling import GREEDY
+from pallas_kernels import use_backend
 
 NEW_TOKENS = 64
 SYSTEM = "You are a friendly assistant. Answer in plain English, in one or two short sentences, please."
@@ -108,3 +109,32 @@ def test_greedy_text_is_that_of_a_dense_cache_before_and_after_compact(smollm2, 
     assert int(num_moved) > 20
     state = run(model, replace(state, cache=cache), NEW_TOKENS)
     assert state.output.tolist() == expected
+
+
+def test_greedy_text_by_the_interpreted_gpu_kernels_is_that_of_a_dense_cache(smollm2):
+    prompt, length = smollm2.tokenizer.encode("The capital of France is"), 10
+    seqs = jnp.zeros(1, jnp.int32)
+
+    def paged_step(model, cache, token):
+        cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+        logits, cache = model(token, cache, batch)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    def dense_step(model, cache, token):
+        logits, cache = dense_cache.decode_step(model, cache, token)
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32), cache
+
+    def greedy(step, cache):
+        step = jax.jit(step, donate_argnums=1)
+        tokens = list(prompt)
+        for place in range(length):
+            chosen, cache = step(smollm2.model, cache, jnp.array(tokens[place : place + 1]))
+            if place + 1 >= len(prompt):
+                tokens.append(int(chosen[0]))
+        return smollm2.tokenizer.decode(tokens)
+
+    config = smollm2.config.cache_config(num_pages=3, page_size=8, max_seqs=1, dtype="float32")
+    with use_backend("triton", interpret=True):
+        written = greedy(paged_step, jaxkv.init(config))
+    assert written == greedy(dense_step, dense_cache.init(smollm2.config, 1, length))
+    assert "Paris" in written
