@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-long lint check-aot check-targets bench compare-llama-cpp clean
+.PHONY: demo test test-long lint check-aot check-targets gpu bench compare-llama-cpp clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -25,6 +25,11 @@ check-aot: .venv-aot/.installed
 
 check-targets: .venv-targets/.installed
 	.venv-targets/bin/python -m benchmarks.check_targets
+
+# On a machine with a GPU, JAX must see it: JAX_PLATFORMS= make gpu GPU_PYTHON=python
+GPU_PYTHON ?= $(BIN)/python
+gpu: $(VENV)/.installed
+	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.check_gpu
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.bench_ops

@@ -207,7 +207,7 @@ def _shape(shape, dtype):
 
 def launches(kernel: Kernel, device: Device) -> Iterator[Launch]:
     """The launches of a call that are looked at."""
-    with pallas_kernels.use_backend("triton"), _pretend(device.platform):
+    with pallas_kernels.use_backend("triton"), pretend(device.platform):
         lowered = jax.jit(partial(kernel.call, device)).trace(*kernel.shapes)
         module = lowered.lower(lowering_platforms=(device.platform,)).compiler_ir("stablehlo")
     assert module is not None
@@ -226,7 +226,7 @@ def launches(kernel: Kernel, device: Device) -> Iterator[Launch]:
             )
 
 
-def _pretend(platform: str):
+def pretend(platform: str):
     """JAX 0.11 and later ask what device they lower for."""
     try:
         from jax.sharding import AbstractDevice

@@ -7,6 +7,10 @@ from typing import Any
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+# JAX 0.11 and later announce the end of this backend whenever a kernel is lowered. It is the one that
+# serves ROCm and older CUDA GPUs, so the announcement is for us, not for whoever calls.
+warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+
 
 def launch(
     kernel: Callable,
@@ -32,19 +36,16 @@ def launch(
       cost: flops and bytes, for the scheduler.
       aliases: argument number to number of the result that takes its buffer.
     """
-    with warnings.catch_warnings():
-        # The one place that knows: JAX 0.11 on announces the end of this backend.
-        warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*Triton.*")
-        return pl.pallas_call(
-            kernel,
-            grid=grid,
-            out_shape=out_shape,
-            input_output_aliases=aliases or {},
-            compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
-            cost_estimate=cost,
-            interpret=interpret,
-            name=name,
-        )
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        out_shape=out_shape,
+        input_output_aliases=aliases or {},
+        compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        cost_estimate=cost,
+        interpret=interpret,
+        name=name,
+    )
 
 
 def next_power_of_two(n: int) -> int:
