@@ -1,6 +1,6 @@
 """`paged_attention` in plain XLA: the specification of the other backends, and what a CPU runs.
 
-The work is a list of (query tile, key tile) pairs, built from the lengths, and one loop over it:
+A loop over tiles of queries, and within it one over the tiles of keys each can see:
 
     sequence 0, 1 query at place 5     q tile 0 x key tiles 0
     sequence 1, 1 query at place 300   q tile 1 x key tiles 0 1 2
@@ -51,37 +51,29 @@ def paged_attention(
     work = _plan(tokens, kv_lengths, query_starts, keys, window)
     queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
 
-    def look_up(item):
-        tile, key_tile = work.find(item)
-        tile = jnp.minimum(tile, work.seq.shape[0] - 1)
-        ids, places = keys.locate(page_table[table_rows[work.seq[tile]]], key_tile, work.num_keys[tile])
-        return tile, ids, places, work.places[tile]
+    def visit_tile(tile, done):
+        page_row, num_keys = page_table[table_rows[work.seq[tile]]], work.num_keys[tile]
+        row_places, q_tile = jnp.repeat(work.places[tile], group), _at(queries, tile)
 
-    def visit(item, carry):
-        seen, (tile, ids, places, row_places) = carry
-        k = keys.read(k_pages, layer, ids)
-        scores = jnp.einsum("hrd,htd->hrt", _at(queries, tile), k, precision="highest")
-        if softcap is not None:
-            scores = softcap * jnp.tanh(scores / softcap)
-        visible = (places >= 0) & (places <= row_places[:, None])
-        if window is not None:
-            visible &= places > row_places[:, None] - window
-        visible = jnp.repeat(visible, group, axis=0)[None]
-        # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
-        v = jnp.where((places >= 0)[None, :, None], keys.read(v_pages, layer, ids), 0.0)
-        product = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
-        new = softmax.extend(
-            jax.tree.map(lambda part: _at(part, tile), seen), scores, visible, v, product=product
-        )
-        seen = jax.tree.map(
-            lambda part, value: jax.lax.dynamic_update_index_in_dim(part, value, tile, 0), seen, new
-        )
-        # Looked up one item ahead: a carried value is worked out once, where XLA would otherwise fuse
-        # the search for it into every loop over a tile's elements, and repeat it for each.
-        return seen, look_up(item + 1)
+        def visit(key_tile, seen):
+            where = keys.locate(page_row, key_tile, num_keys)
+            k, v = keys.read(k_pages, v_pages, layer, where)
+            scores = jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest")
+            if softcap is not None:
+                scores = softcap * jnp.tanh(scores / softcap)
+            places = keys.places(where)
+            visible = (places >= 0) & (places <= row_places[:, None])
+            if window is not None:
+                visible &= places > row_places[:, None] - window
+            return softmax.extend(seen, scores, visible[None], v, product=_weigh)
+
+        first = work.first_key_tile[tile]
+        seen = softmax.empty(queries.shape[1:3], head_dim)
+        seen = jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, seen)
+        return jax.tree.map(lambda whole, part: whole.at[tile].set(part), done, seen)
 
     seen = softmax.empty(queries.shape[:3], head_dim)
-    seen, _ = jax.lax.fori_loop(0, work.ends[-1], visit, (seen, look_up(jnp.zeros((), jnp.int32))))
+    seen = jax.lax.fori_loop(0, queries.shape[0], visit_tile, seen)
     rows = work.rows
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
@@ -89,19 +81,22 @@ def paged_attention(
     return _unpack(out, rows, group).astype(q.dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
 
+_weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
+
+
 def _at(array, index):
     return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
 
 
 class _Work(NamedTuple):
-    """The work list. A query tile is up to `query_tile` neighbouring tokens of one sequence.
+    """The query tiles. One is up to `query_tile` neighbouring tokens of one sequence.
 
     Attributes:
       tokens: row of `q` of each tile's rows, `tokens` for none.
       places: place of each row in its sequence, -1 for none: it sees nothing.
       rows: `(tile, row)` of each token of `q`.
       seq, num_keys: the sequence, and its length.
-      first_key_tile, num_key_tiles, ends: the key tiles to visit, and their running sum over the tiles.
+      first_key_tile, num_key_tiles: the key tiles to visit.
     """
 
     tokens: Int[Array, "tiles query_tile"]
@@ -111,12 +106,6 @@ class _Work(NamedTuple):
     num_keys: Int[Array, " tiles"]
     first_key_tile: Int[Array, " tiles"]
     num_key_tiles: Int[Array, " tiles"]
-    ends: Int[Array, " tiles"]
-
-    def find(self, item) -> tuple[Array, Array]:
-        """The query tile and the key tile of an item of the list."""
-        tile = jnp.searchsorted(self.ends, item, side="right", method="compare_all").astype(jnp.int32)
-        return tile, self.first_key_tile[tile] + item - (self.ends[tile] - self.num_key_tiles[tile])
 
 
 def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int | None) -> _Work:
@@ -149,7 +138,6 @@ def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int |
         num_keys=kv_lengths[seq],
         first_key_tile=first_key_tile,
         num_key_tiles=count,
-        ends=jnp.cumsum(count, dtype=jnp.int32),
     )
 
 
@@ -203,36 +191,71 @@ class KeyTiles:
             return place // self.size
         return place // self.page_size * self.parts + place % self.page_size // self.size
 
-    def locate(self, page_row, tile, num_keys):
-        """Where a tile lies: `(page ids [pages], first offset)`, and the place of each of its tokens.
-
-        A place is -1 past the end of the sequence, and where another tile holds it.
-        """
-        nth = jnp.arange(self.size, dtype=jnp.int32)
+    def locate(self, page_row, tile, num_keys) -> "_Where":
+        """Where a tile lies. A page past the end of the sequence is the sequence's first."""
         if self.parts == 1:
             columns = tile * self.pages + jnp.arange(self.pages, dtype=jnp.int32)
             # Past the end of the sequence the table means nothing: read its first page instead.
             columns = jnp.where(columns * self.page_size < num_keys, columns, 0)
-            places = tile * self.size + nth
-            return (page_row[columns], jnp.zeros((), jnp.int32)), jnp.where(places < num_keys, places, -1)
-        page, part = tile // self.parts, tile % self.parts
-        # The last part may reach past the page; it starts earlier, and what it shares is not its own.
-        start = jnp.minimum(part * self.size, self.page_size - self.size)
-        places = page * self.page_size + start + nth
-        own = (start + nth >= part * self.size) & (places < num_keys)
-        return (page_row[page][None], start), jnp.where(own, places, -1)
+            first, start, skip = tile * self.size, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+        else:
+            columns, part = (tile // self.parts)[None], tile % self.parts
+            # The last part may reach past the page; it starts earlier, and what it shares is not its own.
+            start = jnp.minimum(part * self.size, self.page_size - self.size)
+            first, skip = columns[0] * self.page_size + start, part * self.size - start
+        return _Where(page_row[columns], start, first, skip, jnp.minimum(num_keys - first, self.size))
 
-    def read(self, pages, layer, where):
-        """One tile, `[kv_heads, size, head_dim]` float32."""
-        ids, start = where
-        kv_heads, head_dim = pages.shape[2], pages.shape[4]
+    def places(self, where: "_Where"):
+        """The place of each token of a tile, -1 for one that nobody or another tile owns."""
+        nth = jnp.arange(self.size, dtype=jnp.int32)
+        return jnp.where((nth >= where.skip) & (nth < where.end), where.first + nth, -1)
+
+    def read(self, k_pages, v_pages, layer, where: "_Where"):
+        """K and V of a tile, `[kv_heads, size, head_dim]` float32; V is zero at places not its own."""
+        kv_heads, head_dim = k_pages.shape[2], k_pages.shape[4]
+        shape = (kv_heads, self.pages, self.size // self.pages * head_dim)
+        # Reshaped outside of the branch: within it XLA counts the whole pool as read, and splits the copy
+        # over threads, which costs more than it saves.
+        pools = [pages.reshape(*pages.shape[:3], -1) for pages in (k_pages, v_pages)]
+
+        def copy():
+            k, v = (self._copy(pages, layer, where, shape) for pages in pools)
+            # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
+            nth = jnp.arange(shape[1] * shape[2], dtype=jnp.int32).reshape(shape[1:])
+            return k, jnp.where((nth >= where.skip * head_dim) & (nth < where.end * head_dim), v, 0.0)
+
+        # Always so. A branch of its own keeps the copy's rows as long as a run of tokens: XLA would fuse
+        # the reshape into it, and copies rows as short as `head_dim` one float at a time.
+        tile = jax.lax.cond(where.end > where.skip, copy, lambda: (jnp.zeros(shape, jnp.float32),) * 2)
+        return tuple(part.reshape(kv_heads, self.size, head_dim) for part in tile)
+
+    def _copy(self, pages, layer, where: "_Where", shape):
+        """`[kv_heads, pages, tokens * head_dim]` float32."""
+        kv_heads, _, run = shape
         if self.pages > _MAX_SLICES:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
-            tile = pages.at[layer, ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
-            return tile.reshape(kv_heads, self.size, head_dim).astype(jnp.float32)
-        size, zero = self.size // self.pages, jnp.zeros((), jnp.int32)
+            tile = pages.at[layer, where.ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
+            return tile.astype(jnp.float32)
+        zero, start = jnp.zeros((), jnp.int32), where.start * (run * self.pages // self.size)
         runs = [
-            jax.lax.dynamic_slice(pages, (layer, ids[i], zero, start, zero), (1, 1, kv_heads, size, head_dim))
+            jax.lax.dynamic_slice(pages, (layer, where.ids[i], zero, start), (1, 1, kv_heads, run))[0, 0]
             for i in range(self.pages)
         ]
-        return jnp.concatenate([run[0, 0] for run in runs], axis=1).astype(jnp.float32)
+        return jnp.stack(runs, axis=1).astype(jnp.float32)
+
+
+class _Where(NamedTuple):
+    """Where a tile of keys lies.
+
+    Attributes:
+      ids: its pages.
+      start: the offset in the page of its first token.
+      first: the place of that token.
+      skip, end: its own tokens, the others are another tile's or nobody's.
+    """
+
+    ids: Int[Array, " pages"]
+    start: Int[Array, ""]
+    first: Int[Array, ""]
+    skip: Int[Array, ""]
+    end: Int[Array, ""]
