@@ -53,11 +53,11 @@ def paged_attention(
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
     num_tiles = tiles.num_keys.shape[0]
     num_items = tuning.num_items(num_tiles, kv_heads, page_table.shape[1] * page_size)
-    if num_items > num_tiles:
+    split = num_items > num_tiles
+    if split:
         items = schedule.share(tiles, num_items, tuning.key_tile, window)
     else:
         items = schedule.whole(tiles, tuning.key_tile, window)
-    split = num_items > num_tiles
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
@@ -122,34 +122,53 @@ class _Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head."""
 
     def __init__(self, first_row, num_rows, head, *, group: int, size: int, block: int, head_dim: int):
-        row = lax.iota(jnp.int32, block)
-        self.offset = lax.div(row, group)
-        self.head_dim = head_dim
-        self.exists = (self.offset < num_rows) & (row < size * group)
-        self.token = first_row + self.offset
-        self.q_head = head * group + lax.rem(row, group)
-        self.in_group = lax.rem(row, group)
+        self.row = lax.iota(jnp.int32, block)
         self.dims = lax.iota(jnp.int32, next_power_of_two(head_dim))
+        self.in_head = (self.dims < head_dim)[None, :]
+        self.in_tile = self.row < size * group
+        self.offset = lax.div(self.row, group)
+        self.exists = (self.offset < num_rows) & self.in_tile
+        self.token = first_row + self.offset
+        self.head, self.in_group = head, lax.rem(self.row, group)
+        self.q_head = head * group + self.in_group
+
+    def nothing_seen(self) -> softmax.Partial:
+        """What each row starts from."""
+        return softmax.empty(self.row.shape, self.dims.shape[0])
 
     def load(self, q):
         """`[block, head_dim]`, zeros where there is no row."""
         return plgpu.load(self._at(q), mask=self._mask(), other=0.0)
 
-    def load_each(self, per_head, head):
-        """`per_head[kv head, query head]` of each row."""
-        return plgpu.load(per_head.at[head, self.in_group], mask=self.exists, other=0.0)
-
-    def store(self, out, lse, result):
-        """Writes the rows that exist."""
-        values, lse_values = result
+    def store(self, out, lse, seen: softmax.Partial, sinks):
+        """Writes the rows that exist, when they have seen all."""
+        sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
+        values, log_sum = softmax.finish(seen, sinks * _LOG2E, exp=jnp.exp2, log=jnp.log2)
         plgpu.store(self._at(out), values.astype(out.dtype), mask=self._mask())
-        plgpu.store(lse.at[self.token, self.q_head], lse_values, mask=self.exists)
+        plgpu.store(lse.at[self.token, self.q_head], log_sum / _LOG2E, mask=self.exists)
+
+    def load_partial(self, parts, item) -> softmax.Partial:
+        """What an item's program left behind."""
+        return softmax.Partial(
+            m=plgpu.load(parts.m.at[item, self.head, self.row], mask=self.in_tile, other=softmax.LOWEST),
+            l=plgpu.load(parts.l.at[item, self.head, self.row], mask=self.in_tile, other=0.0),
+            o=plgpu.load(self._at_item(parts.o, item), mask=self.in_tile[:, None] & self.in_head, other=0.0),
+        )
+
+    def store_partial(self, parts, item, seen: softmax.Partial):
+        """Leaves it behind."""
+        plgpu.store(parts.m.at[item, self.head, self.row], seen.m, mask=self.in_tile)
+        plgpu.store(parts.l.at[item, self.head, self.row], seen.l, mask=self.in_tile)
+        plgpu.store(self._at_item(parts.o, item), seen.o, mask=self.in_tile[:, None] & self.in_head)
 
     def _at(self, array):
         return array.at[self.token[:, None], self.q_head[:, None], self.dims[None, :]]
 
+    def _at_item(self, array, item):
+        return array.at[item, self.head, self.row[:, None], self.dims[None, :]]
+
     def _mask(self):
-        return self.exists[:, None] & (self.dims < self.head_dim)[None, :]
+        return self.exists[:, None] & self.in_head
 
 
 def _attend(
@@ -180,11 +199,10 @@ def _attend(
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
     num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
-    table_row, page_size, head_dim = table_row_ref[tile], k_ref.shape[3], k_ref.shape[4]
+    table_row, page_size = table_row_ref[tile], k_ref.shape[3]
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
-    in_head = (mine.dims < head_dim)[None, :]
     wide = jnp.promote_types(q_ref.dtype, k_ref.dtype)
 
     def places_of(key):
@@ -202,7 +220,7 @@ def _attend(
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
-        real = in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
+        real = mine.in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
         at = (layer, ids[:, None], head, lax.rem(places, page_size)[:, None], mine.dims[None, :])
         k = plgpu.load(k_ref.at[at], mask=real, other=0.0)
         v = plgpu.load(v_ref.at[at], mask=real, other=0.0)
@@ -219,8 +237,7 @@ def _attend(
                 visible &= places[None, :] > row_place[:, None] - window
         return softmax.extend(seen, scores, visible, v, product=product, exp=jnp.exp2), next_ids
 
-    seen = softmax.empty((mine.offset.shape[0],), mine.dims.shape[0])
-    carry = seen, page_ids(begin)
+    carry = mine.nothing_seen(), page_ids(begin)
     # In the interior every row sees every token of a tile, and nothing is masked.
     low, high = begin, jnp.clip((first_place + 1) // key_tile, begin, end)
     if window is not None:
@@ -228,20 +245,12 @@ def _attend(
         carry = lax.fori_loop(begin, low, partial(visit, edge=True), carry)
     carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
-    if not split:
+    if split:
+        # An item without key tiles is past the last one, and nobody reads what it would leave.
+        pl.when(begin < end)(lambda: mine.store_partial(softmax.Partial(*out_refs), item, seen))
+    else:
         out_ref, lse_ref = out_refs
-        mine.store(out_ref, lse_ref, _finish(seen, mine.load_each(sinks_ref, head)))
-        return
-
-    @pl.when(begin < end)
-    def _():
-        row = lax.iota(jnp.int32, mine.offset.shape[0])
-        m_ref, l_ref, o_ref = out_refs
-        exists = row < m_ref.shape[2]
-        plgpu.store(m_ref.at[item, head, row], seen.m, mask=exists)
-        plgpu.store(l_ref.at[item, head, row], seen.l, mask=exists)
-        at = o_ref.at[item, head, row[:, None], mine.dims[None, :]]
-        plgpu.store(at, seen.o, mask=exists[:, None] & in_head)
+        mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 
 def _merge(
@@ -250,30 +259,13 @@ def _merge(
     """The items of one query tile become its rows of the output."""
     head, tile = pl.program_id(0), pl.program_id(1)
     mine = rows(first_row_ref[tile], num_rows_ref[tile], head)
-    row = lax.iota(jnp.int32, mine.offset.shape[0])
-    in_head = (mine.dims < o_ref.shape[3])[None, :]
-    exists = row < m_ref.shape[2]
+    parts = softmax.Partial(m_ref, l_ref, o_ref)
 
     def visit(item, seen):
-        part = softmax.Partial(
-            m=plgpu.load(m_ref.at[item, head, row], mask=exists, other=softmax.LOWEST),
-            l=plgpu.load(l_ref.at[item, head, row], mask=exists, other=0.0),
-            o=plgpu.load(
-                o_ref.at[item, head, row[:, None], mine.dims[None, :]],
-                mask=exists[:, None] & in_head,
-                other=0.0,
-            ),
-        )
-        return softmax.merge(seen, part, exp=jnp.exp2)
+        return softmax.merge(seen, mine.load_partial(parts, item), exp=jnp.exp2)
 
-    seen = softmax.empty((row.shape[0],), mine.dims.shape[0])
-    seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, seen)
-    mine.store(out_ref, lse_ref, _finish(seen, mine.load_each(sinks_ref, head)))
-
-
-def _finish(seen, sinks):
-    out, lse = softmax.finish(seen, sinks * _LOG2E, exp=jnp.exp2, log=jnp.log2)
-    return out, lse / _LOG2E
+    seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, mine.nothing_seen())
+    mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 
 def _tanh(x):

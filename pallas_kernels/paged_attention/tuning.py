@@ -36,9 +36,10 @@ class Tuning:
 
     def num_items(self, num_tiles: int, kv_heads: int, max_keys: int) -> int:
         """Items to cut the query tiles into: `num_tiles` where a second launch would not pay."""
-        if max_keys <= 2 * self.key_tile:
-            return num_tiles
-        return max(2 * num_tiles, self.programs // kv_heads)
+        short = max_keys <= 2 * self.key_tile
+        # Long prompts fill the device many times over, and their partial results would be large.
+        many = self.query_tile > 16 and num_tiles * kv_heads >= 2 * self.programs
+        return num_tiles if short or many else num_tiles + max(1, self.programs // kv_heads)
 
     def precision(self, *dtypes: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
         """Of the matrix products."""

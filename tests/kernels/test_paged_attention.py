@@ -207,8 +207,8 @@ def test_an_unknown_backend_is_a_value_error(operation):
 
 
 TUNINGS = {
-    "one item a tile": Tuning(query_tile=1, key_tile=16, num_warps=4, num_stages=1, programs=1),
-    "many items a tile": Tuning(query_tile=1, key_tile=16, num_warps=4, num_stages=1, programs=200),
+    "one cut": Tuning(query_tile=1, key_tile=16, num_warps=4, num_stages=1, programs=1),
+    "many cuts": Tuning(query_tile=1, key_tile=16, num_warps=4, num_stages=1, programs=200),
     "more items than work": Tuning(query_tile=4, key_tile=64, num_warps=4, num_stages=1, programs=4000),
 }
 

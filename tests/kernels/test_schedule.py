@@ -1,5 +1,8 @@
 """Every row of q in one tile, every key tile in one item, items of even size."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,75 +13,74 @@ from pallas_kernels import cost
 from pallas_kernels.paged_attention import schedule
 from tests.kernels.cases import Case, make
 
-sequences = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 12)), min_size=1, max_size=6)
+SEQS, TOKENS, KEY_TILE = 5, 48, 8
+sequences = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 9)), min_size=SEQS, max_size=SEQS)
 
 
-def tiles_of(lengths, queries, padding, size):
-    starts = np.cumsum([0, *queries])
-    tokens = int(starts[-1]) + padding
-    rows = jnp.arange(len(lengths), dtype=jnp.int32)[::-1]
-    tiles = schedule.query_tiles(
-        tokens, size, jnp.array(lengths, jnp.int32), jnp.array(starts, jnp.int32), rows
-    )
-    return tokens, tiles
+@partial(jax.jit, static_argnums=(0, 1))
+def tiles_of(tokens, size, lengths, queries):
+    """Tiles of sequences that lie in the page table from the last row to the first."""
+    starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(queries, dtype=jnp.int32)])
+    rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)[::-1]
+    return schedule.query_tiles(tokens, size, lengths, starts, rows)
 
 
-@settings(max_examples=60, deadline=None)
-@given(
-    sequences,
-    st.integers(0, 7),
-    st.sampled_from([1, 2, 4]),
-    st.sampled_from([None, 3, 40]),
-    st.integers(1, 9),
-)
-def test_every_row_and_every_visible_key_is_somebodys_work(pairs, padding, size, window, spare):
+share = jax.jit(schedule.share, static_argnums=(1, 2, 3))
+whole = jax.jit(schedule.whole, static_argnums=(1, 2))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("window", [None, 3, 40])
+@settings(max_examples=40, deadline=None)
+@given(pairs=sequences, spare=st.sampled_from([1, 7]))
+def test_every_row_and_every_visible_key_is_somebodys_work(pairs, spare, window, size):
     lengths = [max(length, queries) if length else 0 for length, queries in pairs]
     queries = [queries for _, queries in pairs]
-    tokens, tiles = tiles_of(lengths, queries, padding + (sum(queries) == 0), size)
-    num_tiles = schedule.num_query_tiles(tokens, len(pairs), size)
+    arrays = np.array(lengths, np.int32), np.array(queries, np.int32)
+    tiles = jax.tree.map(np.asarray, tiles_of(TOKENS, size, *arrays))
+    num_tiles = schedule.num_query_tiles(TOKENS, SEQS, size)
     assert all(part.shape == (num_tiles,) for part in tiles)
 
-    owner = [len(pairs)] * tokens
-    for seq, (start, count) in enumerate(zip(np.cumsum([0, *queries]), queries, strict=False)):
-        owner[start : start + count] = [seq] * count
+    owner = [seq for seq, count in enumerate(queries) for _ in range(count)]
+    owner += [SEQS] * (TOKENS - len(owner))
     covered = []
-    for n in range(num_tiles):
-        first, count = int(tiles.first_row[n]), int(tiles.num_rows[n])
-        assert count <= size
+    for table_row, first, count, first_place, num_keys in zip(*map(np.ndarray.tolist, tiles), strict=True):
         rows = range(first, first + count)
         covered += rows
         owners = {owner[row] for row in rows}
+        assert count <= size
         assert len(owners) <= 1
-        for seq in owners - {len(pairs)}:
-            assert int(tiles.table_row[n]) == len(pairs) - 1 - seq
-            place = lengths[seq] - queries[seq] + first - sum(queries[:seq])
-            assert int(tiles.first_place[n]) == place
-            assert int(tiles.num_keys[n]) == (place + count if lengths[seq] else 0)
-        if owners == {len(pairs)}:
-            assert int(tiles.num_keys[n]) == 0
-    assert sorted(covered) == list(range(tokens))
+        if owners <= {SEQS}:
+            assert num_keys == 0
+            continue
+        (seq,) = owners
+        place = lengths[seq] - queries[seq] + first - sum(queries[:seq])
+        assert (table_row, first_place) == (SEQS - 1 - seq, place)
+        assert num_keys == (place + count if lengths[seq] else 0)
+    assert sorted(covered) == list(range(TOKENS))
 
-    key_tile, num_items = 8, num_tiles + spare
-    items = schedule.share(tiles, num_items, key_tile, window)
-    whole = schedule.whole(tiles, key_tile, window)
-    for n in range(num_tiles):
-        want = set(range(int(whole.begin[n]), int(whole.end[n])))
-        mine = range(int(items.starts[n]), int(items.starts[n + 1]))
-        shares = [range(int(items.begin[i]), int(items.end[i])) for i in mine]
-        assert all(int(items.tile[i]) == n for i in mine)
+    num_items = num_tiles + spare
+    items = jax.tree.map(np.asarray, share(tiles, num_items, KEY_TILE, window))
+    wanted = jax.tree.map(np.asarray, whole(tiles, KEY_TILE, window))
+    for tile in range(num_tiles):
+        want = range(wanted.begin[tile], wanted.end[tile])
+        mine = range(items.starts[tile], items.starts[tile + 1])
+        shares = [range(items.begin[item], items.end[item]) for item in mine]
+        assert all(items.tile[item] == tile for item in mine)
         assert all(shares)
-        assert sorted(key for share in shares for key in share) == sorted(want)
+        assert [key for share in shares for key in share] == list(want)
         if window is None:
-            assert want == set(range(-(-int(tiles.num_keys[n]) // key_tile)))
-    assert int(items.starts[-1]) <= num_items
-    for i in range(int(items.starts[-1]), num_items):
-        assert int(items.begin[i]) == int(items.end[i]) == 0
+            assert want == range(-(-tiles.num_keys[tile] // KEY_TILE))
+    assert items.starts[-1] <= num_items
+    past = slice(int(items.starts[-1]), None)
+    assert not items.begin[past].any()
+    assert not items.end[past].any()
 
 
 def test_a_long_sequence_is_cut_as_finely_as_many_short_ones_allow():
     """One of 32,768 tokens beside 63 of 10: no item is longer than its fair share."""
-    lengths = [32768] + [10] * 63
-    _, tiles = tiles_of(lengths, [1] * 64, 0, 1)
+    lengths = np.array([32768] + [10] * 63, np.int32)
+    tiles = tiles_of(64, 1, lengths, np.ones(64, np.int32))
     items = schedule.share(tiles, 128, 64, None)
     sizes = np.asarray(items.end - items.begin)
     assert sizes.max() == -(-(512 + 63) // 64)
