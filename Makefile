@@ -26,10 +26,10 @@ check-aot: .venv-aot/.installed
 check-targets: .venv-targets/.installed
 	.venv-targets/bin/python -m benchmarks.check_targets
 
-# On a machine with a GPU, JAX must see it: JAX_PLATFORMS= make gpu GPU_PYTHON=python
-GPU_PYTHON ?= $(BIN)/python
+# Without a GPU it says so and rehearses. On a machine whose Python sees one already, run the module itself.
 gpu: $(VENV)/.installed
-	PYTHONPATH=. $(GPU_PYTHON) -m benchmarks.check_gpu
+	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q -e '.[cuda12]'; fi
+	JAX_PLATFORMS= $(BIN)/python -m benchmarks.check_gpu
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.bench_ops

@@ -281,6 +281,8 @@ def speed() -> list[dict]:
     """Prints the tables; returns a row for each measurement."""
     rounds = 9 if HAS_GPU else 2
     rows = []
+    if not HAS_GPU:
+        print("the times of an interpreter, which mean nothing:")
     print(f"\n{'decode':<48}{'us':>10}{'TB/s':>8}{'of copy':>9}{'JAX own':>9}")
     for shape in shapes():
         contestants, _ = decode(shape)

@@ -68,7 +68,7 @@ def attend(
       window: a token sees itself and the `window - 1` places before it.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sinks: a logit for each query head that joins the softmax's denominator.
-      backend: "auto", or "xla"; a GPU backend that is not built raises.
+      backend: "auto", "xla", or "triton" on a GPU.
       return_lse: also return the log-sum-exp of the scores, for merging partial results.
 
     Returns:

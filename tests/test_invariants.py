@@ -134,6 +134,30 @@ def test_a_good_batch_is_no_error():
     jaxkv.raise_for_status(batch)
 
 
+def test_the_errors_of_a_batch_say_what_there_was():
+    room = SMALL.max_tokens_per_seq
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(room + 1), total_tokens=room + 1)
+    with pytest.raises(SequenceTooLongError, match=rf"at most {room} tokens"):
+        jaxkv.raise_for_status(batch)
+    config = replace(SMALL, num_pages=SMALL.max_pages_per_seq)
+    _, batch = jitted.allocate(jaxkv.init(config), ints(0, 1), ints(room - 1, 1), total_tokens=room)
+    with pytest.raises(OutOfPagesError, match=rf"entry 1 .*: 0 of {config.num_pages} are left"):
+        jaxkv.raise_for_status(batch)
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(SMALL.max_seqs), ints(1))
+    with pytest.raises(InvalidSequenceError, match=rf"max_seqs is {SMALL.max_seqs}"):
+        jaxkv.raise_for_status(batch)
+
+
+def test_a_batch_of_another_cache_is_refused():
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    other = jaxkv.init(replace(SMALL, num_pages=SMALL.num_pages + 1))
+    k = jnp.ones((1, SMALL.num_kv_heads, SMALL.head_dim))
+    with pytest.raises(ValueError, match=r"another cache.*num_pages"):
+        jaxkv.append(other, 0, batch, k, k)
+    with pytest.raises(ValueError, match="another cache"):
+        jaxkv.attend(other, 0, batch, k)
+
+
 def test_a_forks_status_is_taken_too():
     _, status = jitted.fork(sound(), ints(0, 0), ints(-1, 1))
     with pytest.raises(SlotOccupiedError, match="entry 1"):
