@@ -66,6 +66,7 @@ POOL_BYTES = 4 * 2**30
 MAX_SEQS, ROW_PAGES, CHUNK_TOKENS = 64, 128, 512
 BAR = 0.02
 MIB = 2**20
+KERNELS = ("append_kv", "copy_pages", "paged_attention")
 TARGET = Path(__file__).with_name("h100.textproto")
 
 
@@ -280,6 +281,8 @@ def _compile(program: Program, cache) -> tuple[Any, str]:
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     if memory is None or hlo is None:
         raise RuntimeError(f"the compiler says nothing of {program.name}")
+    if (program.backend == "triton") == set(KERNELS).isdisjoint(launches(hlo)):
+        raise RuntimeError(f"{program.name} was not compiled for the {program.backend} backend")
     return memory, hlo
 
 

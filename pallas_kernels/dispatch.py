@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import NamedTuple
 
 import jax
@@ -20,15 +19,16 @@ class Backend(NamedTuple):
     interpret: bool = False
 
 
-_auto: ContextVar[Backend | None] = ContextVar("auto", default=None)
+# What "auto" means; part of the key of every `jit` cache, so that a change of it is a change of program.
+_auto = jax.make_user_context(default_value=None)
 
 
 @contextmanager
 def use_backend(name: str, *, interpret: bool = False) -> Iterator[None]:
     """Within it, "auto" means this backend, and its kernels are interpreted if asked for.
 
-    It acts while a function is traced: what `jit` has traced outside stays as it was. The platform is
-    not looked at, so that a program can be compiled for a GPU that is not there.
+    A function that `jit` has compiled for another choice is compiled again. The platform is not looked
+    at, so that a program can be compiled for a GPU that is not there.
 
     Args:
       name: one of `BACKENDS`.
@@ -48,16 +48,13 @@ def use_backend(name: str, *, interpret: bool = False) -> Iterator[None]:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
-    token = _auto.set(Backend(name, interpret))
-    try:
+    with _auto(Backend(name, interpret)):
         yield
-    finally:
-        _auto.reset(token)
 
 
 def auto_backend() -> Backend:
     """What "auto" means, here and now."""
-    return _auto.get() or Backend("triton" if jax.default_backend() == "gpu" else "xla")
+    return _auto.value or Backend("triton" if jax.default_backend() == "gpu" else "xla")
 
 
 def choose_backend(
@@ -81,7 +78,7 @@ def choose_backend(
     if backend == "auto":
         name = asked.name
         # What nobody asked for by name is served by another, if need be.
-        if _auto.get() is None and lacks.get(name, "") is not None:
+        if _auto.value is None and lacks.get(name, "") is not None:
             name = "xla"
     else:
         name = backend
@@ -92,7 +89,7 @@ def choose_backend(
             f"the {name} backend has no {operation} kernel yet; available: {', '.join(lacks)}"
         )
     reason = lacks[name]
-    if name != "xla" and not interpret and _auto.get() is None and jax.default_backend() != "gpu":
+    if name != "xla" and not interpret and _auto.value is None and jax.default_backend() != "gpu":
         reason = "a GPU (`use_backend` interprets it without one, or compiles it for one elsewhere)"
     if reason is not None:
         raise NotImplementedError(f"the {name} backend of {operation} lacks {reason}")

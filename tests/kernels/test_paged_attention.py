@@ -195,6 +195,18 @@ def test_auto_means_what_use_backend_says(operation):
         calls("auto")[operation]()
 
 
+def test_use_backend_is_part_of_the_program():
+    """A function compiled for one backend is compiled again for another."""
+    pages, token, one = jnp.zeros((1, 2, 1, 4, 16)), jnp.ones((1, 1, 16)), jnp.array([1])
+    append = jax.jit(lambda pages: append_kv(pages, pages, token, token, one, one)[0])
+    plain = str(append.trace(pages).jaxpr)
+    with use_backend("triton", interpret=True):
+        assert "pallas_call" in str(append.trace(pages).jaxpr)
+        np.testing.assert_array_equal(append(pages)[0, 1, 0, 1], 1)
+    assert "pallas_call" not in plain
+    assert str(append.trace(pages).jaxpr) == plain
+
+
 def test_use_backend_takes_only_backends():
     with pytest.raises(ValueError, match="cuda"), use_backend("cuda"):
         pass
