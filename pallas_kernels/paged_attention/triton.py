@@ -15,6 +15,7 @@ from math import e, log2
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
@@ -126,10 +127,10 @@ class _Rows:
         self.dims = lax.iota(jnp.int32, next_power_of_two(head_dim))
         self.in_head = (self.dims < head_dim)[None, :]
         self.in_tile = self.row < size * group
-        self.offset = lax.div(self.row, group)
+        self.offset = lax.div(self.row, np.int32(group))
         self.exists = (self.offset < num_rows) & self.in_tile
         self.token = first_row + self.offset
-        self.head, self.in_group = head, lax.rem(self.row, group)
+        self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
         self.q_head = head * group + self.in_group
 
     def nothing_seen(self) -> softmax.Partial:
@@ -199,7 +200,7 @@ def _attend(
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
     num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
-    table_row, page_size = table_row_ref[tile], k_ref.shape[3]
+    table_row, page_size = table_row_ref[tile], np.int32(k_ref.shape[3])
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)

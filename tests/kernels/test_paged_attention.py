@@ -1,5 +1,7 @@
 """The kernels against NumPy float64, one table of cases for every backend."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,6 +218,24 @@ def test_use_backend_takes_only_backends():
 def test_an_unknown_backend_is_a_value_error(operation):
     with pytest.raises(ValueError, match=r"'cuda'.*xla"):
         calls("cuda")[operation]()
+
+
+@backends
+def test_64_bit_mode_changes_nothing(backend):
+    case = Case("", (300, 33, 0, 5), (40, 1, 0, 5), page_size=3, padding_rows=2, sinks=True)
+    arguments = make(replace(case, options={"window": 20, "softcap": 5.0}))
+    with jax.enable_x64(True):
+        out, lse = attend(*arguments.arrays, layer=1, return_lse=True, **on(backend), **arguments.options)
+        _, k_pages, v_pages, *_ = arguments.arrays
+        place = jnp.zeros(1, jnp.int32)
+        k_new, v_new = append_kv(
+            k_pages, v_pages, k_pages[0, :1, :, 0], v_pages[0, :1, :, 0], place, place, **on(backend)
+        )
+        copied = copy_pages(k_pages, v_pages, place, place + 1, **on(backend))
+    want = expected(case, arguments)
+    assert_close(out, want[0], "float32")
+    assert_close(lse, want[1], "float32")
+    assert {array.dtype for array in (out, lse, k_new, v_new, *copied)} == {jnp.dtype("float32")}
 
 
 TUNINGS = {
