@@ -19,6 +19,7 @@ document, which a GPU's run also leaves under `benchmarks/results/`.
 """
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -67,9 +68,10 @@ def conformance(cases: list[Case]) -> list[dict]:
                     **arguments.options,
                 )
             )
-            compiled = run.lower(*arguments.arrays).compile()
-            _poison(q.size)
-            got = compiled(*arguments.arrays)
+            arrays = jax.block_until_ready(arguments.arrays)
+            compiled = run.lower(*arrays).compile()
+            _poison(compiled)
+            got = compiled(*arrays)
             for name, one, other, dtype in zip(
                 ("out", "lse"), got, want, (case.dtype, "float32"), strict=True
             ):
@@ -81,9 +83,38 @@ def conformance(cases: list[Case]) -> list[dict]:
     return failures
 
 
-def _poison(numbers: int) -> None:
-    """Fills memory of about the outputs' size with NaN and gives it back to the allocator."""
-    jax.block_until_ready([jnp.full(numbers, jnp.nan, dtype) for dtype in (jnp.float32, jnp.bfloat16) * 4])
+def write_conformance() -> list[dict]:
+    """Append and page copy against NumPy, exactly, with entries that must do nothing among them."""
+    random, failures = np.random.default_rng(0), []
+    for dtype in ("float32", "bfloat16", "float16"):
+        k_pages, v_pages = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.dtype(dtype))
+        k, v = random.normal(size=(2, 33, 3, 80)).astype(jnp.dtype(dtype))
+        page = np.where(np.arange(33) % 5 == 4, 40, random.permutation(40)[:33]).astype(np.int32)
+        offset = random.integers(0, 7, size=33).astype(np.int32)
+        sources, destinations = np.arange(20, dtype=np.int32), np.arange(20, 40, dtype=np.int32)
+        destinations[::3] = 40
+        calls = {
+            "append_kv": ((k, v, page, offset), {"layer": 1}),
+            "copy_pages": ((sources, destinations), {}),
+        }
+        for name, (arguments, options) in calls.items():
+            want = getattr(reference, name)(k_pages, v_pages, *arguments, **options)
+            for backend in ("xla", "triton"):
+                interpret = backend != "xla" and not HAS_GPU
+                run = partial(getattr(pallas_kernels, name), backend=backend, interpret=interpret, **options)
+                got = jax.jit(run, donate_argnums=(0, 1))(jnp.array(k_pages), jnp.array(v_pages), *arguments)
+                if not all(np.array_equal(one, other) for one, other in zip(got, want, strict=True)):
+                    failures.append({"case": f"{name} {dtype}", "backend": backend, "what": "pool"})
+                    print(f"WRONG: {name} {dtype}, {backend}", flush=True)
+    return failures
+
+
+def _poison(compiled) -> None:
+    """Fills more memory than a program takes with NaN, in pieces of many sizes, and gives it back."""
+    memory = compiled.memory_analysis()
+    most = max(2**20, 2 * (memory.temp_size_in_bytes + memory.output_size_in_bytes))
+    sizes = [most >> shift for shift in range(10)]
+    jax.block_until_ready([jnp.full(max(1, size // 4), jnp.nan, jnp.float32) for size in sizes])
 
 
 def memcheck() -> str:
@@ -92,10 +123,12 @@ def memcheck() -> str:
     if not HAS_GPU or tool is None:
         return "not run: " + ("no GPU" if not HAS_GPU else "compute-sanitizer is not installed")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", __spec__.name]
+    # Each buffer an allocation of its own: within one pool of memory nothing would be out of bounds.
     run = subprocess.run(
         [*command, "--conformance-only", "window over", "rows of no", "71", "prefill and"],
         capture_output=True,
         text=True,
+        env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
     )
     return "clean" if run.returncode == 0 else f"exit {run.returncode}: {run.stdout[-2000:]}"
 
@@ -155,8 +188,8 @@ def shapes() -> list[Shape]:
     return uniform + skewed
 
 
-def decode(shape: Shape) -> tuple[dict[str, Callable[[], float]], int]:
-    """Contestants that each return the seconds of one layer's attention, and the calls they average."""
+def decode(shape: Shape) -> dict[str, Callable[[], float]]:
+    """Contestants that each return the seconds of one layer's attention."""
     random = np.random.default_rng(0)
     pages = [-(-length // shape.page_size) for length in shape.lengths]
     num_pages, width = sum(pages), max(pages)
@@ -173,7 +206,7 @@ def decode(shape: Shape) -> tuple[dict[str, Callable[[], float]], int]:
     rounds = 5
 
     @jax.jit
-    def ours(q, k, v):
+    def ours(q, k, v, table, lengths, starts):
         for call in range(rounds * shape.layers):
             attended = pallas_kernels.paged_attention(
                 q,
@@ -189,10 +222,11 @@ def decode(shape: Shape) -> tuple[dict[str, Callable[[], float]], int]:
             q = (q + attended).astype(q.dtype)
         return q
 
-    contestants = {"jaxkv": lambda: stopwatch(ours, q, k, v)[0] / (rounds * shape.layers)}
+    arguments = q, k, v, table, lengths, starts
+    contestants = {"jaxkv": lambda: stopwatch(ours, *arguments)[0] / (rounds * shape.layers)}
     if HAS_GPU:
         contestants["jax"] = _jax_own(shape, q, k, v, table, lengths, rounds)
-    return contestants, rounds * shape.layers
+    return contestants
 
 
 def _jax_own(shape: Shape, q, k, v, table, lengths, rounds: int) -> Callable[[], float]:
@@ -202,13 +236,13 @@ def _jax_own(shape: Shape, q, k, v, table, lengths, rounds: int) -> Callable[[],
     layers = [(k[i].swapaxes(0, 1), v[i].swapaxes(0, 1)) for i in range(shape.layers)]
 
     @jax.jit
-    def run(q, layers):
+    def run(q, layers, table, lengths):
         for call in range(rounds * shape.layers):
             own_k, own_v = layers[call % shape.layers]
             q = (q + paged_attention(q * shape.head_dim**-0.5, own_k, own_v, table, lengths)).astype(q.dtype)
         return q
 
-    return lambda: stopwatch(run, q, layers)[0] / (rounds * shape.layers)
+    return lambda: stopwatch(run, q, layers, table, lengths)[0] / (rounds * shape.layers)
 
 
 def copy_seconds(num_bytes: int, calls: int = 10) -> Callable[[], float]:
@@ -285,7 +319,7 @@ def speed() -> list[dict]:
         print("the times of an interpreter, which mean nothing:")
     print(f"\n{'decode':<48}{'us':>10}{'TB/s':>8}{'of copy':>9}{'JAX own':>9}")
     for shape in shapes():
-        contestants, _ = decode(shape)
+        contestants = decode(shape)
         contestants["copy"] = copy_seconds(shape.kv_bytes)
         samples = interleave(contestants, rounds=rounds)
         share = samples["copy"].over(samples["jaxkv"]).median
@@ -322,14 +356,15 @@ def main() -> int:
     cases = [*PAGED_ATTENTION, Case("71 heads on one", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16")]
     if options.conformance_only is not None:
         parts = options.conformance_only or [""]
-        return 1 if conformance([c for c in cases if any(part in c.name for part in parts)]) else 0
+        chosen = [case for case in cases if any(part in case.name for part in parts)]
+        return 1 if conformance(chosen) + write_conformance() else 0
     device = jax.devices()[0]
     if HAS_GPU:
         print(f"on {device.device_kind}, JAX {jax.__version__}")
     else:
         print("There is no GPU here, so nothing below was run on one. A rehearsal, kernels interpreted:")
         cases = cases[::8]
-    failures = conformance(cases)
+    failures = conformance(cases) + write_conformance()
     print(f"conformance: {len(cases)} cases on 2 backends, {len(failures)} wrong results")
     sanitizer = memcheck()
     print(f"memcheck: {sanitizer}")

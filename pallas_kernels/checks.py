@@ -11,6 +11,9 @@ def check_pool(k_pages: Array, v_pages: Array) -> None:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
         )
+    check_floating("k_pages", k_pages)
+    if not all(k_pages.shape):
+        raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
         raise ValueError(
             f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
@@ -24,9 +27,10 @@ def check_floating(name: str, array: Array) -> None:
         raise ValueError(f"{name} must be floating point, not {array.dtype}")
 
 
-def lacks_float64(*arrays: Array) -> str | None:
+def lacks_dtype(*arrays: Array) -> str | None:
     """What a GPU's kernels lack for these arrays, if anything."""
-    return "float64" if any(array.dtype == jnp.float64 for array in arrays) else None
+    served = jnp.float32, jnp.bfloat16, jnp.float16
+    return next((str(array.dtype) for array in arrays if array.dtype not in served), None)
 
 
 def check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:

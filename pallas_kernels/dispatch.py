@@ -89,7 +89,8 @@ def choose_backend(
             f"the {name} backend has no {operation} kernel yet; available: {', '.join(lacks)}"
         )
     reason = lacks[name]
-    if name != "xla" and not interpret and _auto.value is None and jax.default_backend() != "gpu":
+    meant = _auto.value is not None and _auto.value.name == name
+    if name != "xla" and not interpret and not meant and jax.default_backend() != "gpu":
         reason = "a GPU (`use_backend` interprets it without one, or compiles it for one elsewhere)"
     if reason is not None:
         raise NotImplementedError(f"the {name} backend of {operation} lacks {reason}")

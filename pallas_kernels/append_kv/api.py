@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.append_kv import xla
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_float64
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 
 
@@ -25,7 +25,7 @@ def append_kv(
     Args:
       k_pages, v_pages: the pool.
       k, v: this step's keys and values, converted to the pool's dtype.
-      page_ids: page of each token; `pages` and above mean that nothing is written.
+      page_ids: page of each token; one that is no page means that nothing is written.
       offsets: place within the page.
       layer: Python int or int32 scalar.
       backend: "auto" or a name.
@@ -38,7 +38,7 @@ def append_kv(
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    k, v = jnp.asarray(k), jnp.asarray(v)
+    k, v, page_ids, offsets = (jnp.asarray(array) for array in (k, v, page_ids, offsets))
     check_pool(k_pages, v_pages)
     check_layer(layer, k_pages.shape[0])
     _, _, kv_heads, _, head_dim = k_pages.shape
@@ -51,7 +51,8 @@ def append_kv(
             )
     check_integers("page_ids", page_ids, k.shape[:1])
     check_integers("offsets", offsets, k.shape[:1])
-    lacks = {"xla": None, "triton": lacks_float64(k_pages)}
+    page_ids, offsets = page_ids.astype(jnp.int32), offsets.astype(jnp.int32)
+    lacks = {"xla": None, "triton": lacks_dtype(k_pages)}
     chosen = choose_backend("append_kv", backend, lacks, interpret)
     if chosen.name == "xla":
         return xla.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer)

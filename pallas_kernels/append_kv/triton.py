@@ -47,7 +47,8 @@ def _append(
     head, dim = block * heads + lax.iota(jnp.int32, heads), lax.iota(jnp.int32, dims)
     exists = (head < k_ref.shape[1])[:, None] & (dim < k_ref.shape[2])[None, :]
     # A page past the end is padding; so is what a place that is no place would write.
-    wanted = exists & (page >= 0) & (page < k_pages.shape[1]) & (offset < k_pages.shape[3])
+    in_pool = (page >= 0) & (page < k_pages.shape[1]) & (offset >= 0) & (offset < k_pages.shape[3])
+    wanted = exists & in_pool
     for new, pages in ((k_ref, k_pages), (v_ref, v_pages)):
         values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists)
         at = pages.at[layer, page, head[:, None], offset, dim[None, :]]

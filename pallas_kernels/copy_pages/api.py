@@ -1,8 +1,9 @@
 """`copy_pages`: the call, checked."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_integers, check_pool, lacks_float64
+from pallas_kernels.checks import check_integers, check_pool, lacks_dtype
 from pallas_kernels.copy_pages import xla
 from pallas_kernels.dispatch import choose_backend
 
@@ -21,8 +22,8 @@ def copy_pages(
     Args:
       k_pages, v_pages: the pool.
       sources: pages to read.
-      destinations: pages to write, each at most once and none of them a source; `pages` and above
-        mean no copy, which costs nothing.
+      destinations: pages to write, each at most once and none of them a source. A source or a
+        destination that is no page means no copy, which costs nothing.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
@@ -34,9 +35,11 @@ def copy_pages(
       NotImplementedError: for a backend that cannot serve the call.
     """
     check_pool(k_pages, v_pages)
+    sources, destinations = (jnp.asarray(ids) for ids in (sources, destinations))
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
-    lacks = {"xla": None, "triton": lacks_float64(k_pages)}
+    sources, destinations = sources.astype(jnp.int32), destinations.astype(jnp.int32)
+    lacks = {"xla": None, "triton": lacks_dtype(k_pages)}
     chosen = choose_backend("copy_pages", backend, lacks, interpret)
     if chosen.name == "xla":
         return xla.copy_pages(k_pages, v_pages, sources, destinations)

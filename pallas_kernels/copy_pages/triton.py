@@ -47,7 +47,9 @@ def _copy(source_ref, destination_ref, _k, _v, k_pages, v_pages, *, block: int):
     source, destination = source_ref[copy], destination_ref[copy]
     numbers = k_pages.shape[2]
 
-    @pl.when((destination >= 0) & (destination < k_pages.shape[1]))
+    last = k_pages.shape[1] - 1
+
+    @pl.when((source >= 0) & (source <= last) & (destination >= 0) & (destination <= last))
     def _():
         def step(i, _):
             number = i * block + lax.iota(jnp.int32, block)

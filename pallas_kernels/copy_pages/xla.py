@@ -8,7 +8,8 @@ def copy_pages(k_pages, v_pages, sources, destinations):
     """See `api.copy_pages`."""
     num_copies = sources.shape[0]
     number = jnp.arange(num_copies, dtype=jnp.int32)
-    wanted = destinations < k_pages.shape[1]
+    last = k_pages.shape[1] - 1
+    wanted = (sources >= 0) & (sources <= last) & (destinations >= 0) & (destinations <= last)
 
     def next_after(i):
         return jnp.min(jnp.where(wanted & (number > i), number, num_copies))

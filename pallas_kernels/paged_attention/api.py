@@ -5,7 +5,7 @@ from math import sqrt
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_float64
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import tuning as tuning_table
 from pallas_kernels.paged_attention import xla
@@ -41,7 +41,8 @@ def paged_attention(
       k_pages, v_pages: the pool.
       page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
-      query_starts: first row of each sequence and the end of the last; rows past it are padding.
+      query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
+        are padding.
       table_rows: row of `page_table` of each sequence. Default: its own number.
       layer: Python int or int32 scalar.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
@@ -62,6 +63,11 @@ def paged_attention(
       NotImplementedError: for a backend that cannot serve the call.
     """
     q, sinks = jnp.asarray(q), None if sinks is None else jnp.asarray(sinks)
+    k_pages, v_pages, page_table, kv_lengths, query_starts = (
+        jnp.asarray(array) for array in (k_pages, v_pages, page_table, kv_lengths, query_starts)
+    )
+    if page_table.ndim == 2 and not all(page_table.shape):
+        raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
     _check(q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts, sinks)
@@ -72,6 +78,9 @@ def paged_attention(
             raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
     if window is not None and not isinstance(window, int):
         raise ValueError(f"window={window!r} must be an integer")
+    page_table, table_rows, kv_lengths, query_starts = (
+        array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
+    )
     arrays = q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
     options = dict(
         layer=layer,
@@ -82,7 +91,7 @@ def paged_attention(
     )
     lacks = {
         "xla": None,
-        "triton": lacks_float64(k_pages, q) or tuning_table.lacks(tuning_table.Device.current(), q.shape[2]),
+        "triton": lacks_dtype(k_pages, q) or tuning_table.lacks(tuning_table.Device.current(), q.shape[2]),
     }
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":

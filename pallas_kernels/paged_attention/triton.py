@@ -53,7 +53,12 @@ def paged_attention(
     size = tuning.query_tile
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
     num_tiles = tiles.num_keys.shape[0]
-    num_items = tuning.num_items(num_tiles, kv_heads, page_table.shape[1] * page_size)
+    num_items = tuning.num_items(
+        num_tiles,
+        kv_heads,
+        page_table.shape[1] * page_size,
+        prompts=tokens > 16 * kv_lengths.shape[0],
+    )
     split = num_items > num_tiles
     if split:
         items = schedule.share(tiles, num_items, tuning.key_tile, window)
@@ -204,7 +209,7 @@ def _attend(
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
-    wide = jnp.promote_types(q_ref.dtype, k_ref.dtype)
+    wide = q_ref.dtype if q_ref.dtype == k_ref.dtype else jnp.float32
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -270,5 +275,8 @@ def _merge(
 
 
 def _tanh(x):
-    # Triton's own is a call into the vendor's library; this is one exponential.
-    return 1.0 - 2.0 / (jnp.exp2((2.0 * _LOG2E) * x) + 1.0)
+    # Triton's own is a call into the vendor's library; this is one exponential. Near zero, where the
+    # difference would lose digits, it is the series.
+    square = x * x
+    series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    return jnp.where(square < 0.04, series, 1.0 - 2.0 / (jnp.exp2((2.0 * _LOG2E) * x) + 1.0))

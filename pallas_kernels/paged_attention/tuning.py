@@ -34,11 +34,18 @@ class Tuning:
     programs: int
     exact_float32: bool = False
 
-    def num_items(self, num_tiles: int, kv_heads: int, max_keys: int) -> int:
+    def __post_init__(self):
+        for name in ("query_tile", "key_tile", "num_warps", "num_stages", "programs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        if self.key_tile != next_power_of_two(self.key_tile):
+            raise ValueError(f"key_tile={self.key_tile} must be a power of two")
+
+    def num_items(self, num_tiles: int, kv_heads: int, max_keys: int, *, prompts: bool) -> int:
         """Items to cut the query tiles into: `num_tiles` where a second launch would not pay."""
         short = max_keys <= 2 * self.key_tile
         # Long prompts fill the device many times over, and their partial results would be large.
-        many = self.query_tile > 16 and num_tiles * kv_heads >= 2 * self.programs
+        many = prompts and num_tiles * kv_heads >= 2 * self.programs
         return num_tiles if short or many else num_tiles + max(1, self.programs // kv_heads)
 
     def precision(self, *dtypes: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
@@ -85,12 +92,15 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
       head_dim, dtype: of the pool.
     """
     rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
+    itemsize = jnp.dtype(dtype).itemsize
+    row_bytes = next_power_of_two(head_dim) * itemsize
+    # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more.
     max_rows = 32 if rdna else _MAX_ROWS
+    max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes // (2 if itemsize == 4 else 1)))
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
     many_rows = next_power_of_two(query_tile * group) > 32
     # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit.
-    row_bytes = next_power_of_two(head_dim) * jnp.dtype(dtype).itemsize
     key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:
@@ -98,8 +108,8 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
         return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_rows else 4, 1, programs, True)
     if device.platform == "rocm":
         return Tuning(query_tile, min(key_tile, 64), 8 if many_rows else 4, 1, programs, True)
-    if int(device.arch[3:]) < 90:
-        # Less shared memory: half the tile, and as many programs.
+    if not 90 <= int(device.arch[3:]) < 120:
+        # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
         return Tuning(query_tile, max(16, key_tile // 2), 8 if many_rows else 4, 5, programs)
     return Tuning(query_tile, key_tile, 8 if many_rows else 4, 4, programs)
 

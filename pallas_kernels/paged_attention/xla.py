@@ -78,7 +78,8 @@ def paged_attention(
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
     out, lse = softmax.finish(seen, sinks)
-    return _unpack(out, rows, group).astype(q.dtype), _unpack(lse[..., None], rows, group)[..., 0]
+    out = _unpack(out, rows, group, fill=0.0).astype(q.dtype)
+    return out, _unpack(lse[..., None], rows, group, fill=-jnp.inf)[..., 0]
 
 
 _weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
@@ -149,11 +150,10 @@ def _pack(q, work: _Work, kv_heads: int):
     return tiles.transpose(0, 2, 1, 3, 4).reshape(tiles.shape[0], kv_heads, -1, head_dim)
 
 
-def _unpack(tiles, rows, group: int):
-    """From `_pack`'s layout back to `[tokens, q_heads, ...]`; padding rows are the fill value."""
+def _unpack(tiles, rows, group: int, *, fill: float):
+    """From `_pack`'s layout back to `[tokens, q_heads, ...]`; padding rows are `fill`."""
     num_tiles, kv_heads, _, width = tiles.shape
     tiles = tiles.reshape(num_tiles, kv_heads, -1, group, width).transpose(0, 2, 1, 3, 4)
-    fill = 0 if width > 1 else -jnp.inf
     return tiles.at[rows].get(mode="fill", fill_value=fill).reshape(rows[0].shape[0], -1, width)
 
 
