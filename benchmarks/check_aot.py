@@ -315,6 +315,8 @@ def main(arguments: list[str] | None = None) -> int:
     held, launched = [], Counter()
     if not options.self_test:
         chosen = [p for p in programs() if not options.only or any(name in p.name for name in options.only)]
+        if not chosen:
+            parser.error(f"no program is called {options.only}")
         print(f"\nmust hold: bar {BAR:.0%} of a {POOL_BYTES / 2**30:g} GiB pool")
         held = _check_all(chosen, wanted=True)
         launched = launches_a_layer()

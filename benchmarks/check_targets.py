@@ -11,8 +11,9 @@ came out is read:
   in flight    CUDA: bytes of K and V under way for a multiprocessor while it computes: programs resident at
                once, by registers, shared memory and warps, times the copies a program does not wait for.
 
-Bars: no spills anywhere; matrix instructions and 16-byte loads wherever attention is computed, 16-byte
-loads where pages are copied; at least 40 KB in flight on CUDA in decode with up to 32 query rows
+Bars: no spills anywhere; no more shared memory than a program may have; matrix instructions wherever
+attention is computed, and 16-byte loads for at least the whole of a tile of K and of V; 16-byte loads where
+pages are copied; at least 40 KB in flight on CUDA in decode with up to 32 query rows
 a KV head, which is bound by memory.
 
     python -m benchmarks.check_targets [--only NAME ...] [--target NAME ...]
@@ -38,9 +39,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels
+from pallas_kernels.launch import next_power_of_two
 from pallas_kernels.paged_attention.tuning import Device, choose, lacks
 
 BYTES_IN_FLIGHT = 40 * 1024
@@ -60,12 +63,13 @@ class Target:
     shared: int = 0
     registers: int = 65536
     warps: int = 64
+    shared_of_a_program: int = 64 * KIB
 
 
 TARGETS = (
-    Target("sm_80", "cuda", 80, 32, Device("sm_80", 108), shared=164 * KIB),
-    Target("sm_90", "cuda", 90, 32, Device("sm_90", 132), shared=228 * KIB),
-    Target("sm_100", "cuda", 100, 32, Device("sm_100", 148), shared=228 * KIB),
+    Target("sm_80", "cuda", 80, 32, Device("sm_80", 108), shared=164 * KIB, shared_of_a_program=163 * KIB),
+    Target("sm_90", "cuda", 90, 32, Device("sm_90", 132), shared=228 * KIB, shared_of_a_program=227 * KIB),
+    Target("sm_100", "cuda", 100, 32, Device("sm_100", 148), shared=228 * KIB, shared_of_a_program=227 * KIB),
     Target("gfx942", "hip", "gfx942", 64, Device("gfx942", 304)),
     Target("gfx950", "hip", "gfx950", 64, Device("gfx950", 256)),
     Target("gfx1100", "hip", "gfx1100", 32, Device("gfx1100", 96)),
@@ -84,6 +88,7 @@ class Kernel:
     of: tuple[str, ...]
     bars: frozenset[str]
     head_dim: int = 0  # of attention
+    wide_loads: Callable[[Device], int] = lambda _: 1  # at least
 
 
 @dataclass(frozen=True)
@@ -119,6 +124,7 @@ def attention(
     kv_heads: int = 8,
     head_dim: int = 128,
     dtype: str = "bfloat16",
+    q_dtype: str | None = None,
     page_size: int = 16,
     seqs: int = 64,
     tokens: int = 64,
@@ -127,22 +133,30 @@ def attention(
 ) -> Kernel:
     """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do."""
     pool = _shape((32, 2**17 // page_size, kv_heads, page_size, head_dim), dtype)
+    q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
-    def call(device, q, k, v, page_table, lengths, starts):
+    def tuned(device):
         group = q_heads // kv_heads
-        tuning = choose(device, tokens=tokens, seqs=seqs, group=group, head_dim=head_dim, dtype=dtype)
-        return pallas_kernels.paged_attention(
-            q, k, v, page_table, lengths, starts, layer=7, tuning=tuning, **options
-        )
+        return choose(device, tokens=tokens, seqs=seqs, group=group, head_dim=head_dim, dtype=dtype)
+
+    def call(device, *arrays):
+        return pallas_kernels.paged_attention(*arrays, layer=7, tuning=tuned(device), **options)
+
+    def wide_loads(device):
+        """Of a tile of K and one of V, by all threads together."""
+        tuning, lanes = tuned(device), 64 if device.arch.startswith("gfx9") else 32
+        tile = tuning.key_tile * next_power_of_two(head_dim) * jnp.dtype(dtype).itemsize
+        return max(1, 2 * tile // (16 * lanes * tuning.num_warps))
 
     return Kernel(
         name,
         call,
-        (_shape((tokens, q_heads, head_dim), dtype), pool, pool, rows, vector, _shape((seqs + 1,), "int32")),
+        (q, pool, pool, rows, vector, _shape((seqs + 1,), "int32")),
         of=("paged_attention",),
         bars=frozenset(bars),
         head_dim=head_dim,
+        wide_loads=wide_loads,
     )
 
 
@@ -190,6 +204,11 @@ def kernels() -> list[Kernel]:
         decode("decode, pages of 24", page_size=24),
         decode("decode, pages of 1", page_size=1),
         decode("decode, window softcap", window=1000, softcap=30.0),
+        decode("decode 16/8/256 f32", q_heads=16, head_dim=256, dtype="float32"),
+        attention("decode bf16 q, f32 pool", dtype="float32", q_dtype="bfloat16"),
+        attention("16 tokens a sequence bf16", tokens=1024),
+        attention("16 tokens a sequence f32", tokens=1024, dtype="float32"),
+        attention("16 tokens, head_dim 256 f32", tokens=1024, head_dim=256, dtype="float32"),
         decode("4 tokens a sequence bf16", tokens=256),
         attention("prefill 512 tokens bf16", tokens=512, seqs=1),
         merge(),
@@ -254,7 +273,7 @@ def _as_text(bytecode: bytes) -> str:
         return str(ir.Module.parse(bytecode))
 
 
-def build(kernel: str, bars: frozenset[str], launch: Launch, target: Target) -> Report:
+def build(kernel: str, bars: frozenset[str], least: int, launch: Launch, target: Target) -> Report:
     """Compiles one launch for one target and reads what came out."""
     import triton  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
@@ -277,16 +296,17 @@ def build(kernel: str, bars: frozenset[str], launch: Launch, target: Target) -> 
     held = {
         "spills": numbers["spills"] == 0,
         "matrix": numbers["matrix"] > 0 or not _has_matrix_units(target, kernel),
-        "wide loads": numbers["wide_loads"] > 0 and not narrow,
+        "wide loads": numbers["wide_loads"] >= least and not narrow,
+        "shared memory": shared <= target.shared_of_a_program,
         "in flight": numbers["in_flight"] is None or numbers["in_flight"] >= BYTES_IN_FLIGHT,
     }
-    missed = tuple(bar for bar in sorted(bars) if not held[bar])
+    missed = tuple(bar for bar in sorted(bars | {"shared memory"}) if not held[bar])
     return Report(kernel, launch.name, target.name, shared=shared, missed=missed, **numbers)
 
 
 def _has_matrix_units(target: Target, kernel: str) -> bool:
     # RDNA 3 multiplies 16-bit matrices only.
-    return not (target.name == "gfx1100" and kernel.endswith("f32"))
+    return not (target.name == "gfx1100" and "f32" in kernel)
 
 
 def _read_ptx(ptx: str, target: Target, warps: int, shared: int, folder: Path) -> dict:
@@ -363,6 +383,8 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", default=[target.name for target in TARGETS])
     arguments = parser.parse_args()
     chosen = [kernel for kernel in kernels() if any(part in kernel.name for part in arguments.only)]
+    if not chosen or not set(arguments.target) <= {target.name for target in TARGETS}:
+        parser.error("no such kernel or target")
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool:
         futures = []
         for kernel in chosen:
@@ -373,7 +395,8 @@ def main() -> int:
                     print(f"{kernel.name} is left to the xla backend on {target.name}: no {reason}")
                     continue
                 for launch in launches(kernel, target.device):
-                    futures.append(pool.submit(build, kernel.name, kernel.bars, launch, target))
+                    least = kernel.wide_loads(target.device)
+                    futures.append(pool.submit(build, kernel.name, kernel.bars, least, launch, target))
         print(_line("kernel", "target", *COLUMNS, ""))
         reports = []
         for future in futures:

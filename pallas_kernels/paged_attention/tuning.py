@@ -96,22 +96,24 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
     row_bytes = next_power_of_two(head_dim) * itemsize
     # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more.
     max_rows = 32 if rdna else _MAX_ROWS
-    max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes // (2 if itemsize == 4 else 1)))
+    max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes))
+    if itemsize == 4:
+        max_rows = max(16, max_rows // 2)
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
-    many_rows = next_power_of_two(query_tile * group) > 32
+    many_registers = next_power_of_two(query_tile * group) > 32 or row_bytes > 512
     # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit.
     key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
-        return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_rows else 4, 1, programs, True)
+        return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_registers else 4, 1, programs, True)
     if device.platform == "rocm":
-        return Tuning(query_tile, min(key_tile, 64), 8 if many_rows else 4, 1, programs, True)
+        return Tuning(query_tile, min(key_tile, 64), 8 if many_registers else 4, 1, programs, True)
     if not 90 <= int(device.arch[3:]) < 120:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
-        return Tuning(query_tile, max(16, key_tile // 2), 8 if many_rows else 4, 5, programs)
-    return Tuning(query_tile, key_tile, 8 if many_rows else 4, 4, programs)
+        return Tuning(query_tile, max(16, key_tile // 2), 8 if many_registers else 4, 5, programs)
+    return Tuning(query_tile, key_tile, 8 if many_registers else 4, 4, programs)
 
 
 def lacks(device: Device, head_dim: int) -> str | None:
