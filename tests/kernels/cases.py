@@ -127,6 +127,7 @@ PAGED_ATTENTION = (
         Case("a window at page boundaries", (64, 48), (17, 1), options={"window": 16}),
         Case("a window longer than the sequence", (40, 20), (3, 1), options={"window": 1000}),
         Case("softcap", (40, 20), (3, 1), magnitude=8.0, options={"softcap": 2.0}),
+        Case("a softcap of 50", (40, 20), (3, 1), magnitude=8.0, options={"softcap": 50.0}),
         Case("sinks", (40, 1), (3, 1), sinks=True),
         Case(
             "all options, bfloat16",
