@@ -43,8 +43,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels
-from pallas_kernels.launch import next_power_of_two
 from pallas_kernels.paged_attention.tuning import Device, choose, lacks
+from pallas_kernels.sizes import next_power_of_two
 
 BYTES_IN_FLIGHT = 40 * 1024
 KIB = 1024

@@ -46,8 +46,3 @@ def launch(
         interpret=interpret,
         name=name,
     )
-
-
-def next_power_of_two(n: int) -> int:
-    """The least power of two that is at least `n`: Triton's blocks have no other sizes."""
-    return 1 << (n - 1).bit_length()

@@ -10,7 +10,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
-from pallas_kernels.launch import launch, next_power_of_two
+from pallas_kernels.launch import launch
+from pallas_kernels.sizes import next_power_of_two
 
 # Numbers that a program holds at a time: 32 a thread.
 _BLOCK = 4096

@@ -95,10 +95,7 @@ def share(tiles: QueryTiles, num_items: int, key_tile: int, window: int | None) 
       window: as in `paged_attention`.
     """
     num_tiles = tiles.num_keys.shape[0]
-    first = jnp.zeros_like(tiles.num_keys)
-    if window is not None:
-        first = jnp.maximum(tiles.first_place - window + 1, 0) // key_tile
-    last = (tiles.num_keys + key_tile - 1) // key_tile
+    first, last = _key_tiles(tiles, key_tile, window)
     count = jnp.maximum(last - first, 0)
     # sum(ceil(count / size)) <= num_tiles + sum(count) / size <= num_items
     spare = num_items - num_tiles
@@ -117,9 +114,13 @@ def share(tiles: QueryTiles, num_items: int, key_tile: int, window: int | None) 
 
 def whole(tiles: QueryTiles, key_tile: int, window: int | None) -> Items:
     """One item for each query tile."""
-    num_tiles = tiles.num_keys.shape[0]
-    begin = jnp.zeros_like(tiles.num_keys)
+    number = jnp.arange(tiles.num_keys.shape[0] + 1, dtype=jnp.int32)
+    return Items(number[:-1], *_key_tiles(tiles, key_tile, window), number)
+
+
+def _key_tiles(tiles: QueryTiles, key_tile: int, window: int | None) -> tuple[Array, Array]:
+    """The first key tile that a query tile sees, and the end of the last."""
+    first = jnp.zeros_like(tiles.num_keys)
     if window is not None:
-        begin = jnp.maximum(tiles.first_place - window + 1, 0) // key_tile
-    number = jnp.arange(num_tiles + 1, dtype=jnp.int32)
-    return Items(number[:-1], begin, (tiles.num_keys + key_tile - 1) // key_tile, number)
+        first = jnp.maximum(tiles.first_place - window + 1, 0) // key_tile
+    return first, (tiles.num_keys + key_tile - 1) // key_tile

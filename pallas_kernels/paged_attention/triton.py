@@ -21,9 +21,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
-from pallas_kernels.launch import launch, next_power_of_two
+from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.sizes import next_power_of_two
 
 # The softmax counts in powers of two.
 _LOG2E = log2(e)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
-from pallas_kernels.launch import next_power_of_two
+from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
 _MAX_ROWS = 128

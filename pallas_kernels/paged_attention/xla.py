@@ -17,8 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.paged_attention import softmax
+from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.ragged import ragged_rows
+from pallas_kernels.sizes import next_power_of_two
 
 # Tokens of a key tile, and most of a query tile: a tile of K and V stays in a core's cache.
 _KEY_TILE = 128
@@ -48,11 +49,11 @@ def paged_attention(
     kv_heads, page_size = k_pages.shape[2:4]
     group = q_heads // kv_heads
     keys = KeyTiles.of(page_size)
-    work = _plan(tokens, kv_lengths, query_starts, keys, window)
+    work = _plan(tokens, kv_lengths, query_starts, table_rows, keys, window)
     queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
 
     def visit_tile(tile, done):
-        page_row, num_keys = page_table[table_rows[work.seq[tile]]], work.num_keys[tile]
+        page_row, num_keys = page_table[work.table_row[tile]], work.num_keys[tile]
         row_places, q_tile = jnp.repeat(work.places[tile], group), _at(queries, tile)
 
         def visit(key_tile, seen):
@@ -78,8 +79,7 @@ def paged_attention(
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
     out, lse = softmax.finish(seen, sinks)
-    out = _unpack(out, rows, group, fill=0.0).astype(q.dtype)
-    return out, _unpack(lse[..., None], rows, group, fill=-jnp.inf)[..., 0]
+    return _unpack(out, rows, group).astype(q.dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
 
 _weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
@@ -95,50 +95,39 @@ class _Work(NamedTuple):
     Attributes:
       tokens: row of `q` of each tile's rows, `tokens` for none.
       places: place of each row in its sequence, -1 for none: it sees nothing.
-      rows: `(tile, row)` of each token of `q`.
-      seq, num_keys: the sequence, and its length.
+      rows: `(tile, row)` of each token of `q`; every one is in a tile.
+      table_row, num_keys: row of the page table, and places that the tile's last row sees.
       first_key_tile, num_key_tiles: the key tiles to visit.
     """
 
     tokens: Int[Array, "tiles query_tile"]
     places: Int[Array, "tiles query_tile"]
     rows: tuple[Int[Array, " tokens"], Int[Array, " tokens"]]
-    seq: Int[Array, " tiles"]
+    table_row: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
     first_key_tile: Int[Array, " tiles"]
     num_key_tiles: Int[Array, " tiles"]
 
 
-def _plan(tokens: int, kv_lengths, query_starts, keys: "KeyTiles", window: int | None) -> _Work:
-    num_seqs = kv_lengths.shape[0]
-    size = min(_QUERY_TILE, _next_power_of_two(-(-tokens // num_seqs)))
-    # The first token of a sequence opens a tile, and from there on every `size` tokens do.
-    num_tiles = min(tokens, num_seqs) + max(tokens - num_seqs, 0) // size
-    num_queries = query_starts[1:] - query_starts[:-1]
-    tile_ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
-    entry, nth = ragged_rows(tile_ends, num_tiles)
-    real, seq = entry < num_seqs, jnp.minimum(entry, num_seqs - 1)
-
-    offset = nth[:, None] * size + jnp.arange(size, dtype=jnp.int32)
-    exists = real[:, None] & (offset < num_queries[seq, None])
-    place = (kv_lengths - num_queries)[seq, None] + offset
-    places = jnp.where(exists & (kv_lengths[seq, None] > 0), place, -1)
-    last = jnp.max(places, axis=1)
-    first = jnp.zeros_like(last) if window is None else jnp.maximum(places[:, 0] - window + 1, 0)
+def _plan(tokens: int, kv_lengths, query_starts, table_rows, keys: "KeyTiles", window: int | None) -> _Work:
+    size = min(_QUERY_TILE, next_power_of_two(-(-tokens // kv_lengths.shape[0])))
+    tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
+    offset = jnp.arange(size, dtype=jnp.int32)
+    exists = offset < tiles.num_rows[:, None]
+    sees = tiles.num_keys > 0
+    first = jnp.zeros_like(tiles.num_keys)
+    if window is not None:
+        first = jnp.maximum(tiles.first_place - window + 1, 0)
     first_key_tile = keys.containing(first)
-    count = jnp.where(last >= 0, keys.containing(jnp.maximum(last, 0)) - first_key_tile + 1, 0)
-
-    token_seq, token_offset = ragged_rows(query_starts[1:], tokens)
-    opened = jnp.concatenate([jnp.zeros(1, tile_ends.dtype), tile_ends])[token_seq]
-    tile = jnp.where(token_seq < num_seqs, opened + token_offset // size, num_tiles)
+    last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
     return _Work(
-        tokens=jnp.where(exists, query_starts[seq, None] + offset, tokens),
-        places=places,
-        rows=(tile, token_offset % size),
-        seq=seq,
-        num_keys=kv_lengths[seq],
+        tokens=jnp.where(exists, tiles.first_row[:, None] + offset, tokens),
+        places=jnp.where(exists & sees[:, None], tiles.first_place[:, None] + offset, -1),
+        rows=ragged_rows(jnp.cumsum(tiles.num_rows, dtype=jnp.int32), tokens),
+        table_row=tiles.table_row,
+        num_keys=tiles.num_keys,
         first_key_tile=first_key_tile,
-        num_key_tiles=count,
+        num_key_tiles=jnp.where(sees, last_key_tile - first_key_tile + 1, 0),
     )
 
 
@@ -150,15 +139,11 @@ def _pack(q, work: _Work, kv_heads: int):
     return tiles.transpose(0, 2, 1, 3, 4).reshape(tiles.shape[0], kv_heads, -1, head_dim)
 
 
-def _unpack(tiles, rows, group: int, *, fill: float):
-    """From `_pack`'s layout back to `[tokens, q_heads, ...]`; padding rows are `fill`."""
+def _unpack(tiles, rows, group: int):
+    """From `_pack`'s layout back to `[tokens, q_heads, ...]`."""
     num_tiles, kv_heads, _, width = tiles.shape
     tiles = tiles.reshape(num_tiles, kv_heads, -1, group, width).transpose(0, 2, 1, 3, 4)
-    return tiles.at[rows].get(mode="fill", fill_value=fill).reshape(rows[0].shape[0], -1, width)
-
-
-def _next_power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    return tiles.at[rows].get(mode="promise_in_bounds").reshape(rows[0].shape[0], -1, width)
 
 
 @dataclass(frozen=True, slots=True)
