@@ -13,7 +13,7 @@ from a copy, since giving 64 pages to each of its sequences again takes it secon
   free       all sequences let go of 64 pages each (`free, 1 page` of one each)
   truncate   all sequences, 64 pages each, let go of half; the peer has none
 
-The floor is a call that takes a cache, adds one to a counter and returns it: nothing here can be
+The floor is a call that takes a cache, adds one to its counters and returns it: nothing here can be
 faster. A pool of one layer, one head and a head_dim of 1 keeps K and V out of it. Against the peer the
 free stack is shuffled, so that ids lie about as they do after long use. The growth of the pool is shown
 with ids in order, which is held to the bar, and again with a shuffled stack: the difference is what the
@@ -243,7 +243,7 @@ def _empty_cache(shape: Shape) -> jaxkv.KVCache:
 
 @partial(jax.jit, donate_argnums=0)
 def _add_one(cache: jaxkv.KVCache) -> jaxkv.KVCache:
-    return replace(cache, stats=replace(cache.stats, compactions=cache.stats.compactions + 1))
+    return replace(cache, stats=replace(cache.stats, counters=cache.stats.counters + 1))
 
 
 def _operations(samples: dict[tuple[Any, str], Sample]) -> Iterator[str]:

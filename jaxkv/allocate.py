@@ -196,8 +196,6 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
         positions=jnp.where(tokens.real, tokens.place + rows_of(ahead, tokens.entry), 0),
         page_ids=tokens.page_ids,
         offsets=jnp.where(tokens.real, tokens.place % config.page_size, 0),
-        # A refused entry sees nothing, so its row is never read.
-        table_rows=jnp.minimum(grant.slot[:entries], config.max_seqs - 1),
         num_free=table.num_free,
         config=config,
     )

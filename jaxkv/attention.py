@@ -99,7 +99,8 @@ def attend(
         cache.table.pages,
         batch.kv_lengths,
         batch.query_starts,
-        table_rows=batch.table_rows,
+        # The row of padding and of a refused entry is never read: they see nothing.
+        table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
         scale=scale,
         window=window,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.pages import rows_of, saturating_add
+from jaxkv.pages import count, rows_of
 from jaxkv.state import KVCache, PageTable
 
 # Bytes of K and V that are lifted out of the pool at a time, at most (one page, if that is more).
@@ -61,11 +61,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
         refcounts=jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop"),
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
     )
-    stats = replace(
-        cache.stats,
-        compactions=saturating_add(cache.stats.compactions, 1),
-        pages_moved=saturating_add(cache.stats.pages_moved, num_moved),
-    )
+    stats = count(cache.stats, compactions=1, pages_moved=num_moved)
     return replace(cache, pool=replace(cache.pool, k=k, v=v), table=table, stats=stats), num_moved
 
 

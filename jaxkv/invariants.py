@@ -195,7 +195,7 @@ def _check_stats(cache: KVCache, table, stats) -> None:
         raise CacheCorruptedError(f"stats.current_pages is {stats.current_pages}, but {in_use} are in use")
     if stats.peak_pages < in_use:
         raise CacheCorruptedError(f"stats.peak_pages {stats.peak_pages} is below the {in_use} in use")
-    for name in cache.stats.__dataclass_fields__:
+    for name in stats.names():
         if getattr(stats, name) < 0:
             raise CacheCorruptedError(f"stats.{name} is {getattr(stats, name)}")
     taken, returned = int(stats.total_allocations), int(stats.total_deallocations)

@@ -6,6 +6,7 @@ should do nothing is out of range (`num_pages`, `max_seqs`) and dropped.
 """
 
 from dataclasses import replace
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
 _CHUNK = 1024
+Amount: TypeAlias = Int[Array, ""] | int
 
 
 def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
@@ -175,20 +177,17 @@ def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, 
 
 
 def count(
-    stats: AllocationStats, *, num_taken: Array | int = 0, num_released: Array | int = 0, **others: Array
+    stats: AllocationStats, *, num_taken: Amount = 0, num_released: Amount = 0, **others: Amount
 ) -> AllocationStats:
     """Adds to the counters; the peak is reached before pages are given back."""
-    in_use = stats.current_pages + num_taken
-    increments = dict(total_allocations=num_taken, total_deallocations=num_released, **others)
-    return replace(
-        stats,
-        current_pages=in_use - num_released,
-        peak_pages=jnp.maximum(stats.peak_pages, in_use),
-        **{name: saturating_add(getattr(stats, name), amount) for name, amount in increments.items()},
+    increments = others | dict(
+        total_allocations=num_taken,
+        total_deallocations=num_released,
+        current_pages=num_taken - num_released,
+        peak_pages=jnp.maximum(stats.current_pages + num_taken - stats.peak_pages, 0),
     )
-
-
-def saturating_add(counter: Int[Array, ""], amount: Int[Array, ""] | int) -> Int[Array, ""]:
-    """Stops at the largest int32 instead of turning negative."""
-    total = counter + amount
-    return jnp.where(total < counter, jnp.iinfo(jnp.int32).max, total)
+    amounts = jnp.stack([jnp.asarray(increments.get(name, 0), jnp.int32) for name in stats.names()])
+    counters = stats.counters + amounts
+    # A counter that has grown past the largest int32 stays there instead of turning negative.
+    overflow = (amounts > 0) & (counters < stats.counters)
+    return AllocationStats(jnp.where(overflow, jnp.iinfo(jnp.int32).max, counters))

@@ -6,6 +6,7 @@ transformation puts there. A static mistake is caught where a function is called
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,30 +60,33 @@ class PageTable:
     num_free: Int[Array, ""]
 
 
+def _counter(index: int, doc: str) -> Any:
+    return property(lambda stats: stats.counters[index], doc=doc)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class AllocationStats:
     """Counters since `init`, in pages unless said otherwise; they stop at the largest int32.
 
-    Attributes:
-      total_allocations: taken off the free stack, copies included.
-      total_deallocations: given back to it.
-      current_pages: in use now.
-      peak_pages: most in use at any moment.
-      copy_on_write_copies: copied because a shared tail page was written to.
-      refused_allocations: entries of `allocate` that were refused, whatever the reason.
-      compactions: calls of `compact`.
-      pages_moved: by `compact`.
+    They are one vector, which a step updates at once; `names()` says in what order.
     """
 
-    total_allocations: Int[Array, ""]
-    total_deallocations: Int[Array, ""]
-    current_pages: Int[Array, ""]
-    peak_pages: Int[Array, ""]
-    copy_on_write_copies: Int[Array, ""]
-    refused_allocations: Int[Array, ""]
-    compactions: Int[Array, ""]
-    pages_moved: Int[Array, ""]
+    counters: Int[Array, " 8"]
+
+    total_allocations = _counter(0, "Taken off the free stack, copies included.")
+    total_deallocations = _counter(1, "Given back to it.")
+    current_pages = _counter(2, "In use now.")
+    peak_pages = _counter(3, "Most in use at any moment.")
+    copy_on_write_copies = _counter(4, "Copied because a shared tail page was written to.")
+    refused_allocations = _counter(5, "Entries of `allocate` that were refused, whatever the reason.")
+    compactions = _counter(6, "Calls of `compact`.")
+    pages_moved = _counter(7, "Moved by `compact`.")
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Of the counters, in their order."""
+        return tuple(name for name, value in vars(cls).items() if isinstance(value, property))
 
 
 @jax.tree_util.register_dataclass
@@ -111,7 +115,6 @@ class Batch:
       kv_lengths: places of each sequence, this step's among them; 0 for a refused entry.
       positions: of each token, for RoPE; 0 for padding.
       page_ids, offsets: the place of each token; page id `num_pages` for padding.
-      table_rows: the row of the page table of each entry; any row for one that sees nothing.
       num_free: pages free after the call.
       config: of the cache.
     """
@@ -124,7 +127,6 @@ class Batch:
     positions: Int[Array, " tokens"]
     page_ids: Int[Array, " tokens"]
     offsets: Int[Array, " tokens"]
-    table_rows: Int[Array, " seqs"]
     num_free: Int[Array, ""]
     config: CacheConfig = field(metadata={"static": True})
 
@@ -147,7 +149,6 @@ def init(config: CacheConfig) -> KVCache:
     if not isinstance(config, CacheConfig):
         raise ValueError(f"init takes a CacheConfig, not {type(config).__name__}")
     seqs, pages = config.max_seqs, config.num_pages
-    counters = [jnp.zeros((), jnp.int32) for _ in range(len(AllocationStats.__dataclass_fields__))]
     return KVCache(
         pool=KVPool(
             k=jnp.zeros(config.pool_shape, config.dtype),
@@ -161,6 +162,6 @@ def init(config: CacheConfig) -> KVCache:
             free_pages=jnp.arange(pages - 1, -1, -1, dtype=jnp.int32),
             num_free=jnp.asarray(pages, jnp.int32),
         ),
-        stats=AllocationStats(*counters),
+        stats=AllocationStats(jnp.zeros(len(AllocationStats.names()), jnp.int32)),
         config=config,
     )

@@ -6,7 +6,6 @@ from functools import partial
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from absl.testing import parameterized
 from jax.extend.core import jaxprs_in_params
@@ -211,12 +210,10 @@ def test_the_token_axis_is_by_default_one_token_an_entry():
     assert batch.query_starts.tolist() == [0, 1, 2, 3]
 
 
-def test_a_batch_says_what_was_asked_and_holds_each_sequences_row():
-    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(2, -1, 0), ints(5, 1, 2), total_tokens=8)
+def test_a_batch_says_what_was_asked():
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(2, -1, 0), ints(5, 1, 2), total_tokens=8)
     assert batch.seqs.tolist() == [2, -1, 0]
     assert batch.num_tokens.tolist() == [5, 1, 2]
-    np.testing.assert_array_equal(cache.table.pages[batch.table_rows[0]], cache.table.pages[2])
-    np.testing.assert_array_equal(cache.table.pages[batch.table_rows[2]], cache.table.pages[0])
 
 
 def test_positions_go_on_where_a_policy_left_them():

@@ -218,7 +218,7 @@ class Twin:
 
     def _check_stats(self, stats):
         want = {**self.oracle.stats, "current_pages": self.oracle.num_used}
-        for name in stats.__dataclass_fields__:
+        for name in stats.names():
             assert getattr(stats, name) == want.get(name, 0), name
 
     def _check_batch(self, batch, want, stack):
