@@ -66,7 +66,7 @@ POOL_BYTES = 4 * 2**30
 MAX_SEQS, ROW_PAGES, CHUNK_TOKENS = 64, 128, 512
 BAR = 0.02
 MIB = 2**20
-KERNELS = ("append_kv", "copy_pages", "paged_attention")
+KERNELS = ("append_kv", "copy_pages", "move_pages", "paged_attention")
 TARGET = Path(__file__).with_name("h100.textproto")
 
 
@@ -161,6 +161,7 @@ def programs() -> list[Program]:
             backend="triton",
         ),
         Program("triton: allocate, copy-on-write", jaxkv.allocate, lambda: (seqs, seqs), backend="triton"),
+        Program("triton: compact", jaxkv.compact, lambda: (), backend="triton"),
     ]
     return [
         Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),

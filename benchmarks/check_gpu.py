@@ -84,7 +84,7 @@ def conformance(cases: list[Case]) -> list[dict]:
 
 
 def write_conformance() -> list[dict]:
-    """Append and page copy against NumPy, exactly, with entries that must do nothing among them."""
+    """Append, page copy and moves against NumPy, exactly, with entries that must do nothing among them."""
     random, failures = np.random.default_rng(0), []
     for dtype in ("float32", "bfloat16", "float16"):
         k_pages, v_pages = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.dtype(dtype))
@@ -96,6 +96,8 @@ def write_conformance() -> list[dict]:
         calls = {
             "append_kv": ((k, v, page, offset), {"layer": 1}),
             "copy_pages": ((sources, destinations), {}),
+            # One long cycle, and pages that trade places.
+            "move_pages": ((np.r_[1:30, 0, 31, 30, 32:40].astype(np.int32),), {}),
         }
         for name, (arguments, options) in calls.items():
             want = getattr(reference, name)(k_pages, v_pages, *arguments, **options)

@@ -8,4 +8,5 @@ from pallas_kernels.append_kv import append_kv as append_kv
 from pallas_kernels.copy_pages import copy_pages as copy_pages
 from pallas_kernels.dispatch import BACKENDS as BACKENDS
 from pallas_kernels.dispatch import use_backend as use_backend
+from pallas_kernels.move_pages import move_pages as move_pages
 from pallas_kernels.paged_attention import paged_attention as paged_attention

@@ -87,7 +87,7 @@ def test_a_full_pool_in_the_worst_order_is_sorted():
 
 def test_any_arrangement_in_chunks_of_any_size(monkeypatch):
     """What one chunk displaces, a later one must find."""
-    module = importlib.import_module("jaxkv.compact")
+    module = importlib.import_module("pallas_kernels.move_pages.xla")
     twin, random = Twin(PACKED, entries=9), np.random.default_rng(0)
     for _ in range(4):
         for _ in range(4):

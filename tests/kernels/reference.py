@@ -55,6 +55,15 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0):
     return k_pages, v_pages
 
 
+def move_pages(k_pages, v_pages, targets):
+    """What is left where nothing came to is as it was."""
+    live = [page for page, target in enumerate(targets) if 0 <= target < len(targets)]
+    moved = k_pages.copy(), v_pages.copy()
+    for new, old in zip(moved, (k_pages, v_pages), strict=True):
+        new[:, targets[live]] = old[:, live]
+    return moved
+
+
 def copy_pages(k_pages, v_pages, sources, destinations):
     k_pages, v_pages = k_pages.copy(), v_pages.copy()
     for source, destination in zip(sources, destinations, strict=True):

@@ -28,6 +28,7 @@ def ir_of(operation, pool, device=H100):
         ),
         "append_kv": (pool, pool, token, token, shape((4,)), shape((4,))),
         "copy_pages": (pool, pool, shape((4,)), shape((4,))),
+        "move_pages": (pool, pool, shape((pool.shape[1],))),
     }[operation]
     call = getattr(pallas_kernels, operation)
     kernel = Kernel(operation, lambda _, *arrays: call(*arrays), arguments, (operation,), frozenset())
@@ -35,7 +36,7 @@ def ir_of(operation, pool, device=H100):
     return launch.ir
 
 
-OPERATIONS = "paged_attention", "append_kv", "copy_pages"
+OPERATIONS = "paged_attention", "append_kv", "copy_pages", "move_pages"
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -63,9 +64,11 @@ def test_the_largest_pool_addressed_in_32_bits_fits_them(operation):
 def test_writes_take_the_pools_own_memory(operation):
     pool, place = shape((2, 16, 2, 16, 64), "bfloat16"), shape((4,))
     token = shape((4, 2, 64), "bfloat16")
-    arguments = (
-        (pool, pool, token, token, place, place) if operation == "append_kv" else (pool, pool, place, place)
-    )
+    arguments = {
+        "append_kv": (pool, pool, token, token, place, place),
+        "copy_pages": (pool, pool, place, place),
+        "move_pages": (pool, pool, shape((16,))),
+    }[operation]
     with pallas_kernels.use_backend("triton"), pretend("cuda"):
         traced = jax.jit(getattr(pallas_kernels, operation)).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from pallas_kernels import append_kv, copy_pages, paged_attention, use_backend
+from pallas_kernels import append_kv, copy_pages, move_pages, paged_attention, use_backend
 from pallas_kernels.paged_attention.tuning import Tuning
 from tests.kernels import reference
 from tests.kernels.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
@@ -18,6 +20,8 @@ attend = jax.jit(
     paged_attention,
     static_argnames=("scale", "window", "softcap", "return_lse", "backend", "interpret", "tuning"),
 )
+
+move = jax.jit(move_pages, donate_argnums=(0, 1), static_argnames=("backend", "interpret"))
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -162,6 +166,45 @@ def test_copy_from_one_page_to_many():
     assert got.ravel().tolist() == [2, 1, 2, 2, 4, 2]
 
 
+@st.composite
+def some_moves(draw):
+    """Some of the pages to some of the places: chains, cycles, and what stays."""
+    num_pages = draw(st.sampled_from([1, 2, 7, 40]))
+    count = draw(st.integers(0, num_pages))
+    pages = draw(st.permutations(range(num_pages)))[:count]
+    places = draw(st.sampled_from([sorted(pages), range(num_pages), draw(st.permutations(range(num_pages)))]))
+    targets = np.full(num_pages, draw(st.sampled_from([-1, num_pages, 1000])), np.int32)
+    targets[pages] = places[:count]
+    return targets
+
+
+@backends
+@settings(max_examples=60, deadline=None)
+@given(targets=some_moves())
+def test_pages_move_as_if_all_at_once(backend, targets):
+    num_pages = len(targets)
+    k_pages, v_pages = np.random.default_rng(0).normal(size=(2, 2, num_pages, 1, 3, 8)).astype(np.float32)
+    want = reference.move_pages(k_pages, v_pages, targets)
+    got = move(jnp.asarray(k_pages), jnp.asarray(v_pages), targets, **on(backend))
+    came = targets[(targets >= 0) & (targets < num_pages)]
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(one[:, came], other[:, came])
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_pool_moves_in_every_layer_and_every_part_of_a_page(backend, dtype):
+    """Parts of 2048 numbers, the last of them part full; one long cycle and what trades places."""
+    random = np.random.default_rng(0)
+    k_pages, v_pages = random.normal(size=(2, 3, 9, 3, 11, 80)).astype(jnp.dtype(dtype))
+    targets = np.array([1, 2, 3, 4, 0, 6, 5, 7, 8], np.int32)
+    want = reference.move_pages(k_pages, v_pages, targets)
+    got = move(jnp.asarray(k_pages), jnp.asarray(v_pages), targets, **on(backend))
+    for one, other in zip(got, want, strict=True):
+        assert one.dtype == jnp.dtype(dtype)
+        np.testing.assert_array_equal(one, other)
+
+
 def calls(backend):
     arguments = make(Case("", (20, 5)))
     _, *pages, _, _, _ = arguments.arrays
@@ -170,6 +213,7 @@ def calls(backend):
         "paged_attention": lambda: paged_attention(*arguments.arrays, backend=backend),
         "append_kv": lambda: append_kv(*pages, k, k, some, some, backend=backend),
         "copy_pages": lambda: copy_pages(*pages, some, some + 1, backend=backend),
+        "move_pages": lambda: move_pages(*pages, jnp.arange(pages[0].shape[1]), backend=backend),
     }
 
 
