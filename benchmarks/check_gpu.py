@@ -2,7 +2,8 @@
 
   conformance   Every case of the tests, each backend against NumPy float64, with the memory that the
                 outputs will get filled with NaN beforehand.
-  memcheck      A few of them again under `compute-sanitizer`, where it is installed.
+  memcheck      A few of them again under `compute-sanitizer`, where it is installed, and a kernel that
+                it must catch.
   speed         Decode, append and page copy against the copy bandwidth of the same run and against JAX's
                 own paged attention. A time is that of several calls in one compiled program, each waiting
                 for the one before, over layers that together do not fit the L2 cache.
@@ -30,10 +31,12 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas import triton as plgpu
 
 import pallas_kernels
 from benchmarks.timing import Sample, interleave, publish, stopwatch
 from pallas_kernels import cost
+from pallas_kernels.launch import launch
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
 
@@ -126,13 +129,28 @@ def memcheck() -> str:
         return "not run: " + ("no GPU" if not HAS_GPU else "compute-sanitizer is not installed")
     command = [tool, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-m", __spec__.name]
     # Each buffer an allocation of its own: within one pool of memory nothing would be out of bounds.
-    run = subprocess.run(
-        [*command, "--conformance-only", "window over", "rows of no", "71", "prefill and"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
+
+    if run("--out-of-bounds").returncode == 0:
+        return "worthless: it lets a write past the end of an array pass"
+    ours = run("--conformance-only", "window over", "rows of no", "71", "prefill and")
+    return "clean" if ours.returncode == 0 else f"exit {ours.returncode}: {ours.stdout[-2000:]}"
+
+
+def write_out_of_bounds() -> None:
+    """Wrong on purpose: what memcheck must catch."""
+
+    def kernel(_, out):
+        plgpu.store(out.at[2**20 + jax.lax.iota(jnp.int32, 128)], jnp.ones(128, jnp.float32))
+
+    array = jax.ShapeDtypeStruct((128,), jnp.float32)
+    write = launch(
+        kernel, grid=(1,), out_shape=array, name="wrong", num_warps=4, num_stages=1, interpret=not HAS_GPU
     )
-    return "clean" if run.returncode == 0 else f"exit {run.returncode}: {run.stdout[-2000:]}"
+    jax.block_until_ready(jax.jit(write)(jnp.zeros(128, jnp.float32)))
 
 
 # --- speed
@@ -354,7 +372,11 @@ def main() -> int:
     """Runs all of it; returns the exit status."""
     parser = argparse.ArgumentParser(description="The kernels on a real GPU: right, within bounds, fast?")
     parser.add_argument("--conformance-only", nargs="*", metavar="PART", help="of the cases' names")
+    parser.add_argument("--out-of-bounds", action="store_true", help="only a kernel that is wrong on purpose")
     options = parser.parse_args()
+    if options.out_of_bounds:
+        write_out_of_bounds()
+        return 0
     cases = [*PAGED_ATTENTION, Case("71 heads on one", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16")]
     if options.conformance_only is not None:
         parts = options.conformance_only or [""]

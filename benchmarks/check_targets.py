@@ -9,7 +9,8 @@ came out is read:
   matrix       matrix instructions (mma, wgmma, mfma, wmma).
   16-byte      loads of 16 bytes from global memory.
   in flight    CUDA: bytes of K and V under way for a multiprocessor while it computes: programs resident at
-               once, by registers, shared memory and warps, times the copies a program does not wait for.
+               once, by registers, shared memory and warps, times the copies a program does not wait for; what
+               pads a row does not count.
 
 Bars: no spills anywhere; no more shared memory than a program may have; matrix instructions wherever
 attention is computed, and 16-byte loads for at least the whole of a tile of K and of V; 16-byte loads where
@@ -102,12 +103,16 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a call, as Pallas hands it to Triton."""
+    """One launch of a call, as Pallas hands it to Triton, and what it is held to."""
 
     name: str
     ir: str
     warps: int
     stages: int
+    kernel: str
+    bars: frozenset[str]
+    least_wide_loads: int
+    unpadded: float  # share of a row that is not padding
 
 
 @dataclass(frozen=True)
@@ -290,6 +295,10 @@ def launches(kernel: Kernel, device: Device) -> Iterator[Launch]:
                 _as_text(config["ir"].value_bytes),
                 config["num_warps"].value,
                 config["num_stages"].value,
+                kernel.name,
+                kernel.bars,
+                kernel.wide_loads(device),
+                kernel.head_dim / next_power_of_two(kernel.head_dim) if kernel.head_dim else 1.0,
             )
 
 
@@ -322,7 +331,7 @@ def _as_text(bytecode: bytes) -> str:
         return str(ir.Module.parse(bytecode))
 
 
-def build(kernel: str, bars: frozenset[str], least: int, launch: Launch, target: Target) -> Report:
+def build(launch: Launch, target: Target) -> Report:
     """Compiles one launch for one target and reads what came out."""
     import triton  # pyright: ignore[reportMissingImports]
     from triton.backends.compiler import GPUTarget  # pyright: ignore[reportMissingImports]
@@ -338,19 +347,19 @@ def build(kernel: str, bars: frozenset[str], least: int, launch: Launch, target:
         shared = compiled.metadata.shared
         if target.backend == "cuda":
             narrow = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48]\b", compiled.asm["ptx"])
-            numbers = _read_ptx(compiled.asm["ptx"], target, launch.warps, shared, Path(folder))
+            numbers = _read_ptx(compiled.asm["ptx"], target, launch, shared, Path(folder))
         else:
             narrow = []
             numbers = _read_amdgcn(compiled.asm["amdgcn"])
     held = {
         "spills": numbers["spills"] == 0,
-        "matrix": numbers["matrix"] > 0 or not _has_matrix_units(target, kernel),
-        "wide loads": numbers["wide_loads"] >= least and not narrow,
+        "matrix": numbers["matrix"] > 0 or not _has_matrix_units(target, launch.kernel),
+        "wide loads": numbers["wide_loads"] >= launch.least_wide_loads and not narrow,
         "shared memory": shared <= target.shared_of_a_program,
         "in flight": numbers["in_flight"] is None or numbers["in_flight"] >= BYTES_IN_FLIGHT,
     }
-    missed = tuple(bar for bar in sorted(bars | {"shared memory"}) if not held[bar])
-    return Report(kernel, launch.name, target.name, shared=shared, missed=missed, **numbers)
+    missed = tuple(bar for bar in sorted(launch.bars | {"shared memory"}) if not held[bar])
+    return Report(launch.kernel, launch.name, target.name, shared=shared, missed=missed, **numbers)
 
 
 def _has_matrix_units(target: Target, kernel: str) -> bool:
@@ -358,7 +367,7 @@ def _has_matrix_units(target: Target, kernel: str) -> bool:
     return not (target.name == "gfx1100" and "f32" in kernel)
 
 
-def _read_ptx(ptx: str, target: Target, warps: int, shared: int, folder: Path) -> dict:
+def _read_ptx(ptx: str, target: Target, launch: Launch, shared: int, folder: Path) -> dict:
     import triton  # pyright: ignore[reportMissingImports]
 
     path = folder / "kernel.ptx"
@@ -374,9 +383,9 @@ def _read_ptx(ptx: str, target: Target, warps: int, shared: int, folder: Path) -
     )
     registers = int(_find(r"Used (\d+) registers", run.stderr))
     resident = min(
-        target.registers // (warps * 32 * -(-registers // 8) * 8),
+        target.registers // (launch.warps * 32 * -(-registers // 8) * 8),
         target.shared // (shared + KIB),
-        target.warps // warps,
+        target.warps // launch.warps,
     )
     return dict(
         registers=registers,
@@ -385,7 +394,7 @@ def _read_ptx(ptx: str, target: Target, warps: int, shared: int, folder: Path) -
         wide_loads=len(
             re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x10|ld\.global\S*\.v4\.b32", ptx)
         ),
-        in_flight=resident * _copies_not_waited_for(ptx, warps),
+        in_flight=int(resident * _copies_not_waited_for(ptx, launch.warps) * launch.unpadded),
     )
 
 
@@ -433,9 +442,7 @@ def compile_all(kernels: list[Kernel], targets: list[Target], pool: Executor) ->
             if reason := lacks(target.device, kernel.head_dim):
                 print(f"{kernel.name} is left to the xla backend on {target.name}: no {reason}")
                 continue
-            for launch in launches(kernel, target.device):
-                least = kernel.wide_loads(target.device)
-                futures.append(pool.submit(build, kernel.name, kernel.bars, least, launch, target))
+            futures += [pool.submit(build, launch, target) for launch in launches(kernel, target.device)]
     print(_line("kernel", "target", *COLUMNS, ""))
     return (future.result() for future in futures)
 
