@@ -48,8 +48,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels
+from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import triton as attention_triton
-from pallas_kernels.paged_attention.tuning import Device, choose, lacks
+from pallas_kernels.paged_attention.tuning import choose, lacks
 from pallas_kernels.sizes import next_power_of_two
 
 BYTES_IN_FLIGHT = 40 * 1024

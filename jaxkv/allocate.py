@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.pages import check_vectors, count, is_first, pages_for, release_pages, rows_of
-from jaxkv.state import Batch, KVCache, Status
+from jaxkv.state import Batch, KVCache, KVPool, Status
 from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
@@ -70,7 +70,8 @@ def allocate(
     # What is pushed depends on what was taken: that orders the two, and spares a copy of the stack.
     copied_to = jnp.where(grant.copies, rows_of(table.free_pages, grant.top), num_pages)
     table = release_pages(taken, jnp.where(copied_to < num_pages, grant.tail, num_pages))
-    k, v = copy_pages(cache.pool.k, cache.pool.v, grant.tail, copied_to)
+    pool = cache.pool
+    pages = copy_pages(pool.k, pool.v, grant.tail, copied_to, k_scales=pool.k_scale, v_scales=pool.v_scale)
     refused = (grant.status != Status.OK) & (grant.status != Status.PADDING)
     stats = count(
         cache.stats,
@@ -79,7 +80,7 @@ def allocate(
         copy_on_write_copies=jnp.sum(grant.copies, dtype=jnp.int32),
         refused_allocations=jnp.sum(refused, dtype=jnp.int32),
     )
-    cache = replace(cache, pool=replace(cache.pool, k=k, v=v), table=table, stats=stats)
+    cache = replace(cache, pool=KVPool(*pages), table=table, stats=stats)
     return cache, _batch(cache, seqs, num_tokens, grant, tokens, total)
 
 

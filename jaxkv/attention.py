@@ -106,6 +106,8 @@ def attend(
         window=window,
         softcap=softcap,
         sinks=sinks,
+        k_scales=cache.pool.k_scale,
+        v_scales=cache.pool.v_scale,
         return_lse=return_lse,
         backend=backend,
     )

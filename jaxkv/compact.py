@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.pages import count, rows_of
-from jaxkv.state import KVCache, PageTable
+from jaxkv.state import KVCache, KVPool, PageTable
 from pallas_kernels.move_pages import move_pages
 
 
@@ -49,7 +49,8 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
     """
     table, num_pages = cache.table, cache.config.num_pages
     target = _target_ids(table)
-    k, v = move_pages(cache.pool.k, cache.pool.v, target)
+    pool = cache.pool
+    pages = move_pages(pool.k, pool.v, target, k_scales=pool.k_scale, v_scales=pool.v_scale)
     live = table.refcounts > 0
     num_moved = jnp.sum(live & (target != jnp.arange(num_pages, dtype=jnp.int32)), dtype=jnp.int32)
     table = replace(
@@ -59,7 +60,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
     )
     stats = count(cache.stats, compactions=1, pages_moved=num_moved)
-    return replace(cache, pool=replace(cache.pool, k=k, v=v), table=table, stats=stats), num_moved
+    return replace(cache, pool=KVPool(*pages), table=table, stats=stats), num_moved
 
 
 def _target_ids(table: PageTable) -> Int[Array, " pages"]:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = {"int8": "int8", "fp8": "float8_e4m3fn"}
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 _MAX_TOKENS = 2**30
@@ -24,8 +25,9 @@ class CacheConfig:
       page_size: token places a page.
       max_seqs: rows of the page table.
       max_pages_per_seq: width of a row. Default: the whole pool.
-      dtype: of the stored K and V: "float32", "bfloat16" or "float16".
-      quantization: None; quantized pools are not built yet.
+      dtype: of K and V: "float32", "bfloat16" or "float16".
+      quantization: how they are stored. None: as they are. "int8" or "fp8" (E4M3FN): in one byte, with a
+        float32 scale for each token and KV head; `dtype` is then what `gather` returns.
       compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
 
     Raises:
@@ -63,8 +65,11 @@ class CacheConfig:
             places = getattr(self, name) * self.page_size
             if places >= _MAX_TOKENS:
                 raise ValueError(f"{name} * page_size = {places} token places; must be below {_MAX_TOKENS}")
-        if self.quantization is not None:
-            raise ValueError(f"quantization={self.quantization!r} is not supported; allowed: None")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ValueError(
+                f"quantization={self.quantization!r} is not supported; "
+                f"allowed: None, {', '.join(map(repr, QUANTIZATIONS))}"
+            )
         threshold = self.compaction_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise ValueError(f"compaction_threshold={threshold!r} must be a number from 0 to 1")
@@ -79,6 +84,7 @@ class CacheConfig:
         max_seqs: int,
         max_tokens: int,
         dtype: str = "bfloat16",
+        quantization: str | None = None,
     ) -> "CacheConfig":
         """A static cache: one buffer of `max_tokens` places for each sequence.
 
@@ -94,6 +100,7 @@ class CacheConfig:
             max_seqs=max_seqs,
             max_pages_per_seq=1,
             dtype=dtype,
+            quantization=quantization,
         )
 
     @property
@@ -112,9 +119,16 @@ class CacheConfig:
         return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
 
     @property
+    def storage_dtype(self) -> str:
+        """Of the pool's arrays: `dtype`, or that of the codes."""
+        return self.dtype if self.quantization is None else QUANTIZATIONS[self.quantization]
+
+    @property
     def page_bytes(self) -> int:
-        """Bytes of one page, K and V, in all layers."""
-        return 2 * prod(self.pool_shape) // self.num_pages * jnp.dtype(self.dtype).itemsize
+        """Bytes of one page in all layers: K and V, and their scales."""
+        rows = 2 * prod(self.pool_shape[:-1]) // self.num_pages
+        scale_bytes = 0 if self.quantization is None else jnp.dtype(jnp.float32).itemsize
+        return rows * (self.head_dim * jnp.dtype(self.storage_dtype).itemsize + scale_bytes)
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` places fill, the last one perhaps in part."""

@@ -120,8 +120,8 @@ def check_invariants(cache: KVCache) -> None:
 def _check_shapes(cache: KVCache) -> None:
     config, pool, table = cache.config, cache.pool, cache.table
     expected = {
-        "pool.k": (pool.k, config.pool_shape, config.dtype),
-        "pool.v": (pool.v, config.pool_shape, config.dtype),
+        "pool.k": (pool.k, config.pool_shape, config.storage_dtype),
+        "pool.v": (pool.v, config.pool_shape, config.storage_dtype),
         "table.pages": (table.pages, (config.max_seqs, config.max_pages_per_seq), "int32"),
         "table.lengths": (table.lengths, (config.max_seqs,), "int32"),
         "table.positions": (table.positions, (config.max_seqs,), "int32"),
@@ -129,6 +129,9 @@ def _check_shapes(cache: KVCache) -> None:
         "table.free_pages": (table.free_pages, (config.num_pages,), "int32"),
         "table.num_free": (table.num_free, (), "int32"),
     }
+    if config.quantization is not None:
+        expected["pool.k_scale"] = pool.k_scale, config.pool_shape[:-1], "float32"
+        expected["pool.v_scale"] = pool.v_scale, config.pool_shape[:-1], "float32"
     for name, (array, shape, dtype) in expected.items():
         if array.shape != shape or array.dtype != dtype:
             raise CacheCorruptedError(

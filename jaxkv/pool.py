@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkv.pages import check_vectors, rows_of
-from jaxkv.state import Batch, KVCache
+from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
 from pallas_kernels.checks import check_layer
+from pallas_kernels.quantization import dequantize
 
 
 def append(
@@ -32,8 +33,8 @@ def append(
       cache: the cache that `allocate` returned with `batch`.
       layer: Python int or traced int32.
       batch: of this step.
-      k, v: new keys (after RoPE) and values, converted to the pool's dtype. Rows of padding and of
-        refused sequences are not written.
+      k, v: new keys (after RoPE) and values, converted to the pool's dtype or quantized. Rows of
+        padding and of refused sequences are not written.
 
     Returns:
       The cache.
@@ -49,8 +50,18 @@ def append(
     """
     check_batch(cache, batch)
     pool = cache.pool
-    k_pages, v_pages = append_kv(pool.k, pool.v, k, v, batch.page_ids, batch.offsets, layer=layer)
-    return replace(cache, pool=replace(pool, k=k_pages, v=v_pages))
+    written = append_kv(
+        pool.k,
+        pool.v,
+        k,
+        v,
+        batch.page_ids,
+        batch.offsets,
+        layer=layer,
+        k_scales=pool.k_scale,
+        v_scales=pool.v_scale,
+    )
+    return replace(cache, pool=KVPool(*written))
 
 
 def check_batch(cache: KVCache, batch: Batch) -> None:
@@ -66,7 +77,7 @@ def gather(
     Float[Array, "seqs max_tokens kv_heads head_dim"],
     Int[Array, " seqs"],
 ]:
-    """A dense copy of some sequences, for looking at and for attention that needs it dense.
+    """A dense copy of some sequences, dequantized, for looking at and for attention that needs it dense.
 
     Args:
       cache: the cache.
@@ -92,12 +103,15 @@ def gather(
     pages = rows_of(cache.table.pages, slot, config.num_pages)
     real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32) < lengths[:, None]
 
-    def dense(pool):
+    def dense(pool, scales):
         tiles = pool.at[layer, pages].get(mode="fill", fill_value=0)
+        if scales is not None:
+            tiles = dequantize(tiles, scales.at[layer, pages].get(mode="fill", fill_value=0), config.dtype)
         tokens = jnp.swapaxes(tiles, 2, 3).reshape(*real.shape, config.num_kv_heads, config.head_dim)
         return jnp.where(real[..., None, None], tokens, 0)
 
-    return dense(cache.pool.k), dense(cache.pool.v), lengths
+    pool = cache.pool
+    return dense(pool.k, pool.k_scale), dense(pool.v, pool.v_scale), lengths
 
 
 def keys(

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
 
@@ -30,10 +30,10 @@ class Status(IntEnum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """All pages of all layers. Scales are None unless the pool is quantized."""
+    """All pages of all layers. Of a quantized pool K and V are codes; else there are no scales."""
 
-    k: Float[Array, "layers pages kv_heads page_size head_dim"]
-    v: Float[Array, "layers pages kv_heads page_size head_dim"]
+    k: Shaped[Array, "layers pages kv_heads page_size head_dim"]
+    v: Shaped[Array, "layers pages kv_heads page_size head_dim"]
     k_scale: Float[Array, "layers pages kv_heads page_size"] | None = None
     v_scale: Float[Array, "layers pages kv_heads page_size"] | None = None
 
@@ -151,8 +151,10 @@ def init(config: CacheConfig) -> KVCache:
     seqs, pages = config.max_seqs, config.num_pages
     return KVCache(
         pool=KVPool(
-            k=jnp.zeros(config.pool_shape, config.dtype),
-            v=jnp.zeros(config.pool_shape, config.dtype),
+            k=jnp.zeros(config.pool_shape, config.storage_dtype),
+            v=jnp.zeros(config.pool_shape, config.storage_dtype),
+            k_scale=jnp.zeros(config.pool_shape[:-1], jnp.float32) if config.quantization else None,
+            v_scale=jnp.zeros(config.pool_shape[:-1], jnp.float32) if config.quantization else None,
         ),
         table=PageTable(
             pages=jnp.full((seqs, config.max_pages_per_seq), pages, jnp.int32),

@@ -104,7 +104,7 @@ def assert_in_place(
         array
         for leaf in jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, KVPool))
         if isinstance(leaf, KVPool)
-        for array in jax.tree.leaves(leaf)
+        for array in (leaf.k, leaf.v)
     ]
     if not pools:
         raise ValueError("assert_in_place needs a KVCache among the arguments")

@@ -4,14 +4,22 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jaxtyping import Array
 
+from pallas_kernels.quantization import is_quantized
 
-def check_pool(k_pages: Array, v_pages: Array) -> None:
-    """K and V pages of one shape and dtype, `[layers, pages, kv_heads, page_size, head_dim]`."""
+
+def check_pool(
+    k_pages: Array, v_pages: Array, k_scales: Array | None = None, v_scales: Array | None = None
+) -> None:
+    """Pages `[layers, pages, kv_heads, page_size, head_dim]` of one dtype, and scales if these are codes."""
     if k_pages.ndim != 5:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
         )
-    check_floating("k_pages", k_pages)
+    quantized = is_quantized(k_pages.dtype)
+    if not quantized:
+        check_floating("k_pages", k_pages)
+        if k_pages.dtype.itemsize == 1:
+            raise ValueError(f"k_pages of {k_pages.dtype} are not served; of one byte: int8, float8_e4m3fn")
     if not all(k_pages.shape):
         raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
@@ -19,18 +27,21 @@ def check_pool(k_pages: Array, v_pages: Array) -> None:
             f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
             f"k_pages {k_pages.dtype}{list(k_pages.shape)}"
         )
+    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if scales is None and quantized:
+            raise ValueError(f"pages of {k_pages.dtype} need {name}")
+        if scales is not None and not quantized:
+            raise ValueError(f"pages of {k_pages.dtype} have no {name}")
+        if scales is not None and (scales.shape != k_pages.shape[:-1] or scales.dtype != jnp.float32):
+            raise ValueError(
+                f"{name} must be float32{list(k_pages.shape[:-1])}, not {scales.dtype}{list(scales.shape)}"
+            )
 
 
 def check_floating(name: str, array: Array) -> None:
     """A floating-point array."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, not {array.dtype}")
-
-
-def lacks_dtype(*arrays: Array) -> str | None:
-    """What a GPU's kernels lack for these arrays, if anything."""
-    served = jnp.float32, jnp.bfloat16, jnp.float16
-    return next((str(array.dtype) for array in arrays if array.dtype not in served), None)
 
 
 def check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:

@@ -1,45 +1,51 @@
 """`append_kv`: the call, checked."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.append_kv import xla
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_dtype
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 
 
 def append_kv(
-    k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     page_ids: Int[Array, " tokens"],
     offsets: Int[Array, " tokens"],
     *,
     layer: int | Int[Array, ""] = 0,
+    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """Writes each token's K and V to `(page_ids, offsets)` of one layer.
 
     Args:
-      k_pages, v_pages: the pool.
-      k, v: this step's keys and values, converted to the pool's dtype.
+      k_pages, v_pages: the pool; of int8 or float8_e4m3fn, codes.
+      k, v: this step's keys and values, converted to the pool's dtype, or quantized: see
+        `pallas_kernels.quantization.quantize`.
       page_ids: page of each token; one that is no page means that nothing is written.
       offsets: place within the page.
       layer: Python int or int32 scalar.
+      k_scales, v_scales: of a pool of codes.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
     Returns:
-      The pool, in place where the caller's `jit` donates it.
+      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place where the caller's
+      `jit` donates them.
 
     Raises:
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
     k, v, page_ids, offsets = (jnp.asarray(array) for array in (k, v, page_ids, offsets))
-    check_pool(k_pages, v_pages)
+    check_pool(k_pages, v_pages, k_scales, v_scales)
     check_layer(layer, k_pages.shape[0])
     _, _, kv_heads, _, head_dim = k_pages.shape
     for name, array in (("k", k), ("v", v)):
@@ -52,10 +58,11 @@ def append_kv(
     check_integers("page_ids", page_ids, k.shape[:1])
     check_integers("offsets", offsets, k.shape[:1])
     page_ids, offsets = page_ids.astype(jnp.int32), offsets.astype(jnp.int32)
-    lacks = {"xla": None, "triton": lacks_dtype(k_pages)}
+    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages)}
     chosen = choose_backend("append_kv", backend, lacks, interpret)
+    arrays, scales = (k_pages, v_pages, k, v, page_ids, offsets), (k_scales, v_scales)
     if chosen.name == "xla":
-        return xla.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer)
+        return xla.append_kv(*arrays, layer, *scales)
     from pallas_kernels.append_kv import triton
 
-    return triton.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, interpret=chosen.interpret)
+    return triton.append_kv(*arrays, layer, *scales, interpret=chosen.interpret)

@@ -10,24 +10,25 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
+from pallas_kernels.quantization import quantize
 from pallas_kernels.sizes import next_power_of_two
 
 # Numbers of K that a program holds, and as many of V: 32 a thread.
 _BLOCK = 4096
 
 
-def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, *, interpret: bool):
+def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scales, *, interpret: bool):
     """See `api.append_kv`."""
     tokens, kv_heads, head_dim = k.shape
+    pool = (k_pages, v_pages) if k_scales is None else (k_pages, v_pages, k_scales, v_scales)
     if tokens == 0:
-        return k_pages, v_pages
+        return pool
     dims = next_power_of_two(head_dim)
     heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // dims))
-    pool = jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype)
     append = launch(
         partial(_append, heads=heads, dims=dims),
         grid=(-(-kv_heads // heads), tokens),
-        out_shape=(pool, pool),
+        out_shape=tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pool),
         name="append_kv",
         num_warps=4,
         num_stages=1,
@@ -35,14 +36,13 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, *, interpret: bo
         cost=cost.append_kv(
             tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, dtype=k.dtype, pool_dtype=k_pages.dtype
         ),
-        aliases={5: 0, 6: 1},
+        aliases={5 + i: i for i in range(len(pool))},
     )
-    return append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, k_pages, v_pages)
+    return append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, *pool)
 
 
-def _append(
-    layer_ref, page_ref, offset_ref, k_ref, v_ref, _k, _v, k_pages, v_pages, *, heads: int, dims: int
-):
+def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, dims: int):
+    k_pages, v_pages, *scales = pool[len(pool) // 2 :]
     block, token = pl.program_id(0), pl.program_id(1)
     layer, page, offset = layer_ref[0], page_ref[token], offset_ref[token]
     head, dim = block * heads + lax.iota(jnp.int32, heads), lax.iota(jnp.int32, dims)
@@ -50,7 +50,12 @@ def _append(
     # A page past the end is padding; so is what a place that is no place would write.
     in_pool = (page >= 0) & (page < k_pages.shape[1]) & (offset >= 0) & (offset < k_pages.shape[3])
     wanted = exists & in_pool
-    for new, pages in ((k_ref, k_pages), (v_ref, v_pages)):
-        values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists)
+    for i, (new, pages) in enumerate(((k_ref, k_pages), (v_ref, v_pages))):
+        values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=0.0)
+        if scales:
+            # Triton has no rounding to an even half.
+            values, scale = quantize(values, pages.dtype, nearest=lambda x: jnp.floor(x + 0.5))
+            has_scale = in_pool & (head < k_ref.shape[1])
+            plgpu.store(scales[i].at[layer, page, head, offset], scale, mask=has_scale)
         at = pages.at[layer, page, head[:, None], offset, dim[None, :]]
         plgpu.store(at, values.astype(pages.dtype), mask=wanted)

@@ -1,22 +1,25 @@
 """`copy_pages`: the call, checked."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.checks import check_integers, check_pool, lacks_dtype
+from pallas_kernels.checks import check_integers, check_pool
 from pallas_kernels.copy_pages import xla
+from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 
 
 def copy_pages(
-    k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
     sources: Int[Array, " copies"],
     destinations: Int[Array, " copies"],
     *,
+    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
-) -> tuple[Array, Array]:
+) -> tuple[Array, ...]:
     """Copies pages within the pool, K and V, all layers.
 
     Args:
@@ -24,25 +27,28 @@ def copy_pages(
       sources: pages to read.
       destinations: pages to write, each at most once and none of them a source. A source or a
         destination that is no page means no copy, which costs nothing.
+      k_scales, v_scales: of a pool of codes.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
     Returns:
-      The pool, in place where the caller's `jit` donates it.
+      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place where the caller's
+      `jit` donates them.
 
     Raises:
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    check_pool(k_pages, v_pages)
+    check_pool(k_pages, v_pages, k_scales, v_scales)
+    pool = tuple(array for array in (k_pages, v_pages, k_scales, v_scales) if array is not None)
     sources, destinations = (jnp.asarray(ids) for ids in (sources, destinations))
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
     sources, destinations = sources.astype(jnp.int32), destinations.astype(jnp.int32)
-    lacks = {"xla": None, "triton": lacks_dtype(k_pages)}
+    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages)}
     chosen = choose_backend("copy_pages", backend, lacks, interpret)
     if chosen.name == "xla":
-        return xla.copy_pages(k_pages, v_pages, sources, destinations)
+        return xla.copy_pages(pool, sources, destinations)
     from pallas_kernels.copy_pages import triton
 
-    return triton.copy_pages(k_pages, v_pages, sources, destinations, interpret=chosen.interpret)
+    return triton.copy_pages(pool, sources, destinations, interpret=chosen.interpret)

@@ -17,10 +17,17 @@ from pallas_kernels.sizes import next_power_of_two
 _BLOCK = 4096
 
 
-def copy_pages(k_pages, v_pages, sources, destinations, *, interpret: bool):
+def copy_pages(pool, sources, destinations, *, interpret: bool):
     """See `api.copy_pages`."""
     if sources.shape[0] == 0:
-        return k_pages, v_pages
+        return pool
+    pairs = zip(pool[::2], pool[1::2], strict=True)  # K and V, and their scales
+    return tuple(
+        copied for pair in pairs for copied in _copy_pair(*pair, sources, destinations, interpret=interpret)
+    )
+
+
+def _copy_pair(k_pages, v_pages, sources, destinations, *, interpret: bool):
     layers, num_pages = k_pages.shape[:2]
     numbers = prod(k_pages.shape[2:])
     flat = layers, num_pages, numbers

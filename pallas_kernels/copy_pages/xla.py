@@ -4,26 +4,24 @@ import jax
 import jax.numpy as jnp
 
 
-def copy_pages(k_pages, v_pages, sources, destinations):
+def copy_pages(pool, sources, destinations):
     """See `api.copy_pages`."""
     num_copies = sources.shape[0]
     number = jnp.arange(num_copies, dtype=jnp.int32)
-    last = k_pages.shape[1] - 1
+    last = pool[0].shape[1] - 1
     wanted = (sources >= 0) & (sources <= last) & (destinations >= 0) & (destinations <= last)
 
     def next_after(i):
         return jnp.min(jnp.where(wanted & (number > i), number, num_copies))
 
     def copy(state):
-        i, *pools = state
+        i, pool = state
 
         def one(pages):
             page = jax.lax.dynamic_slice_in_dim(pages, sources[i], 1, axis=1)
             return jax.lax.dynamic_update_slice_in_dim(pages, page, destinations[i], axis=1)
 
-        return next_after(i), *(one(pages) for pages in pools)
+        return next_after(i), tuple(one(pages) for pages in pool)
 
-    _, k_pages, v_pages = jax.lax.while_loop(
-        lambda state: state[0] < num_copies, copy, (next_after(-1), k_pages, v_pages)
-    )
-    return k_pages, v_pages
+    _, pool = jax.lax.while_loop(lambda state: state[0] < num_copies, copy, (next_after(-1), pool))
+    return pool

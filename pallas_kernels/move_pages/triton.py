@@ -26,8 +26,14 @@ _BLOCK = 2048
 _GROUPS = 32
 
 
-def move_pages(k_pages, v_pages, targets, *, interpret: bool):
+def move_pages(pool, targets, *, interpret: bool):
     """See `api.move_pages`."""
+    way = chains(targets)
+    pairs = zip(pool[::2], pool[1::2], strict=True)  # K and V, and their scales
+    return tuple(moved for pair in pairs for moved in _move_pair(*pair, way, interpret=interpret))
+
+
+def _move_pair(k_pages, v_pages, way, *, interpret: bool):
     layers, num_pages = k_pages.shape[:2]
     numbers = prod(k_pages.shape[2:])
     block = min(_BLOCK, next_power_of_two(numbers))
@@ -44,7 +50,7 @@ def move_pages(k_pages, v_pages, targets, *, interpret: bool):
         cost=cost.copy_pages(copies=num_pages, layers=layers, page_numbers=numbers, dtype=k_pages.dtype),
         aliases={3: 0, 4: 1},
     )
-    moved = move(*chains(targets), k_pages.reshape(flat), v_pages.reshape(flat))
+    moved = move(*way, k_pages.reshape(flat), v_pages.reshape(flat))
     return tuple(pages.reshape(k_pages.shape) for pages in moved)
 
 

@@ -8,14 +8,14 @@ from jaxtyping import Array, Int
 _CHUNK_BYTES = 16 * 2**20
 
 
-def move_pages(k_pages, v_pages, targets):
+def move_pages(pool, targets):
     """See `api.move_pages`. The lowest places are filled first.
 
     A place may hold a page that has not moved yet. It trades places: the pages displaced by a chunk
     go to the places the chunk's pages leave, and are carried on from there when their turn comes.
     """
     num_pages = targets.shape[0]
-    page_bytes = 2 * k_pages.nbytes // num_pages
+    page_bytes = sum(pages.size * pages.dtype.itemsize for pages in pool) // num_pages
     # A chunk is lifted together with the pages it displaces.
     chunk = min(num_pages, max(1, _CHUNK_BYTES // (2 * page_bytes)))
     number = jnp.arange(num_pages, dtype=jnp.int32)
@@ -29,7 +29,7 @@ def move_pages(k_pages, v_pages, targets):
 
     def step(i, state):
         # `place[page]` says where the page that began as `page` lies now, `holder` the reverse.
-        k_pages, v_pages, place, holder = state
+        pool, place, holder = state
         to = _get(queue, i * chunk + jnp.arange(chunk, dtype=jnp.int32), num_pages)
         page = _get(due, to, num_pages)
         source = _get(place, page, num_pages)
@@ -48,16 +48,15 @@ def move_pages(k_pages, v_pages, targets):
 
         read = jnp.concatenate([source, to])
         write = jnp.concatenate([to, refuge])
-        k_pages, v_pages = (_permute(pages, read, write) for pages in (k_pages, v_pages))
+        pool = tuple(_permute(pages, read, write) for pages in pool)
         place = place.at[page].set(to, mode="drop").at[displaced].set(refuge, mode="drop")
         holder = holder.at[jnp.where(vacated, source, num_pages)].set(num_pages, mode="drop")
         holder = holder.at[to].set(page, mode="drop").at[refuge].set(displaced, mode="drop")
-        return k_pages, v_pages, place, holder
+        return pool, place, holder
 
     holder = jnp.where(targets < num_pages, number, num_pages)
     chunks = (ends[-1] + chunk - 1) // chunk
-    k_pages, v_pages, _, _ = jax.lax.fori_loop(0, chunks, step, (k_pages, v_pages, number, holder))
-    return k_pages, v_pages
+    return jax.lax.fori_loop(0, chunks, step, (pool, number, holder))[0]
 
 
 def _get(values: Array, index: Int[Array, " moves"], fill: int) -> Array:

@@ -3,9 +3,10 @@
 from math import sqrt
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool, lacks_dtype
+from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import tuning as tuning_table
 from pallas_kernels.paged_attention import xla
@@ -13,8 +14,8 @@ from pallas_kernels.paged_attention import xla
 
 def paged_attention(
     q: Float[Array, "tokens q_heads head_dim"],
-    k_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Float[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
     page_table: Int[Array, "rows pages_per_seq"],
     kv_lengths: Int[Array, " seqs"],
     query_starts: Int[Array, " seqs+1"],
@@ -25,6 +26,8 @@ def paged_attention(
     window: int | None = None,
     softcap: float | None = None,
     sinks: Float[Array, " q_heads"] | None = None,
+    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     interpret: bool | None = None,
@@ -38,7 +41,7 @@ def paged_attention(
     Args:
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
-      k_pages, v_pages: the pool.
+      k_pages, v_pages: the pool; of int8 or float8_e4m3fn, codes.
       page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
@@ -49,6 +52,7 @@ def paged_attention(
       window: a token sees itself and the `window - 1` tokens before it.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
       sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
+      k_scales, v_scales: of a pool of codes.
       return_lse: also return the log-sum-exp of each row's scores, sinks included.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
@@ -70,7 +74,8 @@ def paged_attention(
         raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    _check(q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts, sinks)
+    check_pool(k_pages, v_pages, k_scales, v_scales)
+    _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks)
     check_layer(layer, k_pages.shape[0])
     for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -88,11 +93,11 @@ def paged_attention(
         window=None if window is None else min(window, 2**30),
         softcap=softcap,
         sinks=sinks,
+        k_scales=k_scales,
+        v_scales=v_scales,
     )
-    lacks = {
-        "xla": None,
-        "triton": lacks_dtype(k_pages, q) or tuning_table.lacks(tuning_table.Device.current(), q.shape[2]),
-    }
+    device = Device.current()
+    lacks = {"xla": None, "triton": lacks_dtype(device, k_pages, q) or tuning_table.lacks(device, q.shape[2])}
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":
         out, lse = xla.paged_attention(*arrays, **options)
@@ -101,7 +106,7 @@ def paged_attention(
 
         if tuning is None:
             tuning = tuning_table.choose(
-                tuning_table.Device.current(),
+                device,
                 tokens=q.shape[0],
                 seqs=kv_lengths.shape[0],
                 group=q.shape[1] // k_pages.shape[2],
@@ -112,8 +117,7 @@ def paged_attention(
     return (out, lse) if return_lse else out
 
 
-def _check(q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts, sinks) -> None:
-    check_pool(k_pages, v_pages)
+def _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks) -> None:
     check_floating("q", q)
     _, _, kv_heads, _, head_dim = k_pages.shape
     if q.ndim != 3 or q.shape[2] != head_dim:

@@ -44,6 +44,8 @@ def paged_attention(
     window,
     softcap,
     sinks,
+    k_scales,
+    v_scales,
     tuning: Tuning,
     interpret: bool,
 ):
@@ -89,7 +91,9 @@ def paged_attention(
         # The interpreter's CPU has float32 and nothing like it.
         precision=lax.Precision.HIGHEST if interpret else tuning.precision(q.dtype, k_pages.dtype),
         split=split,
+        quantized=k_scales is not None,
     )
+    scales = () if k_scales is None else (k_scales, v_scales)
     results = launch(
         attend,
         grid=(kv_heads, num_items),
@@ -108,7 +112,17 @@ def paged_attention(
             kv_dtype=k_pages.dtype,
         ),
         interpret=interpret,
-    )(jnp.asarray(layer, jnp.int32).reshape(1), *items[:3], *tiles, page_table, sinks, q, k_pages, v_pages)
+    )(
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        *items[:3],
+        *tiles,
+        page_table,
+        sinks,
+        q,
+        k_pages,
+        v_pages,
+        *scales,
+    )
     if not split:
         return tuple(results)
     return tuple(
@@ -193,7 +207,7 @@ def _attend(
     q_ref,
     k_ref,
     v_ref,
-    *out_refs,
+    *refs,
     rows: Callable[..., _Rows],
     key_tile: int,
     scale: float,
@@ -201,7 +215,9 @@ def _attend(
     softcap: float | None,
     precision,
     split: bool,
+    quantized: bool,
 ):
+    scale_refs, out_refs = (refs[:2], refs[2:]) if quantized else ((), refs)
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
@@ -210,7 +226,8 @@ def _attend(
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
-    wide = q_ref.dtype if q_ref.dtype == k_ref.dtype else jnp.float32
+    # Codes of one byte are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
+    wide = q_ref.dtype if q_ref.dtype == k_ref.dtype or quantized else jnp.float32
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -224,15 +241,29 @@ def _attend(
     def product(a, b, **transposed):
         return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
 
+    def weigh_codes(scale, p, v):
+        # Of float16 the smallest scales would be below what it can tell apart.
+        most = jnp.max(scale) if wide == jnp.float16 else 1.0
+        return product(p * (scale / jnp.where(most > 0, most, 1.0))[None, :], v) * most
+
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
         real = mine.in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
-        at = (layer, ids[:, None], head, lax.rem(places, page_size)[:, None], mine.dims[None, :])
-        k = plgpu.load(k_ref.at[at], mask=real, other=0.0)
-        v = plgpu.load(v_ref.at[at], mask=real, other=0.0)
+        offsets = lax.rem(places, page_size)
+        at = (layer, ids[:, None], head, offsets[:, None], mine.dims[None, :])
+        zero = jnp.zeros((), k_ref.dtype)
+        k = plgpu.load(k_ref.at[at], mask=real, other=zero)
+        v = plgpu.load(v_ref.at[at], mask=real, other=zero)
+        scales_of_tile = [
+            plgpu.load(scales.at[layer, ids, head, offsets], mask=places < num_keys, other=0.0)
+            for scales in scale_refs
+        ]
         next_ids = page_ids(key + 1)
-        scores = product(q, k, trans_b=True)
+        scores, weigh = product(q, k, trans_b=True), product
+        if quantized:
+            k_scale, v_scale = scales_of_tile
+            scores, weigh = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is None:
             scores = scores * (scale * _LOG2E)
         else:
@@ -242,7 +273,7 @@ def _attend(
             visible = places[None, :] <= row_place[:, None]
             if window is not None:
                 visible &= places[None, :] > row_place[:, None] - window
-        return softmax.extend(seen, scores, visible, v, product=product, exp=jnp.exp2), next_ids
+        return softmax.extend(seen, scores, visible, v, product=weigh, exp=jnp.exp2), next_ids
 
     carry = mine.nothing_seen(), page_ids(begin)
     # In the interior every row sees every token of a tile, and nothing is masked.

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from math import ceil
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from pallas_kernels.device import Device
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -53,33 +53,6 @@ class Tuning:
         if all(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
             return lax.Precision.DEFAULT
         return lax.Precision.HIGHEST if self.exact_float32 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """What of a GPU the choice depends on.
-
-    Attributes:
-      arch: "sm_90", "gfx942" and so on.
-      multiprocessors: or compute units.
-    """
-
-    arch: str
-    multiprocessors: int
-
-    @property
-    def platform(self) -> str:
-        """As JAX names it."""
-        return "rocm" if self.arch.startswith("gfx") else "cuda"
-
-    @classmethod
-    def current(cls) -> "Device":
-        """The default device; where that is no GPU, an H100."""
-        device = jax.devices()[0]
-        if device.platform != "gpu":
-            return cls("sm_90", 132)
-        arch = str(device.compute_capability)
-        return cls(arch if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), device.core_count)
 
 
 def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int, dtype: DTypeLike) -> Tuning:

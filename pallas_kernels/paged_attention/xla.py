@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.quantization import as_float32
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -42,6 +43,8 @@ def paged_attention(
     window,
     softcap,
     sinks,
+    k_scales,
+    v_scales,
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
     tokens, q_heads, head_dim = q.shape
@@ -50,6 +53,7 @@ def paged_attention(
     group = q_heads // kv_heads
     keys = KeyTiles.of(page_size)
     work = _plan(tokens, kv_lengths, query_starts, table_rows, keys, window)
+    pool = (k_pages, v_pages) if k_scales is None else (k_pages, v_pages, k_scales, v_scales)
     queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
 
     def visit_tile(tile, done):
@@ -58,15 +62,18 @@ def paged_attention(
 
         def visit(key_tile, seen):
             where = keys.locate(page_row, key_tile, num_keys)
-            k, v = keys.read(k_pages, v_pages, layer, where)
-            scores = jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest")
+            k, v, *scales = keys.read(pool, layer, where)
+            scores, weigh = jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), _weigh
+            if scales:
+                k_scale, v_scale = (scale.swapaxes(1, 2) for scale in scales)  # [kv_heads, 1, size]
+                scores, weigh = scores * k_scale, lambda p, v: _weigh(p * v_scale, v)
             if softcap is not None:
                 scores = softcap * jnp.tanh(scores / softcap)
             places = keys.places(where)
             visible = (places >= 0) & (places <= row_places[:, None])
             if window is not None:
                 visible &= places > row_places[:, None] - window
-            return softmax.extend(seen, scores, visible[None], v, product=_weigh)
+            return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
         first = work.first_key_tile[tile]
         seen = softmax.empty(queries.shape[1:3], head_dim)
@@ -195,24 +202,33 @@ class KeyTiles:
         nth = jnp.arange(self.size, dtype=jnp.int32)
         return jnp.where((nth >= where.skip) & (nth < where.end), where.first + nth, -1)
 
-    def read(self, k_pages, v_pages, layer, where: "_Where"):
-        """K and V of a tile, `[kv_heads, size, head_dim]` float32; V is zero at places not its own."""
-        kv_heads, head_dim = k_pages.shape[2], k_pages.shape[4]
-        shape = (kv_heads, self.pages, self.size // self.pages * head_dim)
+    def read(self, pool, layer, where: "_Where"):
+        """K and V of a tile, `[kv_heads, size, head_dim]`, and their scales, `[.., 1]`; float32.
+
+        V, and its scales, are zero at places that are not the tile's own.
+        """
+        kv_heads = pool[0].shape[2]
+        # Numbers a token.
+        widths = [pages.shape[4] if pages.ndim == 5 else 1 for pages in pool]
+        shapes = [(kv_heads, self.pages, self.size // self.pages * width) for width in widths]
         # Reshaped outside of the branch: within it XLA counts the whole pool as read, and splits the copy
         # over threads, which costs more than it saves.
-        pools = [pages.reshape(*pages.shape[:3], -1) for pages in (k_pages, v_pages)]
+        pool = [pages.reshape(*pages.shape[:3], -1) for pages in pool]
 
         def copy():
-            k, v = (self._copy(pages, layer, where, shape) for pages in pools)
-            # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
-            nth = jnp.arange(shape[1] * shape[2], dtype=jnp.int32).reshape(shape[1:])
-            return k, jnp.where((nth >= where.skip * head_dim) & (nth < where.end * head_dim), v, 0.0)
+            tile = [self._copy(pages, layer, where, shape) for pages, shape in zip(pool, shapes, strict=True)]
+            for i in range(1, len(tile), 2):
+                # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
+                nth = jnp.arange(shapes[i][1] * shapes[i][2], dtype=jnp.int32).reshape(shapes[i][1:])
+                own = (nth >= where.skip * widths[i]) & (nth < where.end * widths[i])
+                tile[i] = jnp.where(own, tile[i], 0.0)
+            return tile
 
         # Always so. A branch of its own keeps the copy's rows as long as a run of tokens: XLA would fuse
         # the reshape into it, and copies rows as short as `head_dim` one float at a time.
-        tile = jax.lax.cond(where.end > where.skip, copy, lambda: (jnp.zeros(shape, jnp.float32),) * 2)
-        return tuple(part.reshape(kv_heads, self.size, head_dim) for part in tile)
+        zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+        tile = jax.lax.cond(where.end > where.skip, copy, lambda: zeros)
+        return [part.reshape(kv_heads, self.size, -1) for part in tile]
 
     def _copy(self, pages, layer, where: "_Where", shape):
         """`[kv_heads, pages, tokens * head_dim]` float32."""
@@ -220,13 +236,13 @@ class KeyTiles:
         if self.pages > _MAX_SLICES:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
             tile = pages.at[layer, where.ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
-            return tile.astype(jnp.float32)
+            return as_float32(tile)
         zero, start = jnp.zeros((), jnp.int32), where.start * (run * self.pages // self.size)
         runs = [
             jax.lax.dynamic_slice(pages, (layer, where.ids[i], zero, start), (1, 1, kv_heads, run))[0, 0]
             for i in range(self.pages)
         ]
-        return jnp.stack(runs, axis=1).astype(jnp.float32)
+        return as_float32(jnp.stack(runs, axis=1))
 
 
 class _Where(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 
 import pallas_kernels
 from benchmarks.check_targets import Kernel, launches, pretend
-from pallas_kernels.paged_attention.tuning import Device
+from pallas_kernels.device import Device
 
 H100 = Device("sm_90", 132)
 

@@ -1,0 +1,45 @@
+"""What a kernel must know of the GPU it is compiled for."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """What of a GPU the choices depend on.
+
+    Attributes:
+      arch: "sm_90", "gfx942" and so on.
+      multiprocessors: or compute units.
+    """
+
+    arch: str
+    multiprocessors: int
+
+    @property
+    def platform(self) -> str:
+        """As JAX names it."""
+        return "rocm" if self.arch.startswith("gfx") else "cuda"
+
+    @classmethod
+    def current(cls) -> "Device":
+        """The default device; where that is no GPU, an H100."""
+        device = jax.devices()[0]
+        if device.platform != "gpu":
+            return cls("sm_90", 132)
+        arch = str(device.compute_capability)
+        return cls(arch if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), device.core_count)
+
+
+def lacks_dtype(device: Device, *arrays: Array) -> str | None:
+    """What a GPU's kernels lack for these arrays, if anything."""
+    served = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn
+    for array in arrays:
+        if array.dtype not in served:
+            return str(array.dtype)
+        if array.dtype == jnp.float8_e4m3fn and device.platform == "cuda" and int(device.arch[3:]) < 89:
+            return f"float8_e4m3fn on {device.arch}: GPUs convert it from sm_89 on"
+    return None
