@@ -48,9 +48,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.paged_attention import triton as attention_triton
 from pallas_kernels.paged_attention.tuning import choose, lacks
+from pallas_kernels.quantization import is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 BYTES_IN_FLIGHT = 40 * 1024
@@ -99,6 +100,7 @@ class Kernel:
     of: tuple[str, ...]
     bars: frozenset[str]
     head_dim: int = 0  # of attention
+    pool: jax.ShapeDtypeStruct | None = None
     wide_loads: Callable[[Device], int] = lambda _: 1  # at least
 
 
@@ -114,6 +116,7 @@ class Launch:
     bars: frozenset[str]
     least_wide_loads: int
     unpadded: float  # share of a row that is not padding
+    quantized: bool
 
 
 @dataclass(frozen=True)
@@ -154,11 +157,14 @@ def attention(
 
     def tuned(device):
         group = q_heads // kv_heads
-        tuning = choose(device, tokens=tokens, seqs=seqs, group=group, head_dim=head_dim, dtype=dtype)
+        tuning = choose(
+            device, tokens=tokens, seqs=seqs, group=group, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
+        )
         return replace(tuning, **retuned)
 
     def call(device, *arrays):
-        return pallas_kernels.paged_attention(*arrays, layer=7, tuning=tuned(device), **options)
+        arrays, scales = arrays[:6], _scales_by_name(arrays[6:])
+        return pallas_kernels.paged_attention(*arrays, layer=7, tuning=tuned(device), **scales, **options)
 
     def wide_loads(device):
         """Of a tile of K and one of V, by all threads together."""
@@ -169,10 +175,11 @@ def attention(
     return Kernel(
         name,
         call,
-        (q, pool, pool, rows, vector, _shape((seqs + 1,), "int32")),
+        (q, pool, pool, rows, vector, _shape((seqs + 1,), "int32"), *_scales(pool)),
         of=("paged_attention",),
         bars=frozenset(bars),
         head_dim=head_dim,
+        pool=pool,
         wide_loads=wide_loads,
     )
 
@@ -189,9 +196,10 @@ def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: s
     new, place = _shape((256, kv_heads, head_dim), dtype), _shape((256,), "int32")
 
     def call(_, *arrays):
-        return pallas_kernels.append_kv(*arrays, layer=7)
+        return pallas_kernels.append_kv(*arrays[:6], layer=7, **_scales_by_name(arrays[6:]))
 
-    return Kernel(name, call, (pool, pool, new, new, place, place), ("append_kv",), frozenset({"spills"}))
+    shapes = pool, pool, new, new, place, place, *_scales(pool)
+    return Kernel(name, call, shapes, ("append_kv",), frozenset({"spills"}), pool=pool)
 
 
 def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
@@ -199,10 +207,10 @@ def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
     pool = _shape((32, 8192, 8, page_size, 128), dtype)
 
     def call(_, *arrays):
-        return pallas_kernels.copy_pages(*arrays)
+        return pallas_kernels.copy_pages(*arrays[:4], **_scales_by_name(arrays[4:]))
 
-    shapes = pool, pool, _shape((64,), "int32"), _shape((64,), "int32")
-    return Kernel(name, call, shapes, ("copy_pages",), frozenset({"spills", "wide loads"}))
+    shapes = pool, pool, _shape((64,), "int32"), _shape((64,), "int32"), *_scales(pool)
+    return Kernel(name, call, shapes, ("copy_pages",), frozenset({"spills", "wide loads"}), pool=pool)
 
 
 def move(name: str, *, dtype: str, page_size: int) -> Kernel:
@@ -210,10 +218,10 @@ def move(name: str, *, dtype: str, page_size: int) -> Kernel:
     pool = _shape((32, 8192, 8, page_size, 128), dtype)
 
     def call(_, *arrays):
-        return pallas_kernels.move_pages(*arrays)
+        return pallas_kernels.move_pages(*arrays[:3], **_scales_by_name(arrays[3:]))
 
-    shapes = pool, pool, _shape((8192,), "int32")
-    return Kernel(name, call, shapes, ("move_pages",), frozenset({"spills", "wide loads"}))
+    shapes = pool, pool, _shape((8192,), "int32"), *_scales(pool)
+    return Kernel(name, call, shapes, ("move_pages",), frozenset({"spills", "wide loads"}), pool=pool)
 
 
 def kernels() -> list[Kernel]:
@@ -237,16 +245,28 @@ def kernels() -> list[Kernel]:
         attention("16 tokens a sequence bf16", tokens=1024),
         attention("16 tokens a sequence f32", tokens=1024, dtype="float32"),
         attention("16 tokens, head_dim 256 f32", tokens=1024, head_dim=256, dtype="float32"),
+        decode("decode 32/8/128 int8", dtype="int8", q_dtype="bfloat16"),
+        decode("decode 32/8/128 fp8", dtype="float8_e4m3fn", q_dtype="bfloat16"),
+        decode("decode 32/8/64 int8, f16 q", head_dim=64, dtype="int8", q_dtype="float16"),
+        attention("decode int8, f32 q", dtype="int8", q_dtype="float32"),
+        decode("decode 16/8/256 int8", q_heads=16, head_dim=256, dtype="int8", q_dtype="bfloat16"),
+        attention("16 tokens a sequence int8", tokens=1024, dtype="int8", q_dtype="bfloat16"),
+        attention("16 tokens a sequence fp8", tokens=1024, dtype="float8_e4m3fn", q_dtype="bfloat16"),
         decode("4 tokens a sequence bf16", tokens=256),
         attention("prefill 512 tokens bf16", tokens=512, seqs=1),
         merge(),
         append("append 8/128 bf16", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="bfloat16"),
         append("append 8/128 f32", kv_heads=8, head_dim=128, dtype="float32", pool_dtype="float32"),
         append("append 32/80 f32 to bf16", kv_heads=32, head_dim=80, dtype="float32", pool_dtype="bfloat16"),
+        append("append bf16 to int8", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="int8"),
+        append("append bf16 to fp8", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="float8_e4m3fn"),
+        append("append 3/80 f32 to int8", kv_heads=3, head_dim=80, dtype="float32", pool_dtype="int8"),
         copy("copy pages of 16 bf16", dtype="bfloat16", page_size=16),
         copy("copy pages of 7 f32", dtype="float32", page_size=7),
+        copy("copy pages of 16 int8", dtype="int8", page_size=16),
         move("move pages of 16 bf16", dtype="bfloat16", page_size=16),
         move("move pages of 7 f32", dtype="float32", page_size=7),
+        move("move pages of 16 fp8", dtype="float8_e4m3fn", page_size=16),
     ]
 
 
@@ -272,6 +292,15 @@ def wrong_kernels() -> list[Kernel]:
         attention("too many stages", bars=("shared memory",), retuned={"key_tile": 256, "num_stages": 5}),
         replace(copy("no matrix product", dtype="float32", page_size=16), bars=frozenset({"matrix"})),
     ]
+
+
+def _scales(pool) -> tuple:
+    """Of K and V, if the pool is one of codes."""
+    return (_shape(pool.shape[:-1], "float32"),) * 2 if is_quantized(pool.dtype) else ()
+
+
+def _scales_by_name(scales) -> dict:
+    return dict(zip(("k_scales", "v_scales"), scales, strict=False))
 
 
 def _shape(shape, dtype):
@@ -300,6 +329,7 @@ def launches(kernel: Kernel, device: Device) -> Iterator[Launch]:
                 kernel.bars,
                 kernel.wide_loads(device),
                 kernel.head_dim / next_power_of_two(kernel.head_dim) if kernel.head_dim else 1.0,
+                kernel.pool is not None and is_quantized(kernel.pool.dtype),
             )
 
 
@@ -348,6 +378,8 @@ def build(launch: Launch, target: Target) -> Report:
         shared = compiled.metadata.shared
         if target.backend == "cuda":
             narrow = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48]\b", compiled.asm["ptx"])
+            # The scales of a tile are few: a number a thread.
+            narrow = [] if launch.quantized else narrow
             numbers = _read_ptx(compiled.asm["ptx"], target, launch, shared, Path(folder))
         else:
             narrow = []
@@ -440,7 +472,8 @@ def compile_all(kernels: list[Kernel], targets: list[Target], pool: Executor) ->
     futures = []
     for kernel in kernels:
         for target in targets:
-            if reason := lacks(target.device, kernel.head_dim):
+            pools = () if kernel.pool is None else (kernel.pool,)
+            if reason := lacks(target.device, kernel.head_dim) or lacks_dtype(target.device, *pools):
                 print(f"{kernel.name} is left to the xla backend on {target.name}: no {reason}")
                 continue
             futures += [pool.submit(build, launch, target) for launch in launches(kernel, target.device)]

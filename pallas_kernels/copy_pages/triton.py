@@ -13,8 +13,8 @@ from pallas_kernels import cost
 from pallas_kernels.launch import launch
 from pallas_kernels.sizes import next_power_of_two
 
-# Numbers that a program holds at a time: 32 a thread.
-_BLOCK = 4096
+# Bytes that a program holds at a time: 64 a thread.
+_BLOCK_BYTES = 8192
 
 
 def copy_pages(pool, sources, destinations, *, interpret: bool):
@@ -33,11 +33,11 @@ def _copy_pair(k_pages, v_pages, sources, destinations, *, interpret: bool):
     flat = layers, num_pages, numbers
     pool = jax.ShapeDtypeStruct(flat, k_pages.dtype)
     copy = launch(
-        partial(_copy, block=min(_BLOCK, next_power_of_two(numbers))),
+        partial(_copy, block=min(_BLOCK_BYTES // k_pages.dtype.itemsize, next_power_of_two(numbers))),
         # A copy that is not wanted ends its programs at once.
         grid=(layers, sources.shape[0]),
         out_shape=(pool, pool),
-        name="copy_pages",
+        name="copy_pages" if k_pages.ndim == 5 else "copy_scales",
         num_warps=4,
         num_stages=1,
         interpret=interpret,

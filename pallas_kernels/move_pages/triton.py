@@ -20,8 +20,8 @@ from pallas_kernels import cost
 from pallas_kernels.launch import launch
 from pallas_kernels.sizes import next_power_of_two
 
-# Numbers of K that a program carries, and as many of V: 16 of each a thread.
-_BLOCK = 2048
+# Bytes of K that a program carries, and as many of V: 32 of each a thread.
+_BLOCK_BYTES = 4096
 # Programs that share the chains of one part of a page.
 _GROUPS = 32
 
@@ -36,14 +36,14 @@ def move_pages(pool, targets, *, interpret: bool):
 def _move_pair(k_pages, v_pages, way, *, interpret: bool):
     layers, num_pages = k_pages.shape[:2]
     numbers = prod(k_pages.shape[2:])
-    block = min(_BLOCK, next_power_of_two(numbers))
+    block = min(_BLOCK_BYTES // k_pages.dtype.itemsize, next_power_of_two(numbers))
     flat = layers, num_pages, numbers
     pool = jax.ShapeDtypeStruct(flat, k_pages.dtype)
     move = launch(
         partial(_move, block=block, barrier=not interpret),
         grid=(-(-numbers // block), layers, min(_GROUPS, num_pages)),
         out_shape=(pool, pool),
-        name="move_pages",
+        name="move_pages" if k_pages.ndim == 5 else "move_scales",
         num_warps=4,
         num_stages=1,
         interpret=interpret,

@@ -112,6 +112,7 @@ def paged_attention(
                 group=q.shape[1] // k_pages.shape[2],
                 head_dim=q.shape[2],
                 dtype=k_pages.dtype,
+                q_dtype=q.dtype,
             )
         out, lse = triton.paged_attention(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
     return (out, lse) if return_lse else out

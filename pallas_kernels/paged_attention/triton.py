@@ -28,6 +28,8 @@ from pallas_kernels.sizes import next_power_of_two
 
 # The softmax counts in powers of two.
 _LOG2E = log2(e)
+# Below any scale but zero, and its inverse is finite.
+_LEAST_SCALE = 1e-35
 
 
 def paged_attention(
@@ -242,9 +244,11 @@ def _attend(
         return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
 
     def weigh_codes(scale, p, v):
-        # Of float16 the smallest scales would be below what it can tell apart.
-        most = jnp.max(scale) if wide == jnp.float16 else 1.0
-        return product(p * (scale / jnp.where(most > 0, most, 1.0))[None, :], v) * most
+        if wide != jnp.float16:
+            return product(p * scale[None, :], v)
+        # The smallest scales would be below what float16 can tell apart.
+        most = jnp.maximum(jnp.max(scale), _LEAST_SCALE)
+        return product(p * (scale / most)[None, :], v) * most
 
     def visit(key, carry, *, edge: bool):
         seen, ids = carry

@@ -55,7 +55,16 @@ class Tuning:
         return lax.Precision.HIGHEST if self.exact_float32 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
-def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int, dtype: DTypeLike) -> Tuning:
+def choose(
+    device: Device,
+    *,
+    tokens: int,
+    seqs: int,
+    group: int,
+    head_dim: int,
+    dtype: DTypeLike,
+    q_dtype: DTypeLike,
+) -> Tuning:
     """The table.
 
     Args:
@@ -63,9 +72,12 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
       tokens, seqs: rows of `q` and sequences, static.
       group: query heads a KV head.
       head_dim, dtype: of the pool.
+      q_dtype: of the queries.
     """
     rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
-    itemsize = jnp.dtype(dtype).itemsize
+    codes = jnp.dtype(dtype).itemsize == 1
+    # Of what is multiplied: codes become numbers of q's dtype first.
+    itemsize = jnp.dtype(q_dtype if codes else dtype).itemsize
     row_bytes = next_power_of_two(head_dim) * itemsize
     # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more.
     max_rows = 32 if rdna else _MAX_ROWS
@@ -75,7 +87,8 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
     many_registers = next_power_of_two(query_tile * group) > 32 or row_bytes > 512
-    # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit.
+    # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit. Codes
+    # take half of it, and more tiles are under way.
     key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:
@@ -85,8 +98,10 @@ def choose(device: Device, *, tokens: int, seqs: int, group: int, head_dim: int,
         return Tuning(query_tile, min(key_tile, 64), 8 if many_registers else 4, 1, programs, True)
     if not 90 <= int(device.arch[3:]) < 120:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
-        return Tuning(query_tile, max(16, key_tile // 2), 8 if many_registers else 4, 5, programs)
-    return Tuning(query_tile, key_tile, 8 if many_registers else 4, 4, programs)
+        return Tuning(
+            query_tile, max(16, key_tile // 2), 8 if many_registers else 4, 8 if codes else 5, programs
+        )
+    return Tuning(query_tile, key_tile, 8 if many_registers else 4, 6 if codes else 4, programs)
 
 
 def lacks(device: Device, head_dim: int) -> str | None:

@@ -194,7 +194,7 @@ def test_pages_move_as_if_all_at_once(backend, targets):
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pool_moves_in_every_layer_and_every_part_of_a_page(backend, dtype):
-    """Parts of 2048 numbers, the last of them part full; one long cycle and what trades places."""
+    """Parts of 4096 bytes, the last of them part full; one long cycle and what trades places."""
     random = np.random.default_rng(0)
     k_pages, v_pages = random.normal(size=(2, 3, 9, 3, 11, 80)).astype(jnp.dtype(dtype))
     targets = np.array([1, 2, 3, 4, 0, 6, 5, 7, 8], np.int32)
