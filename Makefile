@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-long lint check-aot check-targets gpu bench compare-llama-cpp clean
+.PHONY: demo test test-slow test-long lint check-aot check-targets gpu bench perplexity compare-llama-cpp clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -q --durations=8
+	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
+
+# Minutes each: real weights through interpreted kernels, and through quantized pools.
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
 
 test-long: $(VENV)/.installed
 	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --dist=load -q tests/test_state_machine.py
@@ -34,6 +38,9 @@ gpu: $(VENV)/.installed
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.bench_ops
 	.venv-bench/bin/python -m benchmarks.bench_decode
+
+perplexity: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.perplexity
 
 compare-llama-cpp: .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/python -m benchmarks.compare_llama_cpp

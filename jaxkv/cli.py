@@ -13,7 +13,14 @@ import jax
 
 from jaxkv.invariants import JaxKVError
 
-KV_DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+# `dtype` and `quantization` of the cache; no dtype means the model's.
+KV_DTYPES = {
+    "f32": ("float32", None),
+    "bf16": ("bfloat16", None),
+    "f16": ("float16", None),
+    "int8": (None, "int8"),
+    "fp8": (None, "fp8"),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -76,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--max-new-tokens", type=_count, default=64, metavar="N")
     command.add_argument("--page-size", type=_count, default=16, metavar="N", help="token places a page")
-    command.add_argument("--kv-dtype", choices=KV_DTYPES, help="of the cache (default: the model's)")
+    command.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, help="how K and V are kept (default: as the model's)"
+    )
 
 
 def _count(text: str) -> int:

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -91,9 +92,10 @@ def run_demo(options: argparse.Namespace) -> int:
         print(f"> {question}\n{text}\n")
     device, backend = jax.devices()[0], auto_backend()
     rows = {
-        "model": f"{loaded.name}, cache in {config.dtype}",
+        "model": f"{loaded.name}, cache in {config.quantization or config.dtype}",
         "speed": _speed(result),
         "pages": _pages(config, result),
+        "memory": _memory(config, result),
         "largest |Δlogit| against dense attention": f"{difference:.2e}",
         "attention backend": f"{backend.name} on {device.device_kind} ({device.platform})",
     }
@@ -150,13 +152,14 @@ def _cache_config(
     # Samples of a prompt copy its part-full last page before the one they share is given back.
     spare = len(ids) if num_samples > 1 else 0
     enough = sum(-(-n // size) for n in places) * num_samples + spare
-    dtype = KV_DTYPES[options.kv_dtype] if options.kv_dtype else loaded.model.embedding[...].dtype
+    dtype, quantization = KV_DTYPES.get(options.kv_dtype, (None, None))
     return loaded.config.cache_config(
         num_pages=max(enough, row) if num_pages is None else num_pages,
         page_size=size,
         max_seqs=len(ids) * num_samples,
         max_pages_per_seq=row if num_pages is None else min(row, num_pages),
-        dtype=dtype,
+        dtype=dtype or loaded.model.embedding[...].dtype,
+        quantization=quantization,
     )
 
 
@@ -181,6 +184,15 @@ def _pages(config: CacheConfig, result: Generation) -> str:
     text = f"{used} of {config.page_size} tokens at the peak, {alone} without sharing ({saved:.0f}% saved)"
     cut = sum(reason is Finish.OUT_OF_PAGES for samples in result.finish for reason in samples)
     return text + (f"; {cut} sequences ended early, out of pages" if cut else "")
+
+
+def _memory(config: CacheConfig, result: Generation) -> str:
+    used = result.peak_pages * config.page_bytes / 2**20
+    text = f"{used:.1f} MiB of K and V at the peak"
+    if config.quantization is None:
+        return text
+    whole = result.peak_pages * replace(config, quantization=None).page_bytes / 2**20
+    return f"{text}, {whole:.1f} in {config.dtype} ({100 * (1 - used / whole):.0f}% saved)"
 
 
 def _console() -> Console:

@@ -34,7 +34,7 @@ class Device:
         return cls(arch if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), device.core_count)
 
 
-def lacks_dtype(device: Device, *arrays: Array) -> str | None:
+def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
     """What a GPU's kernels lack for these arrays, if anything."""
     served = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn
     for array in arrays:

@@ -49,10 +49,14 @@ def filled(config, lengths, seed=0):
 
 
 def poison(cache, pages):
-    """NaN in the pages that are marked, [pages] of bool."""
-    mark = pages[None, :, None, None, None]
-    k, v = (jnp.where(mark, jnp.nan, pool).astype(pool.dtype) for pool in (cache.pool.k, cache.pool.v))
-    return replace(cache, pool=replace(cache.pool, k=k, v=v))
+    """NaN in the pages that are marked, [pages] of bool. Codes without one have NaN for a scale."""
+
+    def spoil(pool):
+        mark = pages.reshape(1, -1, *[1] * (pool.ndim - 2))
+        worst = jnp.nan if jnp.issubdtype(pool.dtype, jnp.floating) else jnp.iinfo(pool.dtype).min
+        return jnp.where(mark, jnp.asarray(worst, pool.dtype), pool)
+
+    return replace(cache, pool=jax.tree.map(spoil, cache.pool))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -122,6 +122,9 @@ class Oracle:
 
     def append(self, batch: Batch, k, v):
         """k and v [layers, tokens, kv_heads, head_dim]."""
+        if self.config.quantization:
+            dtype, storage = self.config.dtype, self.config.storage_dtype
+            k, v = (reference.dequantize(*reference.quantize(x, storage)).astype(dtype) for x in (k, v))
         for row, (slot, place, _) in batch.rows.items():
             self.sequences[slot].tokens[place] = k[:, row], v[:, row]
 

@@ -100,6 +100,20 @@ def test_the_demo_knows_the_capital_of_france_and_agrees_with_dense_attention():
     assert "without sharing" in figures["pages"]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+def test_the_demo_is_as_sensible_on_a_quantized_cache_of_a_quarter_of_the_size(kv_dtype):
+    process = run("demo", "--kv-dtype", kv_dtype)
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    answers = dict(part.split("\n", 1) for part in out.split("> ")[1:])
+    assert "Paris" in answers["What is the capital of France?"]
+    assert "Jupiter" in answers["What is the largest planet in our solar system?"]
+    figures = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    assert kv_dtype in figures["model"]
+    assert "73% saved" in figures["memory"]
+
+
 def test_generate_streams_text_and_ctrl_c_stops_it_cleanly():
     arguments = ["--prompt", "Once upon a time", "--max-new-tokens", "4000"]
     process = run("generate", "--model", "smollm2-135m", *arguments)

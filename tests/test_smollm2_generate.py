@@ -111,6 +111,7 @@ def test_greedy_text_is_that_of_a_dense_cache_before_and_after_compact(smollm2, 
     assert state.output.tolist() == expected
 
 
+@pytest.mark.slow
 def test_greedy_text_by_the_interpreted_gpu_kernels_is_that_of_a_dense_cache(smollm2):
     prompt, length = smollm2.tokenizer.encode("The capital of France is"), 10
     seqs = jnp.zeros(1, jnp.int32)

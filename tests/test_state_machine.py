@@ -45,6 +45,18 @@ SHAPES = {
         "q_heads": 2,
         "total_tokens": 20,
     },
+    "int8, rows as wide as the pool": {
+        "config": replace(BASE, head_dim=8, num_pages=9, max_pages_per_seq=9, quantization="int8"),
+        "q_heads": 4,
+        "total_tokens": 14,
+    },
+    "fp8, odd pages": {
+        "config": replace(
+            BASE, head_dim=5, page_size=3, num_pages=12, max_pages_per_seq=5, quantization="fp8"
+        ),
+        "q_heads": 2,
+        "total_tokens": 12,
+    },
 }
 EXAMPLES = int(os.environ.get("JAXKV_EXAMPLES", "300"))
 

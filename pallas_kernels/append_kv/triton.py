@@ -53,8 +53,13 @@ def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, di
     for i, (new, pages) in enumerate(((k_ref, k_pages), (v_ref, v_pages))):
         values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=0.0)
         if scales:
-            # Triton has no rounding to an even half.
-            values, scale = quantize(values, pages.dtype, nearest=lambda x: jnp.floor(x + 0.5))
+            # Triton has neither a rounding to an even half nor a view of bits.
+            values, scale = quantize(
+                values,
+                pages.dtype,
+                nearest=lambda x: jnp.floor(x + 0.5),
+                read=lambda codes: codes.astype(jnp.float32),
+            )
             has_scale = in_pool & (head < k_ref.shape[1])
             plgpu.store(scales[i].at[layer, page, head, offset], scale, mask=has_scale)
         at = pages.at[layer, page, head[:, None], offset, dim[None, :]]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Shaped
 
 # Stands for minus infinity where a difference of two of them must not be NaN.
 LOWEST = -1e30
@@ -37,7 +37,7 @@ def extend(
     seen: Partial,
     scores: Float[Array, "*rows tokens"],
     visible: Bool[Array, "*#rows tokens"] | None,
-    v: Float[Array, "... tokens head_dim"],
+    v: Shaped[Array, "... tokens head_dim"],
     *,
     product: Callable[[Array, Array], Array],
     exp: Callable[[Array], Array] = jnp.exp,
@@ -48,7 +48,7 @@ def extend(
       seen: what they saw before.
       scores: of the tile's tokens.
       visible: which of them a row sees; None for all.
-      v: the tile's values; what it holds at tokens nobody sees must be finite.
+      v: the tile's values, or codes; what it holds at tokens nobody sees must be finite.
       product: of `p [*rows, tokens]` and `v`, `[*rows, head_dim]`.
     """
     if visible is not None:

@@ -95,13 +95,15 @@ def choose(
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
         return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_registers else 4, 1, programs, True)
     if device.platform == "rocm":
-        return Tuning(query_tile, min(key_tile, 64), 8 if many_registers else 4, 1, programs, True)
+        # Codes and the numbers they become are both held in registers.
+        key_tile = min(key_tile, 32 if codes and many_registers else 64)
+        return Tuning(query_tile, key_tile, 8 if many_registers else 4, 1, programs, True)
     if not 90 <= int(device.arch[3:]) < 120:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
-        return Tuning(
-            query_tile, max(16, key_tile // 2), 8 if many_registers else 4, 8 if codes else 5, programs
-        )
-    return Tuning(query_tile, key_tile, 8 if many_registers else 4, 6 if codes else 4, programs)
+        key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
+    else:
+        num_stages = 6 if codes else 4
+    return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs)
 
 
 def lacks(device: Device, head_dim: int) -> str | None:

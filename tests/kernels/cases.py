@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.kernels import reference
+
 
 @dataclass(frozen=True)
 class Case:
@@ -22,6 +24,7 @@ class Case:
     num_layers: int = 2
     layer: int = 1
     dtype: str = "float32"
+    stored: str | None = None  # as codes of this dtype
     padding_rows: int = 0  # rows of q that belong to no sequence
     spare_pages: int = 3  # pages of the pool that belong to no sequence, filled with NaN
     magnitude: float = 1.0  # of q
@@ -66,18 +69,29 @@ def make(case: Case, seed: int = 0) -> Arguments:
     order = random.permutation(num_pages).tolist()
     page_table = np.full((len(needed), width), num_pages, np.int32)
     pool = (case.num_layers, num_pages, case.kv_heads, case.page_size, case.head_dim)
-    k_pages, v_pages = np.full(pool, np.nan, dtype), np.full(pool, np.nan, dtype)
+    pools = [np.full(pool, np.nan, np.float32) for _ in "kv"]
     for row, (length, pages) in enumerate(zip(case.lengths, needed, strict=True)):
         page_table[row, :pages] = [order.pop() for _ in range(pages)]
         for place in range(length):
             at = case.layer, page_table[row, place // case.page_size], slice(None), place % case.page_size
-            k_pages[at], v_pages[at] = random.normal(size=(2, case.kv_heads, case.head_dim))
+            for pages in pools:
+                pages[at] = random.normal(size=(case.kv_heads, case.head_dim))
     query_starts = np.cumsum([0, *case.num_queries], dtype=np.int32)
     q = case.magnitude * random.normal(
         size=(query_starts[-1] + case.padding_rows, case.q_heads, case.head_dim)
     )
     q[query_starts[-1] :] = np.nan
     options = dict(case.options)
+    if case.stored is None:
+        k_pages, v_pages = (pages.astype(dtype) for pages in pools)
+    else:
+        (k_pages, k_scales), (v_pages, v_scales) = (reference.quantize(pages, case.stored) for pages in pools)
+        # Of places that belong to no sequence the codes are the worst there are, and the scales NaN.
+        nobodys = np.isnan(pools[0][..., 0])
+        worst = -128 if case.stored == "int8" else np.nan
+        for codes, scales in ((k_pages, k_scales), (v_pages, v_scales)):
+            codes[nobodys], scales[nobodys] = worst, np.nan
+        options |= {"k_scales": k_scales, "v_scales": v_scales}
     if case.sinks:
         options["sinks"] = random.normal(size=case.q_heads).astype(np.float32)
     lengths = np.array(case.lengths, np.int32)
@@ -129,6 +143,14 @@ PAGED_ATTENTION = (
         Case("softcap", (40, 20), (3, 1), magnitude=8.0, options={"softcap": 2.0}),
         Case("a softcap of 50", (40, 20), (3, 1), magnitude=8.0, options={"softcap": 50.0}),
         Case("sinks", (40, 1), (3, 1), sinks=True),
+        *[
+            Case(f"{kind} of {stored}, {dtype}", RAGGED, queries, dtype=dtype, stored=stored)
+            for kind, queries in (("decode", None), ("prefill", (1, 5, 16, 0, 40, 2)))
+            for stored, dtype in (("int8", "float32"), ("int8", "float16"), ("float8_e4m3fn", "bfloat16"))
+        ],
+        Case("pages of 3, of int8, head_dim 80", (35, 64), (3, 1), page_size=3, head_dim=80, stored="int8"),
+        Case("pages of 1, of fp8", (35, 64), (3, 1), page_size=1, stored="float8_e4m3fn"),
+        Case("a large page of int8", (300, 5), page_size=200, stored="int8", options={"window": 70}),
         Case(
             "all options, bfloat16",
             (90, 33, 0, 5),

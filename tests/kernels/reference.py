@@ -1,5 +1,6 @@
 """Attention over pages and the writes to them, in NumPy float64: what every backend is held to."""
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -35,8 +36,22 @@ def read_pages(pages, page_table_row, length):
     return pages[ids].swapaxes(1, 2).reshape(-1, kv_heads, head_dim)[:length]
 
 
-def paged_attention(q, k_pages, v_pages, page_table, kv_lengths, query_starts, *, layer=0, **options):
+def paged_attention(
+    q,
+    k_pages,
+    v_pages,
+    page_table,
+    kv_lengths,
+    query_starts,
+    *,
+    layer=0,
+    k_scales=None,
+    v_scales=None,
+    **options,
+):
     """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf."""
+    if k_scales is not None:
+        k_pages, v_pages = k_pages * k_scales[..., None], v_pages * v_scales[..., None]
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for row, length in enumerate(kv_lengths):
         rows = slice(query_starts[row], query_starts[row + 1])
@@ -46,28 +61,62 @@ def paged_attention(q, k_pages, v_pages, page_table, kv_lengths, query_starts, *
     return out, lse
 
 
-def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0):
-    k_pages, v_pages = k_pages.copy(), v_pages.copy()
+def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0, k_scales=None, v_scales=None):
+    pool, new = [k_pages, v_pages], [k, v]
+    if k_scales is not None:
+        pool += [k_scales, v_scales]
+        (k, k_scale), (v, v_scale) = (quantize(values, k_pages.dtype) for values in (k, v))
+        new = [k, v, k_scale, v_scale]
+    pool = [array.copy() for array in pool]
     for row, (page, offset) in enumerate(zip(page_ids, offsets, strict=True)):
         if page < k_pages.shape[1]:
-            k_pages[layer, page, :, offset] = k[row]
-            v_pages[layer, page, :, offset] = v[row]
-    return k_pages, v_pages
+            for array, values in zip(pool, new, strict=True):
+                array[layer, page, :, offset] = values[row]
+    return tuple(pool)
 
 
-def move_pages(k_pages, v_pages, targets):
+def quantize(values, dtype):
+    """Codes and scales: a row's largest finite magnitude becomes the largest code; of fp8, the scale within
+    an octave of that, in quarters, whose squared error is least."""
+    values, dtype, one = np.asarray(values).astype(np.float32), jnp.dtype(dtype), np.float32(1)
+    largest = np.float32(127 if dtype == jnp.int8 else 448)
+    magnitude = np.where(np.isfinite(values), np.abs(values), 0)
+    most = magnitude.max(axis=-1, keepdims=True, initial=0)
+    most = np.where(most > 1e-30, most, np.float32(0))
+    inverse = np.divide(largest, most, out=np.zeros_like(most), where=most > 0)
+    values = np.clip(np.where(np.isnan(values), 0, values), -most, most)
+    if dtype == jnp.int8:
+        return np.round(values * inverse).astype(dtype), (most * (one / largest))[..., 0]
+    factors, errors = np.array([1, 2**0.25, 2**0.5, 2**0.75]), []
+    for factor in factors:
+        scaled = values * (inverse * np.float32(1 / factor))
+        error = scaled - scaled.astype(dtype).astype(np.float32)
+        squares = error * error * np.float32(1024 * factor * factor)
+        errors.append(squares.astype(np.int32).sum(axis=-1))
+    factor = factors.astype(np.float32)[np.argmin(errors, axis=0)][..., None]
+    codes = (values * (inverse * (one / factor))).astype(dtype)
+    return codes, (most * (one / largest) * factor)[..., 0]
+
+
+def dequantize(codes, scales):
+    return codes.astype(np.float32) * scales[..., None]
+
+
+def move_pages(k_pages, v_pages, targets, *, k_scales=None, v_scales=None):
     """What is left where nothing came to is as it was."""
     live = [page for page, target in enumerate(targets) if 0 <= target < len(targets)]
-    moved = k_pages.copy(), v_pages.copy()
-    for new, old in zip(moved, (k_pages, v_pages), strict=True):
+    pool = [array for array in (k_pages, v_pages, k_scales, v_scales) if array is not None]
+    moved = tuple(array.copy() for array in pool)
+    for new, old in zip(moved, pool, strict=True):
         new[:, targets[live]] = old[:, live]
     return moved
 
 
-def copy_pages(k_pages, v_pages, sources, destinations):
-    k_pages, v_pages = k_pages.copy(), v_pages.copy()
+def copy_pages(k_pages, v_pages, sources, destinations, *, k_scales=None, v_scales=None):
+    pool = [array for array in (k_pages, v_pages, k_scales, v_scales) if array is not None]
+    pool = tuple(array.copy() for array in pool)
     for source, destination in zip(sources, destinations, strict=True):
         if destination < k_pages.shape[1]:
-            k_pages[:, destination] = k_pages[:, source]
-            v_pages[:, destination] = v_pages[:, source]
-    return k_pages, v_pages
+            for array in pool:
+                array[:, destination] = array[:, source]
+    return pool

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 
 from pallas_kernels import append_kv, copy_pages, move_pages, paged_attention, use_backend
 from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.quantization import as_float32, dequantize, quantize
 from tests.kernels import reference
 from tests.kernels.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
 
 BACKENDS = ("xla", "triton")
+QUANTIZED = ("int8", "float8_e4m3fn")
 
 attend = jax.jit(
     paged_attention,
@@ -203,6 +205,92 @@ def test_a_pool_moves_in_every_layer_and_every_part_of_a_page(backend, dtype):
     for one, other in zip(got, want, strict=True):
         assert one.dtype == jnp.dtype(dtype)
         np.testing.assert_array_equal(one, other)
+
+
+def pool_of_codes(stored, shape=(3, 9, 2, 5, 24)):
+    """k_pages, v_pages and their scales by name, random."""
+    random = np.random.default_rng(0)
+    (k_pages, k_scales), (v_pages, v_scales) = (
+        reference.quantize(random.normal(size=shape), stored) for _ in "kv"
+    )
+    return (k_pages, v_pages), {"k_scales": k_scales, "v_scales": v_scales}
+
+
+@backends
+@pytest.mark.parametrize("stored", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_append_quantizes_each_row_on_its_own(backend, stored, dtype):
+    pages, scales = pool_of_codes(stored)
+    k, v = np.random.default_rng(1).normal(size=(2, 7, 2, 24)).astype(jnp.dtype(dtype))
+    k[0, 0], v[1] = 0, 0
+    k[2, 0, 3], k[3, 1, :2], v[4, 0, 5], v[5, 1, 0] = np.nan, np.inf, -np.inf, np.nan
+    k[6, 0], v[6, 1] = np.nan, 3e-38
+    page_ids, offsets = np.array([5, 0, 9, 5, 2, 8, 7], np.int32), np.array([3, 0, 0, 1, 2, 4, 1], np.int32)
+    want = reference.append_kv(*pages, k, v, page_ids, offsets, layer=1, **scales)
+    append = jax.jit(lambda *args, **scales: append_kv(*args, layer=1, **scales, **on(backend)))
+    got = append(*pages, k, v, page_ids, offsets, **scales)
+    assert [array.dtype for array in got] == [jnp.dtype(stored)] * 2 + [jnp.float32] * 2
+    for one, other in zip(got, want, strict=True):
+        np.testing.assert_array_equal(*float64(one, other))
+        assert np.isfinite(float64(one)[0]).all()
+
+
+@backends
+@pytest.mark.parametrize("stored", QUANTIZED)
+def test_scales_go_where_their_pages_go(backend, stored):
+    pages, scales = pool_of_codes(stored)
+    some, others = np.array([1, 4, 9], np.int32), np.array([0, 8, 3], np.int32)
+    targets = np.array([1, 2, 0, 9, 8, 4, 6, 5, 7], np.int32)
+    copied = jax.jit(lambda *args, **scales: copy_pages(*args, **scales, **on(backend)))
+    want_copied = reference.copy_pages(*pages, some[:2], others[:2], **scales)
+    want_moved = reference.move_pages(*pages, targets, **scales)
+    for want, got in (
+        (want_copied, copied(*pages, some, others, **scales)),
+        (want_moved, move(*pages, targets, **scales, **on(backend))),
+    ):
+        assert len(got) == 4
+        for one, other in zip(got, want, strict=True):
+            # Place 3 is left, and nothing comes to it.
+            np.testing.assert_array_equal(*(np.delete(array, 3, axis=1) for array in float64(one, other)))
+
+
+@pytest.mark.parametrize("stored", QUANTIZED)
+def test_what_codes_stand_for_is_near_what_was_written(stored):
+    values = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
+    codes, scales = quantize(jnp.asarray(values), stored)
+    error = np.abs(dequantize(codes, scales, "float32") - values)
+    most = np.abs(values).max(axis=1, keepdims=True)
+    if stored == "int8":
+        assert np.all(error <= most / 127 / 2 * 1.001)
+    else:  # three bits behind the leading one
+        assert np.all(error <= np.maximum(np.abs(values) / 16, most / 448 / 2**9) * 1.001)
+
+
+@pytest.mark.parametrize("stored", QUANTIZED)
+def test_every_code_is_read_as_numpy_reads_it(stored):
+    codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(stored))
+    real = np.isfinite(codes.astype(np.float32))
+    np.testing.assert_array_equal(as_float32(jnp.asarray(codes))[real], codes.astype(np.float32)[real])
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_codes_and_scales_must_go_together():
+    (k, v), scales = pool_of_codes("int8")
+    numbers = np.zeros(k.shape, np.float32)
+    move = np.arange(9, dtype=np.int32)
+    for arguments, options, said in [
+        ((k, v, move), {}, "int8 need k_scales"),
+        ((k, v, move), {"k_scales": scales["k_scales"]}, "int8 need v_scales"),
+        ((numbers, numbers, move), scales, "float32 have no k_scales"),
+        (
+            (k, v, move),
+            scales | {"v_scales": scales["v_scales"][:1]},
+            r"v_scales must be float32\[3, 9, 2, 5\]",
+        ),
+        ((k.view(jnp.float8_e4m3fnuz),) * 2 + (move,), scales, "float8_e4m3fnuz are not served"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            move_pages(*map(jnp.asarray, arguments), **jax.tree.map(jnp.asarray, options))
 
 
 def calls(backend):
