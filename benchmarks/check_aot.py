@@ -79,6 +79,7 @@ class Program:
     arguments: Callable[[], tuple]
     donated: bool = True
     backend: str = "xla"
+    quantization: str | None = None
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,21 @@ def programs() -> list[Program]:
         Program("triton: allocate, copy-on-write", jaxkv.allocate, lambda: (seqs, seqs), backend="triton"),
         Program("triton: compact", jaxkv.compact, lambda: (), backend="triton"),
     ]
+    codes = [
+        Program(
+            f"{backend}: append and attend, {quantization}",
+            partial(append_and_attend, layers=2),
+            lambda: (seqs, *_step()),
+            backend=backend,
+            quantization=quantization,
+        )
+        for backend in ("xla", "triton")
+        for quantization in ("int8", "fp8")
+    ]
+    codes += [
+        Program(f"triton: {name}, int8", run, lambda a=a: a, backend="triton", quantization="int8")
+        for name, run, a in (("allocate", jaxkv.allocate, (seqs, seqs)), ("compact", jaxkv.compact, ()))
+    ]
     return [
         Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),
         Program(
@@ -176,6 +192,7 @@ def programs() -> list[Program]:
         Program("truncate", jaxkv.truncate, lambda: (seqs, seqs)),
         Program("compact", jaxkv.compact, lambda: ()),
         *triton,
+        *codes,
     ]
 
 
@@ -193,7 +210,7 @@ def wrong_programs() -> list[Program]:
 def check(program: Program) -> Verdict:
     """Compiles a program with the whole pool and with a small one, and compares."""
     start = time.perf_counter()
-    whole, small = _cache(POOL_BYTES), _cache(0)
+    whole, small = (_cache(size, program.quantization) for size in (POOL_BYTES, 0))
     (memory, hlo), (small_memory, small_hlo) = _compile(program, whole), _compile(program, small)
     pool, small_pool = _bytes(whole.pool), _bytes(small.pool)
     more = memory.temp_size_in_bytes - small_memory.temp_size_in_bytes
@@ -253,9 +270,11 @@ def _model():
     return abstract_model(LLAMA_8B, jnp.bfloat16)
 
 
-def _cache(pool_bytes: int) -> jaxkv.KVCache:
+def _cache(pool_bytes: int, quantization: str | None = None) -> jaxkv.KVCache:
     """Shapes of a cache with a pool of about so many bytes, and no smaller than one row."""
-    sizes = LLAMA_8B.cache_config(num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16")
+    sizes = LLAMA_8B.cache_config(
+        num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16", quantization=quantization
+    )
     pages = max(ROW_PAGES, pool_bytes // sizes.page_bytes)
     return jax.eval_shape(lambda: jaxkv.init(replace(sizes, num_pages=pages)))
 

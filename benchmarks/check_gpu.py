@@ -54,12 +54,9 @@ def conformance(cases: list[Case]) -> list[dict]:
     failures = []
     for case in cases:
         arguments = make(case)
-        q, k_pages, v_pages = (
-            np.asarray(array).astype(np.float64)
-            for array in (arguments.q, arguments.k_pages, arguments.v_pages)
-        )
         rows = arguments.page_table, arguments.kv_lengths, arguments.query_starts
-        want = reference.paged_attention(q, k_pages, v_pages, *rows, layer=case.layer, **arguments.options)
+        pages = arguments.k_pages, arguments.v_pages
+        want = reference.paged_attention(arguments.q, *pages, *rows, layer=case.layer, **arguments.options)
         for backend in ("xla", "triton"):
             run = jax.jit(
                 partial(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = {"int8": "int8", "fp8": "float8_e4m3fn"}
+QUANTIZATIONS = {"int8": "int8", "fp8": "uint8"}
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 _MAX_TOKENS = 2**30

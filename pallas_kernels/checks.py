@@ -19,7 +19,7 @@ def check_pool(
     if not quantized:
         check_floating("k_pages", k_pages)
         if k_pages.dtype.itemsize == 1:
-            raise ValueError(f"k_pages of {k_pages.dtype} are not served; of one byte: int8, float8_e4m3fn")
+            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN)")
     if not all(k_pages.shape):
         raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:

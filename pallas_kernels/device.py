@@ -36,10 +36,10 @@ class Device:
 
 def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
     """What a GPU's kernels lack for these arrays, if anything."""
-    served = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn
+    served = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint8
     for array in arrays:
         if array.dtype not in served:
             return str(array.dtype)
-        if array.dtype == jnp.float8_e4m3fn and device.platform == "cuda" and int(device.arch[3:]) < 89:
-            return f"float8_e4m3fn on {device.arch}: GPUs convert it from sm_89 on"
+        if array.dtype == jnp.uint8 and device.platform == "cuda" and int(device.arch[3:]) < 89:
+            return f"uint8 (E4M3FN) on {device.arch}: GPUs convert it from sm_89 on"
     return None

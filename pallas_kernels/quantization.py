@@ -1,4 +1,8 @@
-"""Quantized K and V: codes of one byte, and one float32 scale for each token and KV head."""
+"""Quantized K and V: codes of one byte, and one float32 scale for each token and KV head.
+
+The dtype of the pool says what the codes are: int8 is integers, uint8 the bits of float8 E4M3FN. (An array
+of XLA's own float8 dtype would be converted whole, and copied, by each write on a CPU.)
+"""
 
 from collections.abc import Callable
 
@@ -7,8 +11,7 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-# The largest code of each dtype. E4M3FN has no infinity, so all of its range is for numbers.
-LARGEST = {jnp.dtype(jnp.int8): 127.0, jnp.dtype(jnp.float8_e4m3fn): 448.0}
+_LARGEST_INT8, _LARGEST_E4M3FN = 127.0, 448.0
 # Of the scales that are tried for E4M3FN, to the least.
 FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
 # Rows below this are stored as zeros: the inverse of their scale would overflow.
@@ -17,15 +20,13 @@ _LEAST = 1e-30
 
 def is_quantized(dtype: DTypeLike) -> bool:
     """Whether numbers of this dtype are codes that need a scale."""
-    return jnp.dtype(dtype) in LARGEST
+    return jnp.dtype(dtype) in (jnp.int8, jnp.uint8)
 
 
 def quantize(
     values: Float[Array, "*rows head_dim"],
     dtype: DTypeLike,
-    *,
     nearest: Callable[[Array], Array] = jnp.round,
-    read: Callable[[Array], Array] | None = None,
 ) -> tuple[Array, Float[Array, "*rows"]]:
     """Codes and scales: each row's largest magnitude becomes the largest code, or nearly so.
 
@@ -37,45 +38,51 @@ def quantize(
 
     Args:
       values: any floating dtype.
-      dtype: int8 or float8_e4m3fn.
+      dtype: int8, uint8 (the bits of E4M3FN) or float8_e4m3fn itself.
       nearest: rounds to an integer, for int8.
-      read: codes as float32. Default: `as_float32`.
 
     Returns:
       `(codes, scales)`, scales float32.
     """
-    values, largest = values.astype(jnp.float32), LARGEST[jnp.dtype(dtype)]
+    values, integers = values.astype(jnp.float32), jnp.dtype(dtype) == jnp.int8
+    largest = _LARGEST_INT8 if integers else _LARGEST_E4M3FN
     magnitude = jnp.abs(values)
     finite = magnitude <= float(jnp.finfo(jnp.float32).max)
     most = jnp.max(jnp.where(finite, magnitude, 0.0), axis=-1, keepdims=True)
     most = jnp.where(most > _LEAST, most, 0.0)
     inverse = jnp.where(most > 0, largest / jnp.where(most > 0, most, 1.0), 0.0)
     values = jnp.where(values == values, jnp.minimum(jnp.maximum(values, -most), most), 0.0)
-    if jnp.dtype(dtype) == jnp.int8:
+    if integers:
         return nearest(values * inverse).astype(dtype), (most * (1 / largest))[..., 0]
     factor, least = jnp.ones_like(most), None
     for step in FACTORS:
         scaled = values * (inverse * (1 / step))
-        error = scaled - (read or as_float32)(scaled.astype(dtype))
+        error = scaled - as_float32(_as_e4m3fn(scaled, dtype))
         # In whole numbers, whose sum does not depend on the order: every backend takes the same scale.
         squares = (error * error * (1024 * step * step)).astype(jnp.int32)
         total = jnp.sum(squares, axis=-1, keepdims=True, dtype=jnp.int32)
         factor = factor if least is None else jnp.where(total < least, step, factor)
         least = total if least is None else jnp.minimum(total, least)
-    return (values * (inverse * (1 / factor))).astype(dtype), (most * (1 / largest) * factor)[..., 0]
+    codes = _as_e4m3fn(values * (inverse * (1 / factor)), dtype)
+    return codes, (most * (1 / largest) * factor)[..., 0]
 
 
 def as_float32(codes: Array) -> Float[Array, "..."]:
     """Codes as numbers; any other array as float32 too.
 
-    E4M3FN is read as float16 with the exponent moved into place, which is 2**-8 of its value: ten times as
-    fast on a CPU as XLA's own conversion.
+    The bits of E4M3FN are read as float16 with the exponent moved into place, which is 2**-8 of their value:
+    ten times as fast on a CPU as XLA's own conversion.
     """
-    if codes.dtype != jnp.float8_e4m3fn:
+    if codes.dtype != jnp.uint8:
         return codes.astype(jnp.float32)
-    bits = lax.bitcast_convert_type(codes, jnp.uint8).astype(jnp.uint16)
+    bits = codes.astype(jnp.uint16)
     bits = (bits & 0x80) << 8 | (bits & 0x7F) << 7
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256
+
+
+def _as_e4m3fn(values: Array, dtype: DTypeLike) -> Array:
+    codes = values.astype(jnp.float8_e4m3fn)
+    return codes if jnp.dtype(dtype) == codes.dtype else lax.bitcast_convert_type(codes, dtype)
 
 
 def dequantize(
@@ -83,3 +90,8 @@ def dequantize(
 ) -> Float[Array, "*rows head_dim"]:
     """The numbers that codes stand for."""
     return (as_float32(codes) * scales[..., None]).astype(dtype)
+
+
+def as_float8(array: Array) -> Array:
+    """Bits as the dtype that a GPU's kernel converts; any other array as it is."""
+    return lax.bitcast_convert_type(array, jnp.float8_e4m3fn) if array.dtype == jnp.uint8 else array

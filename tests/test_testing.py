@@ -138,6 +138,14 @@ def test_a_donated_operation_keeps_no_copy_of_the_pool(operation, arguments):
     assert_in_place(operation, CACHE, *arguments)
 
 
+@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize("operation", [jaxkv.allocate, decode, scanned])
+def test_nor_do_codes_become_a_pool_of_numbers(operation, quantization):
+    config = replace(CONFIG, quantization=quantization)
+    cache = jax.eval_shape(lambda: jaxkv.init(config))
+    assert_in_place(operation, cache, SLOTS, SLOTS if operation is jaxkv.allocate else Q)
+
+
 def test_compact_keeps_a_chunk_and_no_pool():
     config = replace(CONFIG, num_pages=4096)
     cache = jax.eval_shape(lambda: jaxkv.init(config))

@@ -26,7 +26,7 @@ def append_kv(
     """Writes each token's K and V to `(page_ids, offsets)` of one layer.
 
     Args:
-      k_pages, v_pages: the pool; of int8 or float8_e4m3fn, codes.
+      k_pages, v_pages: the pool; of int8 or uint8 (E4M3FN), codes.
       k, v: this step's keys and values, converted to the pool's dtype, or quantized: see
         `pallas_kernels.quantization.quantize`.
       page_ids: page of each token; one that is no page means that nothing is written.

@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import quantize
+from pallas_kernels.quantization import as_float8, quantize
 from pallas_kernels.sizes import next_power_of_two
 
 # Numbers of K that a program holds, and as many of V: 32 a thread.
@@ -20,9 +20,11 @@ _BLOCK = 4096
 def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scales, *, interpret: bool):
     """See `api.append_kv`."""
     tokens, kv_heads, head_dim = k.shape
-    pool = (k_pages, v_pages) if k_scales is None else (k_pages, v_pages, k_scales, v_scales)
     if tokens == 0:
-        return pool
+        return (k_pages, v_pages) if k_scales is None else (k_pages, v_pages, k_scales, v_scales)
+    pool = as_float8(k_pages), as_float8(v_pages)
+    if k_scales is not None:
+        pool += k_scales, v_scales
     dims = next_power_of_two(head_dim)
     heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // dims))
     append = launch(
@@ -38,7 +40,8 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
         ),
         aliases={5 + i: i for i in range(len(pool))},
     )
-    return append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, *pool)
+    written = append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, *pool)
+    return tuple(lax.bitcast_convert_type(array, k_pages.dtype) for array in written[:2]) + written[2:]
 
 
 def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, dims: int):
@@ -53,13 +56,8 @@ def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, di
     for i, (new, pages) in enumerate(((k_ref, k_pages), (v_ref, v_pages))):
         values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=0.0)
         if scales:
-            # Triton has neither a rounding to an even half nor a view of bits.
-            values, scale = quantize(
-                values,
-                pages.dtype,
-                nearest=lambda x: jnp.floor(x + 0.5),
-                read=lambda codes: codes.astype(jnp.float32),
-            )
+            # Triton has no rounding to an even half.
+            values, scale = quantize(values, pages.dtype, nearest=lambda x: jnp.floor(x + 0.5))
             has_scale = in_pool & (head < k_ref.shape[1])
             plgpu.store(scales[i].at[layer, page, head, offset], scale, mask=has_scale)
         at = pages.at[layer, page, head[:, None], offset, dim[None, :]]

@@ -41,7 +41,7 @@ def paged_attention(
     Args:
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
-      k_pages, v_pages: the pool; of int8 or float8_e4m3fn, codes.
+      k_pages, v_pages: the pool; of int8 or uint8 (E4M3FN), codes.
       page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it

@@ -24,6 +24,7 @@ from pallas_kernels import cost
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.quantization import as_float8
 from pallas_kernels.sizes import next_power_of_two
 
 # The softmax counts in powers of two.
@@ -52,6 +53,7 @@ def paged_attention(
     interpret: bool,
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
+    k_pages, v_pages = as_float8(k_pages), as_float8(v_pages)
     tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[2:4]
     group = q_heads // kv_heads

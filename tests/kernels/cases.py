@@ -88,7 +88,7 @@ def make(case: Case, seed: int = 0) -> Arguments:
         (k_pages, k_scales), (v_pages, v_scales) = (reference.quantize(pages, case.stored) for pages in pools)
         # Of places that belong to no sequence the codes are the worst there are, and the scales NaN.
         nobodys = np.isnan(pools[0][..., 0])
-        worst = -128 if case.stored == "int8" else np.nan
+        worst = -128 if case.stored == "int8" else 0x7F
         for codes, scales in ((k_pages, k_scales), (v_pages, v_scales)):
             codes[nobodys], scales[nobodys] = worst, np.nan
         options |= {"k_scales": k_scales, "v_scales": v_scales}
@@ -146,10 +146,10 @@ PAGED_ATTENTION = (
         *[
             Case(f"{kind} of {stored}, {dtype}", RAGGED, queries, dtype=dtype, stored=stored)
             for kind, queries in (("decode", None), ("prefill", (1, 5, 16, 0, 40, 2)))
-            for stored, dtype in (("int8", "float32"), ("int8", "float16"), ("float8_e4m3fn", "bfloat16"))
+            for stored, dtype in (("int8", "float32"), ("int8", "float16"), ("uint8", "bfloat16"))
         ],
         Case("pages of 3, of int8, head_dim 80", (35, 64), (3, 1), page_size=3, head_dim=80, stored="int8"),
-        Case("pages of 1, of fp8", (35, 64), (3, 1), page_size=1, stored="float8_e4m3fn"),
+        Case("pages of 1, of fp8", (35, 64), (3, 1), page_size=1, stored="uint8"),
         Case("a large page of int8", (300, 5), page_size=200, stored="int8", options={"window": 70}),
         Case(
             "all options, bfloat16",

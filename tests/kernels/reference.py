@@ -50,6 +50,7 @@ def paged_attention(
     **options,
 ):
     """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf."""
+    q, k_pages, v_pages = (numbers(array).astype(np.float64) for array in (q, k_pages, v_pages))
     if k_scales is not None:
         k_pages, v_pages = k_pages * k_scales[..., None], v_pages * v_scales[..., None]
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
@@ -80,6 +81,7 @@ def quantize(values, dtype):
     an octave of that, in quarters, whose squared error is least."""
     values, dtype, one = np.asarray(values).astype(np.float32), jnp.dtype(dtype), np.float32(1)
     largest = np.float32(127 if dtype == jnp.int8 else 448)
+    e4m3fn = jnp.float8_e4m3fn
     magnitude = np.where(np.isfinite(values), np.abs(values), 0)
     most = magnitude.max(axis=-1, keepdims=True, initial=0)
     most = np.where(most > 1e-30, most, np.float32(0))
@@ -90,16 +92,21 @@ def quantize(values, dtype):
     factors, errors = np.array([1, 2**0.25, 2**0.5, 2**0.75]), []
     for factor in factors:
         scaled = values * (inverse * np.float32(1 / factor))
-        error = scaled - scaled.astype(dtype).astype(np.float32)
+        error = scaled - scaled.astype(e4m3fn).astype(np.float32)
         squares = error * error * np.float32(1024 * factor * factor)
         errors.append(squares.astype(np.int32).sum(axis=-1))
     factor = factors.astype(np.float32)[np.argmin(errors, axis=0)][..., None]
-    codes = (values * (inverse * (one / factor))).astype(dtype)
-    return codes, (most * (one / largest) * factor)[..., 0]
+    codes = (values * (inverse * (one / factor))).astype(e4m3fn)
+    return codes.view(dtype), (most * (one / largest) * factor)[..., 0]
+
+
+def numbers(codes):
+    """What codes stand for, but for their scale; any other array as it is."""
+    return codes.view(jnp.float8_e4m3fn) if codes.dtype == np.uint8 else codes
 
 
 def dequantize(codes, scales):
-    return codes.astype(np.float32) * scales[..., None]
+    return numbers(codes).astype(np.float32) * scales[..., None]
 
 
 def move_pages(k_pages, v_pages, targets, *, k_scales=None, v_scales=None):
