@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
 
-# Minutes each: real weights through interpreted kernels, and through quantized pools.
+# Real weights again: through interpreted kernels, quantized pools, and a compaction half way.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
 

@@ -214,7 +214,7 @@ def check(program: Program) -> Verdict:
     (memory, hlo), (small_memory, small_hlo) = _compile(program, whole), _compile(program, small)
     pool, small_pool = _bytes(whole.pool), _bytes(small.pool)
     more = memory.temp_size_in_bytes - small_memory.temp_size_in_bytes
-    layer_of_k = pool // 2 // whole.config.num_layers
+    layer_of_k = _bytes(whole.pool.k) // whole.config.num_layers
     copies = Counter(new_buffers(hlo, layer_of_k)) - Counter(new_buffers(small_hlo, layer_of_k))
     return Verdict(
         program=program.name,

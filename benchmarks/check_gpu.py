@@ -36,6 +36,7 @@ from jax.experimental.pallas import triton as plgpu
 import pallas_kernels
 from benchmarks.timing import Sample, interleave, publish, stopwatch
 from pallas_kernels import cost
+from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.launch import launch
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
@@ -58,6 +59,9 @@ def conformance(cases: list[Case]) -> list[dict]:
         pages = arguments.k_pages, arguments.v_pages
         want = reference.paged_attention(arguments.q, *pages, *rows, layer=case.layer, **arguments.options)
         for backend in ("xla", "triton"):
+            if backend == "triton" and (reason := lacks_dtype(Device.current(), jnp.asarray(pages[0]))):
+                print(f"{case.name} is left to the xla backend: no {reason}")
+                continue
             run = jax.jit(
                 partial(
                     pallas_kernels.paged_attention,
@@ -131,8 +135,8 @@ def memcheck() -> str:
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment)
 
-    if run("--out-of-bounds").returncode == 0:
-        return "worthless: it lets a write past the end of an array pass"
+    if run("--out-of-bounds").returncode != 9:
+        return "worthless: it does not report a write past the end of an array"
     ours = run("--conformance-only", "window over", "rows of no", "71", "prefill and")
     return "clean" if ours.returncode == 0 else f"exit {ours.returncode}: {ours.stdout[-2000:]}"
 
@@ -141,7 +145,7 @@ def write_out_of_bounds() -> None:
     """Wrong on purpose: what memcheck must catch."""
 
     def kernel(_, out):
-        plgpu.store(out.at[2**20 + jax.lax.iota(jnp.int32, 128)], jnp.ones(128, jnp.float32))
+        plgpu.store(out.at[128 + jax.lax.iota(jnp.int32, 128)], jnp.ones(128, jnp.float32))
 
     array = jax.ShapeDtypeStruct((128,), jnp.float32)
     write = launch(

@@ -152,7 +152,8 @@ def attention(
     **options,
 ) -> Kernel:
     """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do."""
-    pool = _shape((32, 2**17 // page_size, kv_heads, page_size, head_dim), dtype)
+    pages = 2 ** (19 if is_quantized(dtype) else 17) // page_size
+    pool = _shape((32, pages, kv_heads, page_size, head_dim), dtype)
     q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
@@ -193,7 +194,7 @@ def merge() -> Kernel:
 
 def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: str) -> Kernel:
     """A call of `append_kv`."""
-    pool = _shape((32, 8192, kv_heads, 16, head_dim), pool_dtype)
+    pool = _shape((32, 32768, kv_heads, 16, head_dim), pool_dtype)
     new, place = _shape((256, kv_heads, head_dim), dtype), _shape((256,), "int32")
 
     def call(_, *arrays):
@@ -205,7 +206,7 @@ def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: s
 
 def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
     """A call of `copy_pages`."""
-    pool = _shape((32, 8192, 8, page_size, 128), dtype)
+    pool = _shape((32, 32768, 8, page_size, 128), dtype)
 
     def call(_, *arrays):
         return pallas_kernels.copy_pages(*arrays[:4], **_scales_by_name(arrays[4:]))
@@ -216,12 +217,12 @@ def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
 
 def move(name: str, *, dtype: str, page_size: int) -> Kernel:
     """A call of `move_pages`."""
-    pool = _shape((32, 8192, 8, page_size, 128), dtype)
+    pool = _shape((32, 32768, 8, page_size, 128), dtype)
 
     def call(_, *arrays):
         return pallas_kernels.move_pages(*arrays[:3], **_scales_by_name(arrays[3:]))
 
-    shapes = pool, pool, _shape((8192,), "int32"), *_scales(pool)
+    shapes = pool, pool, _shape((32768,), "int32"), *_scales(pool)
     return Kernel(name, call, shapes, ("move_pages",), frozenset({"spills", "wide loads"}), pool=pool)
 
 
@@ -476,11 +477,15 @@ def compile_all(
     for kernel in kernels:
         for target in targets:
             pools = () if kernel.pool is None else (kernel.pool,)
-            if reason := lacks(target.device, kernel.head_dim) or lacks_dtype(target.device, *pools):
+            converts = bool({"paged_attention", "append_kv"} & set(kernel.of))
+            reason = lacks(target.device, kernel.head_dim)
+            if reason := reason or lacks_dtype(target.device, *pools, converts=converts):
                 print(f"{kernel.name} is left to the xla backend on {target.name}: no {reason}")
                 continue
-            compiler = compilers[target.name]
-            futures += [compiler.submit(build, launch, target) for launch in launches(kernel, target.device)]
+            found = list(launches(kernel, target.device))
+            if not found:
+                raise RuntimeError(f"{kernel.name} launches none of {kernel.of}")
+            futures += [compilers[target.name].submit(build, launch, target) for launch in found]
     print(_line("kernel", "target", *COLUMNS, ""))
     return (future.result() for future in futures)
 

@@ -128,11 +128,16 @@ def _check_shapes(cache: KVCache) -> None:
         "table.refcounts": (table.refcounts, (config.num_pages,), "int32"),
         "table.free_pages": (table.free_pages, (config.num_pages,), "int32"),
         "table.num_free": (table.num_free, (), "int32"),
+        "stats.counters": (cache.stats.counters, (len(cache.stats.names()),), "int32"),
     }
     if config.quantization is not None:
         expected["pool.k_scale"] = pool.k_scale, config.pool_shape[:-1], "float32"
         expected["pool.v_scale"] = pool.v_scale, config.pool_shape[:-1], "float32"
+    elif pool.k_scale is not None or pool.v_scale is not None:
+        raise CacheCorruptedError("the pool has scales, but the config says quantization=None")
     for name, (array, shape, dtype) in expected.items():
+        if array is None:
+            raise CacheCorruptedError(f"{name} is None; the config says {dtype}{list(shape)}")
         if array.shape != shape or array.dtype != dtype:
             raise CacheCorruptedError(
                 f"{name} is {array.dtype}{list(array.shape)}; the config says {dtype}{list(shape)}"

@@ -61,7 +61,7 @@ class PageTable:
 
 
 def _counter(index: int, doc: str) -> Any:
-    return property(lambda stats: stats.counters[index], doc=doc)
+    return property(lambda stats: stats.counters[..., index], doc=doc)
 
 
 @jax.tree_util.register_dataclass

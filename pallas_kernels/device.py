@@ -34,12 +34,22 @@ class Device:
         return cls(arch if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), device.core_count)
 
 
-def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
-    """What a GPU's kernels lack for these arrays, if anything."""
+def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct, converts: bool = True) -> str | None:
+    """What a GPU's kernels lack for these arrays, if anything.
+
+    Args:
+      device: the GPU.
+      arrays: the arguments.
+      converts: whether the kernel reads or writes codes as numbers, and does not only move them.
+    """
     served = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint8
     for array in arrays:
         if array.dtype not in served:
             return str(array.dtype)
-        if array.dtype == jnp.uint8 and device.platform == "cuda" and int(device.arch[3:]) < 89:
+        # Pallas counts offsets in numbers, and changes to 64 bits by bytes.
+        if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
+            return f"64-bit offsets for an array of {array.size} codes (it has them above 2**32)"
+        old = device.platform == "cuda" and int(device.arch[3:]) < 89
+        if converts and array.dtype == jnp.uint8 and old:
             return f"uint8 (E4M3FN) on {device.arch}: GPUs convert it from sm_89 on"
     return None

@@ -44,6 +44,8 @@ def quantize(
     Returns:
       `(codes, scales)`, scales float32.
     """
+    # Beyond it a scale up to an octave larger might stand for more than the dtype can hold.
+    end = 0.9 * float(jnp.finfo(values.dtype).max)
     values, integers = values.astype(jnp.float32), jnp.dtype(dtype) == jnp.int8
     largest = _LARGEST_INT8 if integers else _LARGEST_E4M3FN
     magnitude = jnp.abs(values)
@@ -63,6 +65,7 @@ def quantize(
         total = jnp.sum(squares, axis=-1, keepdims=True, dtype=jnp.int32)
         factor = factor if least is None else jnp.where(total < least, step, factor)
         least = total if least is None else jnp.minimum(total, least)
+    factor = jnp.where(most < end, factor, 1.0)
     codes = _as_e4m3fn(values * (inverse * (1 / factor)), dtype)
     return codes, (most * (1 / largest) * factor)[..., 0]
 

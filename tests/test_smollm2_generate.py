@@ -86,6 +86,7 @@ def test_greedy_text_is_that_of_a_dense_cache_forked_and_unforked(smollm2, promp
     assert (result.peak_pages < result.peak_pages_unshared) == share_prefix
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_a_dense_cache_before_and_after_compact(smollm2, prompts, expected):
     model = smollm2.model
     cache = jaxkv.init(smollm2.config.cache_config(**CONFIG))

@@ -45,7 +45,7 @@ def copy_pages(
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
     sources, destinations = sources.astype(jnp.int32), destinations.astype(jnp.int32)
-    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages)}
+    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages, converts=False)}
     chosen = choose_backend("copy_pages", backend, lacks, interpret)
     if chosen.name == "xla":
         return xla.copy_pages(pool, sources, destinations)

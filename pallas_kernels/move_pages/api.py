@@ -46,8 +46,10 @@ def move_pages(
     num_pages = k_pages.shape[1]
     targets = jnp.asarray(targets)
     check_integers("targets", targets, (num_pages,))
+    if targets.dtype.itemsize < 4:
+        targets = targets.astype(jnp.int32)
     targets = jnp.where((targets >= 0) & (targets < num_pages), targets, num_pages).astype(jnp.int32)
-    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages)}
+    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages, converts=False)}
     chosen = choose_backend("move_pages", backend, lacks, interpret)
     if chosen.name == "xla":
         return xla.move_pages(pool, targets)

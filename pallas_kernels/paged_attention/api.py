@@ -70,6 +70,7 @@ def paged_attention(
     k_pages, v_pages, page_table, kv_lengths, query_starts = (
         jnp.asarray(array) for array in (k_pages, v_pages, page_table, kv_lengths, query_starts)
     )
+    k_scales, v_scales = (None if scale is None else jnp.asarray(scale) for scale in (k_scales, v_scales))
     if page_table.ndim == 2 and not all(page_table.shape):
         raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
     if table_rows is None:

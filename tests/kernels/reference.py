@@ -79,6 +79,7 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0, k_scales=No
 def quantize(values, dtype):
     """Codes and scales: a row's largest finite magnitude becomes the largest code; of fp8, the scale within
     an octave of that, in quarters, whose squared error is least."""
+    end = 0.9 * float(jnp.finfo(np.asarray(values).dtype).max)
     values, dtype, one = np.asarray(values).astype(np.float32), jnp.dtype(dtype), np.float32(1)
     largest = np.float32(127 if dtype == jnp.int8 else 448)
     e4m3fn = jnp.float8_e4m3fn
@@ -96,6 +97,7 @@ def quantize(values, dtype):
         squares = error * error * np.float32(1024 * factor * factor)
         errors.append(squares.astype(np.int32).sum(axis=-1))
     factor = factors.astype(np.float32)[np.argmin(errors, axis=0)][..., None]
+    factor = np.where(most.astype(np.float64) < end, factor, one)  # no scale may stand for more than the dtype holds
     codes = (values * (inverse * (one / factor))).astype(e4m3fn)
     return codes.view(dtype), (most * (one / largest) * factor)[..., 0]
 

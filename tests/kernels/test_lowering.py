@@ -8,7 +8,7 @@ import pytest
 
 import pallas_kernels
 from benchmarks.check_targets import Kernel, launches, pretend
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, lacks_dtype
 
 H100 = Device("sm_90", 132)
 
@@ -102,3 +102,12 @@ def test_a_pool_of_float64_is_refused_by_name_and_left_to_xla_by_auto():
             pallas_kernels.copy_pages(
                 pages, pages, jnp.array([0]), jnp.array([1]), backend="triton", interpret=True
             )
+
+
+@pytest.mark.parametrize("pages", [2**13 // 2 + 1, 2**13])
+def test_a_pool_of_codes_that_32_bits_would_not_address_is_left_to_xla(pages):
+    """Offsets are counted in numbers, and Pallas changes to 64 bits over 2**32 bytes."""
+    pool = shape((32, pages, 8, 16, 128), "int8")
+    assert "64-bit offsets" in (lacks_dtype(H100, pool) or "")
+    for size in (2**12, 2**13 + 1):
+        assert lacks_dtype(H100, shape((32, size, 8, 16, 128), "int8")) is None

@@ -267,6 +267,16 @@ def test_what_codes_stand_for_is_near_what_was_written(stored):
 
 
 @pytest.mark.parametrize("stored", QUANTIZED)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_largest_numbers_of_a_dtype_come_back_finite(stored, dtype):
+    random, most = np.random.default_rng(0), float(jnp.finfo(dtype).max)
+    values = (most * random.uniform(-1, 1, size=(500, 16))).astype(jnp.dtype(dtype))
+    values[:, 0] = most
+    codes, scales = quantize(jnp.asarray(values), stored)
+    assert np.isfinite(float64(dequantize(codes, scales, dtype))[0]).all()
+
+
+@pytest.mark.parametrize("stored", QUANTIZED)
 def test_every_code_is_read_as_numpy_reads_it(stored):
     codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(stored))
     want = reference.numbers(codes).astype(np.float32)
