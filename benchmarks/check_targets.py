@@ -194,7 +194,7 @@ def merge() -> Kernel:
 
 def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: str) -> Kernel:
     """A call of `append_kv`."""
-    pool = _shape((32, 32768, kv_heads, 16, head_dim), pool_dtype)
+    pool = _shape((32, 65536, kv_heads, 16, head_dim), pool_dtype)
     new, place = _shape((256, kv_heads, head_dim), dtype), _shape((256,), "int32")
 
     def call(_, *arrays):

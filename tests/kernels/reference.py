@@ -97,7 +97,8 @@ def quantize(values, dtype):
         squares = error * error * np.float32(1024 * factor * factor)
         errors.append(squares.astype(np.int32).sum(axis=-1))
     factor = factors.astype(np.float32)[np.argmin(errors, axis=0)][..., None]
-    factor = np.where(most.astype(np.float64) < end, factor, one)  # no scale may stand for more than the dtype holds
+    # No scale may stand for more than the dtype holds.
+    factor = np.where(most.astype(np.float64) < end, factor, one)
     codes = (values * (inverse * (one / factor))).astype(e4m3fn)
     return codes.view(dtype), (most * (one / largest) * factor)[..., 0]
 
