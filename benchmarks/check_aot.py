@@ -128,7 +128,7 @@ def layer_sliced_out(cache, seqs, k):
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
     for layer in range(cache.config.num_layers):
         own = jax.lax.optimization_barrier(cache.pool.k[layer])
-        own = own.at[batch.page_ids, :, batch.offsets].set(k, mode="drop")
+        own = own.at[batch.page_ids, :, batch.offsets].set(k.astype(own.dtype), mode="drop")
         cache = replace(cache, pool=replace(cache.pool, k=cache.pool.k.at[layer].set(own)))
     return cache
 
@@ -202,6 +202,7 @@ def wrong_programs() -> list[Program]:
     k = jax.ShapeDtypeStruct((MAX_SEQS, LLAMA_8B.num_kv_heads, LLAMA_8B.head_dim), jnp.bfloat16)
     return [
         Program("a layer sliced out and put back", layer_sliced_out, lambda: (seqs, k)),
+        Program("a layer of codes sliced out", layer_sliced_out, lambda: (seqs, k), quantization="int8"),
         Program("the pool through a scan", pool_through_scan, lambda: (seqs, k)),
         Program("nothing donated", jaxkv.allocate, lambda: (seqs, seqs), donated=False),
     ]

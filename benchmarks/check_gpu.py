@@ -36,8 +36,9 @@ from jax.experimental.pallas import triton as plgpu
 import pallas_kernels
 from benchmarks.timing import Sample, interleave, publish, stopwatch
 from pallas_kernels import cost
-from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.device import Device
 from pallas_kernels.launch import launch
+from pallas_kernels.paged_attention.tuning import lacks
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
 
@@ -59,7 +60,8 @@ def conformance(cases: list[Case]) -> list[dict]:
         pages = arguments.k_pages, arguments.v_pages
         want = reference.paged_attention(arguments.q, *pages, *rows, layer=case.layer, **arguments.options)
         for backend in ("xla", "triton"):
-            if backend == "triton" and (reason := lacks_dtype(Device.current(), jnp.asarray(pages[0]))):
+            arrays = jax.block_until_ready(arguments.arrays)
+            if backend == "triton" and (reason := lacks(Device.current(), case.head_dim, *arrays[:2])):
                 print(f"{case.name} is left to the xla backend: no {reason}")
                 continue
             run = jax.jit(
@@ -72,7 +74,6 @@ def conformance(cases: list[Case]) -> list[dict]:
                     **arguments.options,
                 )
             )
-            arrays = jax.block_until_ready(arguments.arrays)
             compiled = run.lower(*arrays).compile()
             _poison(compiled)
             got = compiled(*arrays)

@@ -101,7 +101,8 @@ class Kernel:
     of: tuple[str, ...]
     bars: frozenset[str]
     head_dim: int = 0  # of attention
-    pool: jax.ShapeDtypeStruct | None = None
+    quantized: bool = False
+    lacks: Callable[[Device], str | None] = lambda _: None
     wide_loads: Callable[[Device], int] = lambda _: 1  # at least
 
 
@@ -181,7 +182,8 @@ def attention(
         of=("paged_attention",),
         bars=frozenset(bars),
         head_dim=head_dim,
-        pool=pool,
+        quantized=is_quantized(dtype),
+        lacks=lambda device: lacks(device, head_dim, pool, q),
         wide_loads=wide_loads,
     )
 
@@ -201,7 +203,8 @@ def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: s
         return pallas_kernels.append_kv(*arrays[:6], layer=7, **_scales_by_name(arrays[6:]))
 
     shapes = pool, pool, new, new, place, place, *_scales(pool)
-    return Kernel(name, call, shapes, ("append_kv",), frozenset({"spills"}), pool=pool)
+    lacking = partial(_lacks_dtype, pool)
+    return Kernel(name, call, shapes, ("append_kv",), frozenset({"spills"}), lacks=lacking)
 
 
 def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
@@ -212,7 +215,7 @@ def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
         return pallas_kernels.copy_pages(*arrays[:4], **_scales_by_name(arrays[4:]))
 
     shapes = pool, pool, _shape((64,), "int32"), _shape((64,), "int32"), *_scales(pool)
-    return Kernel(name, call, shapes, ("copy_pages",), frozenset({"spills", "wide loads"}), pool=pool)
+    return _mover("copy", name, call, shapes)
 
 
 def move(name: str, *, dtype: str, page_size: int) -> Kernel:
@@ -223,7 +226,17 @@ def move(name: str, *, dtype: str, page_size: int) -> Kernel:
         return pallas_kernels.move_pages(*arrays[:3], **_scales_by_name(arrays[3:]))
 
     shapes = pool, pool, _shape((32768,), "int32"), *_scales(pool)
-    return Kernel(name, call, shapes, ("move_pages",), frozenset({"spills", "wide loads"}), pool=pool)
+    return _mover("move", name, call, shapes)
+
+
+def _mover(verb: str, name: str, call: Callable, shapes: tuple) -> Kernel:
+    lacking = partial(_lacks_dtype, shapes[0], converts=False)
+    bars = frozenset({"spills", "wide loads"})
+    return Kernel(name, call, shapes, (f"{verb}_pages",), bars, lacks=lacking)
+
+
+def _lacks_dtype(pool, device: Device, *, converts: bool = True) -> str | None:
+    return lacks_dtype(device, pool, converts=converts)
 
 
 def kernels() -> list[Kernel]:
@@ -266,6 +279,16 @@ def kernels() -> list[Kernel]:
         copy("copy pages of 16 bf16", dtype="bfloat16", page_size=16),
         copy("copy pages of 7 f32", dtype="float32", page_size=7),
         copy("copy pages of 16 int8", dtype="int8", page_size=16),
+        replace(
+            copy("copy the scales of int8", dtype="int8", page_size=16),
+            of=("copy_scales",),
+            bars=frozenset({"spills"}),
+        ),
+        replace(
+            move("move the scales of fp8", dtype="uint8", page_size=16),
+            of=("move_scales",),
+            bars=frozenset({"spills"}),
+        ),
         move("move pages of 16 bf16", dtype="bfloat16", page_size=16),
         move("move pages of 7 f32", dtype="float32", page_size=7),
         move("move pages of 16 fp8", dtype="uint8", page_size=16),
@@ -274,7 +297,6 @@ def kernels() -> list[Kernel]:
 
 def wrong_kernels() -> list[Kernel]:
     """Each must miss the one bar it is held to."""
-    honest = attention("narrow loads", bars=("wide loads",))
 
     class Swapped(attention_triton._Rows):
         """Neighbours of a row trade places: right numbers, two bytes at a time."""
@@ -283,12 +305,16 @@ def wrong_kernels() -> list[Kernel]:
             super().__init__(*arguments, **geometry)
             self.dims = self.dims ^ 1
 
-    def call_swapped(device, *arrays):
-        with mock.patch.object(attention_triton, "_Rows", Swapped):
-            return honest.call(device, *arrays)
+    def swapped(honest: Kernel) -> Kernel:
+        def call(device, *arrays):
+            with mock.patch.object(attention_triton, "_Rows", Swapped):
+                return honest.call(device, *arrays)
+
+        return replace(honest, call=call)
 
     return [
-        replace(honest, call=call_swapped),
+        swapped(attention("narrow loads", bars=("wide loads",))),
+        swapped(attention("narrow loads of int8", bars=("wide loads",), dtype="int8", q_dtype="bfloat16")),
         attention("one tile at a time", bars=("in flight",), retuned={"num_stages": 1}),
         attention("too few threads", bars=("spills",), retuned={"key_tile": 256, "num_warps": 1}),
         attention("too many stages", bars=("shared memory",), retuned={"key_tile": 256, "num_stages": 5}),
@@ -331,7 +357,7 @@ def launches(kernel: Kernel, device: Device) -> Iterator[Launch]:
                 kernel.bars,
                 kernel.wide_loads(device),
                 kernel.head_dim / next_power_of_two(kernel.head_dim) if kernel.head_dim else 1.0,
-                kernel.pool is not None and is_quantized(kernel.pool.dtype),
+                kernel.quantized,
             )
 
 
@@ -379,17 +405,17 @@ def build(launch: Launch, target: Target) -> Report:
         )
         shared = compiled.metadata.shared
         if target.backend == "cuda":
-            narrow = re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48]\b", compiled.asm["ptx"])
-            # The scales of a tile are few: a number a thread.
-            narrow = [] if launch.quantized else narrow
+            narrow = len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48]\b", compiled.asm["ptx"]))
             numbers = _read_ptx(compiled.asm["ptx"], target, launch, shared, Path(folder))
         else:
-            narrow = []
+            narrow = 0
             numbers = _read_amdgcn(compiled.asm["amdgcn"])
+    # With each tile of codes come two scales a thread, and nothing else that is narrow.
+    allowed = 2 * numbers["wide_loads"] // launch.least_wide_loads if launch.quantized else 0
     held = {
         "spills": numbers["spills"] == 0,
         "matrix": numbers["matrix"] > 0 or not _has_matrix_units(target, launch.kernel),
-        "wide loads": numbers["wide_loads"] >= launch.least_wide_loads and not narrow,
+        "wide loads": numbers["wide_loads"] >= launch.least_wide_loads and narrow <= allowed,
         "shared memory": shared <= target.shared_of_a_program,
         "in flight": numbers["in_flight"] is None or numbers["in_flight"] >= BYTES_IN_FLIGHT,
     }
@@ -476,10 +502,7 @@ def compile_all(
     futures = []
     for kernel in kernels:
         for target in targets:
-            pools = () if kernel.pool is None else (kernel.pool,)
-            converts = bool({"paged_attention", "append_kv"} & set(kernel.of))
-            reason = lacks(target.device, kernel.head_dim)
-            if reason := reason or lacks_dtype(target.device, *pools, converts=converts):
+            if reason := kernel.lacks(target.device):
                 print(f"{kernel.name} is left to the xla backend on {target.name}: no {reason}")
                 continue
             found = list(launches(kernel, target.device))

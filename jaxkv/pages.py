@@ -14,11 +14,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.state import AllocationStats, KVCache, PageTable
+from pallas_kernels.checks import as_int32
 from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
 _CHUNK = 1024
-Amount: TypeAlias = Int[Array, ""] | int
+_Amount: TypeAlias = Int[Array, ""] | int
 
 
 def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
@@ -163,13 +164,7 @@ def check_vectors(**vectors: Array) -> list[Array]:
                 f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"
             )
         length = array.shape[0]
-    return [_to_int32(array) for array in arrays.values()]
-
-
-def _to_int32(array: Array | np.ndarray) -> Array:
-    """Numbers beyond int32 become its ends, which no slot and no length reaches; they must not wrap."""
-    own, int32 = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
-    return jnp.asarray(array.clip(max(own.min, int32.min), min(own.max, int32.max)), jnp.int32)
+    return [as_int32(array) for array in arrays.values()]
 
 
 def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
@@ -177,7 +172,7 @@ def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, 
 
 
 def count(
-    stats: AllocationStats, *, num_taken: Amount = 0, num_released: Amount = 0, **others: Amount
+    stats: AllocationStats, *, num_taken: _Amount = 0, num_released: _Amount = 0, **others: _Amount
 ) -> AllocationStats:
     """Adds to the counters; the peak is reached before pages are given back."""
     increments = others | dict(

@@ -1,6 +1,7 @@
 """Checks of arguments, at trace time, that every operation shares."""
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
@@ -36,6 +37,20 @@ def check_pool(
             raise ValueError(
                 f"{name} must be float32{list(k_pages.shape[:-1])}, not {scales.dtype}{list(scales.shape)}"
             )
+
+
+def pool_arrays(
+    k_pages: Array, v_pages: Array, k_scales: Array | None, v_scales: Array | None
+) -> tuple[Array, ...]:
+    """`(k_pages, v_pages)`, and the scales of a pool of codes."""
+    pages = k_pages, v_pages
+    return pages if k_scales is None or v_scales is None else (*pages, k_scales, v_scales)
+
+
+def as_int32(array: Array | np.ndarray) -> Array:
+    """Numbers beyond int32 become its ends, which no slot, page and length reaches; they must not wrap."""
+    own, int32 = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
+    return jnp.asarray(array.clip(max(own.min, int32.min), min(own.max, int32.max)), jnp.int32)
 
 
 def check_floating(name: str, array: Array) -> None:

@@ -12,8 +12,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 _LARGEST_INT8, _LARGEST_E4M3FN = 127.0, 448.0
-# Of the scales that are tried for E4M3FN, to the least.
-FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
+# Scales tried for E4M3FN, as multiples of the one that makes the largest number the largest code.
+_FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
 # Rows below this are stored as zeros: the inverse of their scale would overflow.
 _LEAST = 1e-30
 
@@ -57,10 +57,10 @@ def quantize(
     if integers:
         return nearest(values * inverse).astype(dtype), (most * (1 / largest))[..., 0]
     factor, least = jnp.ones_like(most), None
-    for step in FACTORS:
+    for step in _FACTORS:
         scaled = values * (inverse * (1 / step))
         error = scaled - as_float32(_as_e4m3fn(scaled, dtype))
-        # In whole numbers, whose sum does not depend on the order: every backend takes the same scale.
+        # In whole numbers: their sum does not depend on its order, and backends agree but for near ties.
         squares = (error * error * (1024 * step * step)).astype(jnp.int32)
         total = jnp.sum(squares, axis=-1, keepdims=True, dtype=jnp.int32)
         factor = factor if least is None else jnp.where(total < least, step, factor)

@@ -87,14 +87,20 @@ def run(*arguments: str, **options) -> subprocess.Popen:
     )
 
 
-def test_the_demo_knows_the_capital_of_france_and_agrees_with_dense_attention():
-    process = run("demo")
+def demo(*options: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Runs the demo; its answers by question, and its figures by name."""
+    process = run("demo", *options)
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     answers = dict(part.split("\n", 1) for part in out.split("> ")[1:])
+    figures = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
+    return answers, figures
+
+
+def test_the_demo_knows_the_capital_of_france_and_agrees_with_dense_attention():
+    answers, figures = demo()
     assert "Paris" in answers["What is the capital of France?"]
     assert "Jupiter" in answers["What is the largest planet in our solar system?"]
-    figures = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
     assert float(figures["largest |Δlogit| against dense attention"]) < 1e-3
     assert "xla on cpu" in figures["attention backend"]
     assert "without sharing" in figures["pages"]
@@ -103,13 +109,9 @@ def test_the_demo_knows_the_capital_of_france_and_agrees_with_dense_attention():
 @pytest.mark.slow
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_the_demo_is_as_sensible_on_a_quantized_cache_of_a_quarter_of_the_size(kv_dtype):
-    process = run("demo", "--kv-dtype", kv_dtype)
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    answers = dict(part.split("\n", 1) for part in out.split("> ")[1:])
+    answers, figures = demo("--kv-dtype", kv_dtype)
     assert "Paris" in answers["What is the capital of France?"]
     assert "Jupiter" in answers["What is the largest planet in our solar system?"]
-    figures = dict(line.split("  ", 1) for line in out.splitlines() if "  " in line)
     assert kv_dtype in figures["model"]
     assert "73% saved" in figures["memory"]
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.append_kv import xla
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.checks import as_int32, check_floating, check_integers, check_layer, check_pool
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 
@@ -57,7 +57,7 @@ def append_kv(
             )
     check_integers("page_ids", page_ids, k.shape[:1])
     check_integers("offsets", offsets, k.shape[:1])
-    page_ids, offsets = page_ids.astype(jnp.int32), offsets.astype(jnp.int32)
+    page_ids, offsets = as_int32(page_ids), as_int32(offsets)
     lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages)}
     chosen = choose_backend("append_kv", backend, lacks, interpret)
     arrays, scales = (k_pages, v_pages, k, v, page_ids, offsets), (k_scales, v_scales)

@@ -9,6 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
+from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.quantization import as_float8, quantize
 from pallas_kernels.sizes import next_power_of_two
@@ -21,10 +22,8 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
     """See `api.append_kv`."""
     tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
-        return (k_pages, v_pages) if k_scales is None else (k_pages, v_pages, k_scales, v_scales)
-    pool = as_float8(k_pages), as_float8(v_pages)
-    if k_scales is not None:
-        pool += k_scales, v_scales
+        return pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    pool = pool_arrays(as_float8(k_pages), as_float8(v_pages), k_scales, v_scales)
     dims = next_power_of_two(head_dim)
     heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // dims))
     append = launch(

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.checks import check_integers, check_pool
+from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
 from pallas_kernels.copy_pages import xla
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
@@ -40,11 +40,11 @@ def copy_pages(
       NotImplementedError: for a backend that cannot serve the call.
     """
     check_pool(k_pages, v_pages, k_scales, v_scales)
-    pool = tuple(array for array in (k_pages, v_pages, k_scales, v_scales) if array is not None)
+    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
     sources, destinations = (jnp.asarray(ids) for ids in (sources, destinations))
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
-    sources, destinations = sources.astype(jnp.int32), destinations.astype(jnp.int32)
+    sources, destinations = as_int32(sources), as_int32(destinations)
     lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages, converts=False)}
     chosen = choose_backend("copy_pages", backend, lacks, interpret)
     if chosen.name == "xla":

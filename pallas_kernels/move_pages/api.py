@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.checks import check_integers, check_pool
+from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.move_pages import xla
@@ -42,13 +42,12 @@ def move_pages(
       NotImplementedError: for a backend that cannot serve the call.
     """
     check_pool(k_pages, v_pages, k_scales, v_scales)
-    pool = tuple(array for array in (k_pages, v_pages, k_scales, v_scales) if array is not None)
+    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
     num_pages = k_pages.shape[1]
     targets = jnp.asarray(targets)
     check_integers("targets", targets, (num_pages,))
-    if targets.dtype.itemsize < 4:
-        targets = targets.astype(jnp.int32)
-    targets = jnp.where((targets >= 0) & (targets < num_pages), targets, num_pages).astype(jnp.int32)
+    targets = as_int32(targets)
+    targets = jnp.where((targets >= 0) & (targets < num_pages), targets, num_pages)
     lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages, converts=False)}
     chosen = choose_backend("move_pages", backend, lacks, interpret)
     if chosen.name == "xla":

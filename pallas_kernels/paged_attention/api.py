@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
-from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import tuning as tuning_table
 from pallas_kernels.paged_attention import xla
@@ -98,7 +98,7 @@ def paged_attention(
         v_scales=v_scales,
     )
     device = Device.current()
-    lacks = {"xla": None, "triton": lacks_dtype(device, k_pages, q) or tuning_table.lacks(device, q.shape[2])}
+    lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":
         out, lse = xla.paged_attention(*arrays, **options)

@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from math import ceil
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
-from pallas_kernels.device import Device
+from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -106,8 +108,8 @@ def choose(
     return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs)
 
 
-def lacks(device: Device, head_dim: int) -> str | None:
-    """What the kernel lacks for this shape on this device, if anything."""
+def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
+    """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
-    return None
+    return lacks_dtype(device, *arrays)

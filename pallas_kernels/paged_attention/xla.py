@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels.checks import pool_arrays
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.quantization import as_float32
 from pallas_kernels.ragged import ragged_rows
@@ -53,7 +54,7 @@ def paged_attention(
     group = q_heads // kv_heads
     keys = KeyTiles.of(page_size)
     work = _plan(tokens, kv_lengths, query_starts, table_rows, keys, window)
-    pool = (k_pages, v_pages) if k_scales is None else (k_pages, v_pages, k_scales, v_scales)
+    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
     queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
 
     def visit_tile(tile, done):
