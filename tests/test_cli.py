@@ -76,14 +76,15 @@ def test_a_prompt_longer_than_the_cache_is_refused_with_the_numbers(capsys):
     assert "prompt 0 has 7 tokens; a sequence holds 4" in line
 
 
-def run(*arguments: str, **options) -> subprocess.Popen:
+def run(*arguments: str) -> subprocess.Popen:
+    # A shell's background job ignores Ctrl-C, and whatever it starts does.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     return subprocess.Popen(
-        [sys.executable, "-m", "jaxkv.cli", *arguments],
+        [sys.executable, "-c", f"{start}; from jaxkv.cli import entry_point; entry_point()", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        **options,
     )
 
 

@@ -1,5 +1,6 @@
 """`paged_attention`: the call, checked."""
 
+from functools import partial
 from math import sqrt
 
 import jax.numpy as jnp
@@ -8,8 +9,8 @@ from jaxtyping import Array, Float, Int, Shaped
 from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.paged_attention import xla
 
 
 def paged_attention(
@@ -31,6 +32,7 @@ def paged_attention(
     return_lse: bool = False,
     backend: str = "auto",
     interpret: bool | None = None,
+    shared_prefix: bool | None = None,
     tuning: tuning_table.Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
@@ -56,6 +58,10 @@ def paged_attention(
       return_lse: also return the log-sum-exp of each row's scores, sinks included.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      shared_prefix: attend once to the pages that neighbouring sequences begin with (see `prefixes.find`),
+        where the page table shows such, and it saves bytes; not with a `window`. None: if
+        `seqs - 1` times a full row of the page table is 16 MiB of K and V or more, below which one more
+        launch costs as much as sharing could save.
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
 
     Returns:
@@ -96,7 +102,25 @@ def paged_attention(
         sinks=sinks,
         k_scales=k_scales,
         v_scales=v_scales,
+        prefixes=None,
     )
+    token_bytes = (
+        2 * k_pages.shape[2] * (q.shape[2] * k_pages.dtype.itemsize + (0 if k_scales is None else 4))
+    )
+    max_keys = page_table.shape[1] * k_pages.shape[3]
+    if shared_prefix is None:
+        shared_prefix = prefixes.could_pay(kv_lengths.shape[0], max_keys, token_bytes)
+    if shared_prefix and window is None:
+        options["prefixes"] = partial(
+            prefixes.find,
+            page_table,
+            table_rows,
+            kv_lengths,
+            query_starts,
+            page_size=k_pages.shape[3],
+            token_bytes=token_bytes,
+            partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
+        )
     device = Device.current()
     lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
@@ -105,17 +129,21 @@ def paged_attention(
     else:
         from pallas_kernels.paged_attention import triton
 
-        if tuning is None:
-            tuning = tuning_table.choose(
-                device,
-                tokens=q.shape[0],
-                seqs=kv_lengths.shape[0],
-                group=q.shape[1] // k_pages.shape[2],
-                head_dim=q.shape[2],
-                dtype=k_pages.dtype,
-                q_dtype=q.dtype,
-            )
-        out, lse = triton.paged_attention(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
+        shape = dict(
+            tokens=q.shape[0],
+            seqs=kv_lengths.shape[0],
+            group=q.shape[1] // k_pages.shape[2],
+            head_dim=q.shape[2],
+            dtype=k_pages.dtype,
+            q_dtype=q.dtype,
+        )
+        out, lse = triton.paged_attention(
+            *arrays,
+            **options,
+            tuning=tuning or tuning_table.choose(device, **shape),
+            shared_tuning=tuning_table.choose_shared(device, **shape),
+            interpret=chosen.interpret,
+        )
     return (out, lse) if return_lse else out
 
 

@@ -6,6 +6,9 @@ All of it follows from the lengths, on the device, so one compiled program serve
     sequence 1, 1 query at place 300    query tile 1     item 1: key tiles 0 1
                                                          item 2: key tiles 2
     sequence 2, empty                   query tile 2     nothing to see, no item
+
+Where neighbouring sequences begin with the same pages (see `prefixes`), tiles of their queries together
+visit what they share, and each one's own tiles begin behind it.
 """
 
 from typing import NamedTuple
@@ -23,6 +26,7 @@ class QueryTiles(NamedTuple):
       table_row: row of the page table.
       first_row, num_rows: its rows of `q`.
       first_place: place of its first row in the sequence; row `n` sees places up to `first_place + n`.
+      first_key: the first place that it visits.
       num_keys: places that its last row sees; 0 for padding and for empty sequences.
     """
 
@@ -30,6 +34,7 @@ class QueryTiles(NamedTuple):
     first_row: Int[Array, " tiles"]
     num_rows: Int[Array, " tiles"]
     first_place: Int[Array, " tiles"]
+    first_key: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
 
 
@@ -60,8 +65,20 @@ def query_tiles(
     kv_lengths: Int[Array, " seqs"],
     query_starts: Int[Array, " seqs+1"],
     table_rows: Int[Array, " seqs"],
+    *,
+    window: int | None = None,
+    skipped: Int[Array, " seqs"] | None = None,
+    causal: bool = True,
 ) -> QueryTiles:
-    """Cuts the rows of `q` into tiles of at most `size`; every row is in one."""
+    """Cuts the rows of `q` into tiles of at most `size`; every row is in one.
+
+    Args:
+      tokens: rows of `q`, static.
+      size: static.
+      kv_lengths, query_starts, table_rows, window: as in `paged_attention`.
+      skipped: places at each sequence's beginning that are not visited.
+      causal: the queries stand at the last places of their sequence. Else behind them, and see them all.
+    """
     num_seqs = kv_lengths.shape[0]
     # The rows past the last sequence are those of one more, which is empty.
     starts = jnp.concatenate([query_starts, jnp.full(1, tokens, query_starts.dtype)]).astype(jnp.int32)
@@ -72,33 +89,41 @@ def query_tiles(
     exists, seq = entry <= num_seqs, jnp.minimum(entry, num_seqs)
     offset = nth * size
     num_rows = jnp.where(exists, jnp.clip(num_queries[seq] - offset, 0, size), 0)
-    first_place = lengths[seq] - num_queries[seq] + offset
+    first_place = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]
+    sees = first_place + num_rows if causal else first_place
+    first_key = jnp.zeros_like(first_place)
+    if window is not None:
+        first_key = jnp.maximum(first_place - window + 1, 0)
+    own_seq = jnp.minimum(seq, num_seqs - 1)
+    if skipped is not None:
+        first_key = jnp.maximum(first_key, skipped[own_seq])
     return QueryTiles(
-        table_row=table_rows[jnp.minimum(seq, num_seqs - 1)].astype(jnp.int32),
+        table_row=table_rows[own_seq].astype(jnp.int32),
         first_row=starts[seq] + offset,
         num_rows=num_rows,
         first_place=first_place,
-        num_keys=jnp.where((lengths[seq] > 0) & (num_rows > 0), first_place + num_rows, 0),
+        first_key=first_key,
+        num_keys=jnp.where((lengths[seq] > 0) & (num_rows > 0), sees, 0),
     )
 
 
-def share(tiles: QueryTiles, num_items: int, key_tile: int, window: int | None) -> Items:
+def share(tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None = None) -> Items:
     """Cuts each query tile's key tiles into items, all of about the same size.
 
     The size is the least that makes do with `num_items`: a long sequence among short ones is cut into
     many, so that none of the GPU waits for it.
 
     Args:
-      tiles: the query tiles, fewer than `num_items`.
-      num_items: static.
+      tiles: the query tiles.
+      num_items: static, more than `busy`.
       key_tile: tokens a key tile.
-      window: as in `paged_attention`.
+      busy: how many of the tiles have anything to see, at most; static. Default: all.
     """
     num_tiles = tiles.num_keys.shape[0]
-    first, last = _key_tiles(tiles, key_tile, window)
+    first, last = _key_tiles(tiles, key_tile)
     count = jnp.maximum(last - first, 0)
-    # sum(ceil(count / size)) <= num_tiles + sum(count) / size <= num_items
-    spare = num_items - num_tiles
+    # sum(ceil(count / size)) <= busy + sum(count) / size <= num_items
+    spare = num_items - (num_tiles if busy is None else busy)
     size = jnp.maximum((jnp.sum(count, dtype=jnp.int32) + spare - 1) // spare, 1)
     ends = jnp.cumsum((count + size - 1) // size, dtype=jnp.int32)
     entry, nth = ragged_rows(ends, num_items)
@@ -112,15 +137,12 @@ def share(tiles: QueryTiles, num_items: int, key_tile: int, window: int | None) 
     )
 
 
-def whole(tiles: QueryTiles, key_tile: int, window: int | None) -> Items:
+def whole(tiles: QueryTiles, key_tile: int) -> Items:
     """One item for each query tile."""
     number = jnp.arange(tiles.num_keys.shape[0] + 1, dtype=jnp.int32)
-    return Items(number[:-1], *_key_tiles(tiles, key_tile, window), number)
+    return Items(number[:-1], *_key_tiles(tiles, key_tile), number)
 
 
-def _key_tiles(tiles: QueryTiles, key_tile: int, window: int | None) -> tuple[Array, Array]:
-    """The first key tile that a query tile sees, and the end of the last."""
-    first = jnp.zeros_like(tiles.num_keys)
-    if window is not None:
-        first = jnp.maximum(tiles.first_place - window + 1, 0) // key_tile
-    return first, (tiles.num_keys + key_tile - 1) // key_tile
+def _key_tiles(tiles: QueryTiles, key_tile: int) -> tuple[Array, Array]:
+    """The first key tile that a query tile visits, and the end of the last."""
+    return tiles.first_key // key_tile, (tiles.num_keys + key_tile - 1) // key_tile

@@ -7,21 +7,25 @@ With `exp=jnp.exp2`, which is one instruction on a GPU, scores and `m` are in un
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Shaped
+from jaxtyping import Array, Bool, Float
 
 # Stands for minus infinity where a difference of two of them must not be NaN.
 LOWEST = -1e30
 
 
 class Partial(NamedTuple):
-    """Attention over some of a row's tokens, not yet normalized; float32."""
+    """Attention over some of a row's tokens, not yet normalized; float32.
+
+    `o` may be a tuple of arrays, each with some of the numbers of a head.
+    """
 
     m: Float[Array, "*rows"]
     l: Float[Array, "*rows"]  # noqa: E741
-    o: Float[Array, "*rows head_dim"]
+    o: Any
 
 
 def empty(rows: tuple[int, ...], head_dim: int) -> Partial:
@@ -37,9 +41,9 @@ def extend(
     seen: Partial,
     scores: Float[Array, "*rows tokens"],
     visible: Bool[Array, "*#rows tokens"] | None,
-    v: Shaped[Array, "... tokens head_dim"],
+    v: Any,
     *,
-    product: Callable[[Array, Array], Array],
+    product: Callable[[Array, Any], Any],
     exp: Callable[[Array], Array] = jnp.exp,
 ) -> Partial:
     """Lets rows see one more tile of tokens.
@@ -49,7 +53,7 @@ def extend(
       scores: of the tile's tokens.
       visible: which of them a row sees; None for all.
       v: the tile's values, or codes; what it holds at tokens nobody sees must be finite.
-      product: of `p [*rows, tokens]` and `v`, `[*rows, head_dim]`.
+      product: of `p [*rows, tokens]` and `v`, as `seen.o` is.
     """
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
@@ -62,7 +66,7 @@ def extend(
     return Partial(
         m=m,
         l=seen.l * rescale + jnp.sum(p, axis=-1),
-        o=seen.o * rescale[..., None] + product(p, v),
+        o=jax.tree.map(lambda o, more: o * rescale[..., None] + more, seen.o, product(p, v)),
     )
 
 
@@ -73,7 +77,7 @@ def merge(one: Partial, other: Partial, exp: Callable[[Array], Array] = jnp.exp)
     return Partial(
         m=m,
         l=one.l * weight + other.l * other_weight,
-        o=one.o * weight[..., None] + other.o * other_weight[..., None],
+        o=jax.tree.map(lambda a, b: a * weight[..., None] + b * other_weight[..., None], one.o, other.o),
     )
 
 
@@ -82,14 +86,14 @@ def finish(
     sinks: Float[Array, "*rows"] | None,
     exp: Callable[[Array], Array] = jnp.exp,
     log: Callable[[Array], Array] = jnp.log,
-) -> tuple[Array, Array]:
+) -> tuple[Any, Array]:
     """The output and the log-sum-exp of rows that have seen all; zero and -inf where that is nothing."""
     m, l, o = seen  # noqa: E741
     some = l > 0
     if sinks is not None:
         top = jnp.maximum(m, sinks)
         l = l * exp(m - top) + exp(sinks - top)  # noqa: E741
-        o = o * exp(m - top)[..., None]
+        o = jax.tree.map(lambda part: part * exp(seen.m - top)[..., None], o)
         m = top
     l = jnp.where(some, l, 1.0)  # noqa: E741
-    return o / l[..., None], jnp.where(some, m + log(l), -jnp.inf)
+    return jax.tree.map(lambda part: part / l[..., None], o), jnp.where(some, m + log(l), -jnp.inf)

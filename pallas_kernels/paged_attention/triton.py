@@ -3,10 +3,14 @@
 One program takes one item of the schedule for one KV head: a query tile, with all query heads of the KV
 head as the rows of one matrix product, and a run of key tiles. So every byte of K and V is read once,
 whatever the number of query heads. Where a query tile is cut into several items, each leaves a partial
-softmax behind and a second launch merges them.
+softmax behind and a second launch merges them. What neighbouring sequences share is worked on by a launch of
+its own, with more rows to a product, and merged by the same.
 
 A key tile is a number of tokens, whatever the page size: each token's address comes from the page table,
 and the ids of the next tile are fetched while this one is worked on.
+
+Codes of a byte are read as words of four, sixteen bytes at a time: the numbers 0, 4, 8... of a row, which are
+the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next.
 """
 
 from collections.abc import Callable
@@ -24,13 +28,15 @@ from pallas_kernels import cost
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import as_float8
+from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
 # The softmax counts in powers of two.
 _LOG2E = log2(e)
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
+# In a word of 32 bits.
+_CODES = 4
 
 
 def paged_attention(
@@ -49,65 +55,52 @@ def paged_attention(
     sinks,
     k_scales,
     v_scales,
+    prefixes,
     tuning: Tuning,
+    shared_tuning: Tuning,
     interpret: bool,
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
-    k_pages, v_pages = as_float8(k_pages), as_float8(v_pages)
     tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[2:4]
-    group = q_heads // kv_heads
-    size = tuning.query_tile
-    tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
-    num_tiles = tiles.num_keys.shape[0]
-    num_items = tuning.num_items(
-        num_tiles,
-        kv_heads,
-        page_table.shape[1] * page_size,
-        prompts=tokens > 16 * kv_lengths.shape[0],
+    num_seqs, max_keys = kv_lengths.shape[0], page_table.shape[1] * page_size
+    shared = None
+    if prefixes is not None:
+        shared = prefixes(unit=max(tuning.key_tile, shared_tuning.key_tile))
+    skipped = None if shared is None else shared.skipped
+    tiles = schedule.query_tiles(
+        tokens, tuning.query_tile, kv_lengths, query_starts, table_rows, window=window, skipped=skipped
     )
+    num_tiles = tiles.num_keys.shape[0]
+    num_items = tuning.num_items(num_tiles, kv_heads, max_keys, prompts=tokens > 16 * num_seqs)
+    if shared is not None:
+        num_items = max(num_items, num_tiles + 1)
     split = num_items > num_tiles
-    if split:
-        items = schedule.share(tiles, num_items, tuning.key_tile, window)
-    else:
-        items = schedule.whole(tiles, tuning.key_tile, window)
+    items = (
+        schedule.share(tiles, num_items, tuning.key_tile) if split else schedule.whole(tiles, tuning.key_tile)
+    )
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
-    sinks = sinks.astype(jnp.float32).reshape(kv_heads, group)
+    sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    rows = size * group
-    block_rows = max(16, next_power_of_two(rows))
-    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    lse = jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
-    partials = (
-        jax.ShapeDtypeStruct((num_items, kv_heads, rows), jnp.float32),
-        jax.ShapeDtypeStruct((num_items, kv_heads, rows), jnp.float32),
-        jax.ShapeDtypeStruct((num_items, kv_heads, rows, head_dim), jnp.float32),
+    words = 1 if k_scales is None else _CODES
+    arrays = (
+        jnp.asarray(layer, jnp.int32).reshape(1),
+        page_table,
+        sinks,
+        q,
+        *((k_pages, v_pages) if words == 1 else (_as_words(k_pages), _as_words(v_pages), k_scales, v_scales)),
     )
-    geometry = partial(_Rows, group=group, size=size, block=block_rows, head_dim=head_dim)
-    attend = partial(
-        _attend,
-        rows=geometry,
-        key_tile=tuning.key_tile,
+    visit = partial(
+        _visit,
+        arrays,
+        codes=None if words == 1 else k_pages.dtype,
         scale=scale,
         window=window,
         softcap=softcap,
-        # The interpreter's CPU has float32 and nothing like it.
-        precision=lax.Precision.HIGHEST if interpret else tuning.precision(q.dtype, k_pages.dtype),
-        split=split,
-        quantized=k_scales is not None,
-    )
-    scales = () if k_scales is None else (k_scales, v_scales)
-    results = launch(
-        attend,
-        grid=(kv_heads, num_items),
-        out_shape=partials if split else (out, lse),
-        name="paged_attention",
-        num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages,
         cost=cost.paged_attention(
-            num_keys=page_table.shape[1] * page_size * kv_lengths.shape[0],
-            num_pairs=page_table.shape[1] * page_size * tokens,
+            num_keys=max_keys * num_seqs,
+            num_pairs=max_keys * tokens,
             tokens=tokens,
             q_heads=q_heads,
             kv_heads=kv_heads,
@@ -116,88 +109,151 @@ def paged_attention(
             kv_dtype=k_pages.dtype,
         ),
         interpret=interpret,
-    )(
-        jnp.asarray(layer, jnp.int32).reshape(1),
-        *items[:3],
-        *tiles,
-        page_table,
-        sinks,
-        q,
-        k_pages,
-        v_pages,
-        *scales,
     )
+    results = visit(tiles, items, tuning=tuning, split=split, name="paged_attention")
     if not split:
-        return tuple(results)
+        return results
+    merged = [items.starts, tiles.first_row, tiles.num_rows, tiles.num_keys, sinks, *results]
+    if shared is not None:
+        size = shared_tuning.query_tile
+        runs = shared.lengths, shared.query_starts, shared.table_rows
+        shared_tiles = schedule.query_tiles(tokens, size, *runs, causal=False)
+        # A run that shares has two sequences at least.
+        busy = min(shared_tiles.num_keys.shape[0], num_seqs // 2 + tokens // size)
+        num_items = busy + max(1, shared_tuning.programs // kv_heads)
+        items = schedule.share(shared_tiles, num_items, shared_tuning.key_tile, busy=busy)
+        tile, row = ragged_rows(jnp.cumsum(shared_tiles.num_rows, dtype=jnp.int32), tokens)
+        results = visit(
+            shared_tiles, items, tuning=shared_tuning, split=True, name="paged_attention_shared", window=None
+        )
+        merged += [items.starts, tile, row, *results]
     return tuple(
         launch(
-            partial(_merge, rows=geometry),
+            partial(_merge, rows=_rows(q, kv_heads, words, tuning)),
             grid=(kv_heads, num_tiles),
-            out_shape=(out, lse),
+            out_shape=_outputs(q),
             name="paged_attention_merge",
             num_warps=4,
             num_stages=2,
             cost=None,
             interpret=interpret,
-        )(items.starts, tiles.first_row, tiles.num_rows, sinks, *results)
+        )(*merged)
+    )
+
+
+def _as_words(codes):
+    # Which a GPU's compiler takes for another name of the same memory.
+    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, _CODES), jnp.int32)
+
+
+def _outputs(q):
+    return jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
+
+
+def _rows(q, kv_heads: int, words: int, tuning: Tuning) -> Callable[..., "_Rows"]:
+    group = q.shape[1] // kv_heads
+    return partial(_Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2])
+
+
+def _visit(
+    arrays, tiles, items, *, codes, scale, window, softcap, tuning, split, name, cost, interpret
+) -> tuple[jax.Array, ...]:
+    """One launch: what the rows of the tiles see, whole (`out, lse`) or in parts, by item (`m, l, o`)."""
+    q, k = arrays[3:5]
+    kv_heads, rows = k.shape[2], tuning.query_tile * (q.shape[1] // k.shape[2])
+    shape = items.tile.shape[0], kv_heads, rows
+    partials = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 2 + [
+        jax.ShapeDtypeStruct((*shape, q.shape[2]), jnp.float32)
+    ]
+    kernel = partial(
+        _attend,
+        rows=_rows(q, kv_heads, 1 if codes is None else _CODES, tuning),
+        codes=codes,
+        key_tile=tuning.key_tile,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        # The interpreter's CPU has float32 and nothing like it.
+        precision=lax.Precision.HIGHEST if interpret else tuning.precision(q.dtype, codes or k.dtype),
+        split=split,
+    )
+    return tuple(
+        launch(
+            kernel,
+            grid=(kv_heads, items.tile.shape[0]),
+            out_shape=partials if split else _outputs(q),
+            name=name,
+            num_warps=tuning.num_warps,
+            num_stages=tuning.num_stages,
+            cost=cost,
+            interpret=interpret,
+        )(*items[:3], *tiles, *arrays)
     )
 
 
 class _Rows:
-    """The rows of a program's matrix product: query tokens x query heads of one KV head."""
+    """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
-    def __init__(self, first_row, num_rows, head, *, group: int, size: int, block: int, head_dim: int):
-        self.row = lax.iota(jnp.int32, block)
-        self.dims = lax.iota(jnp.int32, next_power_of_two(head_dim))
-        self.in_head = (self.dims < head_dim)[None, :]
+    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...`
+    """
+
+    def __init__(self, first_row, num_rows, head, *, group: int, size: int, words: int, head_dim: int):
+        self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
         self.in_tile = self.row < size * group
         self.offset = lax.div(self.row, np.int32(group))
         self.exists = (self.offset < num_rows) & self.in_tile
         self.token = first_row + self.offset
         self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
         self.q_head = head * group + self.in_group
+        self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
+        self.in_head = (self.word < head_dim // words)[None, :]
+        self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
 
     def nothing_seen(self) -> softmax.Partial:
         """What each row starts from."""
-        return softmax.empty(self.row.shape, self.dims.shape[0])
+        m, l, o = softmax.empty(self.row.shape, self.word.shape[0])  # noqa: E741
+        return softmax.Partial(m, l, (o,) * len(self.dims))
 
     def load(self, q):
-        """`[block, head_dim]`, zeros where there is no row."""
-        return plgpu.load(self._at(q), mask=self._mask(), other=0.0)
+        """`[rows, words]` for each part, zeros where there is no row."""
+        mask = self.exists[:, None] & self.in_head
+        return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
 
     def store(self, out, lse, seen: softmax.Partial, sinks):
         """Writes the rows that exist, when they have seen all."""
         sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
         values, log_sum = softmax.finish(seen, sinks * _LOG2E, exp=jnp.exp2, log=jnp.log2)
-        plgpu.store(self._at(out), values.astype(out.dtype), mask=self._mask())
+        for at, part in zip(self._at(out), values, strict=True):
+            plgpu.store(at, part.astype(out.dtype), mask=self.exists[:, None] & self.in_head)
         plgpu.store(lse.at[self.token, self.q_head], log_sum / _LOG2E, mask=self.exists)
 
-    def load_partial(self, parts, item) -> softmax.Partial:
-        """What an item's program left behind."""
+    def load_partial(self, parts, item, row, mask) -> softmax.Partial:
+        """What an item's program left of a row, for each of these rows."""
+        at = item, self.head, row
+        wide = mask[:, None] & self.in_head
         return softmax.Partial(
-            m=plgpu.load(parts.m.at[item, self.head, self.row], mask=self.in_tile, other=softmax.LOWEST),
-            l=plgpu.load(parts.l.at[item, self.head, self.row], mask=self.in_tile, other=0.0),
-            o=plgpu.load(self._at_item(parts.o, item), mask=self.in_tile[:, None] & self.in_head, other=0.0),
+            m=plgpu.load(parts.m.at[at], mask=mask, other=softmax.LOWEST),
+            l=plgpu.load(parts.l.at[at], mask=mask, other=0.0),
+            o=tuple(plgpu.load(at, mask=wide, other=0.0) for at in self._at_item(parts.o, item, row)),
         )
 
     def store_partial(self, parts, item, seen: softmax.Partial):
         """Leaves it behind."""
         plgpu.store(parts.m.at[item, self.head, self.row], seen.m, mask=self.in_tile)
         plgpu.store(parts.l.at[item, self.head, self.row], seen.l, mask=self.in_tile)
-        plgpu.store(self._at_item(parts.o, item), seen.o, mask=self.in_tile[:, None] & self.in_head)
+        for at, part in zip(self._at_item(parts.o, item, self.row), seen.o, strict=True):
+            plgpu.store(at, part, mask=self.in_tile[:, None] & self.in_head)
 
     def _at(self, array):
-        return array.at[self.token[:, None], self.q_head[:, None], self.dims[None, :]]
+        rows = self.token[:, None], self.q_head[:, None]
+        return [array.at[*rows, dims[None, :]] for dims in self.dims]
 
-    def _at_item(self, array, item):
-        return array.at[item, self.head, self.row[:, None], self.dims[None, :]]
-
-    def _mask(self):
-        return self.exists[:, None] & self.in_head
+    def _at_item(self, array, item, row):
+        item = item if item.ndim == 0 else item[:, None]
+        return [array.at[item, self.head, row[:, None], dims[None, :]] for dims in self.dims]
 
 
 def _attend(
-    layer_ref,
     tile_ref,
     begin_ref,
     end_ref,
@@ -205,7 +261,9 @@ def _attend(
     first_row_ref,
     num_rows_ref,
     first_place_ref,
+    _,
     num_keys_ref,
+    layer_ref,
     page_table_ref,
     sinks_ref,
     q_ref,
@@ -213,15 +271,15 @@ def _attend(
     v_ref,
     *refs,
     rows: Callable[..., _Rows],
+    codes,
     key_tile: int,
     scale: float,
     window: int | None,
     softcap: float | None,
     precision,
     split: bool,
-    quantized: bool,
 ):
-    scale_refs, out_refs = (refs[:2], refs[2:]) if quantized else ((), refs)
+    scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
@@ -230,8 +288,8 @@ def _attend(
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
-    # Codes of one byte are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
-    wide = q_ref.dtype if q_ref.dtype == k_ref.dtype or quantized else jnp.float32
+    # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
+    wide = q_ref.dtype if q_ref.dtype == k_ref.dtype or codes is not None else jnp.float32
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -245,31 +303,36 @@ def _attend(
     def product(a, b, **transposed):
         return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
 
+    def weigh(p, v):
+        return tuple(product(p, part) for part in v)
+
     def weigh_codes(scale, p, v):
         if wide != jnp.float16:
-            return product(p * scale[None, :], v)
+            return weigh(p * scale[None, :], v)
         # The smallest scales would be below what float16 can tell apart.
         most = jnp.maximum(jnp.max(scale), _LEAST_SCALE)
-        return product(p * (scale / most)[None, :], v) * most
+        return tuple(part * most for part in weigh(p * (scale / most)[None, :], v))
 
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
         real = mine.in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
-        at = (layer, ids[:, None], head, offsets[:, None], mine.dims[None, :])
+        at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
         zero = jnp.zeros((), k_ref.dtype)
-        k = plgpu.load(k_ref.at[at], mask=real, other=zero)
-        v = plgpu.load(v_ref.at[at], mask=real, other=zero)
+        k, v = (_unpack(plgpu.load(ref.at[at], mask=real, other=zero), codes) for ref in (k_ref, v_ref))
         scales_of_tile = [
             plgpu.load(scales.at[layer, ids, head, offsets], mask=places < num_keys, other=0.0)
             for scales in scale_refs
         ]
         next_ids = page_ids(key + 1)
-        scores, weigh = product(q, k, trans_b=True), product
-        if quantized:
+        scores = sum(product(a, b, trans_b=True) for a, b in zip(q[1:], k[1:], strict=True)) + product(
+            q[0], k[0], trans_b=True
+        )
+        weigh_tile = weigh
+        if scale_refs:
             k_scale, v_scale = scales_of_tile
-            scores, weigh = scores * k_scale[None, :], partial(weigh_codes, v_scale)
+            scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is None:
             scores = scores * (scale * _LOG2E)
         else:
@@ -279,7 +342,7 @@ def _attend(
             visible = places[None, :] <= row_place[:, None]
             if window is not None:
                 visible &= places[None, :] > row_place[:, None] - window
-        return softmax.extend(seen, scores, visible, v, product=weigh, exp=jnp.exp2), next_ids
+        return softmax.extend(seen, scores, visible, v, product=weigh_tile, exp=jnp.exp2), next_ids
 
     carry = mine.nothing_seen(), page_ids(begin)
     # In the interior every row sees every token of a tile, and nothing is masked.
@@ -297,18 +360,44 @@ def _attend(
         mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 
-def _merge(
-    starts_ref, first_row_ref, num_rows_ref, sinks_ref, m_ref, l_ref, o_ref, out_ref, lse_ref, *, rows
-):
-    """The items of one query tile become its rows of the output."""
+def _unpack(tile, codes):
+    """A tile as it was loaded, by parts: a tile of words holds four codes in each."""
+    if codes is None:
+        return (tile,)
+    if codes == jnp.int8:
+        return tuple((tile << (24 - 8 * part)) >> 24 for part in range(_CODES))
+    bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(_CODES))
+    return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
+
+
+def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows):
+    """The items of a query tile, and those of what its rows share with others, become rows of the output."""
+    *refs, out_ref, lse_ref = refs
     head, tile = pl.program_id(0), pl.program_id(1)
     mine = rows(first_row_ref[tile], num_rows_ref[tile], head)
-    parts = softmax.Partial(m_ref, l_ref, o_ref)
 
     def visit(item, seen):
-        return softmax.merge(seen, mine.load_partial(parts, item), exp=jnp.exp2)
+        part = mine.load_partial(softmax.Partial(*refs[:3]), item, mine.row, mine.in_tile)
+        return softmax.merge(seen, part, exp=jnp.exp2)
 
     seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, mine.nothing_seen())
+    if refs[3:]:
+        shared_starts_ref, shared_tile_ref, shared_row_ref, *shared = refs[3:]
+        # Rows of nobody lie among a run's; they see nothing.
+        asks = mine.exists & (num_keys_ref[tile] > 0)
+        shared_tile, place = (
+            plgpu.load(ref.at[mine.token], mask=asks, other=0) for ref in (shared_tile_ref, shared_row_ref)
+        )
+        group = sinks_ref.shape[1]
+        first, end = (plgpu.load(shared_starts_ref.at[shared_tile + n], mask=asks, other=0) for n in range(2))
+
+        def visit_shared(nth, seen):
+            item = first + nth
+            row = place * group + mine.in_group
+            part = mine.load_partial(softmax.Partial(*shared), item, row, item < end)
+            return softmax.merge(seen, part, exp=jnp.exp2)
+
+        seen = lax.fori_loop(0, jnp.max(end - first), visit_shared, seen)
     mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 

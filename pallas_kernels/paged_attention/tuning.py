@@ -1,6 +1,6 @@
 """How `paged_attention` is cut up on a GPU: a small table by device and shape."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import jax
@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.quantization import is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -108,8 +109,22 @@ def choose(
     return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs)
 
 
+def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
+    """For what neighbouring sequences share: tiles of sixteen sequences' queries together.
+
+    The partial results of so many rows are large: no more programs than there are multiprocessors.
+
+    Args:
+      device, seqs: as for `choose`.
+      shape: the other arguments of `choose`.
+    """
+    return replace(choose(device, seqs=ceil(seqs / 16), **shape), programs=device.multiprocessors)
+
+
 def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
     """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
+    if head_dim % 4 and any(is_quantized(array.dtype) for array in arrays):
+        return f"head_dim {head_dim} for codes: they are read by fours"
     return lacks_dtype(device, *arrays)

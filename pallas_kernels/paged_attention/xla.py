@@ -7,6 +7,9 @@ A loop over tiles of queries, and within it one over the tiles of keys each can 
     sequence 2, empty                  nothing
 
 so the time follows the tokens there are; no padding is attended, and no table is gathered densely.
+
+What neighbouring sequences share is visited first, by tiles of their queries together, and each one's own
+tiles go on from what their rows have seen.
 """
 
 from dataclasses import dataclass
@@ -46,48 +49,85 @@ def paged_attention(
     sinks,
     k_scales,
     v_scales,
+    prefixes,
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
+    q_dtype = q.dtype
     tokens, q_heads, head_dim = q.shape
     layer = jnp.asarray(layer, jnp.int32)
     kv_heads, page_size = k_pages.shape[2:4]
     group = q_heads // kv_heads
     keys = KeyTiles.of(page_size)
-    work = _plan(tokens, kv_lengths, query_starts, table_rows, keys, window)
     pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    queries = _pack(q.astype(jnp.float32) * scale, work, kv_heads)
+    q = q.astype(jnp.float32) * scale
 
-    def visit_tile(tile, done):
-        page_row, num_keys = page_table[work.table_row[tile]], work.num_keys[tile]
-        row_places, q_tile = jnp.repeat(work.places[tile], group), _at(queries, tile)
+    def visit_tiles(work: _Work, seen: softmax.Partial) -> softmax.Partial:
+        """Lets the rows of every tile see its keys."""
+        queries = _pack(q, work, kv_heads)
 
-        def visit(key_tile, seen):
-            where = keys.locate(page_row, key_tile, num_keys)
-            k, v, *scales = keys.read(pool, layer, where)
-            scores, weigh = jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), _weigh
-            if scales:
-                k_scale, v_scale = (scale.swapaxes(1, 2) for scale in scales)  # [kv_heads, 1, size]
-                scores, weigh = scores * k_scale, lambda p, v: _weigh(p * v_scale, v)
-            if softcap is not None:
-                scores = softcap * jnp.tanh(scores / softcap)
-            places = keys.places(where)
-            visible = (places >= 0) & (places <= row_places[:, None])
-            if window is not None:
-                visible &= places > row_places[:, None] - window
-            return softmax.extend(seen, scores, visible[None], v, product=weigh)
+        def visit_tile(tile, done):
+            page_row, num_keys = page_table[work.table_row[tile]], work.num_keys[tile]
+            row_places, q_tile = jnp.repeat(work.places[tile], group), _at(queries, tile)
 
-        first = work.first_key_tile[tile]
-        seen = softmax.empty(queries.shape[1:3], head_dim)
-        seen = jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, seen)
-        return jax.tree.map(lambda whole, part: whole.at[tile].set(part), done, seen)
+            def visit(key_tile, seen):
+                where = keys.locate(page_row, key_tile, num_keys)
+                k, v, *scales = keys.read(pool, layer, where)
+                scores, weigh = jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), _weigh
+                if scales:
+                    k_scale, v_scale = (scale.swapaxes(1, 2) for scale in scales)  # [kv_heads, 1, size]
+                    scores, weigh = scores * k_scale, lambda p, v: _weigh(p * v_scale, v)
+                if softcap is not None:
+                    scores = softcap * jnp.tanh(scores / softcap)
+                places = keys.places(where)
+                visible = (places >= 0) & (places <= row_places[:, None])
+                if window is not None:
+                    visible &= places > row_places[:, None] - window
+                return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
-    seen = softmax.empty(queries.shape[:3], head_dim)
-    seen = jax.lax.fori_loop(0, queries.shape[0], visit_tile, seen)
+            first, own = work.first_key_tile[tile], jax.tree.map(lambda part: _at(part, tile), seen)
+            own = jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
+            return jax.tree.map(lambda whole, part: whole.at[tile].set(part), done, own)
+
+        return jax.lax.fori_loop(0, work.num_keys.shape[0], visit_tile, seen)
+
+    def nothing_seen(work: _Work) -> softmax.Partial:
+        num_tiles, size = work.places.shape
+        return softmax.empty((num_tiles, kv_heads, size * group), head_dim)
+
+    lengths = kv_lengths, query_starts, table_rows
+    size = min(_QUERY_TILE, next_power_of_two(-(-tokens // kv_lengths.shape[0])))
+    if prefixes is None:
+        work = _plan(tokens, size, *lengths, keys, window=window)
+        seen = nothing_seen(work)
+    else:
+        shared = prefixes(unit=keys.unit)
+        work = _plan(tokens, size, *lengths, keys, skipped=shared.skipped)
+        runs = shared.lengths, shared.query_starts, shared.table_rows
+        shared_work = _plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, causal=False)
+
+        def visit_shared():
+            seen = visit_tiles(shared_work, nothing_seen(shared_work))
+            by_token = (
+                _unpack(part, shared_work.rows, group)
+                for part in (seen.m[..., None], seen.l[..., None], seen.o)
+            )
+            m, l, o = (_pack(part, work, kv_heads) for part in by_token)  # noqa: E741
+            # Rows of nobody lie among a run's; they see nothing.
+            asks = jnp.repeat(work.places >= 0, group, axis=1)[:, None]
+            seen = softmax.Partial(m[..., 0], l[..., 0], o)
+            return jax.tree.map(partial(_where_rows, asks), seen, nothing_seen(work))
+
+        seen = jax.lax.cond(jnp.any(shared.lengths > 0), visit_shared, lambda: nothing_seen(work))
+    seen = visit_tiles(work, seen)
     rows = work.rows
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
     out, lse = softmax.finish(seen, sinks)
-    return _unpack(out, rows, group).astype(q.dtype), _unpack(lse[..., None], rows, group)[..., 0]
+    return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
+
+
+def _where_rows(mask, one, other):
+    return jnp.where(mask.reshape(*mask.shape, *(1,) * (one.ndim - mask.ndim)), one, other)
 
 
 _weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
@@ -117,16 +157,13 @@ class _Work(NamedTuple):
     num_key_tiles: Int[Array, " tiles"]
 
 
-def _plan(tokens: int, kv_lengths, query_starts, table_rows, keys: "KeyTiles", window: int | None) -> _Work:
-    size = min(_QUERY_TILE, next_power_of_two(-(-tokens // kv_lengths.shape[0])))
-    tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows)
+def _plan(tokens: int, size: int, kv_lengths, query_starts, table_rows, keys: "KeyTiles", **options) -> _Work:
+    """For query tiles of `size` tokens; `options` are those of `schedule.query_tiles`."""
+    tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows, **options)
     offset = jnp.arange(size, dtype=jnp.int32)
     exists = offset < tiles.num_rows[:, None]
     sees = tiles.num_keys > 0
-    first = jnp.zeros_like(tiles.num_keys)
-    if window is not None:
-        first = jnp.maximum(tiles.first_place - window + 1, 0)
-    first_key_tile = keys.containing(first)
+    first_key_tile = keys.containing(tiles.first_key)
     last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
     return _Work(
         tokens=jnp.where(exists, tiles.first_row[:, None] + offset, tokens),
@@ -177,6 +214,11 @@ class KeyTiles:
         parts = -(-page_size // _KEY_TILE)
         size = pages * page_size if parts == 1 else -(-page_size // parts)
         return cls(page_size, pages, parts, size)
+
+    @property
+    def unit(self) -> int:
+        """Places after which a tile always ends."""
+        return self.size if self.parts == 1 else self.page_size
 
     def containing(self, place):
         """The tile that holds a place."""

@@ -1,7 +1,7 @@
 """The table of arguments that every backend is tested with, and benchmarks draw on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class Case:
     spare_pages: int = 3  # pages of the pool that belong to no sequence, filled with NaN
     magnitude: float = 1.0  # of q
     sinks: bool = False
+    begins_like: dict[int, tuple[int, int]] = field(default_factory=dict)  # one before it, in so many pages
     options: dict = field(default_factory=dict)
 
     def __str__(self):
@@ -64,14 +65,16 @@ def make(case: Case, seed: int = 0) -> Arguments:
     random = np.random.default_rng(seed)
     dtype = jnp.dtype(case.dtype)
     needed = [-(-length // case.page_size) for length in case.lengths]
-    num_pages = sum(needed) + case.spare_pages
+    num_pages = sum(needed) - sum(pages for _, pages in case.begins_like.values()) + case.spare_pages
     width = max(1, *needed) + 1
     order = random.permutation(num_pages).tolist()
     page_table = np.full((len(needed), width), num_pages, np.int32)
     pool = (case.num_layers, num_pages, case.kv_heads, case.page_size, case.head_dim)
     pools = [np.full(pool, np.nan, np.float32) for _ in "kv"]
     for row, (length, pages) in enumerate(zip(case.lengths, needed, strict=True)):
-        page_table[row, :pages] = [order.pop() for _ in range(pages)]
+        like, shared = case.begins_like.get(row, (0, 0))
+        page_table[row, :shared] = page_table[like, :shared]
+        page_table[row, shared:pages] = [order.pop() for _ in range(pages - shared)]
         for place in range(length):
             at = case.layer, page_table[row, place // case.page_size], slice(None), place % case.page_size
             for pages in pools:
@@ -105,6 +108,40 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-5, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 
 RAGGED = (1, 37, 16, 0, 100, 17)
+
+SHARED_PREFIX = [
+    Case("two share all but a tail", (140, 131), begins_like={1: (0, 8)}),
+    Case(
+        "a system prompt, and samples of each prompt",
+        (300, 320, 290, 0, 200, 210, 5, 190),
+        (1, 1, 1, 0, 1, 1, 1, 1),
+        begins_like={1: (0, 17), 2: (1, 17), 4: (0, 9), 5: (4, 12), 7: (0, 8)},
+    ),
+    Case(
+        "rows of nobody among a run's, and options",
+        (150, 0, 170, 200),
+        (3, 2, 1, 2),
+        begins_like={2: (0, 9), 3: (2, 9)},
+        sinks=True,
+        padding_rows=2,
+        options={"softcap": 4.0, "scale": 0.3},
+    ),
+    Case("a prefix and nothing else", (129, 129), page_size=128, begins_like={1: (0, 1)}),
+    Case("shared pages larger than a tile", (500, 450), page_size=200, begins_like={1: (0, 2)}),
+    Case("pages of 1", (140, 150, 160), page_size=1, begins_like={1: (0, 139), 2: (1, 139)}),
+    Case("forks that continue with prompts", (200, 230), (60, 90), begins_like={1: (0, 8)}, q_heads=2),
+    *[
+        Case(
+            f"a shared prefix of {stored}",
+            (140, 150, 3),
+            dtype="bfloat16",
+            stored=stored,
+            begins_like={1: (0, 8)},
+        )
+        for stored in ("int8", "uint8")
+    ],
+]
+SHARED_PREFIX = [replace(case, options=case.options | {"shared_prefix": True}) for case in SHARED_PREFIX]
 
 PAGED_ATTENTION = (
     [
@@ -161,4 +198,5 @@ PAGED_ATTENTION = (
             options={"window": 20, "softcap": 5.0, "scale": 0.2},
         ),
     ]
+    + SHARED_PREFIX
 )

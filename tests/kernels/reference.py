@@ -47,9 +47,11 @@ def paged_attention(
     layer=0,
     k_scales=None,
     v_scales=None,
+    shared_prefix=None,
     **options,
 ):
-    """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf."""
+    """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf. What sequences share
+    changes nothing."""
     q, k_pages, v_pages = (numbers(array).astype(np.float64) for array in (q, k_pages, v_pages))
     if k_scales is not None:
         k_pages, v_pages = k_pages * k_scales[..., None], v_pages * v_scales[..., None]

@@ -20,7 +20,10 @@ QUANTIZED = ("int8", "uint8")
 
 attend = jax.jit(
     paged_attention,
-    static_argnames=("scale", "window", "softcap", "return_lse", "backend", "interpret", "tuning"),
+    static_argnames=(
+        *("scale", "window", "softcap", "return_lse", "shared_prefix"),
+        *("backend", "interpret", "tuning"),
+    ),
 )
 
 move = jax.jit(move_pages, donate_argnums=(0, 1), static_argnames=("backend", "interpret"))

@@ -10,23 +10,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import cost
-from pallas_kernels.paged_attention import schedule
+from pallas_kernels.paged_attention import prefixes, schedule
 from tests.kernels.cases import Case, make
 
 SEQS, TOKENS, KEY_TILE = 5, 48, 8
 sequences = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 9)), min_size=SEQS, max_size=SEQS)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def tiles_of(tokens, size, lengths, queries):
+@partial(jax.jit, static_argnums=(0, 1, 4))
+def tiles_of(tokens, size, lengths, queries, window=None):
     """Tiles of sequences that lie in the page table from the last row to the first."""
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(queries, dtype=jnp.int32)])
     rows = jnp.arange(lengths.shape[0], dtype=jnp.int32)[::-1]
-    return schedule.query_tiles(tokens, size, lengths, starts, rows)
+    return schedule.query_tiles(tokens, size, lengths, starts, rows, window=window)
 
 
-share = jax.jit(schedule.share, static_argnums=(1, 2, 3))
-whole = jax.jit(schedule.whole, static_argnums=(1, 2))
+share = jax.jit(schedule.share, static_argnums=(1, 2))
+whole = jax.jit(schedule.whole, static_argnums=1)
 
 
 @pytest.mark.parametrize("size", [1, 4])
@@ -37,14 +37,16 @@ def test_every_row_and_every_visible_key_is_somebodys_work(pairs, spare, window,
     lengths = [max(length, queries) if length else 0 for length, queries in pairs]
     queries = [queries for _, queries in pairs]
     arrays = np.array(lengths, np.int32), np.array(queries, np.int32)
-    tiles = jax.tree.map(np.asarray, tiles_of(TOKENS, size, *arrays))
+    tiles = jax.tree.map(np.asarray, tiles_of(TOKENS, size, *arrays, window))
     num_tiles = schedule.num_query_tiles(TOKENS, SEQS, size)
     assert all(part.shape == (num_tiles,) for part in tiles)
 
     owner = [seq for seq, count in enumerate(queries) for _ in range(count)]
     owner += [SEQS] * (TOKENS - len(owner))
     covered = []
-    for table_row, first, count, first_place, num_keys in zip(*map(np.ndarray.tolist, tiles), strict=True):
+    for table_row, first, count, first_place, first_key, num_keys in zip(
+        *map(np.ndarray.tolist, tiles), strict=True
+    ):
         rows = range(first, first + count)
         covered += rows
         owners = {owner[row] for row in rows}
@@ -56,12 +58,13 @@ def test_every_row_and_every_visible_key_is_somebodys_work(pairs, spare, window,
         (seq,) = owners
         place = lengths[seq] - queries[seq] + first - sum(queries[:seq])
         assert (table_row, first_place) == (SEQS - 1 - seq, place)
+        assert first_key == (0 if window is None else max(0, place - window + 1))
         assert num_keys == (place + count if lengths[seq] else 0)
     assert sorted(covered) == list(range(TOKENS))
 
     num_items = num_tiles + spare
-    items = jax.tree.map(np.asarray, share(tiles, num_items, KEY_TILE, window))
-    wanted = jax.tree.map(np.asarray, whole(tiles, KEY_TILE, window))
+    items = jax.tree.map(np.asarray, share(tiles, num_items, KEY_TILE))
+    wanted = jax.tree.map(np.asarray, whole(tiles, KEY_TILE))
     for tile in range(num_tiles):
         want = range(wanted.begin[tile], wanted.end[tile])
         mine = range(items.starts[tile], items.starts[tile + 1])
@@ -81,10 +84,79 @@ def test_a_long_sequence_is_cut_as_finely_as_many_short_ones_allow():
     """One of 32,768 tokens beside 63 of 10: no item is longer than its fair share."""
     lengths = np.array([32768] + [10] * 63, np.int32)
     tiles = tiles_of(64, 1, lengths, np.ones(64, np.int32))
-    items = schedule.share(tiles, 128, 64, None)
+    items = schedule.share(tiles, 128, 64)
     sizes = np.asarray(items.end - items.begin)
     assert sizes.max() == -(-(512 + 63) // 64)
     assert np.count_nonzero(sizes) == 63 + -(-512 // sizes.max())
+
+
+PAGE, UNIT = 4, 8
+TOKEN_BYTES, PARTIAL_BYTES = 16, 24
+forests = st.lists(
+    st.tuples(
+        st.integers(0, 4),  # which of the sequences before it a sequence forks from
+        st.integers(0, 12),  # pages it takes from there
+        st.integers(0, 20),  # tokens of its own
+        st.integers(0, 3),  # of them, those that ask
+    ),
+    min_size=1,
+    max_size=7,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(forest=forests)
+def test_a_run_shares_what_all_its_sequences_begin_with(forest):
+    rows, lengths, queries, fresh = [], [], [], iter(range(1000))
+    for parent, pages, own, asked in forest:
+        base = rows[-1 - parent][: min(pages, lengths[-1 - parent] // PAGE)] if parent < len(rows) else []
+        length = len(base) * PAGE + own
+        rows.append(base + [next(fresh) for _ in range(-(-length // PAGE) - len(base))])
+        lengths.append(length)
+        queries.append(min(asked, length))
+    width = max(1, *map(len, rows)) + 1
+    table = np.full((len(rows), width), 1000, np.int32)
+    for row, pages in enumerate(rows):
+        table[row, : len(pages)] = pages
+    starts = np.cumsum([0, *queries], dtype=np.int32)
+    found = find(
+        jnp.asarray(table), jnp.arange(len(rows)), jnp.asarray(lengths, jnp.int32), jnp.asarray(starts)
+    )
+    found = jax.tree.map(np.asarray, found)
+
+    assert found.query_starts[0] == 0
+    assert found.query_starts[-1] == starts[-1]
+    asking = [seq for seq, asked in enumerate(queries) if asked]
+    covered = []
+    for run, shared in enumerate(found.lengths):
+        first, end = found.query_starts[run : run + 2]
+        members = [seq for seq in asking if first <= starts[seq] < end]
+        covered += members
+        assert shared % UNIT == 0
+        assert all(found.skipped[seq] == shared for seq in members)
+        if shared:
+            pages = -(-shared // PAGE)
+            assert len(members) > 1
+            assert all(rows[seq][:pages] == rows[found.table_rows[run]][:pages] for seq in members)
+            assert all(shared <= lengths[seq] - queries[seq] for seq in members)
+            saved = (len(members) - 1) * shared * TOKEN_BYTES
+            assert saved > 2 * PARTIAL_BYTES * (end - first)
+    assert covered == asking
+    assert not any(found.skipped[seq] for seq in range(len(rows)) if seq not in asking)
+
+
+find = jax.jit(
+    partial(prefixes.find, page_size=PAGE, unit=UNIT, token_bytes=TOKEN_BYTES, partial_bytes=PARTIAL_BYTES)
+)
+
+
+def test_two_runs_of_samples_behind_one_short_prefix_keep_their_long_ones():
+    """Sequences 0 1 and 2 3 share ten pages each, all four share two."""
+    table = np.array([[0, 1, *range(first, first + 8), 90 + n] for n, first in enumerate((10, 10, 20, 20))])
+    arrays = jnp.asarray(table), jnp.arange(4), jnp.full(4, 41), jnp.arange(5)
+    found = find(*(array.astype(jnp.int32) for array in arrays))
+    np.testing.assert_array_equal(found.lengths, [40, 40, 0, 0])
+    np.testing.assert_array_equal(found.query_starts, [0, 2, 4, 4, 4])
 
 
 def test_flops_and_bytes_are_those_counted_by_hand():
