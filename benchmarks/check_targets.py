@@ -51,7 +51,7 @@ from jax.sharding import AbstractMesh
 import pallas_kernels
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.paged_attention import triton as attention_triton
-from pallas_kernels.paged_attention.tuning import choose, lacks
+from pallas_kernels.paged_attention.tuning import choose, choose_shared, lacks
 from pallas_kernels.quantization import is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
@@ -149,25 +149,30 @@ def attention(
     seqs: int = 64,
     tokens: int = 64,
     retuned: Mapping[str, int] = MappingProxyType({}),
+    shared: bool = False,
     bars: tuple[str, ...] = ("spills", "matrix", "wide loads"),
     **options,
 ) -> Kernel:
-    """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do."""
+    """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do: the launch for each
+    sequence's own places, or that for what they share."""
     pages = 2 ** (19 if is_quantized(dtype) else 17) // page_size
     pool = _shape((32, pages, kv_heads, page_size, head_dim), dtype)
     q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
-    def tuned(device):
-        group = q_heads // kv_heads
-        tuning = choose(
-            device, tokens=tokens, seqs=seqs, group=group, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
+    def tuned(device, table=choose_shared if shared else choose):
+        shape = dict(
+            tokens=tokens, group=q_heads // kv_heads, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
         )
-        return replace(tuning, **retuned)
+        table = choose_shared if shared else choose
+        return replace(table(device, seqs=seqs, **shape), **retuned)
 
     def call(device, *arrays):
         arrays, scales = arrays[:6], _scales_by_name(arrays[6:])
-        return pallas_kernels.paged_attention(*arrays, layer=7, tuning=tuned(device), **scales, **options)
+        tuning = {"tuning": tuned(device)}
+        if shared:
+            tuning = {"tuning": tuned(device, choose), "shared_tuning": tuned(device)}
+        return pallas_kernels.paged_attention(*arrays, layer=7, **tuning, **scales, **options)
 
     def wide_loads(device):
         """Of a tile of K and one of V, by all threads together."""
@@ -179,7 +184,7 @@ def attention(
         name,
         call,
         (q, pool, pool, rows, vector, _shape((seqs + 1,), "int32"), *_scales(pool)),
-        of=("paged_attention",),
+        of=("paged_attention_shared" if shared else "paged_attention",),
         bars=frozenset(bars),
         head_dim=head_dim,
         quantized=is_quantized(dtype),
@@ -269,6 +274,23 @@ def kernels() -> list[Kernel]:
         attention("16 tokens a sequence fp8", tokens=1024, dtype="uint8", q_dtype="bfloat16"),
         decode("4 tokens a sequence bf16", tokens=256),
         attention("prefill 512 tokens bf16", tokens=512, seqs=1),
+        attention("prefill 512 tokens f32", tokens=512, seqs=1, dtype="float32"),
+        attention("prefill 512 tokens int8", tokens=512, seqs=1, dtype="int8", q_dtype="bfloat16"),
+        attention("prefill 512 tokens fp8", tokens=512, seqs=1, dtype="uint8", q_dtype="bfloat16"),
+        attention("prefill, head_dim 64", tokens=8192, seqs=1, head_dim=64),
+        attention("prefill, head_dim 80", tokens=8192, seqs=1, head_dim=80, kv_heads=32),
+        attention("prefill, head_dim 256", tokens=8192, seqs=1, head_dim=256),
+        attention("prefill, 256 int8", tokens=8192, seqs=1, head_dim=256, dtype="int8", q_dtype="bfloat16"),
+        attention("prefill, 64 fp8", tokens=8192, seqs=1, head_dim=64, dtype="uint8", q_dtype="float16"),
+        attention("prefill, window softcap", tokens=8192, seqs=1, window=1000, softcap=30.0),
+        attention("prefill and decode, f16", tokens=1024, seqs=32, dtype="float16"),
+        attention("shared prefix bf16", shared=True),
+        attention("shared prefix f32", shared=True, dtype="float32"),
+        attention("shared prefix int8", shared=True, dtype="int8", q_dtype="bfloat16"),
+        attention("shared prefix fp8", shared=True, dtype="uint8", q_dtype="bfloat16"),
+        attention(
+            "shared prefix 9/3/64 f16", shared=True, q_heads=9, kv_heads=3, head_dim=64, dtype="float16"
+        ),
         merge(),
         append("append 8/128 bf16", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="bfloat16"),
         append("append 8/128 f32", kv_heads=8, head_dim=128, dtype="float32", pool_dtype="float32"),
@@ -303,7 +325,8 @@ def wrong_kernels() -> list[Kernel]:
 
         def __init__(self, *arguments, **geometry):
             super().__init__(*arguments, **geometry)
-            self.dims = self.dims ^ 1
+            self.word, words = self.word ^ 1, geometry["words"]
+            self.dims = [dims ^ words for dims in self.dims]
 
     def swapped(honest: Kernel) -> Kernel:
         def call(device, *arrays):
@@ -405,13 +428,14 @@ def build(launch: Launch, target: Target) -> Report:
         )
         shared = compiled.metadata.shared
         if target.backend == "cuda":
-            narrow = len(re.findall(r"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[48]\b", compiled.asm["ptx"]))
+            # Scales of a tile of codes are few, and copied by fours.
+            sizes = "8" if launch.quantized else "48"
+            narrow = rf"cp\.async\.c[ag]\.shared\.global[^;]*, 0x[{sizes}]\b"
+            narrow = len(re.findall(narrow, compiled.asm["ptx"]))
             numbers = _read_ptx(compiled.asm["ptx"], target, launch, shared, Path(folder))
         else:
             narrow = 0
             numbers = _read_amdgcn(compiled.asm["amdgcn"])
-    # Codes: V takes 8 bytes at a time yet, and their scales 4.
-    narrow = 0 if launch.quantized else narrow
     held = {
         "spills": numbers["spills"] == 0,
         "matrix": numbers["matrix"] > 0 or not _has_matrix_units(target, launch.kernel),

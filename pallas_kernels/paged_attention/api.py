@@ -34,6 +34,7 @@ def paged_attention(
     interpret: bool | None = None,
     shared_prefix: bool | None = None,
     tuning: tuning_table.Tuning | None = None,
+    shared_tuning: tuning_table.Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
 
@@ -63,6 +64,7 @@ def paged_attention(
         `seqs - 1` times a full row of the page table is 16 MiB of K and V or more, below which one more
         launch costs as much as sharing could save.
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
+      shared_tuning: the same for what sequences share.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype, zero for padding rows and empty sequences;
@@ -141,7 +143,7 @@ def paged_attention(
             *arrays,
             **options,
             tuning=tuning or tuning_table.choose(device, **shape),
-            shared_tuning=tuning_table.choose_shared(device, **shape),
+            shared_tuning=shared_tuning or tuning_table.choose_shared(device, **shape),
             interpret=chosen.interpret,
         )
     return (out, lse) if return_lse else out

@@ -14,6 +14,7 @@ visit what they share, and each one's own tiles begin behind it.
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int
 
 from pallas_kernels.ragged import ragged_rows
@@ -44,7 +45,7 @@ class Items(NamedTuple):
     Attributes:
       tile: the query tile.
       begin, end: its key tiles.
-      starts: first item of each query tile, and the end of the last.
+      starts: first item of each query tile, and the end of the last, where items are in the tiles' order.
     """
 
     tile: Int[Array, " items"]
@@ -137,10 +138,14 @@ def share(tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None 
     )
 
 
-def whole(tiles: QueryTiles, key_tile: int) -> Items:
-    """One item for each query tile."""
-    number = jnp.arange(tiles.num_keys.shape[0] + 1, dtype=jnp.int32)
-    return Items(number[:-1], *_key_tiles(tiles, key_tile), number)
+def whole(tiles: QueryTiles, key_tile: int, *, heaviest_first: bool = False) -> Items:
+    """One item for each query tile, in their order or so that the last to begin is soon done."""
+    tile = jnp.arange(tiles.num_keys.shape[0], dtype=jnp.int32)
+    begin, end = _key_tiles(tiles, key_tile)
+    starts = jnp.arange(tiles.num_keys.shape[0] + 1, dtype=jnp.int32)
+    if heaviest_first:
+        _, tile, begin, end = lax.sort((begin - end, tile, begin, end), num_keys=1)
+    return Items(tile, begin, end, starts)
 
 
 def _key_tiles(tiles: QueryTiles, key_tile: int) -> tuple[Array, Array]:

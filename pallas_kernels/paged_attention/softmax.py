@@ -43,6 +43,7 @@ def extend(
     visible: Bool[Array, "*#rows tokens"] | None,
     v: Any,
     *,
+    scale: float = 1.0,
     product: Callable[[Array, Any], Any],
     exp: Callable[[Array], Array] = jnp.exp,
 ) -> Partial:
@@ -53,12 +54,14 @@ def extend(
       scores: of the tile's tokens.
       visible: which of them a row sees; None for all.
       v: the tile's values, or codes; what it holds at tokens nobody sees must be finite.
+      scale: of the scores; positive.
       product: of `p [*rows, tokens]` and `v`, as `seen.o` is.
     """
     if visible is not None:
         scores = jnp.where(visible, scores, LOWEST)
-    m = jnp.maximum(seen.m, jnp.max(scores, axis=-1))
-    p = exp(scores - m[..., None])
+    # After the maximum, so that each score takes one multiplication and addition, in one instruction.
+    m = jnp.maximum(seen.m, jnp.max(scores, axis=-1) * scale)
+    p = exp(scores * scale - m[..., None])
     if visible is not None:
         # A row that has seen nothing yet has `m` at LOWEST too, and exp(0) is one.
         p = jnp.where(visible, p, 0.0)

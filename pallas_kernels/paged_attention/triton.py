@@ -25,9 +25,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
+from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.quantization import as_float8
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -35,8 +37,8 @@ from pallas_kernels.sizes import next_power_of_two
 _LOG2E = log2(e)
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
-# In a word of 32 bits.
-_CODES = 4
+# Codes in a word of 32 bits.
+_WORD = 4
 
 
 def paged_attention(
@@ -72,29 +74,33 @@ def paged_attention(
         tokens, tuning.query_tile, kv_lengths, query_starts, table_rows, window=window, skipped=skipped
     )
     num_tiles = tiles.num_keys.shape[0]
-    num_items = tuning.num_items(num_tiles, kv_heads, max_keys, prompts=tokens > 16 * num_seqs)
+    prompts = tokens > 16 * num_seqs
+    num_items = tuning.num_items(num_tiles, kv_heads, max_keys, prompts=prompts)
     if shared is not None:
         num_items = max(num_items, num_tiles + 1)
     split = num_items > num_tiles
-    items = (
-        schedule.share(tiles, num_items, tuning.key_tile) if split else schedule.whole(tiles, tuning.key_tile)
-    )
+    if split:
+        items = schedule.share(tiles, num_items, tuning.key_tile)
+    else:
+        items = schedule.whole(tiles, tuning.key_tile, heaviest_first=prompts)
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words = 1 if k_scales is None else _CODES
+    words = 1 if k_scales is None else tuning.codes_a_word
+    view = _as_words if words > 1 else as_float8
     arrays = (
         jnp.asarray(layer, jnp.int32).reshape(1),
         page_table,
         sinks,
         q,
-        *((k_pages, v_pages) if words == 1 else (_as_words(k_pages), _as_words(v_pages), k_scales, v_scales)),
+        *pool_arrays(view(k_pages), view(v_pages), k_scales, v_scales),
     )
     visit = partial(
         _visit,
         arrays,
-        codes=None if words == 1 else k_pages.dtype,
+        words=words,
+        codes=None if k_scales is None else k_pages.dtype,
         scale=scale,
         window=window,
         softcap=softcap,
@@ -143,7 +149,7 @@ def paged_attention(
 
 def _as_words(codes):
     # Which a GPU's compiler takes for another name of the same memory.
-    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, _CODES), jnp.int32)
+    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, _WORD), jnp.int32)
 
 
 def _outputs(q):
@@ -156,7 +162,7 @@ def _rows(q, kv_heads: int, words: int, tuning: Tuning) -> Callable[..., "_Rows"
 
 
 def _visit(
-    arrays, tiles, items, *, codes, scale, window, softcap, tuning, split, name, cost, interpret
+    arrays, tiles, items, *, words, codes, scale, window, softcap, tuning, split, name, cost, interpret
 ) -> tuple[jax.Array, ...]:
     """One launch: what the rows of the tiles see, whole (`out, lse`) or in parts, by item (`m, l, o`)."""
     q, k = arrays[3:5]
@@ -167,7 +173,7 @@ def _visit(
     ]
     kernel = partial(
         _attend,
-        rows=_rows(q, kv_heads, 1 if codes is None else _CODES, tuning),
+        rows=_rows(q, kv_heads, words, tuning),
         codes=codes,
         key_tile=tuning.key_tile,
         scale=scale,
@@ -333,16 +339,17 @@ def _attend(
         if scale_refs:
             k_scale, v_scale = scales_of_tile
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
-        if softcap is None:
-            scores = scores * (scale * _LOG2E)
-        else:
-            scores = (softcap * _LOG2E) * _tanh(scores * (scale / softcap))
+        if softcap is not None:
+            scores = (softcap / scale) * _tanh(scores * (scale / softcap))
         visible = None
         if edge:
             visible = places[None, :] <= row_place[:, None]
             if window is not None:
                 visible &= places[None, :] > row_place[:, None] - window
-        return softmax.extend(seen, scores, visible, v, product=weigh_tile, exp=jnp.exp2), next_ids
+        seen = softmax.extend(
+            seen, scores, visible, v, scale=scale * _LOG2E, product=weigh_tile, exp=jnp.exp2
+        )
+        return seen, next_ids
 
     carry = mine.nothing_seen(), page_ids(begin)
     # In the interior every row sees every token of a tile, and nothing is masked.
@@ -362,11 +369,11 @@ def _attend(
 
 def _unpack(tile, codes):
     """A tile as it was loaded, by parts: a tile of words holds four codes in each."""
-    if codes is None:
+    if tile.dtype != jnp.int32:
         return (tile,)
     if codes == jnp.int8:
-        return tuple((tile << (24 - 8 * part)) >> 24 for part in range(_CODES))
-    bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(_CODES))
+        return tuple((tile << (24 - 8 * part)) >> 24 for part in range(_WORD))
+    bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(_WORD))
     return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
 
 

@@ -26,6 +26,7 @@ class Tuning:
       key_tile: tokens of K and V that it works on at a time, a power of two.
       num_warps, num_stages: as Triton means them.
       programs: to be resident on the device at once. Query tiles are cut until there are so many.
+      codes_a_word: codes of a byte that are read, and multiplied, as parts of a word: 1 or 4.
       exact_float32: float32 products as they are, where a GPU's matrix units take float32 (CDNA) or
         none at all. Else three products of TF32 parts, as accurate and on matrix units.
     """
@@ -35,6 +36,7 @@ class Tuning:
     num_warps: int
     num_stages: int
     programs: int
+    codes_a_word: int = 4
     exact_float32: bool = False
 
     def __post_init__(self):
@@ -43,6 +45,8 @@ class Tuning:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
         if self.key_tile != next_power_of_two(self.key_tile):
             raise ValueError(f"key_tile={self.key_tile} must be a power of two")
+        if self.codes_a_word not in (1, 4):
+            raise ValueError(f"codes_a_word={self.codes_a_word} must be 1 or 4")
 
     def num_items(self, num_tiles: int, kv_heads: int, max_keys: int, *, prompts: bool) -> int:
         """Items to cut the query tiles into: `num_tiles` where a second launch would not pay."""
@@ -82,31 +86,42 @@ def choose(
     # Of what is multiplied: codes become numbers of q's dtype first.
     itemsize = jnp.dtype(q_dtype if codes else dtype).itemsize
     row_bytes = next_power_of_two(head_dim) * itemsize
-    # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more.
+    # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more, and so
+    # do codes and the numbers that they become.
     max_rows = 32 if rdna else _MAX_ROWS
     max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes))
-    if itemsize == 4:
+    if itemsize == 4 or (codes and row_bytes > 256):
         max_rows = max(16, max_rows // 2)
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
-    many_registers = next_power_of_two(query_tile * group) > 32 or row_bytes > 512
+    rows = next_power_of_two(query_tile * group)
+    many_registers = rows > 32 or row_bytes > 512
+    most_registers = rows * row_bytes > 64 * 256 or (codes and rows > 64)
     # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit. Codes
     # take half of it, and more tiles are under way.
     key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
-        return Tuning(query_tile, 16, 8 if row_bytes > 128 or many_registers else 4, 1, programs, True)
+        num_warps = 8 if row_bytes > 128 or many_registers else 4
+        return Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
     if device.platform == "rocm":
-        # Codes and the numbers they become are both held in registers.
         key_tile = min(key_tile, 32 if codes and many_registers else 64)
-        return Tuning(query_tile, key_tile, 8 if many_registers else 4, 1, programs, True)
+        if most_registers:
+            key_tile = min(key_tile, 16 if codes or row_bytes > 256 else 32)
+        num_warps = 8 if many_registers else 4
+        return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+    if codes:
+        key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
+    num_stages, codes_a_word = (6 if codes else 4), 4
     if not 90 <= int(device.arch[3:]) < 120:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
         key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
-    else:
-        num_stages = 6 if codes else 4
-    return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs)
+    elif most_registers:
+        # Parts of words would take more; and these matrix units read V from shared memory, where it comes
+        # sixteen bytes at a time either way.
+        codes_a_word = 1
+    return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs, codes_a_word)
 
 
 def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
@@ -125,6 +140,6 @@ def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) 
     """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
-    if head_dim % 4 and any(is_quantized(array.dtype) for array in arrays):
+    if device.platform == "cuda" and head_dim % 4 and any(is_quantized(array.dtype) for array in arrays):
         return f"head_dim {head_dim} for codes: they are read by fours"
     return lacks_dtype(device, *arrays)
