@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from pallas_kernels.quantization import WORD
+
 
 @dataclass(frozen=True, slots=True)
 class Device:
@@ -46,9 +48,8 @@ def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct, converts:
     for array in arrays:
         if array.dtype not in served:
             return str(array.dtype)
-        # Pallas counts offsets in numbers, and changes to 64 bits by bytes.
-        if array.dtype.itemsize == 1 and 2**31 < array.size <= 2**32:
-            return f"64-bit offsets for an array of {array.size} codes (it has them above 2**32)"
+        if array.dtype.itemsize == 1 and array.shape[-1] % WORD:
+            return f"rows of {array.shape[-1]} codes: it takes them by fours"
         old = device.platform == "cuda" and int(device.arch[3:]) < 89
         if converts and array.dtype == jnp.uint8 and old:
             return f"uint8 (E4M3FN) on {device.arch}: GPUs convert it from sm_89 on"

@@ -4,13 +4,15 @@ The dtype of the pool says what the codes are: int8 is integers, uint8 the bits 
 of XLA's own float8 dtype would be converted whole, and copied, by each write on a CPU.)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+# Codes of a word of 32 bits.
+WORD = 4
 _LARGEST_INT8, _LARGEST_E4M3FN = 127.0, 448.0
 # Scales tried for E4M3FN, as multiples of the one that makes the largest number the largest code.
 _FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
@@ -98,3 +100,28 @@ def dequantize(
 def as_float8(array: Array) -> Array:
     """Bits as the dtype that a GPU's kernel converts; any other array as it is."""
     return lax.bitcast_convert_type(array, jnp.float8_e4m3fn) if array.dtype == jnp.uint8 else array
+
+
+def as_words(codes: Array) -> Array:
+    """Codes, four to an int32, the first in the lowest byte; any other array as it is.
+
+    For a GPU's compiler it is another name of the same memory. Pallas counts offsets in numbers of an array
+    and changes to 64 bits by its bytes: words are few enough where codes would not be.
+    """
+    if codes.dtype.itemsize > 1:
+        return codes
+    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, WORD), jnp.int32)
+
+
+def from_words(words: Array, dtype: DTypeLike) -> Array:
+    """What `as_words` was given, of this dtype."""
+    if jnp.dtype(dtype).itemsize > 1:
+        return words
+    return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
+
+
+def each_pair(write: Callable[[Array, Array], Iterable[Array]], pool: Sequence[Array]) -> tuple[Array, ...]:
+    """`write(k, v)` of a pool's pages and, if it has them, of its scales; codes go as words."""
+    words = [as_words(array) for array in pool]
+    written = [part for pair in zip(words[::2], words[1::2], strict=True) for part in write(*pair)]
+    return tuple(from_words(part, array.dtype) for part, array in zip(written, pool, strict=True))

@@ -11,7 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import cost
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import as_float8, quantize
+from pallas_kernels.quantization import WORD, as_words, from_words, quantize
 from pallas_kernels.sizes import next_power_of_two
 
 # Numbers of K that a program holds, and as many of V: 32 a thread.
@@ -23,11 +23,11 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
     tokens, kv_heads, head_dim = k.shape
     if tokens == 0:
         return pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    pool = pool_arrays(as_float8(k_pages), as_float8(v_pages), k_scales, v_scales)
+    pool = pool_arrays(as_words(k_pages), as_words(v_pages), k_scales, v_scales)
     dims = next_power_of_two(head_dim)
     heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // dims))
     append = launch(
-        partial(_append, heads=heads, dims=dims),
+        partial(_append, heads=heads, dims=dims, dtype=k_pages.dtype),
         grid=(-(-kv_heads // heads), tokens),
         out_shape=tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pool),
         name="append_kv",
@@ -40,10 +40,10 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
         aliases={5 + i: i for i in range(len(pool))},
     )
     written = append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, *pool)
-    return tuple(lax.bitcast_convert_type(array, k_pages.dtype) for array in written[:2]) + written[2:]
+    return tuple(from_words(array, k_pages.dtype) for array in written[:2]) + written[2:]
 
 
-def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, dims: int):
+def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, dims: int, dtype):
     k_pages, v_pages, *scales = pool[len(pool) // 2 :]
     block, token = pl.program_id(0), pl.program_id(1)
     layer, page, offset = layer_ref[0], page_ref[token], offset_ref[token]
@@ -51,13 +51,22 @@ def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, di
     exists = (head < k_ref.shape[1])[:, None] & (dim < k_ref.shape[2])[None, :]
     # A page past the end is padding; so is what a place that is no place would write.
     in_pool = (page >= 0) & (page < k_pages.shape[1]) & (offset >= 0) & (offset < k_pages.shape[3])
-    wanted = exists & in_pool
     for i, (new, pages) in enumerate(((k_ref, k_pages), (v_ref, v_pages))):
         values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=0.0)
+        number, wanted = dim, exists & in_pool
         if scales:
             # Triton has no rounding to an even half.
-            values, scale = quantize(values, pages.dtype, nearest=lambda x: jnp.floor(x + 0.5))
+            values, scale = quantize(values, dtype, nearest=lambda x: jnp.floor(x + 0.5))
             has_scale = in_pool & (head < k_ref.shape[1])
             plgpu.store(scales[i].at[layer, page, head, offset], scale, mask=has_scale)
-        at = pages.at[layer, page, head[:, None], offset, dim[None, :]]
+            values, number = _pack(values), lax.iota(jnp.int32, dims // WORD)
+            wanted = has_scale[:, None] & (number < pages.shape[4])[None, :]
+        at = pages.at[layer, page, head[:, None], offset, number[None, :]]
         plgpu.store(at, values.astype(pages.dtype), mask=wanted)
+
+
+def _pack(codes):
+    """Rows of codes as rows of words, as `as_words` does it, with what Triton has."""
+    heads, dims = codes.shape
+    bytes_ = (codes.astype(jnp.int32) & 0xFF).reshape(heads, dims // WORD, WORD)
+    return jnp.sum(bytes_ << (8 * lax.iota(jnp.int32, WORD)), axis=-1, dtype=jnp.int32)

@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
+from pallas_kernels.quantization import each_pair
 from pallas_kernels.sizes import next_power_of_two
 
 # Bytes that a program holds at a time: 64 a thread.
@@ -21,13 +22,10 @@ def copy_pages(pool, sources, destinations, *, interpret: bool):
     """See `api.copy_pages`."""
     if sources.shape[0] == 0:
         return pool
-    pairs = zip(pool[::2], pool[1::2], strict=True)  # K and V, and their scales
-    return tuple(
-        copied for pair in pairs for copied in _copy_pair(*pair, sources, destinations, interpret=interpret)
-    )
+    return each_pair(partial(_copy_pair, sources, destinations, interpret=interpret), pool)
 
 
-def _copy_pair(k_pages, v_pages, sources, destinations, *, interpret: bool):
+def _copy_pair(sources, destinations, k_pages, v_pages, *, interpret: bool):
     layers, num_pages = k_pages.shape[:2]
     numbers = prod(k_pages.shape[2:])
     flat = layers, num_pages, numbers

@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
+from pallas_kernels.quantization import each_pair
 from pallas_kernels.sizes import next_power_of_two
 
 # Bytes of K that a program carries, and as many of V: 32 of each a thread.
@@ -28,12 +29,10 @@ _GROUPS = 32
 
 def move_pages(pool, targets, *, interpret: bool):
     """See `api.move_pages`."""
-    way = chains(targets)
-    pairs = zip(pool[::2], pool[1::2], strict=True)  # K and V, and their scales
-    return tuple(moved for pair in pairs for moved in _move_pair(*pair, way, interpret=interpret))
+    return each_pair(partial(_move_pair, chains(targets), interpret=interpret), pool)
 
 
-def _move_pair(k_pages, v_pages, way, *, interpret: bool):
+def _move_pair(way, k_pages, v_pages, *, interpret: bool):
     layers, num_pages = k_pages.shape[:2]
     numbers = prod(k_pages.shape[2:])
     block = min(_BLOCK_BYTES // k_pages.dtype.itemsize, next_power_of_two(numbers))

@@ -29,7 +29,7 @@ from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import as_float8
+from pallas_kernels.quantization import WORD, as_float8, as_words
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -37,8 +37,6 @@ from pallas_kernels.sizes import next_power_of_two
 _LOG2E = log2(e)
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
-# Codes in a word of 32 bits.
-_WORD = 4
 
 
 def paged_attention(
@@ -87,8 +85,11 @@ def paged_attention(
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words = 1 if k_scales is None else tuning.codes_a_word
-    view = _as_words if words > 1 else as_float8
+    words = 1
+    if k_scales is not None:
+        # So many codes Pallas does not address one by one: see `as_words`.
+        words = WORD if 2**31 < k_pages.size <= 2**32 else tuning.codes_a_word
+    view = as_words if words > 1 else as_float8
     arrays = (
         jnp.asarray(layer, jnp.int32).reshape(1),
         page_table,
@@ -145,11 +146,6 @@ def paged_attention(
             interpret=interpret,
         )(*merged)
     )
-
-
-def _as_words(codes):
-    # Which a GPU's compiler takes for another name of the same memory.
-    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, _WORD), jnp.int32)
 
 
 def _outputs(q):
@@ -372,8 +368,8 @@ def _unpack(tile, codes):
     if tile.dtype != jnp.int32:
         return (tile,)
     if codes == jnp.int8:
-        return tuple((tile << (24 - 8 * part)) >> 24 for part in range(_WORD))
-    bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(_WORD))
+        return tuple((tile << (24 - 8 * part)) >> 24 for part in range(WORD))
+    bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(WORD))
     return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
 
 

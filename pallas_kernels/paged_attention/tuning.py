@@ -10,7 +10,6 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.quantization import is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -140,6 +139,4 @@ def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) 
     """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
-    if device.platform == "cuda" and head_dim % 4 and any(is_quantized(array.dtype) for array in arrays):
-        return f"head_dim {head_dim} for codes: they are read by fours"
     return lacks_dtype(device, *arrays)

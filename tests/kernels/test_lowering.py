@@ -9,6 +9,7 @@ import pytest
 import pallas_kernels
 from benchmarks.check_targets import Kernel, launches, pretend
 from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.quantization import is_quantized
 
 H100 = Device("sm_90", 132)
 
@@ -20,10 +21,12 @@ def shape(dims, dtype="int32"):
 def ir_of(operation, pool, device=H100):
     """Triton IR of the first launch of an operation on such a pool."""
     _, _, kv_heads, _, head_dim = pool.shape
-    token = shape((4, kv_heads, head_dim), pool.dtype)
+    quantized = is_quantized(pool.dtype)
+    dtype = jnp.bfloat16 if quantized else pool.dtype
+    token = shape((4, kv_heads, head_dim), dtype)
     arguments = {
         "paged_attention": (
-            shape((4, 2 * kv_heads, head_dim), pool.dtype),
+            shape((4, 2 * kv_heads, head_dim), dtype),
             *(pool, pool, shape((4, 8)), shape((4,)), shape((5,))),
         ),
         "append_kv": (pool, pool, token, token, shape((4,)), shape((4,))),
@@ -31,7 +34,13 @@ def ir_of(operation, pool, device=H100):
         "move_pages": (pool, pool, shape((pool.shape[1],))),
     }[operation]
     call = getattr(pallas_kernels, operation)
-    kernel = Kernel(operation, lambda _, *arrays: call(*arrays), arguments, (operation,), frozenset())
+    scales = (shape(pool.shape[:-1], "float32"),) * 2 * quantized
+
+    def run(_, *arrays):
+        arrays, scales = arrays[: len(arguments)], arrays[len(arguments) :]
+        return call(*arrays, **dict(zip(("k_scales", "v_scales"), scales, strict=False)))
+
+    kernel = Kernel(operation, run, arguments + scales, (operation,), frozenset())
     (launch,) = launches(kernel, device)
     return launch.ir
 
@@ -104,10 +113,17 @@ def test_a_pool_of_float64_is_refused_by_name_and_left_to_xla_by_auto():
             )
 
 
-@pytest.mark.parametrize("pages", [2**13 // 2 + 1, 2**13])
-def test_a_pool_of_codes_that_32_bits_would_not_address_is_left_to_xla(pages):
+@pytest.mark.parametrize("dtype", ["int8", "uint8"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_codes_that_32_bits_would_not_address_are_addressed_as_words(operation, dtype):
     """Offsets are counted in numbers, and Pallas changes to 64 bits over 2**32 bytes."""
-    pool = shape((32, pages, 8, 16, 128), "int8")
-    assert "64-bit offsets" in (lacks_dtype(H100, pool) or "")
-    for size in (2**12, 2**13 + 1):
-        assert lacks_dtype(H100, shape((32, size, 8, 16, 128), "int8")) is None
+    pool = shape((32, 2**13, 8, 16, 128), dtype)
+    assert 2**31 < pool.size <= 2**32
+    ir = ir_of(operation, pool)
+    assert "!tt.ptr<i32>" in ir
+    assert not re.findall(r"!tt\.ptr<(?:i8|f8\w*)>", ir)
+
+
+def test_rows_of_codes_that_make_no_words_are_left_to_xla():
+    assert "by fours" in (lacks_dtype(H100, shape((2, 3, 2, 4, 6), "int8")) or "")
+    assert lacks_dtype(H100, shape((2, 3, 2, 4, 6), "bfloat16")) is None
