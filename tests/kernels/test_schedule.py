@@ -90,7 +90,7 @@ def test_a_long_sequence_is_cut_as_finely_as_many_short_ones_allow():
     assert np.count_nonzero(sizes) == 63 + -(-512 // sizes.max())
 
 
-PAGE, UNIT = 4, 8
+PAGE, UNIT, MOST_SEQS = 4, 8, 7
 TOKEN_BYTES, PARTIAL_BYTES = 16, 24
 forests = st.lists(
     st.tuples(
@@ -100,7 +100,7 @@ forests = st.lists(
         st.integers(0, 3),  # of them, those that ask
     ),
     min_size=1,
-    max_size=7,
+    max_size=MOST_SEQS,
 )
 
 
@@ -114,8 +114,9 @@ def test_a_run_shares_what_all_its_sequences_begin_with(forest):
         rows.append(base + [next(fresh) for _ in range(-(-length // PAGE) - len(base))])
         lengths.append(length)
         queries.append(min(asked, length))
-    width = max(1, *map(len, rows)) + 1
-    table = np.full((len(rows), width), 1000, np.int32)
+    absent = MOST_SEQS - len(rows)
+    rows, lengths, queries = rows + [[]] * absent, lengths + [0] * absent, queries + [0] * absent
+    table = np.full((MOST_SEQS, 40), 1000, np.int32)
     for row, pages in enumerate(rows):
         table[row, : len(pages)] = pages
     starts = np.cumsum([0, *queries], dtype=np.int32)
