@@ -11,6 +11,7 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig
+from pallas_kernels import paged_attention
 from tests import jitted
 from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poisoned_init
 from tests.kernels import reference
@@ -255,3 +256,18 @@ class Variants(chex.TestCase):
         for rows in (slice(0, 5), slice(5, 7)):
             want[rows], _ = reference.attention(*(float64(x[rows]) for x in (q, k, v)))
         chex.assert_trees_all_close(float64(out), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 200])
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_reading_takes_no_copy_of_the_pool(num_layers, kv_heads, page_size):
+    num_pages = 2**17 // page_size
+    pool = jax.ShapeDtypeStruct((num_layers, num_pages, kv_heads, page_size, 64), "float32")
+    numbers = [(2, 8), (2,), (3,)]
+    table, lengths, starts = (jax.ShapeDtypeStruct(shape, "int32") for shape in numbers)
+    q = jax.ShapeDtypeStruct((2, 2 * kv_heads, 64), "float32")
+    layer = jax.ShapeDtypeStruct((), "int32")
+    attend = jax.jit(lambda layer, *arrays: paged_attention(*arrays, layer=layer, backend="xla"))
+    memory = attend.lower(layer, q, pool, pool, table, lengths, starts).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < pool.size * 4 / 16

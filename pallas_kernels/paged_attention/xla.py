@@ -256,7 +256,9 @@ class KeyTiles:
         shapes = [(kv_heads, self.pages, self.size // self.pages * width) for width in widths]
         # Reshaped outside of the branch: within it XLA counts the whole pool as read, and splits the copy
         # over threads, which costs more than it saves.
-        pool = [pages.reshape(*pages.shape[:3], -1) for pages in pool]
+        # An axis of one head it would lay out otherwise, and copy the whole pool for that.
+        leading = 2 if kv_heads == 1 else 3
+        pool = [pages.reshape(*pages.shape[:leading], -1) for pages in pool]
 
         def copy():
             tile = [self._copy(pages, layer, where, shape) for pages, shape in zip(pool, shapes, strict=True)]
@@ -276,11 +278,20 @@ class KeyTiles:
     def _copy(self, pages, layer, where: "_Where", shape):
         """`[kv_heads, pages, tokens * head_dim]` float32."""
         kv_heads, _, run = shape
+        start = where.start * (run * self.pages // self.size)
+        if pages.ndim == 3:
+            if self.pages > _MAX_SLICES:
+                return as_float32(pages.at[layer, where.ids].get(mode="promise_in_bounds"))[None]
+            runs = [
+                jax.lax.dynamic_slice(pages, (layer, where.ids[i], start), (1, 1, run))[0]
+                for i in range(self.pages)
+            ]
+            return as_float32(jnp.stack(runs, axis=1))
         if self.pages > _MAX_SLICES:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
             tile = pages.at[layer, where.ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
             return as_float32(tile)
-        zero, start = jnp.zeros((), jnp.int32), where.start * (run * self.pages // self.size)
+        zero = jnp.zeros((), jnp.int32)
         runs = [
             jax.lax.dynamic_slice(pages, (layer, where.ids[i], zero, start), (1, 1, kv_heads, run))[0, 0]
             for i in range(self.pages)

@@ -1,0 +1,196 @@
+"""Who races in `bench_attention`: our backends, and every peer that is installed.
+
+A contestant is prepared from a problem's arrays, which it may lay out as it likes, outside the clock. It says
+why it cannot run by raising `Absent`.
+"""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from benchmarks.attention_problems import Arrays, Problem, tokens_of
+from benchmarks.timing import stopwatch
+
+HAS_GPU = jax.default_backend() == "gpu"
+
+
+class Absent(Exception):
+    """A contestant that cannot run this problem here, and why."""
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """What the race needs.
+
+    Attributes:
+      check: the result for layer 0, `[tokens, q_heads, head_dim]`.
+      seconds: does the work and says how long one layer took.
+    """
+
+    check: Callable[[], Any]
+    seconds: Callable[[], float]
+
+
+def jaxkv(problem: Problem, arrays: Arrays, *, backend: str, shared_prefix: bool | None = None) -> Contestant:
+    """Ours."""
+    scales = dict(zip(("k_scales", "v_scales"), arrays.scales, strict=False))
+
+    def attend(layer, q, pages, rows, scales):
+        return pallas_kernels.paged_attention(
+            q, *pages, *rows, layer=layer, backend=backend, shared_prefix=shared_prefix, **scales
+        )
+
+    return _of_jax(attend, problem, arrays.q, arrays[1:3], arrays[3:6], scales)
+
+
+def dot_product(problem: Problem, arrays: Arrays, *, implementation: str | None = None) -> Contestant:
+    """`jax.nn.dot_product_attention` on a dense cache, padded to the longest sequence."""
+    q, k, v, mask = _dense(problem, arrays)
+    whole = problem.lengths == problem.queries and len(set(problem.lengths)) == 1
+    if implementation is not None and problem.stored not in ("bfloat16", "float16"):
+        raise Absent(f"{implementation} does not take {problem.stored}")
+
+    def attend(layer, q, kv, mask):
+        k, v = (array[layer] for array in kv)
+        options = dict(is_causal=True) if whole else dict(mask=mask)
+        return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)
+
+    return _of_jax(attend, problem, q, (k, v), mask, unpad=partial(_unpad, problem))
+
+
+def heads_major(problem: Problem, arrays: Arrays, *, transposed: bool) -> Contestant:
+    """Two einsums by hand on a dense cache `[seqs, kv_heads, tokens, head_dim]`, K perhaps transposed."""
+    if problem.race == "prefill":
+        raise Absent("for decode")
+    q, k, v, mask = _dense(problem, arrays)
+    q_heads, kv_heads, head_dim = problem.heads
+    seqs, queries = q.shape[:2]
+    q = q.reshape(seqs, queries, kv_heads, q_heads // kv_heads, head_dim)
+    k = k.transpose((0, 1, 3, 4, 2) if transposed else (0, 1, 3, 2, 4))
+    v = v.transpose(0, 1, 3, 2, 4)
+
+    def attend(layer, q, kv, mask):
+        k, v = (array[layer] for array in kv)
+        scores = jnp.einsum("bqhgd,bhdt->bhqgt" if transposed else "bqhgd,bhtd->bhqgt", q, k) * head_dim**-0.5
+        scores = jnp.where(mask[:, :, :, None], scores.astype(jnp.float32), -jnp.inf)
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        return jnp.einsum("bhqgt,bhtd->bqhgd", weights, v).astype(q.dtype)
+
+    def unpad(out):
+        return _unpad(problem, out.reshape(seqs, queries, q_heads, head_dim))
+
+    return _of_jax(attend, problem, q, (k, v), mask, unpad=unpad)
+
+
+def jax_own(problem: Problem, arrays: Arrays) -> Contestant:
+    """JAX's paged attention for GPUs, on pools in the layout that it wants. It takes no scale."""
+    if not HAS_GPU:
+        raise Absent("it needs a GPU")
+    if problem.race == "prefill" or problem.stored != problem.dtype:
+        raise Absent("for decode of floats")
+    from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
+
+    pools = [pages.swapaxes(1, 2) for pages in arrays[1:3]]
+    table = jnp.clip(arrays.page_table, 0, arrays.k_pages.shape[1] - 1)
+
+    def attend(layer, q, pools, table, lengths):
+        k, v = (pool[layer] for pool in pools)
+        return paged_attention(q * problem.heads[2] ** -0.5, k, v, table, lengths)
+
+    return _of_jax(attend, problem, arrays.q, pools, table, arrays.kv_lengths)
+
+
+def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
+    """PyTorch's `scaled_dot_product_attention` on a dense cache, padded to the longest sequence."""
+    if not importlib.util.find_spec("torch"):
+        raise Absent("not installed")
+    import torch  # pyright: ignore[reportMissingImports]
+    import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+
+    device = "cuda" if HAS_GPU else "cpu"
+    if HAS_GPU and not torch.cuda.is_available():
+        raise Absent("PyTorch sees no GPU")
+    q, k, v, mask = _dense(problem, arrays)
+    whole = problem.lengths == problem.queries and len(set(problem.lengths)) == 1
+
+    def to_torch(array):
+        numbers = torch.from_numpy(np.asarray(array, np.float32))
+        return numbers.to(device, torch.bfloat16 if problem.dtype == "bfloat16" else torch.float32)
+
+    # [.., heads, tokens, head_dim]
+    q, k, v = (to_torch(array).transpose(-2, -3).contiguous() for array in (q, k, v))
+    mask = torch.from_numpy(np.array(mask)).to(device)
+
+    def attend(layer):
+        options = dict(is_causal=True) if whole else dict(attn_mask=mask)
+        return F.scaled_dot_product_attention(q, k[layer], v[layer], enable_gqa=True, **options)
+
+    def check():
+        return _unpad(problem, attend(0).transpose(1, 2).float().cpu().numpy())
+
+    @torch.inference_mode()
+    def seconds():
+        if HAS_GPU:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for call in range(_calls() * problem.layers):
+            attend(call % problem.layers)
+        if HAS_GPU:
+            torch.cuda.synchronize()
+        return (time.perf_counter() - start) / (_calls() * problem.layers)
+
+    return Contestant(check, seconds)
+
+
+def _calls() -> int:
+    return 5 if HAS_GPU else 1
+
+
+def _of_jax(attend, problem: Problem, q, *arguments, unpad=lambda out: out) -> Contestant:
+    """`attend(layer, q, *arguments)`: several calls in one program, each waiting for the one before."""
+    calls = _calls() * problem.layers
+
+    @jax.jit
+    def run(q, *arguments):
+        for call in range(calls):
+            q = (q + attend(call % problem.layers, q, *arguments)).astype(q.dtype)
+        return q
+
+    check = jax.jit(partial(attend, 0))
+    return Contestant(
+        check=lambda: unpad(check(q, *arguments)),
+        seconds=lambda: stopwatch(run, q, *arguments)[0] / calls,
+    )
+
+
+def _dense(problem: Problem, arrays: Arrays):
+    """Padded q `[seqs, queries, q_heads, head_dim]`, K and V `[layers, seqs, tokens, kv_heads, head_dim]`, and
+    which keys a query sees, `[seqs, 1, queries, tokens]`."""
+    longest, most = max(problem.lengths), max(problem.queries)
+    seqs, kv_heads, head_dim = len(problem.lengths), *problem.heads[1:]
+    if 2 * problem.layers * seqs * longest * kv_heads * head_dim * 4 > 16 * 2**30:
+        raise Absent("its padded cache would take more than 16 GiB")
+    k, v = (np.zeros((problem.layers, seqs, longest, kv_heads, head_dim), np.float32) for _ in range(2))
+    q = np.zeros((seqs, most, *arrays.q.shape[1:]), np.float32)
+    mask = np.zeros((seqs, 1, most, longest), bool)
+    for seq, (length, asked) in enumerate(zip(problem.lengths, problem.queries, strict=True)):
+        for layer in range(problem.layers):
+            k[layer, seq, :length], v[layer, seq, :length] = tokens_of(arrays, seq, layer)
+        first = int(arrays.query_starts[seq])
+        q[seq, :asked] = np.asarray(arrays.q[first : first + asked], np.float32)
+        mask[seq, 0, :asked] = np.arange(longest) <= np.arange(length - asked, length)[:, None]
+        mask[seq, 0, asked:, 0] = True  # rows of padding: a softmax over nothing would be NaN
+    return (*(jnp.asarray(array, problem.dtype) for array in (q, k, v)), jnp.asarray(mask))
+
+
+def _unpad(problem: Problem, out) -> np.ndarray:
+    rows = [np.asarray(out[seq, :asked], np.float32) for seq, asked in enumerate(problem.queries)]
+    return np.concatenate(rows)

@@ -1,0 +1,336 @@
+"""The race: attention, append and page copy beside whatever else can do it, in one run.
+
+    python -m benchmarks.bench_attention [--only PART ...]
+
+Every contestant is held to NumPy float64 first, and takes its turns with the others. A time is that of one
+layer; on a GPU, of several calls in one program, each waiting for the one before, over layers that together
+do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the copy bandwidth of the
+same run, or the counted flops at its rate of matrix products, whichever is longer.
+
+On a CPU the `xla` backend races dense caches of the same contents, padded as they must be. Without a GPU
+nothing here says anything of one.
+
+Exit status: 0, or 1 where a result is wrong or a bar is missed. The last line of output is one JSON document,
+which `benchmarks/results/` keeps, with a plot of bandwidth by context where matplotlib is installed.
+"""
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+import pallas_kernels
+from benchmarks import attention_contestants as contestants
+from benchmarks.attention_contestants import HAS_GPU, Absent, Contestant
+from benchmarks.attention_problems import Arrays, Problem, build, decode, ragged, uniform, worst_error
+from benchmarks.timing import RESULTS, Sample, conditions, interleave, publish, stopwatch, times
+from pallas_kernels import cost
+
+OURS, PLAIN = "jaxkv", "jaxkv, sharing nothing"
+ROUNDS = 9
+MEGABYTE = 1e6
+# Peers of a GPU that are not wired up: their calls would be written blind.
+NOT_WIRED = "FlashAttention-3", "FlashInfer", "vLLM's Triton kernel"
+
+PEERS: dict[str, Callable[[Problem, Arrays], Contestant]] = {
+    "jax.nn.dot_product_attention": contestants.dot_product,
+    "dense einsum": partial(contestants.heads_major, transposed=False),
+    "dense einsum, K transposed": partial(contestants.heads_major, transposed=True),
+    "PyTorch SDPA": contestants.torch_sdpa,
+    "JAX's paged attention": contestants.jax_own,
+    "cuDNN, contiguous": partial(contestants.dot_product, implementation="cudnn"),
+}
+EINSUMS = "dense einsum", "dense einsum, K transposed"
+
+
+def problems() -> list[Problem]:
+    """Everything raced over, as far as memory goes."""
+    return _for_gpu() if HAS_GPU else _for_cpu()
+
+
+def _for_cpu() -> list[Problem]:
+    prefill = partial(Problem, "prefill", page_size=16)
+    shared = partial(Problem, "shared prefix", page_size=16)
+    even, uneven = uniform(8, 4096), ragged(8, 128, 4096)
+    return [
+        decode(even),
+        decode(uneven),
+        decode(even, page_size=64),
+        decode(uneven, page_size=128),
+        decode(uniform(1, 4096)),
+        decode(even, heads=(9, 3, 64)),
+        decode(uneven, heads=(9, 3, 64)),
+        decode(uneven, heads=(8, 1, 128)),
+        decode(uneven, stored="int8"),
+        decode(uneven, stored="uint8"),
+        prefill(uniform(1, 512), uniform(1, 512)),
+        prefill(uniform(1, 2560), uniform(1, 512)),
+        shared(uniform(8, 2176), uniform(8, 1), shared=2048),
+        shared(uniform(32, 2176), uniform(32, 1), shared=2048),
+    ]
+
+
+def _for_gpu() -> list[Problem]:
+    """32/8/128 over every batch and context, the other heads at one of each, and what else the kernels do."""
+    floats = partial(decode, stored="bfloat16", dtype="bfloat16")
+    grid = [
+        floats(lengths, page_size=page_size)
+        for page_size in (16, 64)
+        for seqs in (1, 8, 64, 256)
+        for length in (1024, 8192, 32768, 131072)
+        for lengths in (uniform(seqs, length), ragged(seqs, length // 16, length))
+        if seqs > 1 or lengths == uniform(1, length)
+    ]
+    grid += [floats(uniform(64, 8192), page_size=page_size) for page_size in (32, 128)]
+    grid += [
+        floats(uniform(seqs, length), heads=heads)
+        for heads in ((8, 1, 128), (32, 32, 128), (64, 8, 128), (9, 3, 64))
+        for seqs, length in ((8, 8192), (64, 8192))
+    ]
+    grid += [
+        replace(floats(lengths), stored=stored)
+        for stored in ("int8", "uint8")
+        for lengths in (uniform(64, 8192), uniform(8, 32768), ragged(64, 512, 8192))
+    ]
+    sized = partial(Problem, stored="bfloat16", dtype="bfloat16")
+    grid += [
+        sized("prefill", uniform(1, cached + chunk), uniform(1, chunk))
+        for chunk in (512, 2048, 8192)
+        for cached in (0, 8192, 32768)
+    ]
+    grid += [
+        sized("shared prefix", uniform(seqs, prefix + 128), uniform(seqs, 1), shared=prefix)
+        for seqs in (8, 32, 128)
+        for prefix in (2048, 8192, 32768)
+    ]
+    memory = 40 * 2**30
+    return [
+        # A layer of a few megabytes is read from the L2 cache unless others come between.
+        replace(problem, layers=max(1, min(8, int(200 * MEGABYTE / problem.cost.bytes_accessed))))
+        for problem in grid
+        if problem.cost.bytes_accessed < memory
+    ]
+
+
+def bars_of(problem: Problem) -> dict[str, float]:
+    """How many times as fast as a contestant we must be."""
+    even = len(set(problem.lengths)) == 1
+    if not HAS_GPU:
+        if problem.heads != (32, 8, 128) or problem.race != "decode" or problem.stored != "float32":
+            return {PLAIN: 1.0} if problem.race == "shared prefix" else {}
+        if max(problem.lengths) * len(problem.lengths) < 8 * 4096:
+            return {}
+        einsum = 0.6 if even else 1.2
+        return {"jax.nn.dot_product_attention": 3.0 if even else 6.0, **dict.fromkeys(EINSUMS, einsum)}
+    if problem.cost.bytes_accessed < 256 * MEGABYTE and problem.race == "decode":
+        return {}
+    if problem.race == "prefill":
+        return {"cuDNN, contiguous": 0.6}
+    if problem.race == "shared prefix":
+        return {PLAIN: 5.0} if (len(problem.lengths), problem.shared) == (32, 8192) else {}
+    return {"copy bandwidth": 0.85, "JAX's paged attention": 1.0}
+
+
+def race(problem: Problem) -> dict:
+    """Checks and times everyone; prints a line each."""
+    print(f"\n{problem.name}", flush=True)
+    arrays, backend = build(problem), "triton" if HAS_GPU else "xla"
+    runners = {OURS: partial(contestants.jaxkv, backend=backend), **PEERS}
+    if problem.race == "shared prefix":
+        runners[PLAIN] = partial(contestants.jaxkv, backend=backend, shared_prefix=False)
+    runs, errors, absent = {}, {}, {}
+    for name, prepare in runners.items():
+        try:
+            contestant = prepare(problem, arrays)
+            error = worst_error(problem, arrays, contestant.check())
+        except Absent as reason:
+            absent[name] = str(reason)
+        except Exception as error:  # A peer that breaks is no reason to stop the others.
+            if name in (OURS, PLAIN):
+                raise
+            absent[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+        else:
+            errors[name] = error
+            if error <= 1:
+                runs[name] = contestant.seconds
+            else:
+                print(f"  {name:<30} WRONG: {error:.1f} times the tolerance, not timed")
+    runs["copy bandwidth"] = copy_seconds(problem.cost.bytes_accessed)
+    runs["matrix rate"] = product_seconds(problem.cost.flops, problem.dtype)
+    samples = interleave(runs, rounds=ROUNDS, warm_up=1)
+    roofline = max(samples["copy bandwidth"].median, samples["matrix rate"].median)
+    bars, rows, met = bars_of(problem), [], OURS in errors and errors[OURS] <= 1
+    for name, sample in samples.items():
+        ratio, bar = sample.over(samples[OURS]), bars.get(name)
+        held = bar is None or ratio.median >= bar
+        met &= held
+        rows.append(_row(name, problem, sample, ratio, bar, held))
+    for name, reason in absent.items():
+        print(f"  {name:<30} absent: {reason}")
+    print(f"  {'roofline':<30}{1e6 * roofline:>11,.0f} us")
+    return {
+        "problem": problem.name,
+        "bytes": problem.cost.bytes_accessed,
+        "flops": problem.cost.flops,
+        "roofline_seconds": roofline,
+        "errors_of_tolerance": {name: float(f"{error:.3g}") for name, error in errors.items()},
+        "absent": absent,
+        "rows": rows,
+        "met": met,
+    }
+
+
+def _row(name: str, problem: Problem, sample: Sample, ratio: Sample, bar: float | None, held: bool) -> dict:
+    seconds = sample.median
+    verdict = "" if bar is None else f"   bar {bar:g} {'met' if held else 'MISSED'}"
+    rate = f"{problem.cost.bytes_accessed / seconds / 1e9:>9,.1f} GB/s"
+    if problem.race == "prefill":
+        rate = f"{problem.cost.flops / seconds / 1e9:>8,.0f} GFLOP/s"
+    against = "" if name == OURS else f"   we are {times(ratio)}"
+    print(f"  {name:<30}{1e6 * seconds:>11,.0f} us {rate}{against}{verdict}", flush=True)
+    return {
+        "contestant": name,
+        "seconds": sample.as_json(),
+        "ratio": ratio.as_json(),
+        "bar": bar,
+        "met": held,
+    }
+
+
+def copy_seconds(num_bytes: int) -> Callable[[], float]:
+    """A device copy that reads and writes so many bytes together."""
+    source, calls = jnp.ones(max(1, int(num_bytes) // 4), jnp.bfloat16), 5 if HAS_GPU else 1
+
+    @jax.jit
+    def run(x):
+        for _ in range(calls):
+            # Adding zero would be taken out; each pass must wait for the one before.
+            x = jax.lax.optimization_barrier(x + jnp.bfloat16(1))
+        return x
+
+    return lambda: stopwatch(run, source)[0] / calls
+
+
+def product_seconds(flops: int, dtype: str) -> Callable[[], float]:
+    """The time of so many flops at the rate of a large square matrix product."""
+    size = 8192 if HAS_GPU else 1024
+    a = jnp.ones((size, size), dtype)
+    run = jax.jit(lambda a: a @ a)
+    return lambda: stopwatch(run, a)[0] * flops / (2 * size**3)
+
+
+def writes() -> list[dict]:
+    """Append of 256 tokens and a copy of 256 pages, each beside a device copy of the same bytes."""
+    layers, pages, tokens, copies = (32, 1024, 256, 256) if HAS_GPU else (4, 1024, 256, 256)
+    backend, calls = ("triton", 10) if HAS_GPU else ("xla", 4)
+    pool = jnp.zeros((layers, pages, 8, 16, 128), jnp.bfloat16)
+    new = jnp.ones((tokens, 8, 128), jnp.bfloat16)
+    page = jax.random.permutation(jax.random.key(0), pages)[:tokens].astype(jnp.int32)
+    offset = jnp.arange(tokens, dtype=jnp.int32) % 16
+    state = dict.fromkeys(("append", "copy"), (pool + 0, pool + 0))
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def append(k, v):
+        for call in range(calls):
+            k, v = pallas_kernels.append_kv(
+                k, v, new, new, page, offset, layer=call % layers, backend=backend
+            )
+        return k, v
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def copy(k, v):
+        number = jnp.arange(copies, dtype=jnp.int32)
+        for _ in range(calls):
+            k, v = pallas_kernels.copy_pages(k, v, number, number + pages // 2, backend=backend)
+        return k, v
+
+    def ours(name: str, run: Callable) -> Callable[[], float]:
+        def once() -> float:
+            seconds, state[name] = stopwatch(run, *state[name])
+            return seconds / calls
+
+        return once
+
+    sizes = dict(dtype=jnp.bfloat16)
+    appended = cost.append_kv(tokens=tokens, kv_heads=8, head_dim=128, pool_dtype=jnp.bfloat16, **sizes)
+    copied = cost.copy_pages(copies=copies, layers=layers, page_numbers=8 * 16 * 128, **sizes)
+    rows = []
+    for name, run, counted in (
+        (f"append {tokens} tokens", ours("append", append), appended.bytes_accessed),
+        (f"copy {copies} pages, {layers} layers", ours("copy", copy), copied.bytes_accessed),
+    ):
+        samples = interleave({OURS: run, "copy bandwidth": copy_seconds(counted)}, rounds=ROUNDS)
+        ratio, bar = samples[OURS].over(samples["copy bandwidth"]), 1.5 if HAS_GPU else None
+        met = bar is None or ratio.median <= bar
+        print(
+            f"\n{name}: {1e6 * samples[OURS].median:,.0f} us, {times(ratio)} the time of a device copy of "
+            f"the same bytes{'' if bar is None else f', bar {bar}: ' + ('met' if met else 'MISSED')}"
+        )
+        rows.append({"problem": name, "bytes": counted, "ratio_to_copy": ratio.as_json(), "met": met})
+    return rows
+
+
+def plot(results: list[dict]) -> None:
+    """Bandwidth by context of the decode races, one line a contestant."""
+    if not importlib.util.find_spec("matplotlib"):
+        print("no plot: matplotlib is not installed")
+        return
+    import matplotlib  # pyright: ignore[reportMissingImports]
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
+
+    raced = [result for result in results if result["problem"].startswith("decode")]
+    figure, axes = plt.subplots(figsize=(9, 5))
+    for name in dict.fromkeys(row["contestant"] for result in raced for row in result["rows"]):
+        if name == "matrix rate":
+            continue
+        points = sorted(
+            (result["bytes"] / MEGABYTE, result["bytes"] / row["seconds"]["median"] / 1e9)
+            for result in raced
+            for row in result["rows"]
+            if row["contestant"] == name
+        )
+        axes.plot(*zip(*points, strict=True), marker="o", linewidth=1, label=name)
+    axes.set(xscale="log", xlabel="K and V of the batch, MB", ylabel="GB/s of K and V", title="decode")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    now = conditions()
+    figure.savefig(RESULTS / f"attention-{now['machine']}-{now['date']}.png", dpi=110)
+
+
+def main() -> int:
+    """Runs the race; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Attention beside whatever else can do it, in one run.")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="of the problems' names")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    print(f"on {device.device_kind}, JAX {jax.__version__}; a ratio over 1: we are faster")
+    if HAS_GPU:
+        print(f"absent, for want of a wrapper here: {', '.join(NOT_WIRED)}")
+    else:
+        print("There is no GPU here: nothing below was run on one.")
+    chosen = [
+        problem
+        for problem in problems()
+        if options.only is None or any(part in problem.name for part in options.only)
+    ]
+    results = [race(problem) for problem in chosen]
+    if options.only is None:
+        results += writes()
+        plot(results)
+    publish("attention", {"on_gpu": HAS_GPU, "results": results}, keep=options.only is None)
+    missed = [result["problem"] for result in results if not result["met"]]
+    for name in missed:
+        print(f"missed: {name}", file=sys.stderr)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
