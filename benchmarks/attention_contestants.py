@@ -122,7 +122,7 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
     whole = problem.lengths == problem.queries and len(set(problem.lengths)) == 1
 
     def to_torch(array):
-        numbers = torch.from_numpy(np.asarray(array, np.float32))
+        numbers = torch.from_numpy(np.array(array, np.float32))
         return numbers.to(device, torch.bfloat16 if problem.dtype == "bfloat16" else torch.float32)
 
     # [.., heads, tokens, head_dim]
@@ -172,15 +172,16 @@ def _of_jax(attend, problem: Problem, q, *arguments, unpad=lambda out: out) -> C
 
 
 def _dense(problem: Problem, arrays: Arrays):
-    """Padded q `[seqs, queries, q_heads, head_dim]`, K and V `[layers, seqs, tokens, kv_heads, head_dim]`, and
-    which keys a query sees, `[seqs, 1, queries, tokens]`."""
-    longest, most = max(problem.lengths), max(problem.queries)
+    """Padded: q `[seqs, queries, q_heads, head_dim]`, K and V `[layers, seqs, tokens, kv_heads, head_dim]`,
+    and which keys a query sees, `[seqs, 1, queries, tokens]`."""
+    longest, asked_most = max(problem.lengths), max(problem.queries)
     seqs, kv_heads, head_dim = len(problem.lengths), *problem.heads[1:]
-    if 2 * problem.layers * seqs * longest * kv_heads * head_dim * 4 > 16 * 2**30:
-        raise Absent("its padded cache would take more than 16 GiB")
+    gibibytes = 2 * problem.layers * seqs * longest * kv_heads * head_dim * 4 / 2**30
+    if gibibytes > 4:
+        raise Absent(f"its padded cache would take {gibibytes:.0f} GiB, more than 4")
     k, v = (np.zeros((problem.layers, seqs, longest, kv_heads, head_dim), np.float32) for _ in range(2))
-    q = np.zeros((seqs, most, *arrays.q.shape[1:]), np.float32)
-    mask = np.zeros((seqs, 1, most, longest), bool)
+    q = np.zeros((seqs, asked_most, *arrays.q.shape[1:]), np.float32)
+    mask = np.zeros((seqs, 1, asked_most, longest), bool)
     for seq, (length, asked) in enumerate(zip(problem.lengths, problem.queries, strict=True)):
         for layer in range(problem.layers):
             k[layer, seq, :length], v[layer, seq, :length] = tokens_of(arrays, seq, layer)

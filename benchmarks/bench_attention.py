@@ -108,7 +108,7 @@ def _for_gpu() -> list[Problem]:
         for seqs in (8, 32, 128)
         for prefix in (2048, 8192, 32768)
     ]
-    memory = 40 * 2**30
+    memory = 8 * 2**30
     return [
         # A layer of a few megabytes is read from the L2 cache unless others come between.
         replace(problem, layers=max(1, min(8, int(200 * MEGABYTE / problem.cost.bytes_accessed))))

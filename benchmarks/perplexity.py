@@ -70,6 +70,8 @@ def main() -> int:
     assert loaded.tokenizer is not None
     prose = "\n\n".join(topics[name] for name in sorted(topics))
     ids = np.asarray(loaded.tokenizer.encode(prose[: 16 * WINDOW * options.windows]), np.int32)
+    if ids.size < options.windows * WINDOW or options.windows < 1:
+        parser.error(f"--windows {options.windows}: there are 1 to {ids.size // WINDOW}")
     windows = ids[: options.windows * WINDOW].reshape(options.windows, WINDOW)
     print(f"{loaded.name}, {windows.size} tokens of Python's own documentation in windows of {WINDOW}\n")
     print(f"{'K and V':<10}{'bytes a token':>14}{'perplexity':>12}{'against f32':>13}{'bar':>8}")
