@@ -11,9 +11,10 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig
-from pallas_kernels import paged_attention
+from pallas_kernels import paged_attention, use_backend
+from pallas_kernels.paged_attention import prefixes
 from tests import jitted
-from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poisoned_init
+from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poison, poisoned_init
 from tests.kernels import reference
 from tests.kernels.cases import TOLERANCE
 from tests.twin import Twin
@@ -271,3 +272,45 @@ def test_reading_takes_no_copy_of_the_pool(num_layers, kv_heads, page_size):
     attend = jax.jit(lambda layer, *arrays: paged_attention(*arrays, layer=layer, backend="xla"))
     memory = attend.lower(layer, q, pool, pool, table, lengths, starts).compile().memory_analysis()
     assert memory.temp_size_in_bytes < pool.size * 4 / 16
+
+
+@pytest.mark.parametrize("backend", ["xla", "triton"])
+def test_forks_attend_once_to_what_they_share(backend, monkeypatch):
+    """As attention to each on its own; the parent is gone, and a slot of nobody lies between them."""
+    config = CacheConfig(
+        num_layers=2,
+        num_kv_heads=2,
+        head_dim=16,
+        num_pages=24,
+        max_seqs=5,
+        max_pages_per_seq=12,
+        dtype="float32",
+    )
+    cache, _ = filled(config, (150,))
+    cache, _ = jitted.fork(cache, ints(0, 0, 0), ints(3, 1, 4))
+    cache = jitted.free(cache, ints(0))
+    cache = poison(cache, cache.table.refcounts == 0)
+    seqs, counts = ints(4, -1, 1, 3), ints(3, 1, 1, 1)
+    cache, batch = jitted.allocate(cache, seqs, counts, total_tokens=7)
+    k, v, q = random_step(config, 7, 4, 0)
+    cache = jitted.append(cache, 1, batch, k, v)
+    with use_backend(backend, interpret=backend == "triton"):
+        alone = jax.jit(lambda cache, batch, q: jaxkv.attend(cache, 1, batch, q))(cache, batch, q)
+        monkeypatch.setattr(prefixes, "_LEAST_BYTES", 0)
+        found = []
+        monkeypatch.setattr(prefixes, "find", noting(found, prefixes.find))
+        shared = jax.jit(lambda cache, batch, q: jaxkv.attend(cache, 1, batch, q))(cache, batch, q)
+    jax.effects_barrier()
+    assert found
+    assert all(lengths == [128, 0, 0, 0] for lengths in found)
+    np.testing.assert_allclose(shared, alone, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(shared[3], jnp.zeros_like(shared[3]))
+
+
+def noting(found, find):
+    def call(*arguments, **options):
+        prefix = find(*arguments, **options)
+        jax.debug.callback(lambda lengths: found.append(lengths.tolist()), prefix.lengths)
+        return prefix
+
+    return call
