@@ -58,9 +58,9 @@ def attend(
     """Causal attention of each token over its own sequence, up to and with itself.
 
     Neighbours in the batch that begin with the same pages, as forks do, attend to them once, wherever that
-    reads fewer bytes: `n` sequences that share `s` tokens save `(n - 1) * s` tokens' K and V, and that must be
-    more than the partial results it takes to merge. It is looked for where `n - 1` full rows of the page table
-    are 16 MiB of a layer or more, and not with a `window`.
+    reads fewer bytes: `n` sequences that share `s` tokens save `(n - 1) * s` tokens' K and V, which must be
+    more than the partial results it takes to merge. It is looked for with up to 16 tokens a sequence, without
+    a `window`, where the full rows of all sequences but one are 16 MiB of a layer or more.
 
     For inference: the loop over the pages has no reverse-mode derivative.
 

@@ -60,9 +60,9 @@ def paged_attention(
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
       shared_prefix: attend once to the pages that neighbouring sequences begin with (see `prefixes.find`),
-        where the page table shows such, and it saves bytes; not with a `window`. None: if
-        `seqs - 1` times a full row of the page table is 16 MiB of K and V or more, below which one more
-        launch costs as much as sharing could save.
+        where the page table shows such, and it saves bytes; not with a `window`. None: for up to 16
+        queries a sequence, if `seqs - 1` times a full row of the page table is 16 MiB of K and V or more,
+        below which one more launch costs as much as sharing could save.
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
       shared_tuning: the same for what sequences share.
 
@@ -111,7 +111,7 @@ def paged_attention(
     )
     max_keys = page_table.shape[1] * k_pages.shape[3]
     if shared_prefix is None:
-        shared_prefix = prefixes.could_pay(kv_lengths.shape[0], max_keys, token_bytes)
+        shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, token_bytes)
     if shared_prefix and window is None:
         options["prefixes"] = partial(
             prefixes.find,

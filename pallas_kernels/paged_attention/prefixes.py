@@ -37,9 +37,12 @@ class Prefixes(NamedTuple):
     skipped: Int[Array, " seqs"]
 
 
-def could_pay(num_seqs: int, max_keys: int, token_bytes: int) -> bool:
-    """Whether sequences of these sizes could share so much that looking for it pays; static."""
-    return (num_seqs - 1) * max_keys * token_bytes >= _LEAST_BYTES
+def could_pay(num_seqs: int, num_tokens: int, max_keys: int, token_bytes: int) -> bool:
+    """Whether calls of these sizes could share so much that looking for it pays; static.
+
+    Long runs of queries are bound by arithmetic, of which sharing saves none.
+    """
+    return num_tokens <= 16 * num_seqs and (num_seqs - 1) * max_keys * token_bytes >= _LEAST_BYTES
 
 
 def find(
