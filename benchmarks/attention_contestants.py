@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -51,19 +51,21 @@ def jaxkv(problem: Problem, arrays: Arrays, *, backend: str, shared_prefix: bool
     return _of_jax(attend, problem, arrays.q, arrays[1:3], arrays[3:6], scales)
 
 
-def dot_product(problem: Problem, arrays: Arrays, *, implementation: str | None = None) -> Contestant:
+def dot_product(
+    problem: Problem, arrays: Arrays, *, implementation: Literal["cudnn"] | None = None
+) -> Contestant:
     """`jax.nn.dot_product_attention` on a dense cache, padded to the longest sequence."""
     q, k, v, mask = _dense(problem, arrays)
-    whole = problem.lengths == problem.queries and len(set(problem.lengths)) == 1
+    causal, masked = _masking(problem)
     if implementation is not None and problem.stored not in ("bfloat16", "float16"):
         raise Absent(f"{implementation} does not take {problem.stored}")
 
     def attend(layer, q, kv, mask):
         k, v = (array[layer] for array in kv)
-        options = dict(is_causal=True) if whole else dict(mask=mask)
+        options: dict[str, Any] = dict(is_causal=causal, mask=mask if masked else None)
         return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **options)
 
-    return _of_jax(attend, problem, q, (k, v), mask, unpad=partial(_unpad, problem))
+    return _of_jax(attend, problem, q, (tuple(k), tuple(v)), mask, unpad=partial(_unpad, problem))
 
 
 def heads_major(problem: Problem, arrays: Arrays, *, transposed: bool) -> Contestant:
@@ -87,7 +89,7 @@ def heads_major(problem: Problem, arrays: Arrays, *, transposed: bool) -> Contes
     def unpad(out):
         return _unpad(problem, out.reshape(seqs, queries, q_heads, head_dim))
 
-    return _of_jax(attend, problem, q, (k, v), mask, unpad=unpad)
+    return _of_jax(attend, problem, q, (tuple(k), tuple(v)), mask, unpad=unpad)
 
 
 def jax_own(problem: Problem, arrays: Arrays) -> Contestant:
@@ -98,8 +100,10 @@ def jax_own(problem: Problem, arrays: Arrays) -> Contestant:
         raise Absent("for decode of floats")
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
-    pools = [pages.swapaxes(1, 2) for pages in arrays[1:3]]
+    pools = [tuple(pages.swapaxes(1, 2)) for pages in arrays[1:3]]
     table = jnp.clip(arrays.page_table, 0, arrays.k_pages.shape[1] - 1)
+    # It visits pages by sixteens.
+    table = jnp.pad(table, ((0, 0), (0, -table.shape[1] % 16)))
 
     def attend(layer, q, pools, table, lengths):
         k, v = (pool[layer] for pool in pools)
@@ -119,7 +123,7 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
     if HAS_GPU and not torch.cuda.is_available():
         raise Absent("PyTorch sees no GPU")
     q, k, v, mask = _dense(problem, arrays)
-    whole = problem.lengths == problem.queries and len(set(problem.lengths)) == 1
+    causal, masked = _masking(problem)
 
     def to_torch(array):
         numbers = torch.from_numpy(np.array(array, np.float32))
@@ -130,7 +134,7 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
     mask = torch.from_numpy(np.array(mask)).to(device)
 
     def attend(layer):
-        options = dict(is_causal=True) if whole else dict(attn_mask=mask)
+        options = dict(is_causal=causal, attn_mask=mask if masked else None)
         return F.scaled_dot_product_attention(q, k[layer], v[layer], enable_gqa=True, **options)
 
     def check():
@@ -148,6 +152,13 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
         return (time.perf_counter() - start) / (_calls() * problem.layers)
 
     return Contestant(check, seconds)
+
+
+def _masking(problem: Problem) -> tuple[bool, bool]:
+    """Whether it is causal as dense peers mean it, and whether they need a mask; neither if all is seen."""
+    even = len(set(problem.lengths)) == 1
+    causal = even and problem.lengths == problem.queries
+    return causal, not (causal or (even and max(problem.queries) == 1))
 
 
 def _calls() -> int:

@@ -140,8 +140,9 @@ def worst_error(problem: Problem, arrays: Arrays, out: jax.Array | np.ndarray) -
         first = max(first, end - 16)
         q, k, v = (np.asarray(array, np.float64) for array in (arrays.q[first:end], *tokens_of(arrays, seq)))
         want, _ = reference.attention(q, k, v)
-        worst = max(worst, float(np.abs(out[first:end] - want).max()))
-    return worst / TOLERANCE[problem.dtype]
+        # Not Python's max, which a NaN would pass.
+        worst = np.maximum(worst, np.abs(out[first:end] - want).max())
+    return float(worst) / TOLERANCE[problem.dtype]
 
 
 def uniform(seqs: int, length: int) -> tuple[int, ...]:

@@ -40,6 +40,7 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 from unittest import mock
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -81,6 +82,7 @@ class Target:
 
 TARGETS = (
     Target("sm_80", "cuda", 80, 32, Device("sm_80", 108), shared=164 * KIB, shared_of_a_program=163 * KIB),
+    Target("sm_89", "cuda", 89, 32, Device("sm_89", 128), 100 * KIB, warps=48, shared_of_a_program=99 * KIB),
     Target("sm_90", "cuda", 90, 32, Device("sm_90", 132), shared=228 * KIB, shared_of_a_program=227 * KIB),
     Target("sm_100", "cuda", 100, 32, Device("sm_100", 148), shared=228 * KIB, shared_of_a_program=227 * KIB),
     Target("gfx942", "hip", "gfx942", 64, Device("gfx942", 304)),
@@ -161,10 +163,9 @@ def attention(
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
     def tuned(device, table=choose_shared if shared else choose):
-        shape = dict(
+        shape: dict[str, Any] = dict(
             tokens=tokens, group=q_heads // kv_heads, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
         )
-        table = choose_shared if shared else choose
         return replace(table(device, seqs=seqs, **shape), **retuned)
 
     def call(device, *arrays):
@@ -193,9 +194,9 @@ def attention(
     )
 
 
-def merge() -> Kernel:
-    """The second launch of a decode step."""
-    whole = attention("merge of partial results", bars=("spills",))
+def merge(name: str, **options) -> Kernel:
+    """The last launch of a decode step."""
+    whole = attention(name, bars=("spills",), **options)
     return Kernel(whole.name, whole.call, whole.shapes, ("paged_attention_merge",), whole.bars)
 
 
@@ -291,7 +292,8 @@ def kernels() -> list[Kernel]:
         attention(
             "shared prefix 9/3/64 f16", shared=True, q_heads=9, kv_heads=3, head_dim=64, dtype="float16"
         ),
-        merge(),
+        merge("merge of partial results", seqs=1, tokens=1),
+        merge("merge with what is shared"),
         append("append 8/128 bf16", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="bfloat16"),
         append("append 8/128 f32", kv_heads=8, head_dim=128, dtype="float32", pool_dtype="float32"),
         append("append 32/80 f32 to bf16", kv_heads=32, head_dim=80, dtype="float32", pool_dtype="bfloat16"),

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
+from pallas_kernels.quantization import is_quantized
+
 
 def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, int]:
     """`(num_keys, num_pairs)` of attention with these lengths: tokens read, and query and key that meet.
@@ -17,6 +19,17 @@ def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, 
     lengths = list(zip(kv_lengths, num_queries, strict=True))
     asked = sum(keys for keys, queries in lengths if queries)
     return asked, sum(queries * keys - queries * (queries - 1) // 2 for keys, queries in lengths)
+
+
+def token_bytes(kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
+    """K and V of a token in one layer, and the float32 scales of codes.
+
+    Example:
+      >>> token_bytes(8, 128, "bfloat16"), token_bytes(8, 128, "int8")
+      (4096, 2112)
+    """
+    scale = 4 if is_quantized(dtype) else 0
+    return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scale)
 
 
 def paged_attention(
@@ -36,7 +49,7 @@ def paged_attention(
       num_keys, num_pairs: as from `causal`.
       tokens, q_heads, kv_heads, head_dim, q_dtype, kv_dtype: of the arguments.
     """
-    kv_bytes = 2 * num_keys * kv_heads * head_dim * jnp.dtype(kv_dtype).itemsize
+    kv_bytes = num_keys * token_bytes(kv_heads, head_dim, kv_dtype)
     q_bytes = 2 * tokens * q_heads * head_dim * jnp.dtype(q_dtype).itemsize
     return pl.CostEstimate(
         flops=4 * num_pairs * q_heads * head_dim,
@@ -49,11 +62,10 @@ def append_kv(
     *, tokens: int, kv_heads: int, head_dim: int, dtype: DTypeLike, pool_dtype: DTypeLike
 ) -> pl.CostEstimate:
     """K and V of `tokens`, read once and written once."""
-    numbers = 2 * tokens * kv_heads * head_dim
     return pl.CostEstimate(
         flops=0,
         transcendentals=0,
-        bytes_accessed=numbers * (jnp.dtype(dtype).itemsize + jnp.dtype(pool_dtype).itemsize),
+        bytes_accessed=tokens * sum(token_bytes(kv_heads, head_dim, kind) for kind in (dtype, pool_dtype)),
     )
 
 

@@ -38,6 +38,13 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Every compiled program maps memory, and a process that maps 65,530 regions is killed."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def no_shape_checks():
     """As a user runs: without the type checker, which would speak before the library does."""

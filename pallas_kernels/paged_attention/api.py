@@ -2,6 +2,7 @@
 
 from functools import partial
 from math import sqrt
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -96,7 +97,7 @@ def paged_attention(
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
     arrays = q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
-    options = dict(
+    options: dict[str, Any] = dict(
         layer=layer,
         scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
         window=None if window is None else min(window, 2**30),
@@ -131,7 +132,7 @@ def paged_attention(
     else:
         from pallas_kernels.paged_attention import triton
 
-        shape = dict(
+        shape: dict[str, Any] = dict(
             tokens=q.shape[0],
             seqs=kv_lengths.shape[0],
             group=q.shape[1] // k_pages.shape[2],
@@ -161,6 +162,8 @@ def _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks) 
     if table_rows.ndim != 1:
         raise ValueError(f"table_rows must be [seqs], not {list(table_rows.shape)}")
     seqs = table_rows.shape[0]
+    if seqs == 0:
+        raise ValueError("table_rows must name a sequence")
     check_integers("page_table", page_table, page_table.shape)
     check_integers("table_rows", table_rows, (seqs,))
     check_integers("kv_lengths", kv_lengths, (seqs,))

@@ -136,7 +136,7 @@ def paged_attention(
         merged += [items.starts, tile, row, *results]
     return tuple(
         launch(
-            partial(_merge, rows=_rows(q, kv_heads, words, tuning)),
+            partial(_merge, rows=_rows(q, kv_heads, 1, tuning)),
             grid=(kv_heads, num_tiles),
             out_shape=_outputs(q),
             name="paged_attention_merge",
