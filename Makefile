@@ -37,9 +37,7 @@ gpu: $(VENV)/.installed
 	if command -v nvidia-smi >/dev/null; then JAX_PLATFORMS= $(BIN)/python -m benchmarks.bench_attention; fi
 
 bench: .venv-bench/.installed
-	.venv-bench/bin/python -m benchmarks.bench_ops
-	.venv-bench/bin/python -m benchmarks.bench_decode
-	.venv-bench/bin/python -m benchmarks.bench_attention
+	missed=0; for name in ops decode attention; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
 
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity

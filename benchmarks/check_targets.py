@@ -82,7 +82,6 @@ class Target:
 
 TARGETS = (
     Target("sm_80", "cuda", 80, 32, Device("sm_80", 108), shared=164 * KIB, shared_of_a_program=163 * KIB),
-    Target("sm_89", "cuda", 89, 32, Device("sm_89", 128), 100 * KIB, warps=48, shared_of_a_program=99 * KIB),
     Target("sm_90", "cuda", 90, 32, Device("sm_90", 132), shared=228 * KIB, shared_of_a_program=227 * KIB),
     Target("sm_100", "cuda", 100, 32, Device("sm_100", 148), shared=228 * KIB, shared_of_a_program=227 * KIB),
     Target("gfx942", "hip", "gfx942", 64, Device("gfx942", 304)),

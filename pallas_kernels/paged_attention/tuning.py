@@ -115,7 +115,9 @@ def choose(
     num_stages, codes_a_word = (6 if codes else 4), 4
     if not 90 <= int(device.arch[3:]) < 120:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
-        key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 3 if itemsize == 4 else 5
+        key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
+        if itemsize == 4 and device.arch not in ("sm_80", "sm_87"):
+            num_stages = 3
     elif most_registers:
         # Parts of words would take more; and these matrix units read V from shared memory, where it comes
         # sixteen bytes at a time either way.
