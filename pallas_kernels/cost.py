@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from pallas_kernels.quantization import is_quantized
+from pallas_kernels.quantization import token_bytes
 
 
 def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, int]:
@@ -19,17 +19,6 @@ def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, 
     lengths = list(zip(kv_lengths, num_queries, strict=True))
     asked = sum(keys for keys, queries in lengths if queries)
     return asked, sum(queries * keys - queries * (queries - 1) // 2 for keys, queries in lengths)
-
-
-def token_bytes(kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """K and V of a token in one layer, and the float32 scales of codes.
-
-    Example:
-      >>> token_bytes(8, 128, "bfloat16"), token_bytes(8, 128, "int8")
-      (4096, 2112)
-    """
-    scale = 4 if is_quantized(dtype) else 0
-    return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scale)
 
 
 def paged_attention(

@@ -25,6 +25,17 @@ def is_quantized(dtype: DTypeLike) -> bool:
     return jnp.dtype(dtype) in (jnp.int8, jnp.uint8)
 
 
+def token_bytes(kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
+    """K and V of a token in one layer, and the float32 scales of codes.
+
+    Example:
+      >>> token_bytes(8, 128, "bfloat16"), token_bytes(8, 128, "int8")
+      (4096, 2112)
+    """
+    scale = 4 if is_quantized(dtype) else 0
+    return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scale)
+
+
 def quantize(
     values: Float[Array, "*rows head_dim"],
     dtype: DTypeLike,

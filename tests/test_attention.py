@@ -277,15 +277,7 @@ def test_reading_takes_no_copy_of_the_pool(num_layers, kv_heads, page_size):
 @pytest.mark.parametrize("backend", ["xla", "triton"])
 def test_forks_attend_once_to_what_they_share(backend, monkeypatch):
     """As attention to each on its own; the parent is gone, and a slot of nobody lies between them."""
-    config = CacheConfig(
-        num_layers=2,
-        num_kv_heads=2,
-        head_dim=16,
-        num_pages=24,
-        max_seqs=5,
-        max_pages_per_seq=12,
-        dtype="float32",
-    )
+    config = replace(SMALL, head_dim=16, num_pages=24, page_size=16, max_seqs=5, max_pages_per_seq=12)
     cache, _ = filled(config, (150,))
     cache, _ = jitted.fork(cache, ints(0, 0, 0), ints(3, 1, 4))
     cache = jitted.free(cache, ints(0))

@@ -12,6 +12,7 @@ from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
+from pallas_kernels.quantization import token_bytes
 
 
 def paged_attention(
@@ -107,12 +108,10 @@ def paged_attention(
         v_scales=v_scales,
         prefixes=None,
     )
-    token_bytes = (
-        2 * k_pages.shape[2] * (q.shape[2] * k_pages.dtype.itemsize + (0 if k_scales is None else 4))
-    )
+    width = token_bytes(k_pages.shape[2], q.shape[2], k_pages.dtype)
     max_keys = page_table.shape[1] * k_pages.shape[3]
     if shared_prefix is None:
-        shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, token_bytes)
+        shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, width)
     if shared_prefix and window is None:
         options["prefixes"] = partial(
             prefixes.find,
@@ -121,7 +120,7 @@ def paged_attention(
             kv_lengths,
             query_starts,
             page_size=k_pages.shape[3],
-            token_bytes=token_bytes,
+            token_bytes=width,
             partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
         )
     device = Device.current()

@@ -14,8 +14,9 @@ the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, reduce
 from math import e, log2
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -328,9 +329,7 @@ def _attend(
             for scales in scale_refs
         ]
         next_ids = page_ids(key + 1)
-        scores = sum(product(a, b, trans_b=True) for a, b in zip(q[1:], k[1:], strict=True)) + product(
-            q[0], k[0], trans_b=True
-        )
+        scores = reduce(add, (product(*pair, trans_b=True) for pair in zip(q, k, strict=True)))
         weigh_tile = weigh
         if scale_refs:
             k_scale, v_scale = scales_of_tile
