@@ -12,6 +12,7 @@ What neighbouring sequences share is visited first, by tiles of their queries to
 tiles go on from what their rows have seen.
 """
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -29,8 +30,12 @@ from pallas_kernels.sizes import next_power_of_two
 # Tokens of a key tile, and most of a query tile: a tile of K and V stays in a core's cache.
 _KEY_TILE = 128
 _QUERY_TILE = 64
+# From so many bytes of K in float32 XLA splits a tile's copy over threads.
+_SPLIT_BYTES = 512 * 1024
 # Up to this many pages of a tile are sliced one by one, which copies faster than a gather does.
 _MAX_SLICES = 16
+# Up to so many rows a product of queries and keys transposes the queries, beyond it the keys.
+_FEW_ROWS = 4
 
 
 def paged_attention(
@@ -57,7 +62,7 @@ def paged_attention(
     layer = jnp.asarray(layer, jnp.int32)
     kv_heads, page_size = k_pages.shape[2:4]
     group = q_heads // kv_heads
-    keys = KeyTiles.of(page_size)
+    keys = KeyTiles.of(page_size, _key_tile(kv_heads * head_dim, k_pages.dtype))
     pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
     q = q.astype(jnp.float32) * scale
 
@@ -72,16 +77,16 @@ def paged_attention(
             def visit(key_tile, seen):
                 where = keys.locate(page_row, key_tile, num_keys)
                 k, v, *scales = keys.read(pool, layer, where)
-                scores, weigh = jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), _weigh
+                places = keys.places(where)
+                visible = (places >= 0) & (places <= row_places[:, None])
+                if window is not None:
+                    visible &= places > row_places[:, None] - window
+                scores, weigh = _scores(q_tile, k, visible), _weigh
                 if scales:
                     k_scale, v_scale = (scale.swapaxes(1, 2) for scale in scales)  # [kv_heads, 1, size]
                     scores, weigh = scores * k_scale, lambda p, v: _weigh(p * v_scale, v)
                 if softcap is not None:
                     scores = softcap * jnp.tanh(scores / softcap)
-                places = keys.places(where)
-                visible = (places >= 0) & (places <= row_places[:, None])
-                if window is not None:
-                    visible &= places > row_places[:, None] - window
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
             first, own = work.first_key_tile[tile], jax.tree.map(lambda part: _at(part, tile), seen)
@@ -130,7 +135,26 @@ def _where_rows(mask, one, other):
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (one.ndim - mask.ndim)), one, other)
 
 
+def _scores(q_tile, k, visible):
+    """`[kv_heads, rows, size]`, zero where a key is not visible."""
+    if q_tile.shape[1] > _FEW_ROWS:
+        return jnp.where(visible, jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), 0.0)
+    # Masked before it is turned: XLA would move a bare transpose into the product, and transpose K.
+    scores = jnp.einsum("htd,hrd->htr", k, q_tile, precision="highest")
+    return jnp.where(visible.T, scores, 0.0).swapaxes(1, 2)
+
+
 _weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
+
+
+def _key_tile(width: int, dtype) -> int:
+    """Tokens of a key tile of `width` numbers a token.
+
+    int8 grows fourfold when it is copied, and two threads then cost more than they save: half as many
+    tokens, where that leaves the copy to one. (fp8 takes work to convert, and two threads are welcome.)
+    """
+    halved = dtype == jnp.int8 and _SPLIT_BYTES <= _KEY_TILE * width * 4 < 2 * _SPLIT_BYTES
+    return _KEY_TILE // 2 if halved else _KEY_TILE
 
 
 def _at(array, index):
@@ -208,10 +232,10 @@ class KeyTiles:
     size: int
 
     @classmethod
-    def of(cls, page_size: int) -> "KeyTiles":
-        """The tiling for pages of this size."""
-        pages = max(1, _KEY_TILE // page_size)
-        parts = -(-page_size // _KEY_TILE)
+    def of(cls, page_size: int, most: int) -> "KeyTiles":
+        """The tiling for pages of this size into tiles of `most` places, or one page."""
+        pages = max(1, most // page_size)
+        parts = -(-page_size // most)
         size = pages * page_size if parts == 1 else -(-page_size // parts)
         return cls(page_size, pages, parts, size)
 
@@ -269,10 +293,14 @@ class KeyTiles:
                 tile[i] = jnp.where(own, tile[i], 0.0)
             return tile
 
-        # Always so. A branch of its own keeps the copy's rows as long as a run of tokens: XLA would fuse
-        # the reshape into it, and copies rows as short as `head_dim` one float at a time.
-        zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
-        tile = jax.lax.cond(where.end > where.skip, copy, lambda: zeros)
+        if pool[0].dtype == jnp.float32 and 4 * math.prod(shapes[0]) >= _SPLIT_BYTES:
+            # Two threads share each copy, and need not wait for the other one.
+            tile = copy()
+        else:
+            # Always so. A branch of its own keeps the copy's rows as long as a run of tokens: XLA would fuse
+            # the reshape into it, and copies rows as short as `head_dim` one number at a time.
+            zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+            tile = jax.lax.cond(where.end > where.skip, copy, lambda: zeros)
         return [part.reshape(kv_heads, self.size, -1) for part in tile]
 
     def _copy(self, pages, layer, where: "_Where", shape):
