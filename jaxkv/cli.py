@@ -12,6 +12,8 @@ from pathlib import Path
 import jax
 
 from jaxkv.invariants import JaxKVError
+from jaxkv.planner.command import add_arguments as add_plan_arguments
+from jaxkv.planner.command import run as run_plan
 
 # `dtype` and `quantization` of the cache; no dtype means the model's.
 KV_DTYPES = {
@@ -77,6 +79,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(run=_run_demo)
     command.add_argument("--model", default="smollm2-135m", metavar="PATH_OR_NAME")
     _add_common(command)
+
+    command = commands.add_parser("plan", help="does a model fit a device, how many sequences, how long?")
+    command.set_defaults(run=run_plan)
+    add_plan_arguments(command)
     return parser
 
 

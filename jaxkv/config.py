@@ -1,16 +1,21 @@
 """Static sizes of a cache and what follows from them."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jaxkv import catalog
+from jaxkv.units import format_bytes, parse_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = {"int8": "int8", "fp8": "uint8"}
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 _MAX_TOKENS = 2**30
+_COUNTER_BYTES = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +34,7 @@ class CacheConfig:
       quantization: how they are stored. None: as they are. "int8" or "fp8" (E4M3FN): in one byte, with a
         float32 scale for each token and KV head; `dtype` is then what `gather` returns.
       compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
+      compact_automatically: `generate` compacts when `should_compact` says so.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -49,6 +55,7 @@ class CacheConfig:
     dtype: str = "bfloat16"
     quantization: str | None = None
     compaction_threshold: float = 0.3
+    compact_automatically: bool = False
 
     def __post_init__(self):
         if self.max_pages_per_seq is None:
@@ -73,6 +80,8 @@ class CacheConfig:
         threshold = self.compaction_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
             raise ValueError(f"compaction_threshold={threshold!r} must be a number from 0 to 1")
+        if not isinstance(self.compact_automatically, bool):
+            raise ValueError(f"compact_automatically={self.compact_automatically!r} must be True or False")
 
     @classmethod
     def contiguous(
@@ -103,6 +112,69 @@ class CacheConfig:
             quantization=quantization,
         )
 
+    @classmethod
+    def from_preset(cls, name: str, *, memory: str | int | None = None, **options: Any) -> "CacheConfig":
+        """A config from `configs/presets`: "small", "medium", "large", or "custom", which sets no sizes.
+
+        Args:
+          name: of the preset.
+          memory: that the cache may take, as bytes or like "12GiB". Default: the preset's.
+          options: of `for_context_length`, instead of the preset's.
+
+        Raises:
+          ValueError: for an unknown preset, or sizes that it leaves open.
+
+        Example:
+          >>> CacheConfig.from_preset("small", memory="1GiB", max_seqs=8).num_pages
+          585
+        """
+        preset = catalog.read("presets", name)
+        sizes = {field: value for field, value in preset.items() if field not in ("description", "memory")}
+        sizes |= options
+        memory = memory if memory is not None else preset.get("memory")
+        needed = ("max_context", "num_layers", "num_kv_heads", "head_dim")
+        missing = [field for field in needed if field not in sizes] + ["memory"] * (memory is None)
+        if missing:
+            raise ValueError(f"preset {name!r} leaves {', '.join(missing)} open; give them")
+        return cls.for_context_length(sizes.pop("max_context"), memory=memory, **sizes)
+
+    @classmethod
+    def for_context_length(
+        cls, context: int, *, memory: str | int | None = None, **options: Any
+    ) -> "CacheConfig":
+        """A config whose sequences hold `context` tokens each.
+
+        Args:
+          context: tokens of the longest sequence.
+          memory: that the cache may take, as bytes or like "12GiB"; it gets as many pages as that holds.
+            Default: enough for `max_seqs` sequences of `context`.
+          options: the other arguments of `CacheConfig`, without `num_pages` and `max_pages_per_seq`.
+
+        Raises:
+          ValueError: where not even one sequence fits the memory.
+
+        Example:
+          >>> sizes = dict(num_layers=32, num_kv_heads=8, head_dim=128)
+          >>> CacheConfig.for_context_length(8192, memory="4GiB", **sizes).max_context_length()
+          8192
+        """
+        _check_count("context", context)
+        one = cls(**options, num_pages=1, max_pages_per_seq=1)
+        row = one.pages_for(context)
+        if memory is None:
+            return replace(one, num_pages=row * one.max_seqs, max_pages_per_seq=row)
+        allowed = parse_bytes(memory)
+        least = replace(one, num_pages=row, max_pages_per_seq=row)
+        spare = allowed - least.estimated_memory_bytes()
+        if spare < 0:
+            raise ValueError(
+                f"memory={format_bytes(allowed)} does not hold one sequence of {context} tokens, "
+                f"which takes {least.estimated_memory()}"
+            )
+        # A page more takes its bytes, a refcount and a place on the free stack.
+        more = spare // (one.page_bytes + 8)
+        return replace(least, num_pages=min(row + more, (_MAX_TOKENS - 1) // one.page_size))
+
     @property
     def is_contiguous(self) -> bool:
         """Whether every sequence has one page of its own."""
@@ -129,6 +201,20 @@ class CacheConfig:
         rows = 2 * prod(self.pool_shape[:-1]) // self.num_pages
         scale_bytes = 0 if self.quantization is None else jnp.dtype(jnp.float32).itemsize
         return rows * (self.head_dim * jnp.dtype(self.storage_dtype).itemsize + scale_bytes)
+
+    def estimated_memory_bytes(self) -> int:
+        """Bytes of all arrays that `init` makes: pool, page table, refcounts, free stack, counters."""
+        table = 4 * self.max_seqs * (self.max_pages_per_seq + 2)
+        return self.num_pages * (self.page_bytes + 8) + table + 4 + _COUNTER_BYTES
+
+    def estimated_memory(self) -> str:
+        """The same for people: `4.00 GiB`."""
+        return format_bytes(self.estimated_memory_bytes())
+
+    def max_context_length(self, concurrency: int = 1) -> int:
+        """Tokens that each of `concurrency` sequences can hold at once."""
+        _check_count("concurrency", concurrency)
+        return min(self.max_pages_per_seq, self.num_pages // concurrency) * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` places fill, the last one perhaps in part."""

@@ -1,0 +1,247 @@
+"""What each architecture makes of its `config.json`: how many weights, and which layers have a window.
+
+Counts follow the modules of Hugging Face `transformers`; `tests/test_planner.py` holds them to the published
+numbers. An architecture that is not in `ARCHITECTURES` is refused: a guess would be off by gigabytes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from jaxkv.planner.fields import Fields
+
+
+class Sizes(NamedTuple):
+    """Of attention and of the residual stream."""
+
+    hidden: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+
+
+class Layer(NamedTuple):
+    """Weights of one layer.
+
+    Attributes:
+      total: all of them.
+      routed: those of experts that a router chooses from.
+      active: those that one token meets.
+    """
+
+    total: int
+    routed: int = 0
+    active: int | None = None
+
+
+class Architecture(NamedTuple):
+    """One `model_type`.
+
+    Attributes:
+      layers: weights of every layer.
+      windows: window of every layer where `layer_types` does not say; None for all tokens.
+      tied: whether the output projection is the embedding table, where the config does not say.
+      positions: whether positions have a table of weights.
+      final_norm: weights a feature of the norm before the output projection.
+      latent: whether a token keeps one latent vector instead of K and V (MLA).
+      sinks: whether heads have a learned attention sink.
+    """
+
+    layers: Callable[[Fields, Sizes], list[Layer]]
+    windows: Callable[[Fields, int], list[int | None]]
+    tied: bool = False
+    positions: bool = False
+    final_norm: int = 1
+    latent: bool = False
+    sinks: bool = False
+
+
+def sizes(fields: Fields) -> Sizes:
+    """By the names that most configs use, or GPT-2's."""
+    hidden = fields.integer("hidden_size", "n_embd")
+    q_heads = fields.integer("num_attention_heads", "n_head")
+    if fields.raw.get("model_type") == "falcon" and not fields.flag("new_decoder_architecture", False):
+        kv_heads = 1 if fields.flag("multi_query", True) else q_heads
+    else:
+        kv_heads = fields.integer("num_key_value_heads", "num_kv_heads", default=q_heads)
+    if q_heads % kv_heads:
+        raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={q_heads}")
+    if fields.optional("head_dim") is None and hidden % q_heads:
+        raise ValueError(
+            f"hidden_size={hidden} is no multiple of num_attention_heads={q_heads}, nor is head_dim"
+        )
+    return Sizes(
+        hidden=hidden,
+        layers=fields.integer("num_hidden_layers", "n_layer"),
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=fields.integer("head_dim", default=hidden // q_heads),
+    )
+
+
+def _attention(size: Sizes, *, qkv_bias: bool = False, out_bias: bool = False) -> int:
+    q, kv = size.q_heads * size.head_dim, size.kv_heads * size.head_dim
+    return 2 * size.hidden * (q + kv) + qkv_bias * (q + 2 * kv) + out_bias * size.hidden
+
+
+def _dense(norms: int, *, qkv_bias: bool | None = None, qk_norm: bool = False):
+    """Layers with a gated MLP and `norms` norms; `qkv_bias` None: as `attention_bias` says."""
+
+    def layers(fields: Fields, size: Sizes) -> list[Layer]:
+        biased = fields.flag("attention_bias", False)
+        attention = _attention(
+            size, qkv_bias=biased if qkv_bias is None else qkv_bias, out_bias=biased and qkv_bias is None
+        )
+        width = fields.integer("intermediate_size")
+        mlp = 3 * size.hidden * width + fields.flag("mlp_bias", False) * (2 * width + size.hidden)
+        total = attention + mlp + norms * size.hidden + 2 * size.head_dim * qk_norm
+        return [Layer(total)] * size.layers
+
+    return layers
+
+
+def _experts(hidden: int, width: int, count: int, chosen: int, rest: int) -> Layer:
+    """A layer whose MLP is `count` gated experts of which a token meets `chosen`; `rest` is all else."""
+    one, router = 3 * hidden * width, hidden * count
+    return Layer(rest + router + count * one, count * one, rest + router + chosen * one)
+
+
+def _mixtral(fields: Fields, size: Sizes) -> list[Layer]:
+    rest = _attention(size) + 2 * size.hidden
+    experts = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
+    return [_experts(size.hidden, fields.integer("intermediate_size"), *experts, rest)] * size.layers
+
+
+def _qwen3_moe(fields: Fields, size: Sizes) -> list[Layer]:
+    rest = _attention(size, qkv_bias=fields.flag("attention_bias", False))
+    rest += 2 * size.hidden + 2 * size.head_dim
+    experts = fields.integer("num_experts", "num_local_experts"), fields.integer("num_experts_per_tok")
+    sparse = _experts(size.hidden, fields.integer("moe_intermediate_size"), *experts, rest)
+    dense = Layer(rest + 3 * size.hidden * fields.integer("intermediate_size"))
+    step, only = fields.integer("decoder_sparse_step", default=1), fields.raw.get("mlp_only_layers") or ()
+    return [sparse if n not in only and (n + 1) % step == 0 else dense for n in range(size.layers)]
+
+
+def _gpt_oss(fields: Fields, size: Sizes) -> list[Layer]:
+    hidden, width = size.hidden, fields.integer("intermediate_size")
+    count, chosen = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
+    one = 3 * hidden * width + 2 * width + hidden
+    # The router, sinks and norms.
+    rest = _attention(size, qkv_bias=True, out_bias=True) + hidden * count + count + size.q_heads + 2 * hidden
+    return [Layer(rest + count * one, count * one, rest + chosen * one)] * size.layers
+
+
+def _deepseek(fields: Fields, size: Sizes) -> list[Layer]:
+    hidden, heads, latent = size.hidden, size.q_heads, fields.integer("kv_lora_rank")
+    nope, rope = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
+    value, q_rank = fields.integer("v_head_dim"), fields.optional("q_lora_rank")
+    q = heads * (nope + rope)
+    queries = hidden * q if q_rank is None else hidden * q_rank + q_rank + q_rank * q
+    keys = hidden * (latent + rope) + latent + latent * heads * (nope + value)
+    rest = queries + keys + heads * value * hidden + 2 * hidden
+    dense = Layer(rest + 3 * hidden * fields.integer("intermediate_size"))
+    width, count = fields.integer("moe_intermediate_size"), fields.integer("n_routed_experts")
+    shared = 3 * hidden * width * fields.integer("n_shared_experts", default=0, least=0)
+    # DeepSeek-V3's router has a bias for each expert.
+    shared += count if fields.raw.get("model_type") == "deepseek_v3" else 0
+    sparse = _experts(hidden, width, count, fields.integer("num_experts_per_tok"), rest + shared)
+    first = fields.integer("first_k_dense_replace", default=0, least=0)
+    every = fields.integer("moe_layer_freq", default=1)
+    return [sparse if n >= first and n % every == 0 else dense for n in range(size.layers)]
+
+
+def _gpt2(fields: Fields, size: Sizes) -> list[Layer]:
+    hidden, width = size.hidden, fields.integer("n_inner", default=4 * size.hidden)
+    attention = _attention(size, qkv_bias=True, out_bias=True)
+    return [Layer(attention + 2 * hidden * width + width + hidden + 4 * hidden)] * size.layers
+
+
+def _gpt_neox(fields: Fields, size: Sizes) -> list[Layer]:
+    hidden, width = size.hidden, fields.integer("intermediate_size")
+    biased = fields.flag("attention_bias", True)
+    attention = _attention(size, qkv_bias=biased, out_bias=biased)
+    return [Layer(attention + 2 * hidden * width + width + hidden + 4 * hidden)] * size.layers
+
+
+def _falcon(fields: Fields, size: Sizes) -> list[Layer]:
+    hidden, biased = size.hidden, fields.flag("bias", False)
+    width = fields.integer("ffn_hidden_size", default=4 * hidden)
+    mlp = 2 * hidden * width + biased * (width + hidden)
+    # One norm where attention and MLP read the same input, two elsewhere; with biases.
+    one = fields.flag("parallel_attn", True) and not fields.flag("new_decoder_architecture", False)
+    norms = (2 if one else 4) * hidden
+    return [Layer(_attention(size, qkv_bias=biased, out_bias=biased) + mlp + norms)] * size.layers
+
+
+def _no_window(fields: Fields, layers: int) -> list[int | None]:
+    return [None] * layers
+
+
+def _every_layer(fields: Fields, layers: int) -> list[int | None]:
+    return [fields.optional("sliding_window")] * layers
+
+
+def _late_layers(fields: Fields, layers: int) -> list[int | None]:
+    if not fields.flag("use_sliding_window", False):
+        return [None] * layers
+    first, window = fields.integer("max_window_layers", least=0), fields.optional("sliding_window")
+    return [window if layer >= first else None for layer in range(layers)]
+
+
+def _all_but_every(pattern: int):
+    """A window in every layer but each `pattern`-th; the config may say another number."""
+
+    def windows(fields: Fields, layers: int) -> list[int | None]:
+        every = fields.integer("sliding_window_pattern", "_sliding_window_pattern", default=pattern)
+        window = fields.integer("sliding_window")
+        return [None if (layer + 1) % every == 0 else window for layer in range(layers)]
+
+    return windows
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(_dense(2), _no_window),
+    "mistral": Architecture(_dense(2), _every_layer),
+    "mixtral": Architecture(_mixtral, _every_layer),
+    "phi3": Architecture(_dense(2), _every_layer),
+    "qwen2": Architecture(_dense(2, qkv_bias=True), _late_layers),
+    "qwen3": Architecture(_dense(2, qk_norm=True), _late_layers),
+    "qwen3_moe": Architecture(_qwen3_moe, _late_layers),
+    "gemma": Architecture(_dense(2), _no_window, tied=True),
+    "gemma2": Architecture(_dense(4), _all_but_every(2), tied=True),
+    "gemma3_text": Architecture(_dense(4, qk_norm=True), _all_but_every(6), tied=True),
+    "gpt_oss": Architecture(_gpt_oss, _all_but_every(2), sinks=True),
+    "deepseek_v2": Architecture(_deepseek, _no_window, latent=True),
+    "deepseek_v3": Architecture(_deepseek, _no_window, latent=True),
+    "gpt2": Architecture(_gpt2, _no_window, tied=True, positions=True, final_norm=2),
+    "gpt_neox": Architecture(_gpt_neox, _no_window, final_norm=2),
+    "falcon": Architecture(_falcon, _no_window, tied=True, final_norm=2),
+}
+
+
+def mlp_width(fields: Fields, hidden: int) -> int:
+    """Features of the MLP that one token meets at most, in a dense layer or in its experts together."""
+    dense = fields.integer("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * hidden)
+    one = fields.integer("moe_intermediate_size", default=dense)
+    chosen = fields.integer("num_experts_per_tok", default=1)
+    return max(dense, one * (chosen + fields.integer("n_shared_experts", default=0, least=0)))
+
+
+def layer_windows(fields: Fields, architecture: Architecture, layers: int) -> list[int | None]:
+    """The window of each layer, from `layer_types` where the config has them.
+
+    Raises:
+      ValueError: for `layer_types` of another length, or of a kind that keeps its tokens otherwise.
+    """
+    kinds = fields.raw.get("layer_types")
+    if kinds is None:
+        return architecture.windows(fields, layers)
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        raise ValueError(f"layer_types must be a list of {layers} kinds, one a layer, not {kinds!r:.80}")
+    unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ValueError(f"layer_types {', '.join(unknown)} are not known; their cache cannot be counted")
+    if "sliding_attention" not in kinds:
+        return [None] * layers
+    window = fields.integer("sliding_window")
+    return [window if kind == "sliding_attention" else None for kind in kinds]

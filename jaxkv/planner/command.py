@@ -1,0 +1,265 @@
+"""`jaxkv plan`: what it asks and what it prints."""
+
+import argparse
+import json
+from collections.abc import Sequence
+
+from jaxkv import catalog
+from jaxkv.planner.kv_bytes import KV_BITS, kv_cache_bytes
+from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
+from jaxkv.planner.plan import Device, Plan, plan
+from jaxkv.planner.shape import ModelShape
+from jaxkv.planner.suggest import suggestions
+from jaxkv.units import format_bytes, parse_bytes
+
+_FLAGS = {
+    "context": "--context",
+    "concurrency": "--concurrency",
+    "kv_dtype": "--kv-dtype",
+    "weights_dtype": "--weights-dtype",
+    "tensor_parallel": "--tp",
+}
+
+# What a plan says only of a device that was named.
+_OF_A_DEVICE = ("device", "memory", "usable", "headroom", "fits", "risk", "kv_capacity_tokens")
+_OF_A_DEVICE += (
+    "max_concurrency_ratio",
+    "max_context",
+    "max_concurrency",
+    "decode_tokens_per_second_ceiling",
+)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds those of `jaxkv plan`."""
+    command.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help=f"a config.json or its folder, a GGUF file, or a name: {', '.join(catalog.names('models'))}",
+    )
+    command.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models side by side")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--device", metavar="NAME", help=f"one of {', '.join(catalog.names('devices'))}")
+    where.add_argument("--memory", metavar="AMOUNT", help="of each device, like 24GiB")
+    command.add_argument("--context", default="8192", metavar="N", help="tokens a sequence (default: 8192)")
+    command.add_argument("--concurrency", default="1", metavar="N", help="sequences at once (default: 1)")
+    command.add_argument(
+        "--kv-dtype", default="auto", metavar="DTYPE", help="auto, f32, bf16, f16, fp8, int8, int4"
+    )
+    command.add_argument(
+        "--weights-dtype", default="auto", metavar="DTYPE", help="auto, f32, bf16, f16, fp8, int8, int4"
+    )
+    command.add_argument("--tp", default="1", metavar="N", help="devices that share the model (default: 1)")
+    command.add_argument(
+        "--page-size", default="16", metavar="N", help="tokens a page, or auto (default: 16)"
+    )
+    command.add_argument("--lengths", metavar="N,N,...", help="lengths expected, for --page-size auto")
+    command.add_argument(
+        "--memory-fraction", type=float, default=0.9, metavar="F", help="that may be used (default: 0.9)"
+    )
+    command.add_argument("--json", action="store_true", help="one JSON document")
+    command.add_argument("--explain", action="store_true", help="print the formulas with the values in them")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints a plan; returns 1 where it does not fit."""
+    if (options.model is None) == (options.compare is None):
+        raise ValueError("give one MODEL, or --compare A B")
+    shapes = [ModelShape.from_config(name) for name in options.compare or [options.model]]
+    choice = _page_size(options)
+    device = _device(options)
+    plans = [_plan(shape, device, options, choice) for shape in shapes]
+    if options.json:
+        documents = [_document(made, device) for made in plans]
+        print(json.dumps(documents if options.compare else documents[0], indent=1))
+    elif options.compare:
+        print(_table([_column(made, device is not None) for made in plans]))
+    else:
+        _print_plan(plans[0], device is not None, choice, options)
+    return 0 if device is None or all(made.fits for made in plans) else 1
+
+
+def _number(text: str, name: str) -> int:
+    try:
+        return int(text.replace(",", "").replace("_", ""))
+    except ValueError:
+        raise ValueError(f"{name} {text!r} is not a number") from None
+
+
+def _page_size(options: argparse.Namespace) -> PageSizeChoice | int:
+    if options.page_size != "auto":
+        if options.lengths:
+            raise ValueError("--lengths is for --page-size auto")
+        return _number(options.page_size, "--page-size")
+    if options.lengths:
+        return choose_page_size([_number(length, "--lengths") for length in options.lengths.split(",")])
+    return choose_page_size(expected_lengths(_number(options.context, "--context")))
+
+
+def _device(options: argparse.Namespace) -> Device | None:
+    if options.memory is not None:
+        return Device(options.memory, parse_bytes(options.memory))
+    return Device.named(options.device) if options.device is not None else None
+
+
+def _plan(shape: ModelShape, device: Device | None, options, choice: PageSizeChoice | int) -> Plan:
+    return plan(
+        shape,
+        device or Device("no device given", 2**60),
+        context=_number(options.context, "--context"),
+        concurrency=_number(options.concurrency, "--concurrency"),
+        kv_dtype=options.kv_dtype,
+        weights_dtype=options.weights_dtype,
+        tensor_parallel=_number(options.tp, "--tp"),
+        page_size=choice.page_size if isinstance(choice, PageSizeChoice) else choice,
+        memory_fraction=options.memory_fraction,
+    )
+
+
+def _document(made: Plan, device: Device | None) -> dict[str, object]:
+    document = made.as_dict()
+    if device is None:
+        for name in _OF_A_DEVICE:
+            del document[name]
+        return document
+    change = [{"text": found.text, "change": found.change} for found in suggestions(made)]
+    return {**document, "suggestions": change}
+
+
+def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, options) -> None:
+    shape = made.shape
+    print(_table([_column(made, has_device)]))
+    if has_device:
+        print(f"\nGPU KV cache size: {made.kv_capacity_tokens:,} tokens")
+        print(
+            f"Maximum concurrency for {made.context:,} tokens per request: {made.max_concurrency_ratio:.2f}x"
+        )
+    if made.context > shape.max_context:
+        print(f"\nnote: {shape.name} was trained on {shape.max_context:,} tokens")
+    for note in shape.notes:
+        print(f"\nnote: {note}")
+    if isinstance(choice, PageSizeChoice):
+        print(f"\n{_page_sizes(choice, made)}")
+    if options.explain:
+        print(f"\n{explain(made)}")
+    for config in made.caches if options.explain else ():
+        print(f"\n{config}")
+    if has_device and not made.fits:
+        print(f"\nIt does not fit: {format_bytes(-made.headroom)} too much. What would help:")
+        found = suggestions(made)
+        for suggestion in found:
+            flags = " ".join(f"{_FLAGS[name]} {value}" for name, value in suggestion.change.items())
+            print(f"  {suggestion.text}  ({flags})")
+        if not found:
+            print("  nothing that this command knows: a smaller model, or a larger device")
+
+
+def _column(made: Plan, has_device: bool) -> dict[str, str]:
+    """The rows of one model, by name."""
+    shape, kv = made.shape, made.kv
+    billions = f"{shape.num_parameters / 1e9:.3g} B"
+    if shape.active_parameters != shape.num_parameters:
+        billions += f", {shape.active_parameters / 1e9:.3g} B active"
+    rows = {
+        "model": shape.name,
+        "parameters": billions,
+        "K and V of a token and layer": f"{shape.elements_per_token:,} numbers in {made.kv_dtype}",
+        "layers": _layers(shape),
+        "sequences x context": f"{made.concurrency:,} x {made.context:,} tokens",
+        "KV exact": _mebibytes(kv.exact) + (f" + {_mebibytes(kv.scales)} of scales" if kv.scales else ""),
+        f"KV in pages of {made.page_size}": _mebibytes(kv.paged),
+        "KV reserved in full": _mebibytes(kv.reserved),
+    }
+    if made.tensor_parallel > 1:
+        rows["devices"] = f"{made.tensor_parallel}; bytes are of one of them"
+    rows["weights"] = f"{format_bytes(made.weights)} {_stored(made)}"
+    if not has_device:
+        return rows
+    rows |= {
+        "activations, overhead": f"{format_bytes(made.activations)}, {format_bytes(made.overhead)}",
+        "needed": format_bytes(made.needed),
+        "usable": f"{format_bytes(made.usable)}, {100 * made.memory_fraction:.0f}% of {made.device.name}",
+        "headroom": format_bytes(made.headroom),
+        "fits": f"{'yes' if made.fits else 'no'}, risk: {made.risk}" if made.fits else "no",
+        "longest context": f"{made.max_context:,} tokens"
+        + (", all it was trained on" if made.max_context == shape.max_context else ""),
+        "most sequences": f"{made.max_concurrency:,}",
+    }
+    if made.decode_tokens_per_second is not None and made.fits:
+        rows["decode at most"] = f"{made.decode_tokens_per_second:,.0f} tokens/s, by memory bandwidth"
+    return rows
+
+
+def _layers(shape: ModelShape) -> str:
+    windowed = [window for window in shape.windows if window is not None]
+    if not windowed:
+        return str(shape.num_layers)
+    return f"{shape.num_layers}, {len(windowed)} of them with a window of {max(windowed):,}"
+
+
+def _mebibytes(amount: int) -> str:
+    return f"{amount / 2**20:,.1f} MiB".replace(".0 MiB", " MiB")
+
+
+def _table(columns: Sequence[dict[str, str]]) -> str:
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    widths = [max(map(len, names)), *(max(map(len, column.values())) for column in columns)]
+    rows = ([name, *(column.get(name, "-") for column in columns)] for name in names)
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _page_sizes(choice: PageSizeChoice, made: Plan) -> str:
+    shape = made.shape
+    token = kv_cache_bytes(shape, 1, kv_dtype=made.kv_dtype, page_size=1).reserved
+    lines = [
+        f"page size {choice.page_size}: {choice.reason}",
+        "  size   pages   empty places   their bytes   table bytes",
+    ]
+    lines += [
+        f"{cost.page_size:>6}{cost.pages:>8.1f}{cost.wasted_tokens:>9.1f} {100 * cost.waste:>4.1f}%"
+        f"{format_bytes(cost.wasted_tokens * token):>14}{format_bytes(cost.table_bytes):>14}"
+        for cost in choice.costs
+    ]
+    return "\n".join(lines)
+
+
+def explain(made: Plan) -> str:
+    """The formulas of a plan with its values in them, a line each."""
+    shape, kv = made.shape, made.kv
+    kinds = {window: shape.windows.count(window) for window in dict.fromkeys(shape.windows)}
+    kept = " + ".join(
+        f"{layers} layers x {made.context if window is None else min(made.context, window):,} tokens"
+        for window, layers in kinds.items()
+    )
+    heads = -(-shape.num_kv_heads // made.tensor_parallel)
+    numbers = (
+        f"{shape.head_dim} of the latent vector"
+        if shape.is_latent
+        else f"2 x {heads} KV heads x {shape.head_dim} head_dim"
+    )
+    of_each = f", KV heads of one of {made.tensor_parallel} devices" if made.tensor_parallel > 1 else ""
+    a_token = f"{numbers} x {KV_BITS[made.kv_dtype] / 8:g} bytes{of_each}"
+    prefilled = min(made.prefill_chunk, made.context * made.concurrency)
+    lines = (
+        f"KV exact = {made.concurrency:,} x ({kept}) x {a_token}",
+        f"         = {kv.exact:,} bytes",
+        f"KV paged = the same in whole pages of {made.page_size}, scales too, x {made.fragmentation:g}",
+        f"         = {kv.paged:,} bytes",
+        f"KV reserved = the same without windows = {kv.reserved:,} bytes",
+        f"weights = {shape.num_parameters:,} parameters {_stored(made)} / {made.tensor_parallel} devices",
+        f"        = {made.weights:,} bytes",
+        f"activations = {prefilled:,} tokens of a prefill step x 2 bytes x "
+        f"(4 x {shape.hidden_size:,} + (Q, K, V + 2 x {shape.mlp_width:,} MLP) / {made.tensor_parallel})",
+        f"              + {made.concurrency:,} x {shape.vocab_size:,} logits x 4 bytes",
+        f"            = {made.activations:,} bytes",
+        f"overhead = {made.overhead:,} bytes for the driver, compiled programs and libraries (assumed)",
+    )
+    return "\n".join(lines)
+
+
+def _stored(made: Plan) -> str:
+    if made.weights_dtype != "stored":
+        return f"in {made.weights_dtype}"
+    return "as stored" if made.shape.stored_bytes else f"in {made.shape.quantization}"

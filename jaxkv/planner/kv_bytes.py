@@ -1,0 +1,158 @@
+"""How many bytes K and V take."""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from jaxkv.config import CacheConfig
+from jaxkv.planner.shape import ModelShape
+
+KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
+SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+# Of an int4 pool: a 16-bit scale and an 8-bit zero point for each group of 32 elements.
+_INT4_GROUP, _INT4_GROUP_BYTES = 32, 3
+
+
+@dataclass(frozen=True, slots=True)
+class KVBytes:
+    """K and V of all layers, in bytes.
+
+    Attributes:
+      exact: the numbers of the tokens kept, nothing else.
+      scales: what a quantized cache keeps beside them.
+      paged: in whole pages, scales and `fragmentation` included: what the cache takes.
+      reserved: the same with every layer keeping the whole context, as if there were no windows.
+    """
+
+    exact: int
+    scales: int
+    paged: int
+    reserved: int
+
+
+def kv_cache_bytes(
+    shape: ModelShape,
+    context: int,
+    concurrency: int = 1,
+    *,
+    kv_dtype: str = "auto",
+    page_size: int = 16,
+    fragmentation: float = 1.0,
+) -> KVBytes:
+    """Bytes that K and V of `concurrency` sequences of `context` tokens take.
+
+    A token takes `elements_per_token` numbers a layer: 2 x KV heads x head_dim, or MLA's latent vector. A
+    layer with a window keeps no more tokens than that; in pages it may begin in the middle of one.
+
+    Args:
+      shape: the model.
+      context: tokens a sequence.
+      concurrency: sequences.
+      kv_dtype: "auto" (the model's, bfloat16 where it has none), float32, bfloat16, float16 (or f32, bf16,
+        f16), fp8, int8 or int4.
+      page_size: tokens a page.
+      fragmentation: factor on what pages take. Whole pages are counted already, so it is 1.0; 1.15 is what
+        others add blindly.
+
+    Raises:
+      ValueError: for a number out of range or an unknown dtype.
+
+    Example:
+      >>> llama = ModelShape.from_config("llama-3.1-8b")
+      >>> kv_cache_bytes(llama, 8192, kv_dtype="bfloat16").exact // 2**20
+      1024
+    """
+    for name, value in (("context", context), ("concurrency", concurrency), ("page_size", page_size)):
+        check_count(name, value)
+    if not isinstance(fragmentation, (int, float)) or not 1 <= fragmentation < 100:
+        raise ValueError(f"fragmentation={fragmentation!r} must be a factor from 1 to 100")
+    dtype = resolve_dtype(shape, kv_dtype)
+    element_bits = KV_BITS[dtype] * shape.elements_per_token
+    scale_bytes = _scale_bytes(shape, dtype)
+
+    def in_pages(pages: int) -> int:
+        return math.ceil(pages * page_size * (element_bits // 8 + scale_bytes) * concurrency * fragmentation)
+
+    kept = sum(min(context, window or context) for window in shape.windows)
+    return KVBytes(
+        exact=kept * concurrency * element_bits // 8,
+        scales=kept * concurrency * scale_bytes,
+        paged=in_pages(sum(pages_of(context, window, page_size) for window in shape.windows)),
+        reserved=in_pages(len(shape.windows) * pages_of(context, None, page_size)),
+    )
+
+
+def pages_of(context: int, window: int | None, page_size: int) -> int:
+    """Pages of a layer that one sequence holds at most: a window may begin and end within a page."""
+    whole = -(-context // page_size)
+    return whole if window is None else min(whole, (window + page_size - 2) // page_size + 1)
+
+
+def cache_configs(
+    shape: ModelShape,
+    context: int,
+    concurrency: int,
+    *,
+    kv_dtype: str = "auto",
+    page_size: int = 16,
+    tensor_parallel: int = 1,
+) -> tuple[CacheConfig, ...]:
+    """The caches to make: one for all layers that keep the same tokens, so two for a hybrid model.
+
+    Empty where jaxkv has no such storage: MLA, and int4.
+
+    Args:
+      shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
+      tensor_parallel: devices that share the KV heads.
+    """
+    dtype = resolve_dtype(shape, kv_dtype)
+    if shape.is_latent or dtype == "int4":
+        return ()
+    quantized = dtype in ("int8", "fp8")
+    configs = []
+    for window, layers in Counter(shape.windows).items():
+        pages = pages_of(context, window, page_size)
+        configs.append(
+            CacheConfig(
+                num_layers=layers,
+                num_kv_heads=-(-shape.num_kv_heads // tensor_parallel),
+                head_dim=shape.head_dim,
+                num_pages=pages * concurrency,
+                page_size=page_size,
+                max_seqs=concurrency,
+                max_pages_per_seq=pages,
+                dtype=(shape.dtype or "bfloat16") if quantized else dtype,
+                quantization=dtype if quantized else None,
+            )
+        )
+    return tuple(configs)
+
+
+def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
+    """The full name of a `kv_dtype`; "auto" is the model's, bfloat16 where it has none.
+
+    Raises:
+      ValueError: for an unknown one.
+    """
+    name = (shape.dtype or "bfloat16") if kv_dtype == "auto" else SHORT.get(kv_dtype, kv_dtype)
+    if name not in KV_BITS:
+        raise ValueError(f"kv_dtype={kv_dtype!r} is not known; known: auto, {', '.join([*SHORT, *KV_BITS])}")
+    return name
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuses what is no positive integer.
+
+    Raises:
+      ValueError: naming it.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**30:
+        raise ValueError(f"{name}={value!r} must be a positive integer below {2**30}")
+
+
+def _scale_bytes(shape: ModelShape, dtype: str) -> int:
+    """Of one token in one layer."""
+    if dtype == "int4":
+        return -(-shape.elements_per_token // _INT4_GROUP) * _INT4_GROUP_BYTES
+    # A float32 for K and one for V of each head.
+    return 4 * shape.elements_per_token // shape.head_dim if dtype in ("int8", "fp8") else 0

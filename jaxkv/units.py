@@ -1,0 +1,45 @@
+"""Amounts of memory, read and written as people write them."""
+
+import re
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of `24GiB`, `80 GB`, `1.5e9` or a plain number.
+
+    Raises:
+      ValueError: for anything else, and for amounts that are not positive.
+
+    Example:
+      >>> parse_bytes("24GiB"), parse_bytes("80 GB"), parse_bytes(512)
+      (25769803776, 80000000000, 512)
+    """
+    found = re.fullmatch(r"\s*([0-9.]+(?:e\+?[0-9]+)?)\s*([a-zA-Z]*)\s*", str(text), re.IGNORECASE)
+    unit = found and _UNITS.get(found[2].lower())
+    try:
+        amount = float(found[1]) * unit if found and unit else 0.0
+    except ValueError:
+        amount = 0.0
+    if isinstance(text, bool) or not 1 <= amount < 2**60:
+        raise ValueError(f"{str(text)!r} is not an amount of memory; write it like 24GiB, 80GB or 512MiB")
+    return round(amount)
+
+
+def format_bytes(amount: float) -> str:
+    """Three or four digits and a binary unit.
+
+    Example:
+      >>> format_bytes(2**30), format_bytes(1536), format_bytes(-3 * 2**20)
+      ('1.00 GiB', '1.50 KiB', '-3.00 MiB')
+    """
+    size, unit = float(amount), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if abs(size) < 1024:
+            break
+        size, unit = size / 1024, larger
+    if unit == "B":
+        return f"{size:.0f} B"
+    return f"{size:.2f} {unit}" if abs(size) < 100 else f"{size:.1f} {unit}"

@@ -1,0 +1,416 @@
+"""What memory a model takes, held to published numbers and to what `init` allocates."""
+
+import dataclasses
+import json
+from math import prod
+
+import jax
+import pytest
+
+import jaxkv
+from jaxkv import CacheConfig, catalog
+from jaxkv.planner import (
+    Device,
+    ModelShape,
+    cache_configs,
+    choose_page_size,
+    kv_cache_bytes,
+    plan,
+    suggestions,
+)
+from jaxkv.planner.page_size import CANDIDATES
+
+MIB, GIB = 2**20, 2**30
+
+# Of 8,192 tokens in bfloat16: exact, and reserved without windows, in MiB; parameters as published.
+MODELS = {
+    "deepseek-v2-lite": (243, 243, 15.7e9),
+    "deepseek-v3": (549, 549, 671e9),
+    "gemma-2-9b": (2016, 2688, 9.24e9),
+    "gemma-3-1b": (43, 208, 1.0e9),
+    "gpt-oss-20b": (195, 384, 20.9e9),
+    "llama-2-13b": (6400, 6400, 13.02e9),
+    "llama-2-70b": (2560, 2560, 68.98e9),
+    "llama-2-7b": (4096, 4096, 6.74e9),
+    "llama-3.1-70b": (2560, 2560, 70.55e9),
+    "llama-3.1-8b": (1024, 1024, 8.03e9),
+    "mistral-7b-v0.1": (512, 1024, 7.24e9),
+    "mistral-7b-v0.3": (1024, 1024, 7.25e9),
+    "qwen2-0.5b": (96, 96, 494e6),
+    "qwen2.5-14b": (1536, 1536, 14.77e9),
+    "smollm2-135m": (180, 180, 134.5e6),
+    "tinyllama-1.1b": (176, 176, 1.10e9),
+}
+# Of the modules that `transformers` builds from these configs.
+PARAMETERS = {
+    "deepseek-v2-lite": 15_706_484_224,
+    "deepseek-v3": 671_026_419_200,
+    "gemma-2-9b": 9_241_705_984,
+    "gemma-3-1b": 999_885_952,
+    "gpt-oss-20b": 20_914_757_184,
+    "llama-3.1-70b": 70_553_706_496,
+    "mistral-7b-v0.3": 7_248_023_552,
+    "qwen2.5-14b": 14_770_033_664,
+    "smollm2-135m": 134_515_008,
+}
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 128,
+    "vocab_size": 100,
+    "max_position_embeddings": 256,
+}
+
+
+def shape(**fields) -> ModelShape:
+    """Of a small Llama with some fields changed; None takes one out."""
+    return ModelShape.from_config({k: v for k, v in (LLAMA | fields).items() if v is not None})
+
+
+@pytest.mark.parametrize("name", catalog.names("models"))
+def test_known_models_take_the_published_memory(name):
+    exact, reserved, parameters = MODELS[name]
+    model = ModelShape.from_config(name)
+    counted = kv_cache_bytes(model, 8192, kv_dtype="bf16")
+    assert counted.exact == exact * MIB
+    assert counted.reserved == reserved * MIB
+    assert counted.exact <= counted.paged <= counted.reserved
+    assert model.num_parameters == pytest.approx(parameters, rel=0.01)
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameters_are_counted_to_the_last_one(name):
+    assert ModelShape.from_config(name).num_parameters == PARAMETERS[name]
+
+
+def test_figures_that_people_quote():
+    assert kv_cache_bytes(ModelShape.from_config("qwen2-0.5b"), 2048).exact == 25_165_824
+    assert kv_cache_bytes(ModelShape.from_config("llama-3.1-8b"), 4096).exact == 536_870_912
+    llama = ModelShape.from_config("llama-2-7b")
+    assert kv_cache_bytes(llama, 4096).exact == 2 * GIB
+    in_bytes = kv_cache_bytes(llama, 4096, kv_dtype="fp8")
+    assert (in_bytes.exact, in_bytes.scales) == (GIB, 32 * MIB)
+    assert kv_cache_bytes(llama, 4096, kv_dtype="int4").exact == GIB // 2
+
+
+def test_pages_round_up_each_sequence_and_fragmentation_is_a_factor_of_its_own():
+    counted = kv_cache_bytes(shape(), 17, 3, kv_dtype="f32", page_size=16)
+    token = 2 * 2 * 16 * 4
+    assert counted.exact == 3 * 2 * 17 * token
+    assert counted.paged == 3 * 2 * 32 * token
+    assert kv_cache_bytes(shape(), 17, 3, kv_dtype="f32", fragmentation=1.5).paged == 1.5 * counted.paged
+
+
+def test_a_window_may_begin_in_the_middle_of_a_page():
+    model = shape(model_type="mistral", sliding_window=10)
+    counted = kv_cache_bytes(model, 100, kv_dtype="f32", page_size=8)
+    # Ten tokens lie on three pages of eight at worst: 1 + 8 + 1.
+    assert counted.paged == 2 * 3 * 8 * (2 * 2 * 16 * 4)
+    assert kv_cache_bytes(model, 8, kv_dtype="f32", page_size=8).paged == 2 * 8 * (2 * 2 * 16 * 4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "windows"),
+    [
+        ({"model_type": "llama", "sliding_window": 8}, (None,) * 4),
+        ({"model_type": "mistral", "sliding_window": 8}, (8,) * 4),
+        ({"model_type": "mistral", "sliding_window": None}, (None,) * 4),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, (None,) * 4),
+        (
+            {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
+            (None, None, None, 8),
+        ),
+        ({"model_type": "gemma2", "sliding_window": 8}, (8, None, 8, None)),
+        ({"model_type": "gemma3_text", "sliding_window": 8, "sliding_window_pattern": 3}, (8, 8, None, 8)),
+        (
+            {
+                "model_type": "gemma3_text",
+                "sliding_window": 8,
+                "layer_types": ["full_attention", *["sliding_attention"] * 3],
+            },
+            (None, 8, 8, 8),
+        ),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
+)
+def test_windows_are_those_of_the_architecture(fields, windows):
+    assert shape(num_hidden_layers=4, **fields).windows == windows
+
+
+def test_traps_of_published_configs():
+    assert shape(num_key_value_heads=None).num_kv_heads == 4
+    assert shape(head_dim=32).head_dim == 32
+    assert shape(dtype="float16").dtype == "float16"
+    assert shape(torch_dtype="torch.bfloat16").dtype == "bfloat16"
+    nested = ModelShape.from_config({"model_type": "gemma3", "text_config": LLAMA, "torch_dtype": "float16"})
+    assert (nested.architecture, nested.dtype) == ("llama", "float16")
+    assert "text part" in nested.notes[0]
+    gpt2 = {"model_type": "gpt2", "n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
+    assert ModelShape.from_config(gpt2 | {"vocab_size": 50257}).num_parameters == 124_439_808
+    falcon = {"model_type": "falcon", "hidden_size": 4544, "num_attention_heads": 71, "num_hidden_layers": 32}
+    falcon |= {"multi_query": True, "vocab_size": 65024}
+    assert ModelShape.from_config(falcon).num_kv_heads == 1
+    assert ModelShape.from_config(falcon).num_parameters == 6_921_720_704
+    assert ModelShape.from_config("gpt-oss-20b").has_sinks
+
+
+def test_mla_keeps_a_latent_vector_whatever_the_config_says_of_heads():
+    model = ModelShape.from_config("deepseek-v3")
+    assert (model.elements_per_token, model.is_latent) == (576, True)
+    # It cannot be split over devices: each keeps all of it.
+    assert plan(model, "H200", tensor_parallel=16).kv == plan(model, "H200").kv
+    assert plan(model, "H200").caches == ()
+
+
+def test_a_config_may_be_a_file_a_folder_or_an_object(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+
+    class Config:
+        def to_dict(self):
+            return LLAMA
+
+    shapes = [
+        ModelShape.from_config(source) for source in (tmp_path, tmp_path / "config.json", Config(), LLAMA)
+    ]
+    assert len({dataclasses.replace(model, name="") for model in shapes}) == 1
+    assert shapes[0].name == tmp_path.name
+
+
+def test_weights_beside_a_config_are_counted_as_they_are(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    assert plan(ModelShape.from_config(tmp_path), GIB).weights == 1000
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {"total_size": 5000}}')
+    made = plan(ModelShape.from_config(tmp_path), GIB)
+    assert (made.weights, made.weights_dtype) == (5000, "stored")
+    assert (
+        plan(ModelShape.from_config(tmp_path), GIB, weights_dtype="f32").weights
+        == 4 * made.shape.num_parameters
+    )
+    (tmp_path / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    with pytest.raises(ValueError, match="total_size"):
+        ModelShape.from_config(tmp_path)
+
+
+def test_a_gguf_file_says_the_same_as_its_config():
+    from jaxkv.models.loading import find_model
+
+    model, known = ModelShape.from_config(find_model("smollm2-135m")), ModelShape.from_config("smollm2-135m")
+    same = (
+        "num_layers",
+        "num_kv_heads",
+        "head_dim",
+        "windows",
+        "num_parameters",
+        "max_context",
+        "vocab_size",
+    )
+    assert [getattr(model, name) for name in same] == [getattr(known, name) for name in same]
+    assert plan(model, GIB).weights == find_model("smollm2-135m").stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"model_type": "mamba"}, "model_type 'mamba' is not known; known: deepseek_v2"),
+        ({"model_type": None}, "model_type None"),
+        ({"model_type": ["llama"]}, "model_type"),
+        ({"hidden_size": None}, "field 'hidden_size' is missing"),
+        ({"vocab_size": -1}, "vocab_size must be an integer from 1"),
+        (
+            {"num_hidden_layers": 10**9},
+            "num_hidden_layers must be an integer from 1 to 65536, not 1000000000",
+        ),
+        ({"num_hidden_layers": 2.5}, "num_hidden_layers"),
+        ({"num_hidden_layers": True}, "num_hidden_layers"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 must divide"),
+        ({"hidden_size": 65}, "hidden_size=65"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
+        ({"torch_dtype": "float7"}, "dtype 'float7' is not known"),
+        ({"layer_types": ["full_attention"]}, "layer_types must be a list of 2"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
+        ({"quantization_config": {"bits": 4}}, "quant_method"),
+    ],
+    ids=str,
+)
+def test_a_bad_config_is_refused_by_name(fields, complaint):
+    with pytest.raises(ValueError, match=complaint.replace("[", r"\[")):
+        shape(**fields)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"[" * 10**5], ids=repr)
+def test_a_file_that_is_no_config_is_refused(tmp_path, content):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"config\.json: (is not JSON|must hold)"):
+        ModelShape.from_config(tmp_path)
+
+
+def test_an_unknown_name_says_which_are_known():
+    with pytest.raises(ValueError, match=r"'llama-9' is not one of the known models: .*llama-2-7b"):
+        ModelShape.from_config("llama-9")
+    with pytest.raises(ValueError, match=r"'H900' is not one of the known devices: .*h100"):
+        plan(shape(), "H900")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"context": 0},
+        {"context": -5},
+        {"context": 1.5},
+        {"concurrency": 0},
+        {"page_size": True},
+        {"tensor_parallel": 3},
+        {"memory_fraction": 0},
+        {"memory_fraction": 1.1},
+        {"kv_dtype": "float9"},
+        {"weights_dtype": "int3"},
+        {"fragmentation": 0.5},
+    ],
+    ids=str,
+)
+def test_a_number_out_of_range_is_named(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        _ = plan(shape(), GIB, **options).kv
+
+
+def test_a_plan_adds_up():
+    made = plan(ModelShape.from_config("llama-3.1-8b"), "H100", concurrency=4)
+    assert made.needed == made.weights + made.kv.paged + made.activations + made.overhead
+    assert made.usable - made.needed == made.headroom > 0
+    assert made.weights == 2 * made.shape.num_parameters
+    assert made.pages == 4 * 8192 // 16
+
+
+def test_the_largest_context_and_concurrency_fit_and_one_more_does_not():
+    made = plan(ModelShape.from_config("llama-2-7b"), "24GiB", context=2048, concurrency=2)
+    for name, largest in (("context", made.max_context), ("concurrency", made.max_concurrency)):
+        assert dataclasses.replace(made, **{name: largest}).fits
+        more = dataclasses.replace(made, **{name: largest + (made.page_size if name == "context" else 1)})
+        assert not more.fits or largest == made.shape.max_context
+    assert made.max_concurrency == int(made.max_concurrency_ratio)
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "options"),
+    [
+        ("llama-3.1-70b", "H100", {}),
+        ("llama-2-13b", "RTX 4090", {"concurrency": 4}),
+        ("llama-2-7b", "RTX 4090", {"context": 65536, "concurrency": 8}),
+        ("deepseek-v3", "H100", {"tensor_parallel": 8}),
+        ("llama-2-7b", "4GiB", {}),
+        ("mistral-7b-v0.1", "16GiB", {"concurrency": 64}),
+        ("smollm2-135m", "64MiB", {}),
+    ],
+)
+def test_every_suggestion_does_what_it_says(model, device, options):
+    refused = plan(ModelShape.from_config(model), device, **options)
+    assert not refused.fits
+    assert refused.risk == "does not fit"
+    for suggestion in suggestions(refused):
+        again = plan(refused.shape, device, **(options | suggestion.change))
+        assert again == suggestion.plan
+        assert again.fits
+    if (model, device) == ("llama-3.1-70b", "H100"):
+        assert {"tensor_parallel": 2} in [suggestion.change for suggestion in suggestions(refused)]
+
+
+def test_a_plan_that_fits_needs_no_suggestions():
+    assert suggestions(plan(shape(), "H100")) == []
+
+
+def allocated(config: CacheConfig) -> int:
+    """Bytes of the arrays that `init` makes."""
+    return sum(array.nbytes for array in jax.tree.leaves(jaxkv.init(config)))
+
+
+@pytest.mark.parametrize("preset", ["small", "medium", "large"])
+@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"page_size": 1}], ids=str)
+def test_estimated_memory_is_what_init_allocates_for_presets_scaled_down(preset, options):
+    config = CacheConfig.from_preset(preset, memory="48MiB", max_context=64, max_seqs=4, **options)
+    assert allocated(config) == config.estimated_memory_bytes() <= 48 * MIB
+    one_more = dataclasses.replace(config, num_pages=config.num_pages + 1)
+    assert one_more.estimated_memory_bytes() > 48 * MIB
+
+
+@pytest.mark.parametrize("preset", ["small", "medium", "large"])
+def test_presets_in_full_take_their_memory(preset):
+    config = CacheConfig.from_preset(preset)
+    shapes = jax.eval_shape(lambda: jaxkv.init(config))
+    assert (
+        sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+        == config.estimated_memory_bytes()
+    )
+    memory = {"small": 4, "medium": 12, "large": 40}[preset] * 10**9
+    assert memory - config.page_bytes - 8 < config.estimated_memory_bytes() <= memory
+
+
+def test_the_small_preset_fits_here_and_allocates_what_was_planned():
+    config = CacheConfig.from_preset("small")
+    assert allocated(config) == config.estimated_memory_bytes()
+    assert config.estimated_memory() == "3.72 GiB"
+
+
+@pytest.mark.parametrize(
+    "model", ["smollm2-135m", "gemma-3-1b", "gpt-oss-20b", "mistral-7b-v0.1", "qwen2-0.5b"]
+)
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8", "fp8"])
+def test_planned_pages_are_the_pool_that_init_allocates(model, kv_dtype):
+    known = ModelShape.from_config(model)
+    options = dict(kv_dtype=kv_dtype, page_size=32)
+    caches = cache_configs(known, 300, 2, **options)
+    assert len(caches) == len(set(known.windows))
+    pools = [jaxkv.init(config).pool for config in caches]
+    planned = kv_cache_bytes(known, 300, 2, **options)
+    assert sum(array.nbytes for array in jax.tree.leaves(pools)) == planned.paged
+
+
+def test_a_config_for_a_context_length():
+    sizes = dict(num_layers=2, num_kv_heads=2, head_dim=8, max_seqs=4)
+    config = CacheConfig.for_context_length(100, **sizes)
+    assert (config.num_pages, config.max_pages_per_seq) == (28, 7)
+    assert config.max_context_length() == 112
+    assert config.max_context_length(concurrency=8) == 48
+    with pytest.raises(ValueError, match=r"memory=1\.00 KiB does not hold one sequence of 100 tokens"):
+        CacheConfig.for_context_length(100, memory=1024, **sizes)
+    with pytest.raises(ValueError, match="context=0"):
+        CacheConfig.for_context_length(0, **sizes)
+
+
+def test_the_custom_preset_says_what_it_leaves_open():
+    with pytest.raises(
+        ValueError, match="leaves max_context, num_layers, num_kv_heads, head_dim, memory open"
+    ):
+        CacheConfig.from_preset("custom")
+    with pytest.raises(
+        ValueError, match="'huge' is not one of the known presets: custom, large, medium, small"
+    ):
+        CacheConfig.from_preset("huge")
+    sizes = dict(max_context=64, num_layers=1, num_kv_heads=1, head_dim=8)
+    assert CacheConfig.from_preset("custom", memory="1MiB", **sizes).page_size == 16
+
+
+@pytest.mark.parametrize("device", catalog.names("devices"))
+def test_devices_have_memory_and_bandwidth(device):
+    known = Device.named(device)
+    assert 20 * GIB < known.memory < 300 * GIB
+    assert 2e11 < known.bandwidth < 1e13
+
+
+def test_page_sizes_are_chosen_by_rule_and_checked_against_the_count():
+    assert choose_page_size([500]).page_size == 16
+    assert choose_page_size([2048]).page_size == 32
+    assert choose_page_size([8192]).page_size == 64
+    assert choose_page_size([50_000]).page_size == 128
+    # One token past a page leaves most of the next one empty.
+    short = choose_page_size([17] * 10)
+    assert (short.page_size, "16 by rule, 46.9% empty" in short.reason) == (8, True)
+    costs = {cost.page_size: cost for cost in choose_page_size([100, 200]).costs}
+    assert set(costs) == set(CANDIDATES)
+    assert costs[16].pages == (7 + 13) / 2
+    assert costs[16].wasted_tokens == (12 + 8) / 2
+    with pytest.raises(ValueError, match="no lengths"):
+        choose_page_size([])
