@@ -228,6 +228,7 @@ def mistakes(cache, batch):
         "window=0": lambda: attend(cache, 0, batch, q, window=0),
         "window=1.5": lambda: attend(cache, 0, batch, q, window=1.5),
         "softcap=-1": lambda: attend(cache, 0, batch, q, softcap=-1),
+        "scale=1000000000.0 must lie": lambda: attend(cache, 0, batch, q, scale=1e9),
         "q_heads=4": lambda: attend(cache, 0, batch, q, sinks=jnp.zeros(2)),
         "backend='cuda'": lambda: attend(cache, 0, batch, q, backend="cuda"),
     }

@@ -53,7 +53,7 @@ def paged_attention(
         are padding.
       table_rows: row of `page_table` of each sequence. Default: its own number.
       layer: Python int or int32 scalar.
-      scale: of the scores. Default: `1 / sqrt(head_dim)`.
+      scale: of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` tokens before it.
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
       sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
@@ -92,6 +92,9 @@ def paged_attention(
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < float("inf")):
             raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
+        # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
+        if name != "window" and value is not None and not 1e-6 <= value <= 1e6:
+            raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
     if window is not None and not isinstance(window, int):
         raise ValueError(f"window={window!r} must be an integer")
     page_table, table_rows, kv_lengths, query_starts = (
