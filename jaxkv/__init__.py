@@ -23,6 +23,9 @@ from jaxkv.pool import values as values
 from jaxkv.attention import attend as attend
 from jaxkv.compact import compact as compact
 from jaxkv.compact import should_compact as should_compact
+from jaxkv.compact import maybe_compact as maybe_compact
+from jaxkv.profile import MemoryProfile as MemoryProfile
+from jaxkv.profile import memory_profile as memory_profile
 from jaxkv.sampling import Sampling as Sampling
 from jaxkv.decode import Finish as Finish
 from jaxkv.generate import Generation as Generation

@@ -1,4 +1,4 @@
-"""The command line: `jaxkv generate` and `jaxkv demo`.
+"""The command line: `jaxkv generate`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
 
 A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130.
 """
@@ -23,6 +23,8 @@ KV_DTYPES = {
     "int8": (None, "int8"),
     "fp8": (None, "fp8"),
 }
+# Which optional part brings a package; the others come with the models.
+_EXTRAS = {"matplotlib": "plot", "prometheus_client": "metrics"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        print(f"jaxkv: error: {error.name} is missing; pip install 'jaxkv[models]'", file=sys.stderr)
+        extra = _EXTRAS.get((error.name or "").partition(".")[0], "models")
+        print(f"jaxkv: error: {error.name} is missing; pip install 'jaxkv[{extra}]'", file=sys.stderr)
         return 2
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
@@ -73,6 +76,22 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--top-p", type=float, metavar="P")
     command.add_argument("--seed", type=_seed, default=0, metavar="N")
     command.add_argument("--num-pages", type=_count, metavar="N", help="pages in the pool (default: enough)")
+    command.add_argument(
+        "--metrics-port", type=_port, metavar="N", help="serve metrics for Prometheus; 0 is any free port"
+    )
+    _add_common(command)
+
+    command = commands.add_parser("profile", help="where memory goes while a model writes")
+    command.set_defaults(run=_run_profile)
+    command.add_argument("--model", default="smollm2-135m", metavar="PATH_OR_NAME")
+    command.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="may be repeated (default: the demo's)"
+    )
+    command.add_argument("--num-samples", type=_count, default=3, metavar="N", help="of each prompt")
+    command.add_argument("--temperature", type=float, default=0.8, metavar="T")
+    command.add_argument("--seed", type=_seed, default=0, metavar="N")
+    command.add_argument("--num-pages", type=_count, metavar="N", help="pages in the pool (default: enough)")
+    command.add_argument("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf")
     _add_common(command)
 
     command = commands.add_parser("demo", help="four prompts behind one shared system prompt, checked")
@@ -110,10 +129,23 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {2**16 - 1}")
+    return int(text)
+
+
 def _run_generate(options: argparse.Namespace) -> int:
     from jaxkv.terminal import run_generate
 
     return run_generate(options, _read_prompts(options))
+
+
+def _run_profile(options: argparse.Namespace) -> int:
+    from jaxkv.terminal_profile import run_profile
+
+    _check_prompts(options.prompt)
+    return run_profile(options)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
@@ -136,14 +168,18 @@ def _read_prompts(options: argparse.Namespace) -> list[str]:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with at least one line")
     if not options.model:
         raise ValueError("--model is empty")
+    _check_prompts(prompts)
+    if options.system is not None and not options.chat:
+        raise ValueError("--system needs --chat")
+    return prompts
+
+
+def _check_prompts(prompts: list[str]) -> None:
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {number} is empty")
         if not prompt.isascii() and any("\ud800" <= c <= "\udfff" for c in prompt):
             raise ValueError(f"prompt {number} is not UTF-8")
-    if options.system is not None and not options.chat:
-        raise ValueError("--system needs --chat")
-    return prompts
 
 
 def entry_point() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -61,6 +62,28 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
     )
     stats = count(cache.stats, compactions=1, pages_moved=num_moved)
     return replace(cache, pool=KVPool(*pages), table=table, stats=stats), num_moved
+
+
+def maybe_compact(cache: KVCache) -> KVCache:
+    """`compact` where `should_compact` says so, else the cache as it is; inside `jit`, without a copy.
+
+    Call it where no `Batch` is in use, before `allocate`: a batch describes where pages lie.
+
+    Returns:
+      The cache; `stats.compactions` and `stats.pages_moved` say what was done.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4)
+      >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0, 1]), jnp.array([1, 1]))
+      >>> cache = jaxkv.maybe_compact(jaxkv.free(cache, jnp.array([0])))
+      >>> int(cache.table.pages[1, 0]), int(jaxkv.maybe_compact(cache).stats.compactions)
+      (0, 1)
+    """
+    # A loop of no trip or one. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
+    # temporary memory for a pool of 4 GiB (benchmarks/check_aot.py); a loop's carry stays where it is.
+    trips = should_compact(cache).astype(jnp.int32)
+    return jax.lax.fori_loop(0, trips, lambda _, cache: compact(cache)[0], cache)
 
 
 def _target_ids(table: PageTable) -> Int[Array, " pages"]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxkv.allocate import allocate
+from jaxkv.compact import maybe_compact
 from jaxkv.pages import free
 from jaxkv.sampling import Sampling, sample
 from jaxkv.state import Batch, KVCache, Status
@@ -84,7 +85,7 @@ def prefill(
       The logits after each sequence's last token of the chunk, the cache, and the statuses of
       `allocate`.
     """
-    cache, batch = allocate(cache, seqs, num_tokens, total_tokens=tokens.shape[0])
+    cache, batch = allocate(_tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
     logits, cache = model(tokens, cache, batch, rows=rows)
     return logits, cache, batch.status
@@ -101,7 +102,8 @@ def decode(
     """Decodes until every sequence has finished or `until` steps are taken: one `lax.while_loop`.
 
     A sequence that finishes gives its pages back at once. One that finds no free page waits for
-    that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room.
+    that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room. With
+    `CacheConfig.compact_automatically` a step begins with `maybe_compact`.
 
     Args:
       model: the model.
@@ -123,10 +125,16 @@ def decode(
 
 def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
     running = state.finish == Finish.RUNNING
-    cache, batch = allocate(state.cache, jnp.where(running, state.seqs, -1), jnp.ones_like(state.seqs))
+    seqs = jnp.where(running, state.seqs, -1)
+    cache, batch = allocate(_tidied(state.cache), seqs, jnp.ones_like(seqs))
     logits, cache = model(state.next_tokens, cache, batch)
     state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
     return _take(state, logits, running, batch.status, sampling, stop_tokens)
+
+
+def _tidied(cache: KVCache) -> KVCache:
+    """Compacted when due, if the config wants that: before the step's batch says where pages lie."""
+    return maybe_compact(cache) if cache.config.compact_automatically else cache
 
 
 def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:

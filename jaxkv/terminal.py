@@ -18,6 +18,7 @@ from jaxkv.generate import Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
 from jaxkv.sampling import Sampling
+from jaxkv.telemetry import Telemetry
 from pallas_kernels.dispatch import auto_backend
 
 _STEPS_A_BLOCK = 8
@@ -38,14 +39,24 @@ QUESTIONS = (
 def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
     """`jaxkv generate`."""
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
-    loaded, tokenizer = _load(options.model)
+    with _metrics(options.metrics_port) as observe:
+        return _generate(options, prompts, sampling, observe)
+
+
+def _generate(options: argparse.Namespace, prompts: list[str], sampling: Sampling, observe) -> int:
+    loaded, tokenizer = load_with_progress(options.model)
     if options.chat:
         system = [{"role": "system", "content": options.system}] if options.system else []
         ids = [tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-    config = _cache_config(loaded, ids, options, options.num_samples, options.num_pages)
+    config = fitting_config(loaded, ids, options, options.num_samples, options.num_pages)
     alone = len(prompts) * options.num_samples == 1
+
+    def see(state: Decoding) -> None:
+        observe(state.cache)
+        watch.see(state)
+
     with _Watch(tokenizer, options.max_new_tokens, stream=alone) as watch:
         result = generate(
             loaded.model,
@@ -58,7 +69,7 @@ def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
             key=jax.random.key(options.seed),
             block=_STEPS_A_BLOCK,
             warm_up=True,
-            on_tokens=watch.see,
+            on_tokens=see,
         )
     if not alone:
         for prompt, texts in zip(prompts, _texts(tokenizer, result), strict=True):
@@ -68,12 +79,25 @@ def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
     return 0
 
 
+@contextmanager
+def _metrics(port: int | None):
+    """What to show each block's cache to; served over HTTP while the block runs, if there is a port."""
+    if port is None:
+        yield lambda cache: None
+        return
+    telemetry = Telemetry()
+    with telemetry.serve(port) as server:
+        print(f"metrics: {server.url}", file=sys.stderr, flush=True)
+        yield telemetry.observe
+        telemetry.flush()
+
+
 def run_demo(options: argparse.Namespace) -> int:
     """`jaxkv demo`: four questions behind one system prompt, held against dense attention."""
-    loaded, tokenizer = _load(options.model)
+    loaded, tokenizer = load_with_progress(options.model)
     system = {"role": "system", "content": SYSTEM_PROMPT}
     ids = [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
-    config = _cache_config(loaded, ids, options, 1, None)
+    config = fitting_config(loaded, ids, options, 1, None)
     with _Watch(tokenizer, options.max_new_tokens, stream=False) as watch:
         result = generate(
             loaded.model,
@@ -86,7 +110,7 @@ def run_demo(options: argparse.Namespace) -> int:
             warm_up=True,
             on_tokens=watch.see,
         )
-    with _status("dense attention over the same tokens"):
+    with status_line("dense attention over the same tokens"):
         difference = _largest_difference(loaded, ids, result)
     for question, (text,) in zip(QUESTIONS, _texts(tokenizer, result), strict=True):
         print(f"> {question}\n{text}\n")
@@ -120,7 +144,7 @@ def _largest_difference(loaded: LoadedModel, prompts: list[list[int]], result: G
     return float(largest)
 
 
-def _load(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
+def load_with_progress(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
     with Progress(*columns, console=_console(), transient=True) as progress:
         task = progress.add_task("weights", total=None)
@@ -133,7 +157,7 @@ def _load(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
     return loaded, loaded.tokenizer
 
 
-def _cache_config(
+def fitting_config(
     loaded: LoadedModel,
     ids: list[list[int]],
     options: argparse.Namespace,
@@ -200,7 +224,7 @@ def _console() -> Console:
 
 
 @contextmanager
-def _status(text: str):
+def status_line(text: str):
     with _console().status(text):
         yield
 

@@ -181,3 +181,29 @@ class Oracle:
     def compact(self, num_moved):
         self.stats["compactions"] += 1
         self.stats["pages_moved"] += int(num_moved)
+
+    # memory --------------------------------------------------------------------------------
+
+    def profile(self) -> dict[str, int | float]:
+        """What `memory_profile` must count, but for where pages lie."""
+        owners, page_size = self.owners(), self.config.page_size
+        fullest = dict.fromkeys(owners, 0)
+        for sequence in self.sequences:
+            for number, page in enumerate(sequence.pages):
+                held = min(page_size, sequence.length - number * page_size)
+                fullest[page] = max(fullest[page], held)
+        tokens, stored = sum(s.length for s in self.sequences), sum(fullest.values())
+        places = len(owners) * page_size
+        return dict(
+            active_seqs=sum(s.length > 0 for s in self.sequences),
+            tokens=tokens,
+            stored_tokens=stored,
+            physical_pages=len(owners),
+            logical_pages=sum(owners.values()),
+            shared_pages=sum(count > 1 for count in owners.values()),
+            saved_pages=sum(owners.values()) - len(owners),
+            free_pages=self.num_free,
+            unused_places=places - stored,
+            fragmentation=(places - stored) / places if places else 0.0,
+            efficiency=tokens / places if places else 1.0,
+        )

@@ -1,12 +1,21 @@
 """The commands: what they print, and that a user's mistake is one line and exit code 2."""
 
+import json
 import os
+import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
+import urllib.request
 
 import pytest
+import tokenizers
+import tokenizers.models
+import tokenizers.pre_tokenizers
 
 from jaxkv.cli import main
 
@@ -51,6 +60,14 @@ def fails(capsys, *arguments: str) -> str:
         (["generate", "--model", "pyproject.toml", "--prompt", "a"], "pyproject.toml: is not a GGUF file"),
         (["generate", "--model", "tests", "--prompt", "a"], "config.json"),
         (["generate", "--model", "x", "--prompts-file", "nowhere.txt"], "nowhere.txt"),
+        (["generate", "--model", "x", "--metrics-port", "65536"], "'65536' is not a port, 0 to 65535"),
+        (["generate", "--model", "x", "--metrics-port", "-1"], "'-1' is not a port"),
+        (["generate", "--model", "x", "--metrics-port", "http"], "'http' is not a port"),
+        (["profile", "--prompt", " "], "prompt 0 is empty"),
+        (["profile", "--model", "nowhere"], "nowhere: no such file or folder"),
+        (["profile", "--num-samples", "0"], "'0' is not a positive integer"),
+        (["profile", "--plot", "out.xyz"], "--plot out.xyz: the name must end with one of"),
+        (["profile", "--plot", "nowhere/out.png"], "no such folder nowhere"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(capsys, arguments, message):
@@ -74,6 +91,35 @@ def test_a_prompt_longer_than_the_cache_is_refused_with_the_numbers(capsys):
     arguments = ["generate", "--model", "smollm2-135m", "--prompt", "one two three four five six seven"]
     line = fails(capsys, *arguments, "--num-pages", "1", "--page-size", "4")
     assert "prompt 0 has 7 tokens; a sequence holds 4" in line
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        line = fails(capsys, "generate", "--model", "x", "--prompt", "a", "--metrics-port", port)
+    assert f"metrics cannot be served at 127.0.0.1:{port}: Address already in use" in line
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments"),
+    [
+        ("matplotlib", ["profile", "--plot", "out.png"]),
+        ("prometheus_client", ["generate", "--model", "x", "--prompt", "a", "--metrics-port", "0"]),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(capsys, monkeypatch, package, arguments):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+
+    class Missing:
+        def find_spec(self, name, path=None, target=None):
+            if name.partition(".")[0] == package:
+                raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+    monkeypatch.setattr(sys, "meta_path", [Missing(), *sys.meta_path])
+    extra = {"matplotlib": "plot", "prometheus_client": "metrics"}[package]
+    line = fails(capsys, *arguments)
+    assert package in line and f"pip install 'jaxkv[{extra}]'" in line
 
 
 def run(*arguments: str) -> subprocess.Popen:
@@ -130,6 +176,58 @@ def test_generate_streams_text_and_ctrl_c_stops_it_cleanly():
     assert "Traceback" not in error
     assert "stopped" in error
     assert out
+
+
+@pytest.fixture
+def tiny_model(tmp_path) -> str:
+    """A random model of a few kilobytes whose tokens are words."""
+    folder = shutil.copytree("tests/fixtures/llama_untied", tmp_path / "tiny")
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    words = {f"w{number}": number for number in range(size)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_generate_serves_metrics_while_it_runs(capsys, tiny_model):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    seen, done = [], threading.Event()
+
+    def scrape():
+        while not done.wait(0.002):
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as response:
+                    found = re.search(rb"^jaxkv_pages_used.* (\S+)$", response.read(), re.MULTILINE)
+            except OSError:
+                continue
+            seen.extend([float(found[1])] if found else [])
+
+    scraper = threading.Thread(target=scrape)
+    scraper.start()
+    try:
+        prompts = ["--prompt", "w1 w2 w3", "--prompt", "w4", "--page-size", "1", "--max-new-tokens", "120"]
+        code = main(["generate", "--model", tiny_model, *prompts, "--metrics-port", port])
+    finally:
+        done.set()
+        scraper.join()
+    assert code == 0
+    assert f"metrics: http://127.0.0.1:{port}/metrics" in capsys.readouterr().err
+    assert len(set(seen)) > 1
+    with pytest.raises(OSError):
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10)
+
+
+def test_profile_shows_a_report_and_maps_and_draws_them(capsys, tiny_model, tmp_path):
+    picture = tmp_path / "out.png"
+    arguments = ["--plot", str(picture), "--max-new-tokens", "24", "--page-size", "4", "--num-samples", "2"]
+    assert main(["profile", "--model", tiny_model, "--prompt", "w1 w2 w3", *arguments]) == 0
+    out = capsys.readouterr().out
+    for expected in ("fragmentation", "device memory", "pages before compaction", "waste by page size"):
+        assert expected in out
+    assert max(map(len, out.splitlines())) <= 80
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_pool_that_no_memory_holds_is_refused(capsys):

@@ -12,7 +12,7 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig, Status
-from jaxkv.testing import assert_caches_equivalent
+from jaxkv.testing import assert_caches_equivalent, assert_in_place
 from tests import jitted
 from tests.caches import SMALL
 from tests.edges import at_every_edge, brought_to
@@ -156,6 +156,44 @@ def test_should_compact_by_the_share_of_holes_below_the_highest_live_page(thresh
         got = jax.jit(jaxkv.should_compact)(asked)
         assert (got.dtype, got.shape) == (jnp.bool_, ())
         assert bool(got) is answer
+
+
+@pytest.mark.parametrize("live", [[3], [0, 1], []], ids=["due", "packed", "empty"])
+def test_maybe_compact_does_what_compact_does_when_due_and_else_nothing(live):
+    config = replace(SMALL, max_seqs=8, max_pages_per_seq=1)
+    slots = jnp.arange(8, dtype=jnp.int32)
+    cache, _ = jitted.allocate(jaxkv.init(config), slots, jnp.ones_like(slots))
+    cache = jitted.free(cache, jnp.array([-1 if slot in live else slot for slot in range(8)]))
+    want = jitted.compact(cache)[0] if live == [3] else cache
+    got = jax.jit(jaxkv.maybe_compact, donate_argnums=0)(jax.tree.map(jnp.copy, cache))
+    chex.assert_trees_all_equal(
+        jax.device_get((got.table, got.stats)), jax.device_get((want.table, want.stats))
+    )
+    assert_caches_equivalent(got, want)
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+def test_maybe_compact_is_in_place(quantization):
+    """Compiled only: chunks of 16 MiB beside a pool of 1 GiB. For a GPU, benchmarks/check_aot.py asks."""
+    config = CacheConfig(
+        num_layers=4,
+        num_kv_heads=8,
+        head_dim=64,
+        num_pages=2**12 if quantization is None else 2**14,
+        dtype="float32",
+        max_pages_per_seq=16,
+        quantization=quantization,
+    )
+    cache = jax.eval_shape(lambda: jaxkv.init(config))
+    assert_in_place(jaxkv.maybe_compact, cache)
+
+    def steps(cache, seqs):
+        def step(_, cache):
+            return jaxkv.allocate(jaxkv.maybe_compact(cache), seqs, jnp.ones_like(seqs))[0]
+
+        return jax.lax.fori_loop(0, 10, step, cache)
+
+    assert_in_place(steps, cache, jnp.arange(4))
 
 
 class Variants(chex.TestCase):

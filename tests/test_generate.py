@@ -200,6 +200,18 @@ def test_the_parts_serve_a_caller_s_own_jit_and_compact_between_them(model, expe
     assert state.output.tolist() == expected
 
 
+def test_compacting_by_itself_changes_no_text(model, expected):
+    """The first prompt stops early, and leaves its pages below those of the others."""
+    stop = expected[0][3]
+    config = cache_config(compact_automatically=True, compaction_threshold=0.05)
+    result = jaxkv.generate(model, config, PROMPTS, max_new_tokens=12, stop_tokens=[stop])
+    until = [whole.index(stop) + 1 if stop in whole else None for whole in expected]
+    assert result.tokens == [[whole[:end]] for whole, end in zip(expected, until, strict=True)]
+    assert int(result.cache.stats.compactions) > 0
+    assert int(result.cache.stats.pages_moved) > 0
+    jaxkv.check_invariants(result.cache)
+
+
 @pytest.mark.parametrize(
     ("changes", "prompts", "options", "error", "message"),
     [

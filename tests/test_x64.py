@@ -40,6 +40,9 @@ def test_every_operation_keeps_its_dtypes_under_x64(page_size):
         cache = jax.jit(jaxkv.free)(cache, seqs[:1])
         cache, num_moved = jax.jit(jaxkv.compact)(cache)
         assert num_moved.dtype == jnp.int32
+        cache = jax.jit(jaxkv.maybe_compact)(cache)
+        profile = jax.jit(jaxkv.memory_profile)(cache)
+        assert {leaf.dtype for leaf in jax.tree.leaves(profile)} == {jnp.dtype("int32")}
         assert jax.tree.map(lambda leaf: (leaf.dtype, leaf.shape), cache) == before
         jaxkv.check_invariants(cache)
 

@@ -60,6 +60,7 @@ class View(NamedTuple):
     out: jax.Array
     lse: jax.Array
     narrow: jax.Array
+    profile: jaxkv.MemoryProfile
 
 
 def look(cache, q, sinks) -> View:
@@ -74,7 +75,7 @@ def look(cache, q, sinks) -> View:
     out, lse = jaxkv.attend(cache, 0, batch, q, return_lse=True)
     narrow = jaxkv.attend(cache, num_layers - 1, batch, q, sinks=sinks, **SEEN_THROUGH)
     k, v, lengths = (jnp.stack(parts) for parts in zip(*gathered, strict=True))
-    return View(k, v, lengths, starts, out, lse, narrow)
+    return View(k, v, lengths, starts, out, lse, narrow, jaxkv.memory_profile(cache))
 
 
 class Programs(NamedTuple):
@@ -184,6 +185,7 @@ class Twin:
         )
         self._check_table(table)
         self._check_stats(stats)
+        self._check_profile(view.profile)
         lengths = [sequence.length for sequence in oracle.sequences]
         places = view.k.shape[2]
         assert places == config.max_tokens_per_seq
@@ -220,6 +222,14 @@ class Twin:
         want = {**self.oracle.stats, "current_pages": self.oracle.num_used}
         for name in stats.names():
             assert getattr(stats, name) == want.get(name, 0), name
+
+    def _check_profile(self, profile):
+        want, got = self.oracle.profile(), profile.as_dict()
+        assert {name: got[name] for name in want} == want
+        used = [self.id_of[label] for label in self.oracle.owners()]
+        assert profile.holes == max(used, default=-1) + 1 - len(used)
+        assert profile.used_bytes + profile.free_bytes == profile.pool_bytes
+        assert profile.total_bytes == sum(x.nbytes for x in jax.tree.leaves(self.cache))
 
     def _check_batch(self, batch, want, stack):
         config = self.config

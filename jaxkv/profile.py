@@ -1,0 +1,272 @@
+"""Where a cache's memory goes: pages, tokens and bytes, what is wasted and what sharing saves."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from jaxkv.config import CacheConfig
+from jaxkv.state import AllocationStats, KVCache, PageTable
+from jaxkv.units import format_bytes
+
+_INT32_BYTES = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class MemoryProfile:
+    """What `memory_profile` counts: int32 from the device. The properties are Python numbers, on the host.
+
+    Bytes may be more than int32 holds, and so may the tokens of many sequences that share pages: both
+    are worked out by the properties, which wait for the device.
+
+    Attributes:
+      lengths: token places of each sequence.
+      num_used: pages that somebody owns.
+      num_shared: pages with more than one owner.
+      num_spanned: pages from the first to the last that is used.
+      num_stored: token places in use, those of a shared page once, as far as its fullest owner reaches.
+      stats: the counters.
+      config: of the cache.
+    """
+
+    lengths: Int[Array, " seqs"]
+    num_used: Int[Array, ""]
+    num_shared: Int[Array, ""]
+    num_spanned: Int[Array, ""]
+    num_stored: Int[Array, ""]
+    stats: AllocationStats
+    config: CacheConfig = field(metadata={"static": True})
+
+    @property
+    def active_seqs(self) -> int:
+        """Sequences with tokens."""
+        return int(np.count_nonzero(self.lengths))
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences; a shared one counts for each that reads it."""
+        return int(np.asarray(self.lengths).sum(dtype=np.int64))
+
+    @property
+    def stored_tokens(self) -> int:
+        """Token places in use; a shared one counts once."""
+        return int(self.num_stored)
+
+    @property
+    def physical_pages(self) -> int:
+        """Pages in use; a shared one counts once."""
+        return int(self.num_used)
+
+    @property
+    def logical_pages(self) -> int:
+        """Page table entries in use: a shared page counts once for each owner."""
+        return int((-(-np.asarray(self.lengths, np.int64) // self.config.page_size)).sum())
+
+    @property
+    def shared_pages(self) -> int:
+        """Pages with more than one owner."""
+        return int(self.num_shared)
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody owns."""
+        return self.config.num_pages - self.physical_pages
+
+    @property
+    def holes(self) -> int:
+        """Free pages below the highest one in use."""
+        return int(self.num_spanned) - self.physical_pages
+
+    @property
+    def unused_places(self) -> int:
+        """Token places of owned pages that hold no token."""
+        return self.physical_pages * self.config.page_size - self.stored_tokens
+
+    @property
+    def fragmentation(self) -> float:
+        """Share of owned pages' token places that hold no token."""
+        return _share(self.unused_places, self.physical_pages * self.config.page_size)
+
+    @property
+    def scatter(self) -> float:
+        """Share of holes in the pool up to its highest page in use: what `compact` closes."""
+        return _share(self.holes, int(self.num_spanned))
+
+    @property
+    def usage(self) -> float:
+        """Share of the pool's pages that are in use."""
+        return self.physical_pages / self.config.num_pages
+
+    @property
+    def efficiency(self) -> float:
+        """Tokens that sequences can read for each token place of owned pages.
+
+        1 is no waste; part-full pages lower it, sharing lifts it above 1. 1 for an empty cache.
+        """
+        places = self.physical_pages * self.config.page_size
+        return self.tokens / places if places else 1.0
+
+    @property
+    def bytes_per_token(self) -> int:
+        """K and V of one token in all layers, with their scales."""
+        return self.config.page_bytes // self.config.page_size
+
+    @property
+    def pool_bytes(self) -> int:
+        """The pool: K, V and their scales."""
+        return self.config.num_pages * self.config.page_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        """Of the pool, pages in use."""
+        return self.physical_pages * self.config.page_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Of the pool, free pages."""
+        return self.free_pages * self.config.page_bytes
+
+    @property
+    def page_table_bytes(self) -> int:
+        """Rows of the page table, lengths and positions."""
+        return self.config.max_seqs * (self.config.max_pages_per_seq + 2) * _INT32_BYTES
+
+    @property
+    def allocator_bytes(self) -> int:
+        """Refcounts, the free stack and its height."""
+        return (2 * self.config.num_pages + 1) * _INT32_BYTES
+
+    @property
+    def counter_bytes(self) -> int:
+        """Of `stats`."""
+        return len(self.stats.names()) * _INT32_BYTES
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the cache keeps on the device."""
+        return self.pool_bytes + self.page_table_bytes + self.allocator_bytes + self.counter_bytes
+
+    @property
+    def saved_pages(self) -> int:
+        """Pages more that the same sequences would own without sharing."""
+        return self.logical_pages - self.physical_pages
+
+    @property
+    def saved_bytes(self) -> int:
+        """The same in bytes."""
+        return self.saved_pages * self.config.page_bytes
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Every number by its name, the counters among them. Waits for the device."""
+        names = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
+        counters = np.asarray(self.stats.counters).tolist()
+        return {name: getattr(self, name) for name in names} | dict(
+            zip(self.stats.names(), counters, strict=True)
+        )
+
+    def report(self) -> str:
+        """The numbers as text: what, how much, and what that means, in aligned columns."""
+        config, places = self.config, self.physical_pages * self.config.page_size
+        rows = [
+            ("pool", f"{config.num_pages:,} pages", format_bytes(self.pool_bytes)),
+            (
+                "  used",
+                f"{self.physical_pages:,} pages",
+                f"{format_bytes(self.used_bytes)}, {self.usage:.1%}",
+            ),
+            ("  free", f"{self.free_pages:,} pages", format_bytes(self.free_bytes)),
+            ("page table", format_bytes(self.page_table_bytes), f"{self.logical_pages:,} entries in use"),
+            ("allocator", format_bytes(self.allocator_bytes), "refcounts and the free stack"),
+            ("on the device", format_bytes(self.total_bytes), "all of the above and the counters"),
+            ("sequences", f"{self.active_seqs:,}", f"of {config.max_seqs:,} slots"),
+            ("tokens", f"{self.tokens:,}", f"{self.stored_tokens:,} stored"),
+            ("a token", format_bytes(self.bytes_per_token), f"in {config.quantization or config.dtype}"),
+            (
+                "fragmentation",
+                f"{self.fragmentation:.1%}",
+                f"{self.unused_places:,} of {places:,} places in owned pages are unused",
+            ),
+            (
+                "scatter",
+                f"{self.scatter:.1%}",
+                f"{self.holes:,} holes among the first {int(self.num_spanned):,} pages",
+            ),
+            (
+                "sharing saved",
+                f"{self.saved_pages:,} pages",
+                f"{format_bytes(self.saved_bytes)}; {self.shared_pages:,} pages are shared",
+            ),
+            ("efficiency", f"{self.efficiency:.2f}", "tokens for each place in owned pages"),
+        ]
+        counters = np.asarray(self.stats.counters).tolist()
+        rows += [
+            (name.replace("_", " "), f"{value:,}", "since init")
+            for name, value in zip(self.stats.names(), counters, strict=True)
+        ]
+        return align(rows)
+
+
+def memory_profile(cache: KVCache) -> MemoryProfile:
+    """Counts what the cache holds. It may be called in `jit`, and looks at the whole page table once.
+
+    Args:
+      cache: the cache. It may be donated to a later call while the profile is still wanted.
+
+    Returns:
+      The counts. `report()` and `as_dict()` are for the host.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4, page_size=4)
+      >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([6]), total_tokens=6)
+      >>> cache, _ = jaxkv.fork(cache, jnp.array([0]), jnp.array([1]))
+      >>> profile = jaxkv.memory_profile(cache)
+      >>> profile.physical_pages, profile.logical_pages, profile.fragmentation
+      (2, 4, 0.25)
+    """
+    table = cache.table
+    live = table.refcounts > 0
+    number = jnp.arange(1, live.shape[0] + 1, dtype=jnp.int32)
+    return MemoryProfile(
+        # Copies: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
+        lengths=jnp.copy(table.lengths),
+        num_used=jnp.sum(live, dtype=jnp.int32),
+        num_shared=jnp.sum(table.refcounts > 1, dtype=jnp.int32),
+        num_spanned=jnp.max(jnp.where(live, number, 0)),
+        num_stored=jnp.sum(_tokens_in_pages(table, cache.config), dtype=jnp.int32),
+        stats=AllocationStats(jnp.copy(cache.stats.counters)),
+        config=cache.config,
+    )
+
+
+def _tokens_in_pages(table: PageTable, config: CacheConfig) -> Int[Array, " pages"]:
+    """Token places in use of each page; of several owners the fullest counts."""
+    before = jnp.arange(config.max_pages_per_seq, dtype=jnp.int32) * config.page_size
+    held = jnp.clip(table.lengths[:, None] - before, 0, config.page_size)
+    return jnp.zeros(config.num_pages, jnp.int32).at[table.pages].max(held, mode="drop")
+
+
+def unused_share(lengths: Iterable[int], page_size: int) -> float:
+    """Share of token places without a token, for sequences of such lengths that share nothing.
+
+    Example:
+      >>> unused_share([10, 6], page_size=8)
+      0.3333333333333333
+    """
+    lengths = list(lengths)
+    places = sum(-(-length // page_size) * page_size for length in lengths)
+    return _share(places - sum(lengths), places)
+
+
+def align(rows: list[tuple[str, str, str]]) -> str:
+    """Three columns: a name, a figure set to the right, and a remark."""
+    names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}" for name, figure, remark in rows)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -1,0 +1,165 @@
+"""`jaxkv profile`: where memory goes while a model writes, as a report, a map of the pool and pictures."""
+
+import argparse
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from jaxkv.compact import compact
+from jaxkv.decode import Decoding, Finish
+from jaxkv.device_memory import DeviceMemory, PeakMemory, device_memory
+from jaxkv.generate import generate
+from jaxkv.models import LoadedModel, Tokenizer
+from jaxkv.page_map import FREE, LEVELS, SHARED, PageMap, page_map
+from jaxkv.profile import MemoryProfile, memory_profile, unused_share
+from jaxkv.sampling import Sampling
+from jaxkv.terminal import QUESTIONS, SYSTEM_PROMPT, fitting_config, load_with_progress, status_line
+
+PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+_STEPS_A_BLOCK = 4
+
+_profile = jax.jit(memory_profile)
+# Not donated: the generation goes on with the cache as it is.
+_compact = jax.jit(compact)
+
+
+@dataclass(slots=True)
+class _Moment:
+    """The cache at one step, and what `compact` would make of it."""
+
+    step: int
+    running: int
+    profile: MemoryProfile
+    before: PageMap
+    after: PageMap
+    num_moved: int
+    device: DeviceMemory
+
+
+@dataclass(slots=True)
+class _Recorder:
+    """Watches a generation. Of all its steps it keeps the numbers, and the one where most is scattered."""
+
+    model: object
+    memory: PeakMemory
+    steps: list[int] = field(default_factory=list)
+    profiles: list[MemoryProfile] = field(default_factory=list)
+    moment: _Moment | None = None
+
+    def see(self, state: Decoding) -> None:
+        """Called after each block of steps."""
+        self.memory.sample()
+        profile = jax.device_get(_profile(state.cache))
+        self.steps.append(int(state.step))
+        self.profiles.append(profile)
+        if self.moment is None or _interest(profile) > _interest(self.moment.profile):
+            self.moment = self._look(state, profile)
+
+    def _look(self, state: Decoding, profile: MemoryProfile) -> _Moment:
+        device = device_memory(state.cache, weights=self.model)
+        compacted, num_moved = _compact(state.cache)
+        return _Moment(
+            step=int(state.step),
+            running=int(np.sum(np.asarray(state.finish) == Finish.RUNNING)),
+            profile=profile,
+            before=page_map(state.cache),
+            after=page_map(compacted),
+            num_moved=int(num_moved),
+            device=device,
+        )
+
+
+def _interest(profile: MemoryProfile) -> tuple[int, int]:
+    """Many holes among the pages of many sequences."""
+    return profile.holes * profile.active_seqs, profile.physical_pages
+
+
+def run_profile(options: argparse.Namespace) -> int:
+    """`jaxkv profile`."""
+    sampling = Sampling(temperature=options.temperature)
+    if options.plot is not None:
+        _check_plot(options.plot)
+    loaded, tokenizer = load_with_progress(options.model)
+    ids = _token_ids(tokenizer, options.prompt)
+    config = fitting_config(loaded, ids, options, options.num_samples, options.num_pages)
+    with PeakMemory() as memory, status_line("generating"):
+        recorder = _Recorder(loaded.model, memory)
+        result = generate(
+            loaded.model,
+            config,
+            ids,
+            max_new_tokens=options.max_new_tokens,
+            num_samples=options.num_samples,
+            sampling=sampling,
+            stop_tokens=tokenizer.stop_tokens,
+            key=jax.random.key(options.seed),
+            block=_STEPS_A_BLOCK,
+            on_tokens=recorder.see,
+        )
+    lengths = [
+        len(prompt) + len(sample) - 1
+        for prompt, samples in zip(ids, result.tokens, strict=True)
+        for sample in samples
+    ]
+    moment = recorder.moment
+    if moment is None:
+        raise RuntimeError("generate showed no state")
+    print(_text(loaded, moment, lengths, memory, shutil.get_terminal_size().columns))
+    if options.plot is not None:
+        from jaxkv.pictures import plot_generation
+
+        figure = plot_generation(moment.before, moment.after, recorder.steps, recorder.profiles, lengths)
+        figure.savefig(options.plot)
+        print(f"\nwrote {options.plot}", file=sys.stderr)
+    return 0
+
+
+def _check_plot(path: Path) -> None:
+    """Before minutes of work: is matplotlib there, does it know the format, is there a folder?"""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
+    if path.suffix[1:].lower() not in kinds:
+        raise ValueError(f"--plot {path}: the name must end with one of .{', .'.join(kinds)}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--plot {path}: no such folder {path.parent}")
+
+
+def _token_ids(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
+    """Of the user's prompts, or of the demo's questions behind one system prompt."""
+    if prompts:
+        return [tokenizer.encode(prompt) for prompt in prompts]
+    if tokenizer.chat_template is None:
+        return [tokenizer.encode(f"{SYSTEM_PROMPT}\n\n{question}") for question in QUESTIONS]
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    return [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+
+
+def _text(loaded: LoadedModel, moment: _Moment, lengths: list[int], memory: PeakMemory, width: int) -> str:
+    peak = "at its peak" if memory.is_exact else "at the most, of what was sampled"
+    ascii_only = not _can_print(FREE + SHARED + LEVELS)
+    parts = [
+        f"{loaded.name}, step {moment.step}: {moment.running} of {len(lengths)} sequences still running",
+        moment.profile.report(),
+        moment.device.report(),
+        f"the device held {memory.peak / 2**20:,.1f} MiB {peak}",
+        f"pages before compaction, {moment.before.holes.sum()} holes",
+        moment.before.text(width, ascii_only=ascii_only),
+        f"after it, {moment.num_moved} pages moved",
+        moment.after.text(width, ascii_only=ascii_only),
+        f"waste by page size, {len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens",
+        "\n".join(f"{size:>4} {unused_share(lengths, size):>6.1%}" for size in PAGE_SIZES),
+    ]
+    return "\n\n".join(parts)
+
+
+def _can_print(text: str) -> bool:
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
