@@ -4,9 +4,9 @@
 
 Every contestant is held to NumPy float64 first (in the first, the longest and the last sequence of a batch,
 their last 16 queries), and takes its turns with the others. A time is that of one layer; on a GPU, of several
-calls in one program (of PyTorch's, in one CUDA graph), each after the one before, over layers that together
-do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the copy bandwidth of the
-same run, or the counted flops at its rate of matrix products, whichever is longer.
+calls in one program (of PyTorch's, in one CUDA graph), each waiting for the one before, over layers that
+together do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the copy bandwidth
+of the same run, or the counted flops at its rate of matrix products, whichever is longer.
 
 On a CPU the `xla` backend races dense caches of the same contents, padded as they must be. Without a GPU
 nothing here says anything of one.
@@ -357,14 +357,17 @@ def plot(results: list[dict]) -> None:
         for row in result["rows"]:
             points[row["contestant"]].append((context, result["bytes"] / row["seconds"]["median"] / 1e9))
     points.pop("matrix rate", None)
-    figure, axes = plt.subplots(figsize=(9, 5))
+    figure, axes = plt.subplots(figsize=(10, 5))
     for name, line in points.items():
         axes.plot(*zip(*line, strict=True), marker="o", linewidth=1, label=name)
     axes.set(
         xscale="log", xlabel="context, tokens", ylabel="GB/s, of the bytes counted", title=f"decode{shape}"
     )
+    axes.set_xticks(list(raced), [f"{context:,}" for context in raced])
+    axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+    # Beside the lines, not over them.
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
     now = conditions()
     figure.savefig(RESULTS / f"attention-{now['machine']}-{now['date']}.png", dpi=110)
