@@ -32,6 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except BrokenPipeError:
+        # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, JaxKVError, OSError) as error:
         print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

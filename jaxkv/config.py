@@ -212,8 +212,14 @@ class CacheConfig:
         return format_bytes(self.estimated_memory_bytes())
 
     def max_context_length(self, concurrency: int = 1) -> int:
-        """Tokens that each of `concurrency` sequences can hold at once."""
+        """Tokens that each of `concurrency` sequences can hold at once.
+
+        Raises:
+          ValueError: for more sequences than `max_seqs`.
+        """
         _check_count("concurrency", concurrency)
+        if concurrency > self.max_seqs:
+            raise ValueError(f"concurrency={concurrency} is more than max_seqs={self.max_seqs}")
         return min(self.max_pages_per_seq, self.num_pages // concurrency) * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:

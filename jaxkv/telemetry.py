@@ -76,7 +76,7 @@ class Telemetry:
 
     The device's counters stop at the largest int32, and start again with a new cache; what is published
     are the sums of their increases, which never fall. A cache whose counters are lower than those last
-    seen under its name is taken for a new one.
+    seen under its name is taken for a new one; `forget` says so of one whose counters are not.
 
     Attributes:
       registry: what Prometheus reads.
@@ -141,6 +141,10 @@ class Telemetry:
         """Waits for everything asked for, and publishes it."""
         while self._pending:
             self._publish(*self._pending.popleft())
+
+    def forget(self, name: str = "default") -> None:
+        """Says that the next cache observed under a name is a new one, whose counters begin at zero."""
+        self._seen.pop(name, None)
 
     def serve(self, port: int, *, host: str = "127.0.0.1") -> "Server":
         """Serves the metrics at `http://host:port/metrics` from a thread, until the server is closed.

@@ -4,7 +4,8 @@ import re
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
-    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power}
+    # A bare letter is what `free -h` and `nvidia-smi` mean by it.
+    _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
 
 
 def parse_bytes(text: str | int) -> int:
@@ -37,7 +38,7 @@ def format_bytes(amount: float) -> str:
     """
     size, unit = float(amount), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if abs(size) < 1024:
+        if abs(size) < 1023.5:
             break
         size, unit = size / 1024, larger
     if unit == "B":

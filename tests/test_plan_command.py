@@ -67,6 +67,11 @@ def test_json_is_one_document_with_the_suggestions(capsys):
     assert "fits" not in document
 
 
+def test_a_device_with_no_room_at_all_is_no_error(capsys):
+    assert run(capsys, "llama-2-7b --memory 1 --json")[0] == 1
+    assert run(capsys, "llama-2-7b --memory-fraction 1e-300 --memory 24G")[0] == 1
+
+
 def test_two_models_side_by_side(capsys):
     code, out, _ = run(capsys, "--compare llama-2-7b llama-3.1-8b --memory 24GiB --context 4096")
     assert code == 0
@@ -80,6 +85,7 @@ def test_the_formula_is_explained_with_its_values(capsys):
     assert "1 x (32 layers x 8,192 tokens) x 2 x 8 KV heads x 128 head_dim x 1 bytes" in out
     assert "536,870,912 bytes" in out
     assert "quantization='fp8'" in out
+    assert "512 pages x 16 tokens x 32 layers" in out
     assert "12 layers x 128 tokens + 12 layers x 8,192 tokens" in run(capsys, "gpt-oss-20b --explain")[1]
     assert "576 of the latent vector" in run(capsys, "deepseek-v3 --explain")[1]
 
@@ -110,6 +116,12 @@ def test_the_page_size_can_be_chosen_from_lengths(capsys):
         ("nobody-8b", "'nobody-8b' is not one of the known models"),
         ("", "give one MODEL, or --compare A B"),
         ("llama-2-7b --compare a b", "give one MODEL, or --compare A B"),
+        ("''  --memory 1GiB", "give one MODEL, or --compare A B"),
+        ("--compare llama-2-7b llama-2-13b --explain", "--explain is for one MODEL"),
+        ("llama-2-7b --context 1,2,3", "--context '1,2,3' is not a number"),
+        ("llama-2-7b --context 8k", "--context '8k' is not a number"),
+        ("gemma-3-1b --memory 100TiB --context 32768 --concurrency 40000", "context x concurrency takes"),
+        ("gemma-3-1b --json --context 32768 --concurrency 40000", "context x concurrency takes"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, command, complaint):

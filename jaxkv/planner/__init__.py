@@ -3,7 +3,7 @@
 from jaxkv.planner.shape import ModelShape as ModelShape
 from jaxkv.planner.kv_bytes import KVBytes as KVBytes
 from jaxkv.planner.kv_bytes import kv_cache_bytes as kv_cache_bytes
-from jaxkv.planner.kv_bytes import cache_configs as cache_configs
+from jaxkv.planner.kv_bytes import cache_config as cache_config
 from jaxkv.planner.plan import Device as Device
 from jaxkv.planner.plan import Plan as Plan
 from jaxkv.planner.plan import plan as plan

@@ -56,10 +56,13 @@ class Architecture(NamedTuple):
     sinks: bool = False
 
 
-def sizes(fields: Fields) -> Sizes:
+def sizes(fields: Fields, *, latent: bool) -> Sizes:
     """By the names that most configs use, or GPT-2's."""
     hidden = fields.integer("hidden_size", "n_embd")
     q_heads = fields.integer("num_attention_heads", "n_head")
+    if latent:
+        # Heads of MLA have widths of their own, and `num_key_value_heads` means nothing.
+        return Sizes(hidden, fields.integer("num_hidden_layers"), q_heads, 1, 1)
     if fields.raw.get("model_type") == "falcon" and not fields.flag("new_decoder_architecture", False):
         kv_heads = 1 if fields.flag("multi_query", True) else q_heads
     else:
@@ -100,25 +103,30 @@ def _dense(norms: int, *, qkv_bias: bool | None = None, qk_norm: bool = False):
     return layers
 
 
-def _experts(hidden: int, width: int, count: int, chosen: int, rest: int) -> Layer:
-    """A layer whose MLP is `count` gated experts of which a token meets `chosen`; `rest` is all else."""
-    one, router = 3 * hidden * width, hidden * count
-    return Layer(rest + router + count * one, count * one, rest + router + chosen * one)
+def _experts(one: int, count: int, chosen: int, rest: int) -> Layer:
+    """A layer with `count` experts of `one` weights, of which a token meets `chosen`, and `rest`."""
+    if chosen > count:
+        raise ValueError(f"num_experts_per_tok={chosen} is more than the {count} experts there are")
+    return Layer(rest + count * one, count * one, rest + chosen * one)
 
 
 def _mixtral(fields: Fields, size: Sizes) -> list[Layer]:
-    rest = _attention(size) + 2 * size.hidden
-    experts = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
-    return [_experts(size.hidden, fields.integer("intermediate_size"), *experts, rest)] * size.layers
+    count, chosen = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
+    rest = _attention(size) + 2 * size.hidden + size.hidden * count
+    one = 3 * size.hidden * fields.integer("intermediate_size")
+    return [_experts(one, count, chosen, rest)] * size.layers
 
 
 def _qwen3_moe(fields: Fields, size: Sizes) -> list[Layer]:
-    rest = _attention(size, qkv_bias=fields.flag("attention_bias", False))
-    rest += 2 * size.hidden + 2 * size.head_dim
-    experts = fields.integer("num_experts", "num_local_experts"), fields.integer("num_experts_per_tok")
-    sparse = _experts(size.hidden, fields.integer("moe_intermediate_size"), *experts, rest)
+    biased = fields.flag("attention_bias", False)
+    rest = _attention(size, qkv_bias=biased, out_bias=biased) + 2 * size.hidden + 2 * size.head_dim
+    count = fields.integer("num_experts", "num_local_experts")
+    one = 3 * size.hidden * fields.integer("moe_intermediate_size")
+    sparse = _experts(one, count, fields.integer("num_experts_per_tok"), rest + size.hidden * count)
     dense = Layer(rest + 3 * size.hidden * fields.integer("intermediate_size"))
-    step, only = fields.integer("decoder_sparse_step", default=1), fields.raw.get("mlp_only_layers") or ()
+    step, only = fields.integer("decoder_sparse_step", default=1), fields.raw.get("mlp_only_layers") or []
+    if not isinstance(only, list) or not all(type(layer) is int for layer in only):
+        raise ValueError(f"mlp_only_layers must be a list of layers, not {only!r:.80}")
     return [sparse if n not in only and (n + 1) % step == 0 else dense for n in range(size.layers)]
 
 
@@ -128,7 +136,7 @@ def _gpt_oss(fields: Fields, size: Sizes) -> list[Layer]:
     one = 3 * hidden * width + 2 * width + hidden
     # The router, sinks and norms.
     rest = _attention(size, qkv_bias=True, out_bias=True) + hidden * count + count + size.q_heads + 2 * hidden
-    return [Layer(rest + count * one, count * one, rest + chosen * one)] * size.layers
+    return [_experts(one, count, chosen, rest)] * size.layers
 
 
 def _deepseek(fields: Fields, size: Sizes) -> list[Layer]:
@@ -144,7 +152,9 @@ def _deepseek(fields: Fields, size: Sizes) -> list[Layer]:
     shared = 3 * hidden * width * fields.integer("n_shared_experts", default=0, least=0)
     # DeepSeek-V3's router has a bias for each expert.
     shared += count if fields.raw.get("model_type") == "deepseek_v3" else 0
-    sparse = _experts(hidden, width, count, fields.integer("num_experts_per_tok"), rest + shared)
+    sparse = _experts(
+        3 * hidden * width, count, fields.integer("num_experts_per_tok"), rest + hidden * count + shared
+    )
     first = fields.integer("first_k_dense_replace", default=0, least=0)
     every = fields.integer("moe_layer_freq", default=1)
     return [sparse if n >= first and n % every == 0 else dense for n in range(size.layers)]

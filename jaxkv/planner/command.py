@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Sequence
 
 from jaxkv import catalog
@@ -64,14 +65,16 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints a plan; returns 1 where it does not fit."""
-    if (options.model is None) == (options.compare is None):
+    if (not options.model) == (options.compare is None):
         raise ValueError("give one MODEL, or --compare A B")
+    if options.compare and options.explain:
+        raise ValueError("--explain is for one MODEL")
     shapes = [ModelShape.from_config(name) for name in options.compare or [options.model]]
     choice = _page_size(options)
     device = _device(options)
     plans = [_plan(shape, device, options, choice) for shape in shapes]
     if options.json:
-        documents = [_document(made, device) for made in plans]
+        documents = [_document(made, device, choice) for made in plans]
         print(json.dumps(documents if options.compare else documents[0], indent=1))
     elif options.compare:
         print(_table([_column(made, device is not None) for made in plans]))
@@ -81,10 +84,10 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _number(text: str, name: str) -> int:
-    try:
-        return int(text.replace(",", "").replace("_", ""))
-    except ValueError:
-        raise ValueError(f"{name} {text!r} is not a number") from None
+    # Thousands may be set off: 8192, 8,192 or 8_192.
+    if not re.fullmatch(r"-?(\d{1,3}([,_]\d{3})+|\d{1,18})", text.strip()):
+        raise ValueError(f"{name} {text!r} is not a number")
+    return int(text.replace(",", "").replace("_", ""))
 
 
 def _page_size(options: argparse.Namespace) -> PageSizeChoice | int:
@@ -117,8 +120,10 @@ def _plan(shape: ModelShape, device: Device | None, options, choice: PageSizeCho
     )
 
 
-def _document(made: Plan, device: Device | None) -> dict[str, object]:
+def _document(made: Plan, device: Device | None, choice: PageSizeChoice | int) -> dict[str, object]:
     document = made.as_dict()
+    if isinstance(choice, PageSizeChoice):
+        document["page_size_reason"] = choice.reason
     if device is None:
         for name in _OF_A_DEVICE:
             del document[name]
@@ -128,23 +133,19 @@ def _document(made: Plan, device: Device | None) -> dict[str, object]:
 
 
 def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, options) -> None:
-    shape = made.shape
     print(_table([_column(made, has_device)]))
     if has_device:
         print(f"\nGPU KV cache size: {made.kv_capacity_tokens:,} tokens")
         print(
             f"Maximum concurrency for {made.context:,} tokens per request: {made.max_concurrency_ratio:.2f}x"
         )
-    if made.context > shape.max_context:
-        print(f"\nnote: {shape.name} was trained on {shape.max_context:,} tokens")
-    for note in shape.notes:
+    for note in made.notes:
         print(f"\nnote: {note}")
     if isinstance(choice, PageSizeChoice):
         print(f"\n{_page_sizes(choice, made)}")
     if options.explain:
         print(f"\n{explain(made)}")
-    for config in made.caches if options.explain else ():
-        print(f"\n{config}")
+        print(f"\n{made.cache_config or 'no CacheConfig: jaxkv has no such storage'}")
     if has_device and not made.fits:
         print(f"\nIt does not fit: {format_bytes(-made.headroom)} too much. What would help:")
         found = suggestions(made)
@@ -169,7 +170,7 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
         "sequences x context": f"{made.concurrency:,} x {made.context:,} tokens",
         "KV exact": _mebibytes(kv.exact) + (f" + {_mebibytes(kv.scales)} of scales" if kv.scales else ""),
         f"KV in pages of {made.page_size}": _mebibytes(kv.paged),
-        "KV reserved in full": _mebibytes(kv.reserved),
+        "KV reserved in full": f"{_mebibytes(kv.reserved)}, {made.pages:,} pages",
     }
     if made.tensor_parallel > 1:
         rows["devices"] = f"{made.tensor_parallel}; bytes are of one of them"
@@ -177,11 +178,12 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
     if not has_device:
         return rows
     rows |= {
-        "activations, overhead": f"{format_bytes(made.activations)}, {format_bytes(made.overhead)}",
+        "activations": format_bytes(made.activations),
+        "tables, overhead": f"{format_bytes(made.tables)}, {format_bytes(made.overhead)}",
         "needed": format_bytes(made.needed),
         "usable": f"{format_bytes(made.usable)}, {100 * made.memory_fraction:.0f}% of {made.device.name}",
         "headroom": format_bytes(made.headroom),
-        "fits": f"{'yes' if made.fits else 'no'}, risk: {made.risk}" if made.fits else "no",
+        "fits": f"yes, risk: {made.risk}" if made.fits else "no",
         "longest context": f"{made.max_context:,} tokens"
         + (", all it was trained on" if made.max_context == shape.max_context else ""),
         "most sequences": f"{made.max_concurrency:,}",
@@ -199,6 +201,8 @@ def _layers(shape: ModelShape) -> str:
 
 
 def _mebibytes(amount: int) -> str:
+    if amount < 2**20:
+        return format_bytes(amount)
     return f"{amount / 2**20:,.1f} MiB".replace(".0 MiB", " MiB")
 
 
@@ -227,36 +231,48 @@ def _page_sizes(choice: PageSizeChoice, made: Plan) -> str:
 
 def explain(made: Plan) -> str:
     """The formulas of a plan with its values in them, a line each."""
-    shape, kv = made.shape, made.kv
+    shape, kv, devices = made.shape, made.kv, made.tensor_parallel
     kinds = {window: shape.windows.count(window) for window in dict.fromkeys(shape.windows)}
     kept = " + ".join(
         f"{layers} layers x {made.context if window is None else min(made.context, window):,} tokens"
         for window, layers in kinds.items()
     )
-    heads = -(-shape.num_kv_heads // made.tensor_parallel)
-    numbers = (
-        f"{shape.head_dim} of the latent vector"
-        if shape.is_latent
-        else f"2 x {heads} KV heads x {shape.head_dim} head_dim"
-    )
-    of_each = f", KV heads of one of {made.tensor_parallel} devices" if made.tensor_parallel > 1 else ""
-    a_token = f"{numbers} x {KV_BITS[made.kv_dtype] / 8:g} bytes{of_each}"
+    heads = made.kv_heads_per_device
+    latent = f"{shape.head_dim} of the latent vector"
+    numbers = latent if shape.is_latent else f"2 x {heads} KV heads x {shape.head_dim} head_dim"
+    a_token = f"{numbers} x {KV_BITS[made.kv_dtype] / 8:g} bytes"
+    q, k = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     prefilled = min(made.prefill_chunk, made.context * made.concurrency)
-    lines = (
-        f"KV exact = {made.concurrency:,} x ({kept}) x {a_token}",
-        f"         = {kv.exact:,} bytes",
-        f"KV paged = the same in whole pages of {made.page_size}, scales too, x {made.fragmentation:g}",
-        f"         = {kv.paged:,} bytes",
-        f"KV reserved = the same without windows = {kv.reserved:,} bytes",
-        f"weights = {shape.num_parameters:,} parameters {_stored(made)} / {made.tensor_parallel} devices",
-        f"        = {made.weights:,} bytes",
+    scales = f" + {kv.scales:,} of scales" if kv.scales else ""
+    lines = [
+        f"KV exact = {made.concurrency:,} x ({kept}) x {a_token}{scales}",
+        f"         = {kv.exact:,} bytes" + (f" on each of {devices} devices" if devices > 1 else ""),
+        f"KV reserved = {made.pages:,} pages x {made.page_size} tokens x {shape.num_layers} layers x "
+        f"{a_token}{' and scales' if kv.scales else ''}",
+        f"            = {kv.reserved:,} bytes",
+        f"weights = {_weights(made)} / {devices} devices = {made.weights:,} bytes",
         f"activations = {prefilled:,} tokens of a prefill step x 2 bytes x "
-        f"(4 x {shape.hidden_size:,} + (Q, K, V + 2 x {shape.mlp_width:,} MLP) / {made.tensor_parallel})",
+        f"(4 x {shape.hidden_size:,} + ({q:,} Q + 2 x {k:,} K, V + 2 x {shape.mlp_width:,} MLP) / {devices})",
         f"              + {made.concurrency:,} x {shape.vocab_size:,} logits x 4 bytes",
         f"            = {made.activations:,} bytes",
+        f"tables = {made.tables:,} bytes of page table, refcounts and free stack",
         f"overhead = {made.overhead:,} bytes for the driver, compiled programs and libraries (assumed)",
-    )
+    ]
     return "\n".join(lines)
+
+
+def _weights(made: Plan) -> str:
+    shape, (embedding, routed, rest) = made.shape, made.weight_bits
+    if made.weights_dtype == "stored" and shape.stored_bytes is not None:
+        return f"{shape.stored_bytes:,} bytes of files"
+    others = shape.num_parameters - shape.embedding_parameters - shape.routed_parameters
+    kinds = {
+        "embeddings": (shape.embedding_parameters, embedding),
+        "of experts": (shape.routed_parameters, routed),
+    }
+    kinds["others"] = others, rest
+    parts = (f"{count:,} {kind} x {bits / 8:g}" for kind, (count, bits) in kinds.items() if count)
+    return f"({' + '.join(parts)}) bytes"
 
 
 def _stored(made: Plan) -> str:

@@ -1,7 +1,6 @@
 """How many bytes K and V take."""
 
 import math
-from collections import Counter
 from dataclasses import dataclass
 
 from jaxkv.config import CacheConfig
@@ -20,8 +19,9 @@ class KVBytes:
     Attributes:
       exact: the numbers of the tokens kept, nothing else.
       scales: what a quantized cache keeps beside them.
-      paged: in whole pages, scales and `fragmentation` included: what the cache takes.
-      reserved: the same with every layer keeping the whole context, as if there were no windows.
+      paged: in whole pages, scales and `fragmentation` included, where pages outside a window are given back.
+      reserved: the same with every layer keeping the whole context. That is what jaxkv's cache takes: a
+        window is what its attention sees, and the pages behind it stay.
     """
 
     exact: int
@@ -88,44 +88,36 @@ def pages_of(context: int, window: int | None, page_size: int) -> int:
     return whole if window is None else min(whole, (window + page_size - 2) // page_size + 1)
 
 
-def cache_configs(
+def cache_config(
     shape: ModelShape,
     context: int,
     concurrency: int,
     *,
     kv_dtype: str = "auto",
     page_size: int = 16,
-    tensor_parallel: int = 1,
-) -> tuple[CacheConfig, ...]:
-    """The caches to make: one for all layers that keep the same tokens, so two for a hybrid model.
+) -> CacheConfig | None:
+    """The cache for such sequences. It keeps every token in every layer: see `KVBytes.reserved`.
 
-    Empty where jaxkv has no such storage: MLA, and int4.
+    None where jaxkv has no such storage: MLA, and int4.
 
     Args:
       shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
-      tensor_parallel: devices that share the KV heads.
     """
     dtype = resolve_dtype(shape, kv_dtype)
     if shape.is_latent or dtype == "int4":
-        return ()
-    quantized = dtype in ("int8", "fp8")
-    configs = []
-    for window, layers in Counter(shape.windows).items():
-        pages = pages_of(context, window, page_size)
-        configs.append(
-            CacheConfig(
-                num_layers=layers,
-                num_kv_heads=-(-shape.num_kv_heads // tensor_parallel),
-                head_dim=shape.head_dim,
-                num_pages=pages * concurrency,
-                page_size=page_size,
-                max_seqs=concurrency,
-                max_pages_per_seq=pages,
-                dtype=(shape.dtype or "bfloat16") if quantized else dtype,
-                quantization=dtype if quantized else None,
-            )
-        )
-    return tuple(configs)
+        return None
+    quantized, pages = dtype in ("int8", "fp8"), -(-context // page_size)
+    return CacheConfig(
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        num_pages=pages * concurrency,
+        page_size=page_size,
+        max_seqs=concurrency,
+        max_pages_per_seq=pages,
+        dtype=(shape.dtype or "bfloat16") if quantized else dtype,
+        quantization=dtype if quantized else None,
+    )
 
 
 def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
@@ -134,7 +126,7 @@ def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
     Raises:
       ValueError: for an unknown one.
     """
-    name = (shape.dtype or "bfloat16") if kv_dtype == "auto" else SHORT.get(kv_dtype, kv_dtype)
+    name = (shape.dtype or "bfloat16") if kv_dtype == "auto" else SHORT.get(str(kv_dtype), str(kv_dtype))
     if name not in KV_BITS:
         raise ValueError(f"kv_dtype={kv_dtype!r} is not known; known: auto, {', '.join([*SHORT, *KV_BITS])}")
     return name

@@ -1,18 +1,19 @@
 """Does it fit, how many sequences, how long?"""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from jaxkv import catalog
 from jaxkv.config import CacheConfig
-from jaxkv.planner.kv_bytes import KVBytes, cache_configs, check_count, kv_cache_bytes, resolve_dtype
+from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv_cache_bytes, resolve_dtype
 from jaxkv.planner.shape import ModelShape
-from jaxkv.units import parse_bytes
+from jaxkv.units import format_bytes, parse_bytes
 
-# int4 as the common formats keep it: a 16-bit scale for each group of 64.
+# int4 as common formats keep it: a 16-bit scale for each group of 64. Embeddings stay in 16 bits or more.
 WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.25}
-_SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+# Places are counted in int32; a pool has fewer.
+_MAX_PLACES = 2**30
 _ACTIVATION_BYTES, _LOGIT_BYTES = 2, 4
 _GIB = 2**30
 
@@ -78,19 +79,21 @@ class Plan:
     @cached_property
     def weights(self) -> int:
         """All parameters; where heads do not divide evenly, a little more than this."""
-        return -(-self._all_weights // self.tensor_parallel)
+        shape, (embedding, routed, rest) = self.shape, self.weight_bits
+        others = shape.num_parameters - shape.embedding_parameters - shape.routed_parameters
+        bits = shape.embedding_parameters * embedding + shape.routed_parameters * routed + others * rest
+        return -(-round(bits / 8) // self.tensor_parallel)
 
     @property
-    def _all_weights(self) -> int:
-        shape = self.shape
-        if self.weights_dtype == "stored" and shape.stored_bytes is not None:
-            return shape.stored_bytes
-        if self.weights_dtype == "stored":
-            # Experts in four bits, the rest as it is.
-            bits = {"mxfp4": WEIGHT_BITS["int4"], "fp8": 8.0}[shape.quantization or "fp8"]
-            few = shape.routed_parameters if shape.quantization == "mxfp4" else shape.num_parameters
-            return int(few * bits + (shape.num_parameters - few) * 16) // 8
-        return int(shape.num_parameters * WEIGHT_BITS[self.weights_dtype]) // 8
+    def weight_bits(self) -> tuple[float, float, float]:
+        """Of a number of the embeddings, of experts, and of the rest: formats keep the first in 16 bits."""
+        if self.weights_dtype != "stored":
+            bits = WEIGHT_BITS[self.weights_dtype]
+            return max(bits, 16.0), bits, bits
+        if self.shape.stored_bytes is not None:
+            bits = 8 * self.shape.stored_bytes / self.shape.num_parameters
+            return bits, bits, bits
+        return (16.0, WEIGHT_BITS["int4"], 16.0) if self.shape.quantization == "mxfp4" else (16.0, 8.0, 8.0)
 
     @cached_property
     def kv(self) -> KVBytes:
@@ -105,9 +108,35 @@ class Plan:
         )
 
     @property
+    def kv_heads_per_device(self) -> int:
+        """The most KV heads that the query heads of one device read; MLA's vector is on every one."""
+        if self.shape.is_latent:
+            return 1
+        own = self.shape.num_q_heads // self.tensor_parallel
+        group = self.shape.num_q_heads // self.shape.num_kv_heads
+        firsts = range(0, self.shape.num_q_heads, own)
+        return max((first + own - 1) // group - first // group + 1 for first in firsts)
+
+    @property
     def _sharded(self) -> ModelShape:
-        # With more devices than KV heads some keep the same head.
-        return replace(self.shape, num_kv_heads=-(-self.shape.num_kv_heads // self.tensor_parallel))
+        return replace(self.shape, num_kv_heads=self.kv_heads_per_device)
+
+    @cached_property
+    def cache_config(self) -> CacheConfig | None:
+        """The cache to make on each device; None where jaxkv has no such storage (MLA, int4)."""
+        options = dict(kv_dtype=self.kv_dtype, page_size=self.page_size)
+        return cache_config(self._sharded, self.context, self.concurrency, **options)  # type: ignore[arg-type]
+
+    @property
+    def pages(self) -> int:
+        """Of the pool."""
+        return -(-self.context // self.page_size) * self.concurrency
+
+    @property
+    def tables(self) -> int:
+        """The page table, refcounts and the free stack."""
+        config = self.cache_config
+        return 0 if config is None else config.estimated_memory_bytes() - config.num_pages * config.page_bytes
 
     @property
     def activations(self) -> int:
@@ -126,7 +155,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """All of it."""
-        return self.weights + self.kv.paged + self.activations + self.overhead
+        return self.weights + self.kv.reserved + self.tables + self.activations + self.overhead
 
     @property
     def usable(self) -> int:
@@ -146,18 +175,16 @@ class Plan:
     @property
     def risk(self) -> str:
         """`does not fit`, or how little is left: `high` under 5%, `medium` under 15%, else `low`."""
-        left = self.headroom / self.usable
+        left = self.headroom / max(self.usable, 1)
         return "does not fit" if left < 0 else "high" if left < 0.05 else "medium" if left < 0.15 else "low"
 
-    @property
-    def kv_memory(self) -> int:
-        """What is left for K and V, used or not."""
-        return max(0, self.headroom + self.kv.paged)
-
-    @property
+    @cached_property
     def max_concurrency_ratio(self) -> float:
-        """How many times a whole sequence of `context` tokens fits."""
-        return self.kv_memory / (self.kv.paged / self.concurrency)
+        """How many times a whole sequence of `context` tokens fits; its integer part is `max_concurrency`."""
+        most = replace(self, concurrency=max(self.max_concurrency, 1))
+        one = most.kv.reserved / most.concurrency + self.shape.vocab_size * _LOGIT_BYTES
+        spare = most.headroom / one
+        return self.max_concurrency + min(spare, 0.999) if self.max_concurrency else max(0.0, 1 + spare)
 
     @property
     def kv_capacity_tokens(self) -> int:
@@ -167,38 +194,40 @@ class Plan:
     @cached_property
     def max_context(self) -> int:
         """The longest context at this concurrency, as far as the model was trained; 0 for none."""
-        return _largest(lambda context: replace(self, context=context).fits, self.shape.max_context)
+        most = min(
+            self.shape.max_context, (_MAX_PLACES // self.concurrency - 1) // self.page_size * self.page_size
+        )
+        return _largest(lambda context: replace(self, context=context).fits, most)
 
     @cached_property
     def max_concurrency(self) -> int:
         """The most sequences of this context; 0 for none."""
-        return _largest(lambda concurrency: replace(self, concurrency=concurrency).fits, 2**20)
-
-    @cached_property
-    def caches(self) -> tuple[CacheConfig, ...]:
-        """The caches to make on each device, one for all layers that keep the same tokens."""
-        return cache_configs(
-            self.shape,
-            self.context,
-            self.concurrency,
-            kv_dtype=self.kv_dtype,
-            page_size=self.page_size,
-            tensor_parallel=self.tensor_parallel,
-        )
-
-    @property
-    def pages(self) -> int:
-        """Of all caches together; a page holds `page_size` tokens of the layers of its cache."""
-        return sum(config.num_pages for config in self.caches)
+        most = (_MAX_PLACES - 1) // (self.page_size * -(-self.context // self.page_size))
+        return _largest(lambda concurrency: replace(self, concurrency=concurrency).fits, most)
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """A ceiling: every weight that a step meets and every kept token is read once a step."""
+        """A ceiling: what a step meets of the weights, and every kept token, is read once a step."""
         if self.device.bandwidth is None:
             return None
-        met = min(self.shape.num_parameters, self.shape.active_parameters * self.concurrency)
-        read = self.weights * met / self.shape.num_parameters + self.kv.exact + self.kv.scales
+        shape, (embedding, routed, rest) = self.shape, self.weight_bits
+        others = shape.num_parameters - shape.embedding_parameters - shape.routed_parameters
+        # Of the embeddings the output projection is read; a token's own row is looked up.
+        chosen = shape.active_parameters - shape.embedding_parameters - others
+        met = min(shape.routed_parameters, chosen * self.concurrency)
+        bits = shape.vocab_size * shape.hidden_size * embedding + met * routed + others * rest
+        read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales
         return self.concurrency * self.device.bandwidth / read
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know."""
+        notes = self.shape.notes
+        if self.context > self.shape.max_context:
+            notes += (f"it was trained on {self.shape.max_context:,} tokens",)
+        if self.kv.paged != self.kv.reserved:
+            notes += ("jaxkv keeps the tokens that left a window, so it needs K and V reserved in full",)
+        return notes
 
     def as_dict(self) -> dict[str, object]:
         """For JSON: what was asked and what follows."""
@@ -224,7 +253,8 @@ class Plan:
             **{name: getattr(self, name) for name in (*asked, *follows)},
             "kv": {name: getattr(self.kv, name) for name in ("exact", "scales", "paged", "reserved")},
             "decode_tokens_per_second_ceiling": self.decode_tokens_per_second,
-            "notes": list(self.shape.notes),
+            "cache_config": None if self.cache_config is None else asdict(self.cache_config),
+            "notes": list(self.notes),
         }
 
 
@@ -268,6 +298,11 @@ def plan(
     counts = dict(context=context, concurrency=concurrency, tensor_parallel=tensor_parallel)
     for name, value in (counts | dict(page_size=page_size, prefill_chunk=prefill_chunk)).items():
         check_count(name, value)
+    places = -(-context // page_size) * page_size * concurrency
+    if places >= _MAX_PLACES:
+        raise ValueError(
+            f"context x concurrency takes {places:,} token places; a pool has fewer than {_MAX_PLACES:,}"
+        )
     if shape.num_q_heads % tensor_parallel:
         raise ValueError(f"tensor_parallel={tensor_parallel} must divide the {shape.num_q_heads} query heads")
     if not isinstance(memory_fraction, (int, float)) or not 0 < memory_fraction <= 1:
@@ -290,26 +325,32 @@ def plan(
 def _device(device: Device | str | int) -> Device:
     if isinstance(device, Device):
         return device
-    if isinstance(device, str) and not device.strip()[:1].isdigit():
+    if isinstance(device, str) and device.strip()[:1] not in tuple("0123456789."):
         return Device.named(device)
-    memory = parse_bytes(device)
-    return Device(str(device), memory)
+    return Device(str(device), parse_bytes(device))
 
 
 def _weights_dtype(shape: ModelShape, name: str) -> str:
-    if name == "auto":
-        if shape.stored_bytes is not None or shape.quantization in ("mxfp4", "fp8"):
-            return "stored"
-        if shape.quantization is not None:
+    if name != "auto":
+        full = SHORT.get(str(name), str(name))
+        if full not in WEIGHT_BITS:
+            known = ", ".join(["auto", *SHORT, *WEIGHT_BITS])
+            raise ValueError(f"weights_dtype={name!r} is not known; known: {known}")
+        return full
+    if shape.stored_bytes is not None:
+        # From under two bits to float32 with some to spare; beyond, the files are not this model's.
+        if not 0.2 < shape.stored_bytes / shape.num_parameters < 5:
             raise ValueError(
-                f"weights as {shape.quantization!r} keeps them are not known; say how with weights_dtype"
+                f"files of {format_bytes(shape.stored_bytes)} do not hold {shape.num_parameters:,} "
+                f"parameters; say how they are kept with weights_dtype"
             )
-        return shape.dtype or "bfloat16"
-    full = _SHORT.get(name, name)
-    if full not in WEIGHT_BITS:
-        known = ", ".join(["auto", *_SHORT, *WEIGHT_BITS])
-        raise ValueError(f"weights_dtype={name!r} is not known; known: {known}")
-    return full
+        return "stored"
+    known = shape.quantization == "fp8" or (shape.quantization == "mxfp4" and shape.routed_parameters > 0)
+    if shape.quantization is not None and not known:
+        raise ValueError(
+            f"weights as {shape.quantization!r} keeps them are not known; say how with weights_dtype"
+        )
+    return "stored" if known else shape.dtype or "bfloat16"
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:

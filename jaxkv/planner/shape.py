@@ -33,6 +33,7 @@ class ModelShape:
       dtype: of its weights as published, None where the config does not say.
       num_parameters, active_parameters: weights, and those a token meets (fewer with experts).
       routed_parameters: those of experts that a router chooses from.
+      embedding_parameters: those of the embedding, the output projection and positions.
       quantization: how the published weights are stored, as `quant_method`; None: in `dtype`.
       stored_bytes: of the weights' files, where they lie beside the config.
       notes: what a reader of the numbers should know.
@@ -55,6 +56,7 @@ class ModelShape:
     num_parameters: int
     active_parameters: int
     routed_parameters: int = 0
+    embedding_parameters: int = 0
     quantization: str | None = None
     stored_bytes: int | None = None
     notes: tuple[str, ...] = ()
@@ -93,14 +95,14 @@ class ModelShape:
         if architecture is None:
             raise ValueError(f"model_type {kind!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}")
         fields = Fields(raw)
-        size, vocab = sizes(fields), fields.integer("vocab_size")
+        size, vocab = sizes(fields, latent=architecture.latent), fields.integer("vocab_size")
         layers = architecture.layers(fields, size)
         tied = Fields({**outer, **raw}).flag("tie_word_embeddings", architecture.tied)
         context = fields.integer(
             "max_position_embeddings", "n_positions", default=2048 if kind == "falcon" else None
         )
-        around = (1 if tied else 2) * vocab * size.hidden + architecture.final_norm * size.hidden
-        around += architecture.positions * context * size.hidden
+        embeddings = (1 if tied else 2) * vocab * size.hidden + architecture.positions * context * size.hidden
+        around = embeddings + architecture.final_norm * size.hidden
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
         if architecture.latent:
             notes += (
@@ -124,6 +126,7 @@ class ModelShape:
             num_parameters=around + sum(layer.total for layer in layers),
             active_parameters=around + sum(layer.active or layer.total for layer in layers),
             routed_parameters=sum(layer.routed for layer in layers),
+            embedding_parameters=embeddings,
             quantization=_quantization(outer) or _quantization(raw),
             stored_bytes=stored,
             notes=notes,
@@ -148,7 +151,9 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
         return read_gguf(path), path.stem, path.stat().st_size
     folder = path if path.is_dir() else path.parent
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
-    return read_json(path), named, safetensors_bytes(folder)
+    # Beside another file's name the weights may be another model's.
+    own = path.is_dir() or path.name == "config.json"
+    return read_json(path), named, safetensors_bytes(folder) if own else None
 
 
 def _dtype(raw: Mapping[str, Any]) -> str | None:

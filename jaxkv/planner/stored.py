@@ -16,7 +16,7 @@ _GGUF_TYPES = {
 
 
 def safetensors_bytes(folder: Path) -> int | None:
-    """Bytes of a folder's safetensors weights, None where it has none.
+    """Bytes of a model's safetensors weights, None where the folder does not have all of them.
 
     An index says so itself (`metadata.total_size`); else the files do, whose headers are negligible.
 
@@ -25,11 +25,18 @@ def safetensors_bytes(folder: Path) -> int | None:
     """
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        total = (read_json(index).get("metadata") or {}).get("total_size")
-        if isinstance(total, bool) or not isinstance(total, (int, float)) or total < 1:
+        metadata = read_json(index).get("metadata")
+        total = metadata.get("total_size") if isinstance(metadata, dict) else None
+        if isinstance(total, bool) or not isinstance(total, (int, float)) or not 1 <= total < 2**53:
             raise ValueError(f"{index}: metadata.total_size must be a positive number, not {total!r}")
         return int(total)
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
+    if (whole := folder / "model.safetensors").is_file():
+        return whole.stat().st_size
+    parts = sorted(folder.glob("model-?????-of-?????.safetensors"))
+    complete = (
+        parts and len(parts) == int(parts[0].stem[-5:]) if parts and parts[0].stem[-5:].isdigit() else False
+    )
+    return sum(part.stat().st_size for part in parts) if complete else None
 
 
 def read_gguf(path: Path) -> dict[str, Any]:
@@ -44,6 +51,10 @@ def read_gguf(path: Path) -> dict[str, Any]:
     kind = file.get("general.architecture")
     if kind not in _GGUF_TYPES:
         raise ValueError(f"{path}: architecture {kind!r} is not known; known: {', '.join(_GGUF_TYPES)}")
+    if file.number("split.count", int, 1) > 1:
+        raise ValueError(f"{path}: is one of several parts; plan from the model's config.json")
+    if file.number(f"{kind}.expert_count", int, 0):
+        raise ValueError(f"{path}: has experts, which are not counted from GGUF; plan from its config.json")
     if "token_embd.weight" not in file.shapes:
         raise ValueError(f"{path}: has no tensor 'token_embd.weight'")
 

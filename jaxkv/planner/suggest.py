@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxkv.planner.kv_bytes import KV_BITS
-from jaxkv.planner.plan import WEIGHT_BITS, Plan
+from jaxkv.planner.plan import Plan
 from jaxkv.units import format_bytes
 
-_MOST_DEVICES = 1024
+_MOST_DEVICES, _MOST_SUGGESTIONS = 16, 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,20 +27,43 @@ class Suggestion:
 
 
 def suggestions(refused: Plan) -> list[Suggestion]:
-    """Ways to make a plan fit, one change each; two changes where no single one is enough.
+    """Ways to make a plan fit: one change each; where no single one is enough, two or three.
 
     Args:
       refused: a plan that does not fit. One that does needs none.
     """
     if refused.fits:
         return []
-    singles = [found for found in _single_changes(refused) if found.plan.fits]
-    return singles or [found for found in _pairs(refused) if found.plan.fits][:3]
+    begun = [Suggestion("", {}, refused)]
+    for _ in range(3):
+        # What a step leaves unfit is where the next goes on.
+        tried = [found for first in begun for found in _further(first)]
+        if found := [suggestion for suggestion in tried if suggestion.plan.fits]:
+            return _distinct(found)[:_MOST_SUGGESTIONS]
+        begun = [suggestion for suggestion in tried if not suggestion.plan.fits]
+    return []
+
+
+def _further(first: Suggestion) -> Iterator[Suggestion]:
+    for second in _single_changes(first.plan):
+        if not set(first.change) & set(second.change):
+            text = f"{first.text}; and {second.text}" if first.text else second.text
+            yield Suggestion(text, first.change | second.change, second.plan)
+
+
+def _distinct(found: list[Suggestion]) -> list[Suggestion]:
+    """One of those that come to the same, in another order."""
+    return list(
+        {tuple(sorted(suggestion.change.items())): suggestion for suggestion in reversed(found)}.values()
+    )[::-1]
 
 
 def _single_changes(plan: Plan) -> Iterator[Suggestion]:
     yield from _shorter(plan)
     yield from _fewer(plan)
+    if plan.weights_dtype == plan.kv_dtype == "float32":
+        change = dict(weights_dtype="bfloat16", kv_dtype="bfloat16")
+        yield _suggestion(plan, "keep the weights, and K and V, in bfloat16", **change)
     yield from _narrower_kv(plan)
     yield from _narrower_weights(plan)
     yield from _more_devices(plan)
@@ -60,38 +83,32 @@ def _fewer(plan: Plan) -> Iterator[Suggestion]:
 
 
 def _narrower_kv(plan: Plan) -> Iterator[Suggestion]:
-    for dtype in ("fp8", "int8"):
+    for dtype in ("bfloat16", "fp8", "int8"):
         if KV_BITS[dtype] < KV_BITS[plan.kv_dtype]:
-            saved = plan.kv.paged - replace(plan, kv_dtype=dtype).kv.paged
+            saved = plan.kv.reserved - replace(plan, kv_dtype=dtype).kv.reserved
             yield _suggestion(plan, f"keep K and V in {dtype}, {format_bytes(saved)} less", kv_dtype=dtype)
 
 
 def _narrower_weights(plan: Plan) -> Iterator[Suggestion]:
-    for dtype in ("fp8", "int8", "int4"):
+    for dtype in ("bfloat16", "fp8", "int8", "int4"):
         saved = plan.weights - replace(plan, weights_dtype=dtype).weights
-        if saved > 0 and dtype in WEIGHT_BITS:
-            yield _suggestion(
-                plan, f"quantize the weights to {dtype}, {format_bytes(saved)} less", weights_dtype=dtype
-            )
+        if saved > 0:
+            text = f"keep the weights in {dtype}, {format_bytes(saved)} less"
+            yield _suggestion(plan, text, weights_dtype=dtype)
 
 
 def _more_devices(plan: Plan) -> Iterator[Suggestion]:
-    devices = plan.tensor_parallel + 1
-    while devices <= min(plan.shape.num_q_heads, _MOST_DEVICES):
-        if plan.shape.num_q_heads % devices == 0 and (more := replace(plan, tensor_parallel=devices)).fits:
-            text = f"share it among {devices} devices, {format_bytes(more.needed)} on each"
-            yield _suggestion(plan, text, tensor_parallel=devices)
-            return
-        devices += 1
-
-
-def _pairs(plan: Plan) -> Iterator[Suggestion]:
-    for first in (*_narrower_weights(plan), *_narrower_kv(plan)):
-        for second in _single_changes(first.plan):
-            if second.plan.fits and not set(first.change) & set(second.change):
-                yield Suggestion(
-                    f"{first.text}; and {second.text}", first.change | second.change, second.plan
-                )
+    """The fewest that are enough, else the most."""
+    shape = plan.shape
+    even = [
+        replace(plan, tensor_parallel=devices)
+        for devices in range(plan.tensor_parallel + 1, min(shape.num_q_heads, _MOST_DEVICES) + 1)
+        if shape.num_q_heads % devices == 0
+        and (shape.is_latent or shape.num_kv_heads % devices == 0 or devices % shape.num_kv_heads == 0)
+    ]
+    for more in [made for made in even if made.fits][:1] or even[-1:]:
+        text = f"share it among {more.tensor_parallel} devices, {format_bytes(more.needed)} on each"
+        yield _suggestion(plan, text, tensor_parallel=more.tensor_parallel)
 
 
 def _suggestion(plan: Plan, text: str, **change: Any) -> Suggestion:
