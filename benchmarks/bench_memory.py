@@ -2,6 +2,7 @@
 
   growth    K and V of one sequence by its length, for three shapes: what its tokens need, and what its
             pages take. Arithmetic on `CacheConfig`; the bytes a token below it are read off real arrays.
+  models    weights, and K and V of 8,192 tokens in bfloat16, of the models in `configs/models`.
   waste     by page size, for sequences of chat, document and mixed lengths: places that hold no token,
             pages, and the page table, counted in a cache that is really run.
   append    1, 16, 64 and 256 tokens a call until a sequence has 4,096: pages, and time a token.
@@ -26,6 +27,8 @@ import numpy as np
 
 import jaxkv
 from benchmarks.timing import interleave, publish, stopwatch
+from jaxkv import catalog
+from jaxkv.planner import ModelShape, kv_cache_bytes
 from jaxkv.profile import MemoryProfile, unused_share
 from jaxkv.units import format_bytes
 
@@ -88,6 +91,27 @@ def growth() -> list[dict]:
             held = config.pages_for(length) * config.page_bytes
             print(f"{name:<26}{length:>8,}{format_bytes(length * a_token):>14}{format_bytes(held):>14}")
             rows.append({"shape": name, "tokens": length, "bytes": length * a_token, "page_bytes": held})
+    return rows
+
+
+def models() -> list[dict]:
+    """Parameters and bytes of the known models."""
+    rows = []
+    print("\nmodels, 8,192 tokens in bfloat16; reserved is without windows")
+    print(f"{'model':<20}{'parameters':>18}{'exact':>14}{'reserved':>14}{'a token':>14}")
+    for name in catalog.names("models"):
+        shape = ModelShape.from_config(name)
+        counted = kv_cache_bytes(shape, 8192, kv_dtype="bf16")
+        exact, reserved, a_token = (
+            counted.exact,
+            counted.reserved,
+            2 * shape.elements_per_token * shape.num_layers,
+        )
+        print(
+            f"{name:<20}{shape.num_parameters:>18,}{format_bytes(exact):>14}{format_bytes(reserved):>14}"
+            f"{format_bytes(a_token):>14}"
+        )
+        rows.append({"model": name, "parameters": shape.num_parameters, "exact": exact, "reserved": reserved})
     return rows
 
 
@@ -221,7 +245,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What memory comes to.")
     parser.add_argument("--quick", action="store_true", help="fewer sequences and rounds; keeps no file")
     options = parser.parse_args(arguments)
-    grown = growth()
+    grown, known = growth(), models()
     corrected, corrected_right = corrections()
     wasted, wasted_right = waste(options.quick)
     appended, appended_right = appending(2 if options.quick else ROUNDS)
@@ -229,6 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
     right = corrected_right and wasted_right and appended_right and saved_right
     document = {
         "growth": grown,
+        "models": known,
         "bytes_a_token": corrected,
         "waste": wasted,
         "append": appended,

@@ -5,7 +5,7 @@ Each function returns a `matplotlib.figure.Figure` to save or to show; none touc
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import ceil, sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def plot_pages(*caches: KVCache | PageMap, titles: Sequence[str] = ()) -> Figure
     figure = _figure(6.5 * len(maps), max(_height(cells) for cells in maps))
     axes = figure.subplots(1, len(maps), squeeze=False)[0]
     for number, (ax, cells) in enumerate(zip(axes, maps, strict=True)):
-        _draw_pages(ax, cells, titles[number] if number < len(titles) else None)
+        _draw_pages(ax, cells, titles[number] if number < len(titles) else None, _colours(maps))
     _add_legend(figure, maps)
     return figure
 
@@ -103,7 +103,7 @@ def plot_generation(
     figure = _figure(13.0, sum(heights))
     upper, lower = (figure.add_subfigure(part) for part in figure.add_gridspec(2, 1, height_ratios=heights))
     for ax, cells, title in zip(upper.subplots(1, 2), maps, ("before", "after"), strict=True):
-        _draw_pages(ax, cells, f"Pages {title} compaction: {_counts(cells)}")
+        _draw_pages(ax, cells, f"Pages {title} compaction: {_counts(cells)}", _colours(maps))
     _add_legend(upper, maps)
     left, right = lower.subplots(1, 2)
     _draw_memory(left, steps, profiles)
@@ -145,7 +145,7 @@ def _counts(pages: PageMap) -> str:
     return f"{pages.used.sum():,} in use, {pages.holes.sum():,} holes"
 
 
-def _draw_pages(ax: Axes, pages: PageMap, title: str | None) -> None:
+def _draw_pages(ax: Axes, pages: PageMap, title: str | None, colours: Mapping[int, str]) -> None:
     """A square a page: framed, filled from below as far as it holds tokens, hatched if shared."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
@@ -168,7 +168,7 @@ def _draw_pages(ax: Axes, pages: PageMap, title: str | None) -> None:
     squares(cells.holes, whole, facecolor=HOLE, edgecolor=EDGE, linewidth=0.6)
     squares(cells.used, whole, facecolor=FREE, edgecolor=EDGE, linewidth=0.6)
     for slot in np.unique(cells.owner[cells.used]):
-        squares(cells.used & (cells.owner == slot), fill, facecolor=_colour(slot), linewidth=0)
+        squares(cells.used & (cells.owner == slot), fill, facecolor=colours[slot], linewidth=0)
     shared = cells.num_owners > 1
     squares(shared, whole, facecolor="none", edgecolor="black", linewidth=0.9, hatch="////")
     if cells.num_cells <= _MOST_WRITTEN_IN:
@@ -183,6 +183,12 @@ def _draw_pages(ax: Axes, pages: PageMap, title: str | None) -> None:
     ax.set_xticks(marks + 0.5, [str(mark) for mark in marks])
     ax.tick_params(length=0)
     ax.spines[:].set_visible(False)
+
+
+def _colours(maps: Sequence[PageMap]) -> dict[int, str]:
+    """Of each slot that owns a page, in their order."""
+    slots = np.unique(np.concatenate([_drawn(pages).owner[_drawn(pages).used] for pages in maps])).tolist()
+    return {slot: OWNERS[rank % len(OWNERS)] for rank, slot in enumerate(slots)}
 
 
 def _write_owners(ax: Axes, cells: PageMap, left: np.ndarray, top: np.ndarray) -> None:
@@ -200,9 +206,9 @@ def _write_owners(ax: Axes, cells: PageMap, left: np.ndarray, top: np.ndarray) -
 def _add_legend(figure: Any, maps: Sequence[PageMap]) -> None:
     from matplotlib.patches import Patch
 
-    slots = np.unique(np.concatenate([_drawn(pages).owner[_drawn(pages).used] for pages in maps]))
-    patches = [Patch(facecolor=_colour(slot), label=f"slot {slot}") for slot in slots]
-    if len(slots) > len(OWNERS):
+    colours = _colours(maps)
+    patches = [Patch(facecolor=colour, label=f"slot {slot}") for slot, colour in colours.items()]
+    if len(colours) > len(OWNERS):
         label = f"a colour each slot, again after {len(OWNERS)}"
         patches = [Patch(facecolor=OWNERS[0], edgecolor=OWNERS[1], linewidth=3, label=label)]
     patches += [
@@ -242,7 +248,3 @@ def _draw_waste(ax: Axes, lengths: Iterable[int], page_sizes: Sequence[int]) -> 
     )
     ax.grid(axis="y", alpha=0.3)
     ax.set_axisbelow(True)
-
-
-def _colour(slot: int) -> str:
-    return OWNERS[slot % len(OWNERS)]

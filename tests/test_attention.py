@@ -1,6 +1,7 @@
 """Attention through the cache: each token sees its own sequence, up to and with itself."""
 
 import inspect
+import sys
 from dataclasses import replace
 
 import chex
@@ -13,6 +14,7 @@ import jaxkv
 from jaxkv import CacheConfig
 from pallas_kernels import paged_attention, use_backend
 from pallas_kernels.paged_attention import prefixes
+from pallas_kernels.quantization import quantize
 from tests import jitted
 from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poison, poisoned_init
 from tests.kernels import reference
@@ -260,8 +262,33 @@ class Variants(chex.TestCase):
         chex.assert_trees_all_close(float64(out), want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("stored", ["float32", "int8", "uint8"])
 @pytest.mark.parametrize("page_size", [1, 16, 200])
-@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_tiles_of_any_size_give_the_same(page_size, stored, monkeypatch):
+    """Large heads are copied without a branch, and int8 in smaller tiles."""
+    xla = sys.modules["pallas_kernels.paged_attention.xla"]
+    shape, codes = (1, -(-600 // page_size), 2, page_size, 16), stored != "float32"
+    pages = [normal(*shape, seed=seed) for seed in (0, 1)]
+    scales = {}
+    if codes:
+        pages, (k_scales, v_scales) = zip(*(quantize(array, stored) for array in pages), strict=True)
+        scales = dict(k_scales=k_scales, v_scales=v_scales)
+    width = -(-300 // page_size)
+    table = jnp.arange(2 * width, dtype=jnp.int32).reshape(2, width) % shape[1]
+    q, lengths, starts = normal(5, 4, 16, seed=2), ints(290, 131), ints(0, 1, 5)
+
+    def attend():
+        run = jax.jit(lambda q: paged_attention(q, *pages, table, lengths, starts, backend="xla", **scales))
+        return float64(run(q))
+
+    expected = attend()
+    for split in (1, 2 * 16 * 128 * 4):
+        monkeypatch.setattr(xla, "_SPLIT_BYTES", split)
+        np.testing.assert_allclose(attend(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 200])
+@pytest.mark.parametrize("kv_heads", [1, 2, 16])
 @pytest.mark.parametrize("num_layers", [1, 2])
 def test_reading_takes_no_copy_of_the_pool(num_layers, kv_heads, page_size):
     num_pages = 2**17 // page_size
