@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.pages import count, rows_of
+from jaxkv.pages import count, num_spanned, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable
 from pallas_kernels.move_pages import move_pages
 
@@ -19,10 +19,8 @@ def should_compact(cache: KVCache) -> Bool[Array, ""]:
     Returns:
       A boolean scalar, for `lax.cond` or the host. It looks at every page once.
     """
-    live = cache.table.refcounts > 0
-    number = jnp.arange(1, live.shape[0] + 1, dtype=jnp.int32)
-    used = jnp.max(jnp.where(live, number, 0))
-    holes = used - jnp.sum(live, dtype=jnp.int32)
+    used = num_spanned(cache.table)
+    holes = used - jnp.sum(cache.table.refcounts > 0, dtype=jnp.int32)
     return holes.astype(jnp.float32) > cache.config.compaction_threshold * used.astype(jnp.float32)
 
 

@@ -15,6 +15,7 @@ QUANTIZATIONS = {"int8": "int8", "fp8": "uint8"}
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 _MAX_TOKENS = 2**30
+# Of `AllocationStats`.
 _COUNTER_BYTES = 32
 
 
@@ -202,10 +203,24 @@ class CacheConfig:
         scale_bytes = 0 if self.quantization is None else jnp.dtype(jnp.float32).itemsize
         return rows * (self.head_dim * jnp.dtype(self.storage_dtype).itemsize + scale_bytes)
 
+    @property
+    def pool_bytes(self) -> int:
+        """Bytes of the pool: K, V and their scales."""
+        return self.num_pages * self.page_bytes
+
+    @property
+    def page_table_bytes(self) -> int:
+        """Bytes of the page table's rows, lengths and positions."""
+        return 4 * self.max_seqs * (self.max_pages_per_seq + 2)
+
+    @property
+    def allocator_bytes(self) -> int:
+        """Bytes of refcounts, the free stack and its height."""
+        return 4 * (2 * self.num_pages + 1)
+
     def estimated_memory_bytes(self) -> int:
         """Bytes of all arrays that `init` makes: pool, page table, refcounts, free stack, counters."""
-        table = 4 * self.max_seqs * (self.max_pages_per_seq + 2)
-        return self.num_pages * (self.page_bytes + 8) + table + 4 + _COUNTER_BYTES
+        return self.pool_bytes + self.page_table_bytes + self.allocator_bytes + _COUNTER_BYTES
 
     def estimated_memory(self) -> str:
         """The same for people: `4.00 GiB`."""

@@ -186,3 +186,9 @@ def count(
     # A counter that has grown past the largest int32 stays there instead of turning negative.
     overflow = (amounts > 0) & (counters < stats.counters)
     return AllocationStats(jnp.where(overflow, jnp.iinfo(jnp.int32).max, counters))
+
+
+def num_spanned(table: PageTable) -> Int[Array, ""]:
+    """Pages from the first of the pool to the highest that is used."""
+    number = jnp.arange(1, table.refcounts.shape[0] + 1, dtype=jnp.int32)
+    return jnp.max(jnp.where(table.refcounts > 0, number, 0))

@@ -9,10 +9,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
+from jaxkv.pages import num_spanned
 from jaxkv.state import AllocationStats, KVCache, PageTable
 from jaxkv.units import format_bytes
-
-_INT32_BYTES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +117,7 @@ class MemoryProfile:
     @property
     def pool_bytes(self) -> int:
         """The pool: K, V and their scales."""
-        return self.config.num_pages * self.config.page_bytes
+        return self.config.pool_bytes
 
     @property
     def used_bytes(self) -> int:
@@ -133,22 +132,17 @@ class MemoryProfile:
     @property
     def page_table_bytes(self) -> int:
         """Rows of the page table, lengths and positions."""
-        return self.config.max_seqs * (self.config.max_pages_per_seq + 2) * _INT32_BYTES
+        return self.config.page_table_bytes
 
     @property
     def allocator_bytes(self) -> int:
         """Refcounts, the free stack and its height."""
-        return (2 * self.config.num_pages + 1) * _INT32_BYTES
-
-    @property
-    def counter_bytes(self) -> int:
-        """Of `stats`."""
-        return len(self.stats.names()) * _INT32_BYTES
+        return self.config.allocator_bytes
 
     @property
     def total_bytes(self) -> int:
-        """Everything the cache keeps on the device."""
-        return self.pool_bytes + self.page_table_bytes + self.allocator_bytes + self.counter_bytes
+        """Everything the cache keeps on the device, its counters too."""
+        return self.config.estimated_memory_bytes()
 
     @property
     def saved_pages(self) -> int:
@@ -229,14 +223,12 @@ def memory_profile(cache: KVCache) -> MemoryProfile:
       (2, 4, 0.25)
     """
     table = cache.table
-    live = table.refcounts > 0
-    number = jnp.arange(1, live.shape[0] + 1, dtype=jnp.int32)
     return MemoryProfile(
         # Copies: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
         lengths=jnp.copy(table.lengths),
-        num_used=jnp.sum(live, dtype=jnp.int32),
+        num_used=jnp.sum(table.refcounts > 0, dtype=jnp.int32),
         num_shared=jnp.sum(table.refcounts > 1, dtype=jnp.int32),
-        num_spanned=jnp.max(jnp.where(live, number, 0)),
+        num_spanned=num_spanned(table),
         num_stored=jnp.sum(_tokens_in_pages(table, cache.config), dtype=jnp.int32),
         stats=AllocationStats(jnp.copy(cache.stats.counters)),
         config=cache.config,

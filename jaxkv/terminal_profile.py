@@ -15,11 +15,11 @@ from jaxkv.device_memory import DeviceMemory, PeakMemory, device_memory
 from jaxkv.generate import generate
 from jaxkv.models import LoadedModel, Tokenizer
 from jaxkv.page_map import FREE, LEVELS, SHARED, PageMap, page_map
+from jaxkv.pictures import PAGE_SIZES
 from jaxkv.profile import MemoryProfile, memory_profile, unused_share
 from jaxkv.sampling import Sampling
 from jaxkv.terminal import QUESTIONS, SYSTEM_PROMPT, fitting_config, load_with_progress, status_line
 
-PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _STEPS_A_BLOCK = 4
 
 _profile = jax.jit(memory_profile)
