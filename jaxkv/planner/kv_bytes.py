@@ -18,16 +18,16 @@ class KVBytes:
 
     Attributes:
       exact: the numbers of the tokens kept, nothing else.
-      scales: what a quantized cache keeps beside them.
       paged: in whole pages, scales and `fragmentation` included, where pages outside a window are given back.
       reserved: the same with every layer keeping the whole context. That is what jaxkv's cache takes: a
         window is what its attention sees, and the pages behind it stay.
+      scales: what a quantized cache keeps beside the exact numbers.
     """
 
     exact: int
-    scales: int
     paged: int
     reserved: int
+    scales: int = 0
 
 
 def kv_cache_bytes(
