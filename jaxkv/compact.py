@@ -17,7 +17,7 @@ def should_compact(cache: KVCache) -> Bool[Array, ""]:
     The used part ends with the highest live page; a hole is a free page below it.
 
     Returns:
-      A boolean scalar, for `lax.cond` or the host. It looks at every page once.
+      A boolean scalar, for the host; inside `jit`, `maybe_compact` asks it. It looks at every page once.
     """
     used = num_spanned(cache.table)
     holes = used - jnp.sum(cache.table.refcounts > 0, dtype=jnp.int32)

@@ -14,7 +14,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZATIONS = {"int8": "int8", "fp8": "uint8"}
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
-_MAX_TOKENS = 2**30
+MAX_TOKENS = 2**30
 # Of `AllocationStats`.
 _COUNTER_BYTES = 32
 
@@ -71,8 +71,8 @@ class CacheConfig:
             )
         for name in ("num_pages", "max_pages_per_seq"):
             places = getattr(self, name) * self.page_size
-            if places >= _MAX_TOKENS:
-                raise ValueError(f"{name} * page_size = {places} token places; must be below {_MAX_TOKENS}")
+            if places >= MAX_TOKENS:
+                raise ValueError(f"{name} * page_size = {places} token places; must be below {MAX_TOKENS}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(
                 f"quantization={self.quantization!r} is not supported; "
@@ -174,7 +174,7 @@ class CacheConfig:
             )
         # A page more takes its bytes, a refcount and a place on the free stack.
         more = spare // (one.page_bytes + 8)
-        return replace(least, num_pages=min(row + more, (_MAX_TOKENS - 1) // one.page_size))
+        return replace(least, num_pages=min(row + more, (MAX_TOKENS - 1) // one.page_size))
 
     @property
     def is_contiguous(self) -> bool:

@@ -95,8 +95,7 @@ def _metrics(port: int | None):
 def run_demo(options: argparse.Namespace) -> int:
     """`jaxkv demo`: four questions behind one system prompt, held against dense attention."""
     loaded, tokenizer = load_with_progress(options.model)
-    system = {"role": "system", "content": SYSTEM_PROMPT}
-    ids = [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+    ids = demo_prompts(tokenizer)
     config = fitting_config(loaded, ids, options, 1, None)
     with _Watch(tokenizer, options.max_new_tokens, stream=False) as watch:
         result = generate(
@@ -142,6 +141,12 @@ def _largest_difference(loaded: LoadedModel, prompts: list[list[int]], result: G
         count, start = len(samples[0]), len(prompt) - 1
         largest = max(largest, np.abs(paged[row, :count] - dense[row, start : start + count]).max())
     return float(largest)
+
+
+def demo_prompts(tokenizer: Tokenizer) -> list[list[int]]:
+    """Token ids of the demo's questions, each behind the one system prompt."""
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    return [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
 
 
 def load_with_progress(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:

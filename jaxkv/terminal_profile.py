@@ -18,7 +18,14 @@ from jaxkv.page_map import FREE, LEVELS, SHARED, PageMap, page_map
 from jaxkv.pictures import PAGE_SIZES
 from jaxkv.profile import MemoryProfile, memory_profile, unused_share
 from jaxkv.sampling import Sampling
-from jaxkv.terminal import QUESTIONS, SYSTEM_PROMPT, fitting_config, load_with_progress, status_line
+from jaxkv.terminal import (
+    QUESTIONS,
+    SYSTEM_PROMPT,
+    demo_prompts,
+    fitting_config,
+    load_with_progress,
+    status_line,
+)
 
 _STEPS_A_BLOCK = 4
 
@@ -135,8 +142,7 @@ def _token_ids(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
         return [tokenizer.encode(prompt) for prompt in prompts]
     if tokenizer.chat_template is None:
         return [tokenizer.encode(f"{SYSTEM_PROMPT}\n\n{question}") for question in QUESTIONS]
-    system = {"role": "system", "content": SYSTEM_PROMPT}
-    return [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
+    return demo_prompts(tokenizer)
 
 
 def _text(loaded: LoadedModel, moment: _Moment, lengths: list[int], memory: PeakMemory, width: int) -> str:

@@ -63,6 +63,8 @@ def test_json_is_one_document_with_the_suggestions(capsys):
     document = json.loads(out)
     assert (code, document["fits"], document["kv"]["exact"]) == (1, False, 4 * 2**30)
     assert document["suggestions"]
+    parts = ("weights", "tables", "activations", "overhead")
+    assert document["needed"] == document["kv"]["reserved"] + sum(document[part] for part in parts)
     document = json.loads(run(capsys, "llama-2-7b --json")[1])
     assert "fits" not in document
 

@@ -265,12 +265,11 @@ def _weights(made: Plan) -> str:
     shape, (embedding, routed, rest) = made.shape, made.weight_bits
     if made.weights_dtype == "stored" and shape.stored_bytes is not None:
         return f"{shape.stored_bytes:,} bytes of files"
-    others = shape.num_parameters - shape.embedding_parameters - shape.routed_parameters
     kinds = {
         "embeddings": (shape.embedding_parameters, embedding),
         "of experts": (shape.routed_parameters, routed),
+        "others": (shape.other_parameters, rest),
     }
-    kinds["others"] = others, rest
     parts = (f"{count:,} {kind} x {bits / 8:g}" for kind, (count, bits) in kinds.items() if count)
     return f"({' + '.join(parts)}) bytes"
 

@@ -5,15 +5,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from jaxkv import catalog
-from jaxkv.config import CacheConfig
+from jaxkv.config import MAX_TOKENS, CacheConfig
 from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv_cache_bytes, resolve_dtype
 from jaxkv.planner.shape import ModelShape
 from jaxkv.units import format_bytes, parse_bytes
 
 # int4 as common formats keep it: a 16-bit scale for each group of 64. Embeddings stay in 16 bits or more.
 WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.25}
-# Places are counted in int32; a pool has fewer.
-_MAX_PLACES = 2**30
 _ACTIVATION_BYTES, _LOGIT_BYTES = 2, 4
 _GIB = 2**30
 
@@ -80,8 +78,8 @@ class Plan:
     def weights(self) -> int:
         """All parameters; where heads do not divide evenly, a little more than this."""
         shape, (embedding, routed, rest) = self.shape, self.weight_bits
-        others = shape.num_parameters - shape.embedding_parameters - shape.routed_parameters
-        bits = shape.embedding_parameters * embedding + shape.routed_parameters * routed + others * rest
+        bits = shape.embedding_parameters * embedding + shape.routed_parameters * routed
+        bits += shape.other_parameters * rest
         return -(-round(bits / 8) // self.tensor_parallel)
 
     @property
@@ -136,7 +134,7 @@ class Plan:
     def tables(self) -> int:
         """The page table, refcounts and the free stack."""
         config = self.cache_config
-        return 0 if config is None else config.estimated_memory_bytes() - config.num_pages * config.page_bytes
+        return 0 if config is None else config.estimated_memory_bytes() - config.pool_bytes
 
     @property
     def activations(self) -> int:
@@ -195,14 +193,14 @@ class Plan:
     def max_context(self) -> int:
         """The longest context at this concurrency, as far as the model was trained; 0 for none."""
         most = min(
-            self.shape.max_context, (_MAX_PLACES // self.concurrency - 1) // self.page_size * self.page_size
+            self.shape.max_context, (MAX_TOKENS // self.concurrency - 1) // self.page_size * self.page_size
         )
         return _largest(lambda context: replace(self, context=context).fits, most)
 
     @cached_property
     def max_concurrency(self) -> int:
         """The most sequences of this context; 0 for none."""
-        most = (_MAX_PLACES - 1) // (self.page_size * -(-self.context // self.page_size))
+        most = (MAX_TOKENS - 1) // (self.page_size * -(-self.context // self.page_size))
         return _largest(lambda concurrency: replace(self, concurrency=concurrency).fits, most)
 
     @property
@@ -211,11 +209,10 @@ class Plan:
         if self.device.bandwidth is None:
             return None
         shape, (embedding, routed, rest) = self.shape, self.weight_bits
-        others = shape.num_parameters - shape.embedding_parameters - shape.routed_parameters
         # Of the embeddings the output projection is read; a token's own row is looked up.
-        chosen = shape.active_parameters - shape.embedding_parameters - others
+        chosen = shape.active_parameters - (shape.num_parameters - shape.routed_parameters)
         met = min(shape.routed_parameters, chosen * self.concurrency)
-        bits = shape.vocab_size * shape.hidden_size * embedding + met * routed + others * rest
+        bits = shape.vocab_size * shape.hidden_size * embedding + met * routed + shape.other_parameters * rest
         read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales
         return self.concurrency * self.device.bandwidth / read
 
@@ -234,6 +231,7 @@ class Plan:
         asked = ("context", "concurrency", "kv_dtype", "weights_dtype", "tensor_parallel", "page_size")
         follows = (
             "weights",
+            "tables",
             "activations",
             "overhead",
             "needed",
@@ -241,9 +239,8 @@ class Plan:
             "headroom",
             "fits",
             "risk",
-            "pages",
         )
-        follows += ("kv_capacity_tokens", "max_concurrency_ratio", "max_context", "max_concurrency")
+        follows += ("pages", "kv_capacity_tokens", "max_concurrency_ratio", "max_context", "max_concurrency")
         return {
             "model": self.shape.name,
             "architecture": self.shape.architecture,
@@ -299,9 +296,9 @@ def plan(
     for name, value in (counts | dict(page_size=page_size, prefill_chunk=prefill_chunk)).items():
         check_count(name, value)
     places = -(-context // page_size) * page_size * concurrency
-    if places >= _MAX_PLACES:
+    if places >= MAX_TOKENS:
         raise ValueError(
-            f"context x concurrency takes {places:,} token places; a pool has fewer than {_MAX_PLACES:,}"
+            f"context x concurrency takes {places:,} token places; a pool has fewer than {MAX_TOKENS:,}"
         )
     if shape.num_q_heads % tensor_parallel:
         raise ValueError(f"tensor_parallel={tensor_parallel} must divide the {shape.num_q_heads} query heads")

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv import catalog
+from jaxkv.config import DTYPES
 from jaxkv.planner.architectures import ARCHITECTURES, layer_windows, mlp_width, sizes
 from jaxkv.planner.fields import Fields, read_json
 from jaxkv.planner.stored import read_gguf, safetensors_bytes
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +59,11 @@ class ModelShape:
     quantization: str | None = None
     stored_bytes: int | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def other_parameters(self) -> int:
+        """Those that are neither embeddings nor experts."""
+        return self.num_parameters - self.embedding_parameters - self.routed_parameters
 
     @property
     def elements_per_token(self) -> int:

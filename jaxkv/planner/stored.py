@@ -33,9 +33,8 @@ def safetensors_bytes(folder: Path) -> int | None:
     if (whole := folder / "model.safetensors").is_file():
         return whole.stat().st_size
     parts = sorted(folder.glob("model-?????-of-?????.safetensors"))
-    complete = (
-        parts and len(parts) == int(parts[0].stem[-5:]) if parts and parts[0].stem[-5:].isdigit() else False
-    )
+    # Each names how many there are; a download may have stopped early.
+    complete = {part.stem[-5:] for part in parts} == {f"{len(parts):05}"}
     return sum(part.stat().st_size for part in parts) if complete else None
 
 
