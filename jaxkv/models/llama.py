@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxkv.attention import attend
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.rope import inverse_frequencies, rotate
 from jaxkv.pool import append
+from jaxkv.rope import inverse_frequencies, rotate
 from jaxkv.state import Batch, KVCache
 
 ParameterSource = Callable[[str, tuple[int, ...]], jax.Array]

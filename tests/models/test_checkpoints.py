@@ -9,7 +9,7 @@ import pytest
 
 import jaxkv
 from jaxkv.models import ModelConfig, abstract_model, dense_logits, load, random_model
-from jaxkv.models.rope import Llama3Scaling
+from jaxkv.rope import Llama3Scaling
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = ("llama_tied_sharded", "llama_untied", "qwen2_bf16", "mistral_window")
