@@ -16,7 +16,7 @@ QUANTIZATIONS = {"int8": "int8", "fp8": "uint8"}
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 MAX_TOKENS = 2**30
 # Of `AllocationStats`.
-_COUNTER_BYTES = 32
+_COUNTER_BYTES = 40
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class AllocationStats:
     They are one vector, which a step updates at once; `names()` says in what order.
     """
 
-    counters: Int[Array, " 8"]
+    counters: Int[Array, " 10"]
 
     total_allocations = _counter(0, "Taken off the free stack, copies included.")
     total_deallocations = _counter(1, "Given back to it.")
@@ -82,6 +82,8 @@ class AllocationStats:
     refused_allocations = _counter(5, "Entries of `allocate` that were refused, whatever the reason.")
     compactions = _counter(6, "Calls of `compact`.")
     pages_moved = _counter(7, "Moved by `compact`.")
+    evictions = _counter(8, "Times that a policy dropped tokens of a sequence.")
+    evicted_tokens = _counter(9, "Token places that policies gave up.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -97,6 +99,23 @@ class KVCache:
     pool: KVPool
     table: PageTable
     stats: AllocationStats
+    config: CacheConfig = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class PolicyState:
+    """What an eviction policy remembers of each sequence.
+
+    Attributes:
+      values: arrays whose first axis is `seqs`; those with four axes are
+        `[seqs, layers, kv_heads, max_tokens]`, a number for each token place.
+      policy: whose state it is.
+      config: of the cache.
+    """
+
+    values: dict[str, Shaped[Array, "seqs ..."]]
+    policy: Any = field(metadata={"static": True})
     config: CacheConfig = field(metadata={"static": True})
 
 
