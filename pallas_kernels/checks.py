@@ -76,3 +76,46 @@ def check_layer(layer: object, num_layers: int) -> None:
         raise ValueError(f"layer={layer!r} must be an integer scalar")
     if not isinstance(layer, Tracer):
         check_layer(int(layer), num_layers)  # type: ignore[call-overload]
+
+
+def check_queries(
+    q: Array,
+    k_pages: Array,
+    page_table: Array,
+    table_rows: Array,
+    kv_lengths: Array,
+    query_starts: Array,
+) -> None:
+    """Queries of ragged sequences, and where these lie."""
+    check_floating("q", q)
+    _, _, kv_heads, _, head_dim = k_pages.shape
+    if q.ndim != 3 or q.shape[2] != head_dim:
+        raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
+    if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
+        raise ValueError(f"q {list(q.shape)} must have tokens, and a multiple of {kv_heads} query heads")
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table must be [rows, pages_per_seq], not {list(page_table.shape)}")
+    if not all(page_table.shape):
+        raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
+    if table_rows.ndim != 1:
+        raise ValueError(f"table_rows must be [seqs], not {list(table_rows.shape)}")
+    seqs = table_rows.shape[0]
+    if seqs == 0:
+        raise ValueError("table_rows must name a sequence")
+    check_integers("page_table", page_table, page_table.shape)
+    check_integers("table_rows", table_rows, (seqs,))
+    check_integers("kv_lengths", kv_lengths, (seqs,))
+    check_integers("query_starts", query_starts, (seqs + 1,))
+
+
+def check_options(scale: float | None, window: int | None, softcap: float | None) -> None:
+    """What attention computes from a product of query and key, and what it lets a token see."""
+    for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
+        # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
+        if name != "window" and value is not None and not 1e-6 <= value <= 1e6:
+            raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
+    if window is not None and not isinstance(window, int):
+        raise ValueError(f"window={window!r} must be an integer")

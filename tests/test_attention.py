@@ -334,3 +334,39 @@ def noting(found, find):
         return prefix
 
     return call
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("options", ["plain", "all"])
+def test_mass_is_what_each_place_received(options, sinks):
+    """By entry, whatever the slots; of padding and a refused entry it is zero."""
+    cache, written = filled(replace(SMALL, num_pages=12, max_pages_per_seq=6), (9, 4))
+    seqs, counts = ints(1, -1, 0, 3), ints(3, 2, 1, 30)
+    cache, batch = jitted.allocate(cache, seqs, counts, total_tokens=8)
+    k, v, q = random_step(SMALL, 8, 4, 0)
+    cache = jitted.append(cache, 1, batch, k, v)
+    options = OPTIONS[options] | ({"sinks": normal(4)} if sinks else {})
+    ask = jax.jit(lambda cache, batch, q: jaxkv.attend(cache, 1, batch, q, return_mass=True, **options))
+    out, mass = ask(cache, batch, q)
+    assert mass.shape == (4, 2, 24)
+    assert np.isfinite(out).all()
+    want, before = np.zeros(mass.shape), written[1][0]
+    for entry, rows, keys in ((0, slice(0, 3), before[9:]), (2, slice(5, 6), before[:9])):
+        keys = np.concatenate([keys, k[rows]])
+        weights, _ = reference.softmax(float64(q[rows]), float64(keys), **options)
+        want[entry, :, : len(keys)] = weights.reshape(len(weights), 2, 2, -1).sum(axis=(0, 2))
+    np.testing.assert_allclose(mass, want, rtol=1e-5, atol=1e-6)
+
+
+def test_mass_comes_after_lse():
+    cache, batch = jitted.allocate(poisoned_init(SMALL), ints(0), ints(3), total_tokens=3)
+    k, v, q = random_step(SMALL, 3, 4, 0)
+    cache = jitted.append(cache, 0, batch, k, v)
+    out, lse, mass = jitted.attend(cache, 0, batch, q, return_lse=True, return_mass=True)
+    assert (out.shape, lse.shape, mass.shape) == ((3, 4, 4), (3, 4), (1, 2, 16))
+
+
+def test_a_backend_without_mass_is_a_value_error_that_names_both():
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    with pytest.raises(ValueError, match=r"'mosaic'.*return_mass.*policies"):
+        jitted.attend(cache, 0, batch, jnp.zeros((1, 4, 4)), backend="mosaic", return_mass=True)

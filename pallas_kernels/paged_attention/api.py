@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
@@ -81,22 +81,14 @@ def paged_attention(
         jnp.asarray(array) for array in (k_pages, v_pages, page_table, kv_lengths, query_starts)
     )
     k_scales, v_scales = (None if scale is None else jnp.asarray(scale) for scale in (k_scales, v_scales))
-    if page_table.ndim == 2 and not all(page_table.shape):
-        raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
     check_pool(k_pages, v_pages, k_scales, v_scales)
-    _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks)
+    check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
-    for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < float("inf")):
-            raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
-        # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
-        if name != "window" and value is not None and not 1e-6 <= value <= 1e6:
-            raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
-    if window is not None and not isinstance(window, int):
-        raise ValueError(f"window={window!r} must be an integer")
+    check_options(scale, window, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
@@ -150,25 +142,3 @@ def paged_attention(
             interpret=chosen.interpret,
         )
     return (out, lse) if return_lse else out
-
-
-def _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks) -> None:
-    check_floating("q", q)
-    _, _, kv_heads, _, head_dim = k_pages.shape
-    if q.ndim != 3 or q.shape[2] != head_dim:
-        raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
-    if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
-        raise ValueError(f"q {list(q.shape)} must have tokens, and a multiple of {kv_heads} query heads")
-    if page_table.ndim != 2:
-        raise ValueError(f"page_table must be [rows, pages_per_seq], not {list(page_table.shape)}")
-    if table_rows.ndim != 1:
-        raise ValueError(f"table_rows must be [seqs], not {list(table_rows.shape)}")
-    seqs = table_rows.shape[0]
-    if seqs == 0:
-        raise ValueError("table_rows must name a sequence")
-    check_integers("page_table", page_table, page_table.shape)
-    check_integers("table_rows", table_rows, (seqs,))
-    check_integers("kv_lengths", kv_lengths, (seqs,))
-    check_integers("query_starts", query_starts, (seqs + 1,))
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")

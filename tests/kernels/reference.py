@@ -4,15 +4,22 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def attention(q, k, v, *, scale=None, window=None, softcap=None, sinks=None):
+def attention(q, k, v, **options):
     """Causal attention of one sequence, whose last places the queries are.
 
     q [tokens, q_heads, head_dim], k and v [length, kv_heads, head_dim]
     -> out [tokens, q_heads, head_dim], lse [tokens, q_heads].
     """
+    weights, lse = softmax(q, k, **options)
+    v = np.repeat(v, q.shape[1] // v.shape[1], axis=1)
+    return np.einsum("tqn,nqd->tqd", weights, v), lse
+
+
+def softmax(q, k, *, scale=None, window=None, softcap=None, sinks=None):
+    """Its weights [tokens, q_heads, length], and lse."""
     tokens, q_heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
-    k, v = (np.repeat(x, q_heads // kv_heads, axis=1) for x in (k, v))
+    k = np.repeat(k, q_heads // kv_heads, axis=1)
     scores = np.einsum("tqd,nqd->tqn", q, k) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
@@ -26,7 +33,7 @@ def attention(q, k, v, *, scale=None, window=None, softcap=None, sinks=None):
     if sinks is not None:
         total += np.exp(sinks - top)
     lse = top + np.log(total)
-    return np.einsum("tqn,nqd->tqd", np.exp(scores - lse[..., None]), v), lse
+    return np.exp(scores - lse[..., None]), lse
 
 
 def read_pages(pages, page_table_row, length):
@@ -62,6 +69,34 @@ def paged_attention(
             k, v = (read_pages(pages[layer], page_table[row], length) for pages in (k_pages, v_pages))
             out[rows], lse[rows] = attention(q[rows], k, v, **options)
     return out, lse
+
+
+def attention_mass(
+    q,
+    k_pages,
+    page_table,
+    kv_lengths,
+    query_starts,
+    *,
+    layer=0,
+    k_scales=None,
+    v_scales=None,
+    shared_prefix=None,
+    **options,
+):
+    """The weights that each place received from its sequence's queries and the query heads of a KV head."""
+    q, k_pages = (numbers(array).astype(np.float64) for array in (q, k_pages))
+    if k_scales is not None:
+        k_pages = k_pages * k_scales[..., None]
+    _, _, kv_heads, page_size, _ = k_pages.shape
+    mass = np.zeros((len(kv_lengths), kv_heads, page_table.shape[1] * page_size))
+    for row, length in enumerate(kv_lengths):
+        rows = slice(query_starts[row], query_starts[row + 1])
+        if length > 0 and rows.start < rows.stop:
+            weights, _ = softmax(q[rows], read_pages(k_pages[layer], page_table[row], length), **options)
+            grouped = weights.reshape(len(weights), kv_heads, -1, length)
+            mass[row, :, :length] = grouped.sum(axis=(0, 2))
+    return mass
 
 
 def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0, k_scales=None, v_scales=None):
