@@ -61,6 +61,10 @@ def _fork_both(cache: KVCache, policy: PolicyState | None, parents: Array, child
     return cache, policy, status
 
 
+# Tokens a prefill step.
+PREFILL_CHUNK = 256
+
+
 # `generate` owns the cache it makes, so these may donate it.
 _prefill = jax.jit(prefill, donate_argnames=("cache", "policy"))
 _fork = jax.jit(_fork_both, donate_argnames=("cache", "policy"))
@@ -83,7 +87,7 @@ def generate(
     stop_tokens: Iterable[int] = (),
     key: PRNGKeyArray | None = None,
     share_prefix: bool = True,
-    prefill_chunk: int = 256,
+    prefill_chunk: int = PREFILL_CHUNK,
     block: int = 16,
     keep_logits: bool = False,
     warm_up: bool = False,

@@ -21,7 +21,7 @@ def least_recently_used(used, budget) -> list[int]:
 
 
 def prompt_compress(mass, budget, observed, kernel) -> list[int]:
-    """SnapKV, listing 1: the sum of what the observed tokens gave, pooled by the kernel, without themselves."""
+    """SnapKV, listing 1: what the observed tokens gave the ones before them, pooled by the kernel."""
     prefix = len(mass) - observed
     padded = np.pad(mass[:prefix].astype(np.float32), kernel // 2)
     pooled = np.zeros(prefix, np.float32)

@@ -43,6 +43,10 @@ class Policy:
         """Token places that a sequence fills at most, where `evict` is called whenever it fills a page."""
         raise NotImplementedError
 
+    def most_positions(self, config: CacheConfig) -> int | None:
+        """Positions that a decode loop reaches at most; None for as many as there are tokens."""
+        return None
+
     def most_kept(self, config: CacheConfig) -> int:
         """Token places that `evict` leaves a sequence, at most."""
         raise NotImplementedError
@@ -195,6 +199,10 @@ class TokenPolicy(Policy):
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
         """Default: none."""
         return {}
+
+    def most_positions(self, config: CacheConfig) -> int | None:
+        """As many as places, where these are the positions."""
+        return self.capacity(config) if self.positions == "cache" else None
 
     def most_kept(self, config: CacheConfig) -> int:
         """The budget."""

@@ -59,6 +59,10 @@ class SlidingWindow(Policy):
         check_counts(self, least={"window": 1, "sinks": 0})
         check_positions(self.positions, self.rope)
 
+    def most_positions(self, config: CacheConfig) -> int | None:
+        """A window beyond the places, where what is left moves up."""
+        return self.capacity(config) + self.window if self.positions == "cache" else None
+
     def most_kept(self, config: CacheConfig) -> int:
         """The sinks' pages and the window, wherever in a page it begins."""
         return (config.pages_for(self.sinks) + 1) * config.page_size + self.window - 2
