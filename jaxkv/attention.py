@@ -21,6 +21,7 @@ def attend(
     *,
     scale: float | None = ...,
     window: int | None = ...,
+    sink_tokens: int = ...,
     softcap: float | None = ...,
     sinks: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
@@ -38,6 +39,7 @@ def attend(
     *,
     scale: float | None = ...,
     window: int | None = ...,
+    sink_tokens: int = ...,
     softcap: float | None = ...,
     sinks: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
@@ -55,6 +57,7 @@ def attend(
     *,
     scale: float | None = ...,
     window: int | None = ...,
+    sink_tokens: int = ...,
     softcap: float | None = ...,
     sinks: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
@@ -72,6 +75,7 @@ def attend(
     *,
     scale: float | None = ...,
     window: int | None = ...,
+    sink_tokens: int = ...,
     softcap: float | None = ...,
     sinks: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
@@ -88,6 +92,7 @@ def attend(
     *,
     scale: float | None = None,
     window: int | None = None,
+    sink_tokens: int = 0,
     softcap: float | None = None,
     sinks: Float[Array, " q_heads"] | None = None,
     backend: str = "auto",
@@ -109,7 +114,9 @@ def attend(
       batch: of this step.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
-      window: a token sees itself and the `window - 1` places before it.
+      window: a token sees itself and the `window - 1` places before it; the batch's own, if smaller.
+      sink_tokens: and its sequence's first so many places, which no window hides (StreamingLLM,
+        arXiv:2309.17453); the batch's own, if more. Without a `window` here or there it must be 0.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sinks: a logit for each query head that joins the softmax's denominator.
       backend: "auto", "xla", or "triton" on a GPU.
@@ -141,12 +148,17 @@ def attend(
     tokens = batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:
         raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
+    if batch.window is not None:
+        window = batch.window if window is None else min(window, batch.window)
+    if window is not None and batch.sink_tokens:
+        sink_tokens = max(sink_tokens, batch.sink_tokens)
     paged: dict[str, Any] = dict(
         # The row of padding and of a refused entry is never read: they see nothing.
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
         k_scales=cache.pool.k_scale,
         backend=backend,

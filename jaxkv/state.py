@@ -136,6 +136,7 @@ class Batch:
       page_ids, offsets: the place of each token; page id `num_pages` for padding.
       num_free: pages free after the call.
       config: of the cache.
+      window, sink_tokens: what a policy lets every token see, whatever the model lets it: see `attend`.
     """
 
     seqs: Int[Array, " seqs"]
@@ -148,6 +149,8 @@ class Batch:
     offsets: Int[Array, " tokens"]
     num_free: Int[Array, ""]
     config: CacheConfig = field(metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
+    sink_tokens: int = field(default=0, metadata={"static": True})
 
 
 def init(config: CacheConfig) -> KVCache:

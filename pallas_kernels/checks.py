@@ -108,7 +108,7 @@ def check_queries(
     check_integers("query_starts", query_starts, (seqs + 1,))
 
 
-def check_options(scale: float | None, window: int | None, softcap: float | None) -> None:
+def check_options(scale: float | None, window: int | None, sink_tokens: int, softcap: float | None) -> None:
     """What attention computes from a product of query and key, and what it lets a token see."""
     for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -119,3 +119,9 @@ def check_options(scale: float | None, window: int | None, softcap: float | None
             raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
     if window is not None and not isinstance(window, int):
         raise ValueError(f"window={window!r} must be an integer")
+    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
+        raise ValueError(f"sink_tokens={sink_tokens!r} must be a Python integer of at least 0 (it is static)")
+    if sink_tokens and window is None:
+        raise ValueError(
+            f"sink_tokens={sink_tokens} are those that a window does not hide: it needs a window"
+        )

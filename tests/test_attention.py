@@ -26,6 +26,7 @@ OPTIONS = {
     "plain": {},
     "scale": {"scale": 0.25},
     "window": {"window": 7},
+    "sink tokens": {"window": 7, "sink_tokens": 5},
     "softcap": {"softcap": 1.5},
     "all": {"window": 20, "softcap": 3.0, "scale": 0.2},
 }
@@ -229,6 +230,9 @@ def mistakes(cache, batch):
         "layer=2": lambda: attend(cache, 2, batch, q),
         "window=0": lambda: attend(cache, 0, batch, q, window=0),
         "window=1.5": lambda: attend(cache, 0, batch, q, window=1.5),
+        "sink_tokens=-1": lambda: attend(cache, 0, batch, q, window=4, sink_tokens=-1),
+        "sink_tokens=1.5": lambda: attend(cache, 0, batch, q, window=4, sink_tokens=1.5),
+        "sink_tokens=2 .* needs a window": lambda: attend(cache, 0, batch, q, sink_tokens=2),
         "softcap=-1": lambda: attend(cache, 0, batch, q, softcap=-1),
         "scale=1000000000.0 must lie": lambda: attend(cache, 0, batch, q, scale=1e9),
         "q_heads=4": lambda: attend(cache, 0, batch, q, sinks=jnp.zeros(2)),
@@ -336,8 +340,43 @@ def noting(found, find):
     return call
 
 
+def test_the_smaller_window_holds_and_the_more_sink_tokens(monkeypatch):
+    """Of what a policy wrote in the batch, and what the model asks for."""
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    q, held = jnp.zeros((1, 4, 4)), []
+
+    def paged_attention(q, *_, window, sink_tokens, **others):
+        held.append((window, sink_tokens))
+        return q, q[..., 0]
+
+    monkeypatch.setattr(sys.modules["jaxkv.attention"], "paged_attention", paged_attention)
+    for batchs, models, both in [
+        ((5, 2), (None, 0), (5, 2)),
+        ((5, 2), (9, 4), (5, 4)),
+        ((9, 8), (5, 0), (5, 8)),
+        ((None, 3), (6, 1), (6, 3)),
+        ((None, 3), (None, 0), (None, 0)),
+        ((6, 0), (None, 2), (6, 2)),
+    ]:
+        limited = replace(batch, window=batchs[0], sink_tokens=batchs[1])
+        jaxkv.attend(cache, 0, limited, q, window=models[0], sink_tokens=models[1])
+        assert held.pop() == both
+
+
+def test_a_batch_with_a_window_is_one_of_another_program():
+    """Static, so that what lies outside of it is not visited at all."""
+    cache, _ = filled(replace(SMALL, num_pages=12, max_pages_per_seq=8), (20,))
+    cache, batch = jitted.allocate(cache, ints(0), ints(1))
+    k, v, q = random_step(SMALL, 1, 4, 0)
+    cache = jitted.append(cache, 0, batch, k, v)
+    limited = replace(batch, window=5, sink_tokens=2)
+    want = jitted.attend(cache, 0, batch, q, window=5, sink_tokens=2)
+    np.testing.assert_array_equal(jitted.attend(cache, 0, limited, q), want)
+    assert np.abs(jitted.attend(cache, 0, batch, q) - want).max() > 0.01
+
+
 @pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
-@pytest.mark.parametrize("options", ["plain", "all"])
+@pytest.mark.parametrize("options", ["plain", "sink tokens"])
 def test_mass_is_what_each_place_received(options, sinks):
     """By entry, whatever the slots; of padding and a refused entry it is zero."""
     cache, written = filled(replace(SMALL, num_pages=12, max_pages_per_seq=6), (9, 4))

@@ -23,6 +23,7 @@ def attention_mass(
     layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     window: int | None = None,
+    sink_tokens: int = 0,
     softcap: float | None = None,
     k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
     backend: str = "auto",
@@ -34,7 +35,7 @@ def attention_mass(
 
     Args:
       q, k_pages, page_table, kv_lengths, query_starts: as in `paged_attention`.
-      table_rows, layer, scale, window, softcap, k_scales: as there.
+      table_rows, layer, scale, window, sink_tokens, softcap, k_scales: as there.
       lse: as `paged_attention` returns it; of a call with `sinks`, their share is nobody's.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
@@ -58,7 +59,7 @@ def attention_mass(
     if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
         raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
     check_layer(layer, k_pages.shape[0])
-    check_options(scale, window, softcap)
+    check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
@@ -67,6 +68,7 @@ def attention_mass(
         layer=layer,
         scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
         window=None if window is None else min(window, 2**30),
+        sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
         softcap=softcap,
         k_scales=k_scales,
     )

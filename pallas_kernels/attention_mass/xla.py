@@ -21,6 +21,7 @@ def attention_mass(
     layer,
     scale,
     window,
+    sink_tokens,
     softcap,
     k_scales,
 ):
@@ -32,8 +33,8 @@ def attention_mass(
     pool = (k_pages,) if k_scales is None else (k_pages, k_scales)
     # A tile's row is its sequence's number here, the row of `mass` too.
     seqs = jnp.arange(num_seqs, dtype=jnp.int32)
-    size = query_tile(tokens, num_seqs)
-    work = plan(tokens, size, kv_lengths, query_starts, seqs, keys, window=window)
+    size, hides = query_tile(tokens, num_seqs), {"window": window, "sink_tokens": sink_tokens}
+    work = plan(tokens, size, kv_lengths, query_starts, seqs, keys, **hides)
     queries = pack(q.astype(jnp.float32) * scale, work, kv_heads)
     log_sums = pack(lse[..., None], work, kv_heads)
 
@@ -44,9 +45,9 @@ def attention_mass(
         q_tile, log_sum = at(queries, tile), at(log_sums, tile)
 
         def visit(key_tile, mass):
-            where = keys.locate(page_row, key_tile, num_keys)
+            where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
             k, *scales = keys.read(pool, layer, where)
-            visible = see(row_places, keys.places(where), window=window)
+            visible = see(row_places, keys.places(where), **hides)
             scores = score(q_tile, k, scales[0] if scales else None, visible, softcap=softcap)
             weights = jnp.where(visible, jnp.exp(scores - log_sum), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first

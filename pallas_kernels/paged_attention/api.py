@@ -27,6 +27,7 @@ def paged_attention(
     layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     window: int | None = None,
+    sink_tokens: int = 0,
     softcap: float | None = None,
     sinks: Float[Array, " q_heads"] | None = None,
     k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
@@ -55,6 +56,7 @@ def paged_attention(
       layer: Python int or int32 scalar.
       scale: of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` tokens before it.
+      sink_tokens: and a sequence's first so many, which no window hides (StreamingLLM, arXiv:2309.17453).
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
       sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
       k_scales, v_scales: of a pool of codes.
@@ -88,15 +90,17 @@ def paged_attention(
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
-    check_options(scale, window, softcap)
+    check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
     arrays = q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
+    max_keys = page_table.shape[1] * k_pages.shape[3]
     options: dict[str, Any] = dict(
         layer=layer,
         scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
         window=None if window is None else min(window, 2**30),
+        sink_tokens=min(sink_tokens, max_keys),
         softcap=softcap,
         sinks=sinks,
         k_scales=k_scales,
@@ -104,7 +108,6 @@ def paged_attention(
         prefixes=None,
     )
     width = token_bytes(k_pages.shape[2], q.shape[2], k_pages.dtype)
-    max_keys = page_table.shape[1] * k_pages.shape[3]
     if shared_prefix is None:
         shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, width)
     if shared_prefix and window is None:

@@ -29,6 +29,7 @@ from pallas_kernels import cost
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import WORD, as_float8, as_words
 from pallas_kernels.ragged import ragged_rows
@@ -52,6 +53,7 @@ def paged_attention(
     layer,
     scale,
     window,
+    sink_tokens,
     softcap,
     sinks,
     k_scales,
@@ -79,9 +81,9 @@ def paged_attention(
         num_items = max(num_items, num_tiles + 1)
     split = num_items > num_tiles
     if split:
-        items = schedule.share(tiles, num_items, tuning.key_tile)
+        items = schedule.share(tiles, num_items, tuning.key_tile, sink_tokens=sink_tokens)
     else:
-        items = schedule.whole(tiles, tuning.key_tile, heaviest_first=prompts)
+        items = schedule.whole(tiles, tuning.key_tile, heaviest_first=prompts, sink_tokens=sink_tokens)
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
@@ -105,6 +107,7 @@ def paged_attention(
         codes=None if k_scales is None else k_pages.dtype,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
         cost=cost.paged_attention(
             num_keys=max_keys * num_seqs,
@@ -159,7 +162,21 @@ def _rows(q, kv_heads: int, words: int, tuning: Tuning) -> Callable[..., "_Rows"
 
 
 def _visit(
-    arrays, tiles, items, *, words, codes, scale, window, softcap, tuning, split, name, cost, interpret
+    arrays,
+    tiles,
+    items,
+    *,
+    words,
+    codes,
+    scale,
+    window,
+    sink_tokens,
+    softcap,
+    tuning,
+    split,
+    name,
+    cost,
+    interpret,
 ) -> tuple[jax.Array, ...]:
     """One launch: what the rows of the tiles see, whole (`out, lse`) or in parts, by item (`m, l, o`)."""
     q, k = arrays[3:5]
@@ -175,6 +192,7 @@ def _visit(
         key_tile=tuning.key_tile,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
         # The interpreter's CPU has float32 and nothing like it.
         precision=lax.Precision.HIGHEST if interpret else tuning.precision(q.dtype, codes or k.dtype),
@@ -264,7 +282,7 @@ def _attend(
     first_row_ref,
     num_rows_ref,
     first_place_ref,
-    _,
+    first_key_ref,
     num_keys_ref,
     layer_ref,
     page_table_ref,
@@ -278,6 +296,7 @@ def _attend(
     key_tile: int,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     softcap: float | None,
     precision,
     split: bool,
@@ -295,6 +314,9 @@ def _attend(
     wide = q_ref.dtype if q_ref.dtype == k_ref.dtype or codes is not None else jnp.float32
 
     def places_of(key):
+        if sink_tokens:
+            first = lax.div(first_key_ref[tile], np.int32(key_tile))
+            key = schedule.stands_for(key, first, schedule.first_visited(first, -(-sink_tokens // key_tile)))
         return key * key_tile + lax.iota(jnp.int32, key_tile)
 
     def page_ids(key):
@@ -336,18 +358,14 @@ def _attend(
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is not None:
             scores = (softcap / scale) * _tanh(scores * (scale / softcap))
-        visible = None
-        if edge:
-            visible = places[None, :] <= row_place[:, None]
-            if window is not None:
-                visible &= places[None, :] > row_place[:, None] - window
+        visible = sees(row_place, places, window=window, sink_tokens=sink_tokens) if edge else None
         seen = softmax.extend(
             seen, scores, visible, v, scale=scale * _LOG2E, product=weigh_tile, exp=jnp.exp2
         )
         return seen, next_ids
 
     carry = mine.nothing_seen(), page_ids(begin)
-    # In the interior every row sees every token of a tile, and nothing is masked.
+    # In the interior every row sees every token of a tile, and nothing is masked. (Sink tokens come before.)
     low, high = begin, jnp.clip((first_place + 1) // key_tile, begin, end)
     if window is not None:
         low = jnp.clip(-((window - first_place - num_rows) // key_tile), begin, high)

@@ -23,6 +23,7 @@ from jaxtyping import Array, Int
 
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.quantization import as_float32
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
@@ -50,6 +51,7 @@ def paged_attention(
     layer,
     scale,
     window,
+    sink_tokens,
     softcap,
     sinks,
     k_scales,
@@ -75,10 +77,10 @@ def paged_attention(
             row_places, q_tile = jnp.repeat(work.places[tile], group), at(queries, tile)
 
             def visit(key_tile, seen):
-                where = keys.locate(page_row, key_tile, num_keys)
+                where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
                 k, v, *scales = keys.read(pool, layer, where)
                 k_scale, v_scale = scales or (None, None)
-                visible = see(row_places, keys.places(where), window=window)
+                visible = see(row_places, keys.places(where), window=window, sink_tokens=sink_tokens)
                 scores = score(q_tile, k, k_scale, visible, softcap=softcap)
                 weigh = _weigh if v_scale is None else lambda p, v: _weigh(p * v_scale.swapaxes(1, 2), v)
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
@@ -96,7 +98,7 @@ def paged_attention(
     lengths = kv_lengths, query_starts, table_rows
     size = query_tile(tokens, kv_lengths.shape[0])
     if prefixes is None:
-        work = plan(tokens, size, *lengths, keys, window=window)
+        work = plan(tokens, size, *lengths, keys, window=window, sink_tokens=sink_tokens)
         seen = nothing_seen(work)
     else:
         shared = prefixes(unit=keys.unit)
@@ -129,12 +131,9 @@ def _where_rows(mask, one, other):
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (one.ndim - mask.ndim)), one, other)
 
 
-def see(row_places, places, *, window: int | None):
+def see(row_places, places, *, window: int | None, sink_tokens: int):
     """Which places `[rows, size]` each row sees. A place of -1 is nobody's, and a row there sees nothing."""
-    visible = (places >= 0) & (places <= row_places[:, None])
-    if window is not None:
-        visible &= places > row_places[:, None] - window
-    return visible
+    return (places >= 0) & sees(row_places, places, window=window, sink_tokens=sink_tokens)
 
 
 def score(q_tile, k, k_scale, visible, *, softcap: float | None):
@@ -186,6 +185,7 @@ class Work(NamedTuple):
       rows: `(tile, row)` of each token of `q`; every one is in a tile.
       table_row, num_keys: row of the page table, and places that the tile's last row sees.
       first_key_tile, num_key_tiles: the key tiles to visit.
+      window_key_tile: with sink tokens, the first that stands for itself: see `schedule`.
     """
 
     tokens: Int[Array, "tiles query_tile"]
@@ -195,24 +195,44 @@ class Work(NamedTuple):
     num_keys: Int[Array, " tiles"]
     first_key_tile: Int[Array, " tiles"]
     num_key_tiles: Int[Array, " tiles"]
+    window_key_tile: Int[Array, " tiles"] | None
+
+    def stands_for(self, key_tile, tile):
+        """The key tile that a visited one stands for."""
+        if self.window_key_tile is None:
+            return key_tile
+        return schedule.stands_for(key_tile, self.window_key_tile[tile], self.first_key_tile[tile])
 
 
-def plan(tokens: int, size: int, kv_lengths, query_starts, table_rows, keys: "KeyTiles", **options) -> Work:
+def plan(
+    tokens: int,
+    size: int,
+    kv_lengths,
+    query_starts,
+    table_rows,
+    keys: "KeyTiles",
+    *,
+    sink_tokens: int = 0,
+    **options,
+) -> Work:
     """For query tiles of `size` tokens; `options` are those of `schedule.query_tiles`."""
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows, **options)
     offset = jnp.arange(size, dtype=jnp.int32)
     exists = offset < tiles.num_rows[:, None]
-    sees = tiles.num_keys > 0
-    first_key_tile = keys.containing(tiles.first_key)
+    sees_any = tiles.num_keys > 0
+    window_key_tile = keys.containing(tiles.first_key)
+    num_sinks = keys.containing(sink_tokens - 1) + 1 if sink_tokens else 0
+    first_key_tile = schedule.first_visited(window_key_tile, num_sinks)
     last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
     return Work(
         tokens=jnp.where(exists, tiles.first_row[:, None] + offset, tokens),
-        places=jnp.where(exists & sees[:, None], tiles.first_place[:, None] + offset, -1),
+        places=jnp.where(exists & sees_any[:, None], tiles.first_place[:, None] + offset, -1),
         rows=ragged_rows(jnp.cumsum(tiles.num_rows, dtype=jnp.int32), tokens),
         table_row=tiles.table_row,
         num_keys=tiles.num_keys,
         first_key_tile=first_key_tile,
-        num_key_tiles=jnp.where(sees, last_key_tile - first_key_tile + 1, 0),
+        num_key_tiles=jnp.where(sees_any, last_key_tile - first_key_tile + 1, 0),
+        window_key_tile=window_key_tile if sink_tokens else None,
     )
 
 

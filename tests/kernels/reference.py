@@ -15,7 +15,7 @@ def attention(q, k, v, **options):
     return np.einsum("tqn,nqd->tqd", weights, v), lse
 
 
-def softmax(q, k, *, scale=None, window=None, softcap=None, sinks=None):
+def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sinks=None):
     """Its weights [tokens, q_heads, length], and lse."""
     tokens, q_heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
@@ -26,7 +26,7 @@ def softmax(q, k, *, scale=None, window=None, softcap=None, sinks=None):
     place, seen = np.arange(length - tokens, length)[:, None], np.arange(length)
     visible = seen <= place
     if window is not None:
-        visible &= seen > place - window
+        visible &= (seen > place - window) | (seen < sink_tokens)
     scores = np.where(visible[:, None, :], scores, -np.inf)
     top = scores.max(axis=-1) if sinks is None else np.maximum(scores.max(axis=-1), sinks)
     total = np.exp(scores - top[..., None]).sum(axis=-1)

@@ -11,7 +11,9 @@ from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, make
 
 BACKENDS = ("xla",)
 
-mass_of = jax.jit(attention_mass, static_argnames=("scale", "window", "softcap", "backend", "interpret"))
+mass_of = jax.jit(
+    attention_mass, static_argnames=("scale", "window", "sink_tokens", "softcap", "backend", "interpret")
+)
 
 
 def on(backend):

@@ -21,7 +21,7 @@ QUANTIZED = ("int8", "uint8")
 attend = jax.jit(
     paged_attention,
     static_argnames=(
-        *("scale", "window", "softcap", "return_lse", "shared_prefix"),
+        *("scale", "window", "sink_tokens", "softcap", "return_lse", "shared_prefix"),
         *("backend", "interpret", "tuning"),
     ),
 )
@@ -397,12 +397,12 @@ TUNINGS = {
     [
         Case("long beside short", (700, 3, 0, 17)),
         Case(
-            "window, sinks, padding",
+            "window, sink tokens, sinks, padding",
             (300, 90, 7),
             (5, 1, 7),
             padding_rows=4,
             sinks=True,
-            options={"window": 33},
+            options={"window": 33, "sink_tokens": 20},
         ),
         Case("71 heads on one, bfloat16", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16"),
     ],
