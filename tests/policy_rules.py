@@ -47,9 +47,10 @@ def semantic_merge(keys, budget, recent) -> list[list[int]]:
 
 
 def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:
-    """The first page that goes, and how many: what neither a token to come nor the sinks need."""
+    """The first page that goes, and how many: what neither a token to come nor the sinks need; the newest
+    token stays."""
     first = -(-sinks // page_size)
-    needed = range(max(length - window + 1, 0), length)
+    needed = range(max(length - max(window, 2) + 1, 0), length)
     pages = [
         page
         for page in range(first, length // page_size)

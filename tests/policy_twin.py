@@ -67,6 +67,8 @@ class PolicyTwin(Twin):
         self.seen = [0] * self.config.max_seqs  # PromptCompress: places when the prompt was observed
         self.memory = [self._nothing() for _ in range(self.config.max_seqs)]
         self.clock = [0] * self.config.max_seqs
+        if isinstance(policy, SlidingWindow):
+            self.options = {"window": policy.window, "sink_tokens": policy.sinks}
 
     def _nothing(self):
         return np.zeros((0, self.config.num_layers, self.config.num_kv_heads))
@@ -86,9 +88,6 @@ class PolicyTwin(Twin):
         batch, out, lse, mass = jax.device_get(rest)
         self.check()
         self._check_batch(batch, want, stack)
-        self.options = {}
-        if isinstance(self.policy, SlidingWindow):
-            self.options = {"window": self.policy.window, "sink_tokens": self.policy.sinks}
         self._check_attention(out, lse, want, q)
         self._observe(want, mass, seqs, num_tokens, q)
         return want.status[:count]

@@ -59,17 +59,22 @@ class SlidingWindow(Policy):
         check_counts(self, least={"window": 1, "sinks": 0})
         check_positions(self.positions, self.rope)
 
+    @property
+    def _window_kept(self) -> int:
+        """The newest token stays, though with a window of one no other sees it: the slot is not empty."""
+        return max(self.window, 2)
+
     def most_positions(self, config: CacheConfig) -> int | None:
         """A window beyond the places, where what is left moves up."""
         return self.capacity(config) + self.window if self.positions == "cache" else None
 
     def most_kept(self, config: CacheConfig) -> int:
         """The sinks' pages and the window, wherever in a page it begins."""
-        return (config.pages_for(self.sinks) + 1) * config.page_size + self.window - 2
+        return (config.pages_for(self.sinks) + 1) * config.page_size + self._window_kept - 2
 
     def capacity(self, config: CacheConfig) -> int:
         """The sinks' pages, the window's, and the one that is being filled."""
-        window_pages = config.pages_for(self.window - 1) + 1
+        window_pages = config.pages_for(self._window_kept - 1) + 1
         return (config.pages_for(self.sinks) + window_pages) * config.page_size
 
     def check(self, config: CacheConfig) -> None:
@@ -89,7 +94,7 @@ class SlidingWindow(Policy):
         config = cache.config
         slot, first = named_once(seqs, config), config.pages_for(self.sinks)
         length = rows_of(cache.table.lengths, slot)
-        pages = jnp.maximum((length - self.window + 1) // config.page_size - first, 0)
+        pages = jnp.maximum((length - self._window_kept + 1) // config.page_size - first, 0)
         trips = jnp.any(pages > 0).astype(jnp.int32)
         # A loop of no trip or one: a branch would get a pool of its own.
         cache = jax.lax.fori_loop(0, trips, lambda _, cache: self._evict(cache, slot, pages, first), cache)
