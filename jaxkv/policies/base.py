@@ -10,6 +10,7 @@ A policy is a frozen dataclass of static settings with pure functions, to be cal
     state = policy.observe(state, cache, batch, mass)                  # mass of all layers, stacked
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -264,19 +265,17 @@ class TokenPolicy(Policy):
         place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)
         everywhere = jnp.broadcast_to(place, (some.slot.shape[0], config.num_kv_heads, place.shape[0]))
         own = {name: rows_of(x, (some.slot, layer)) for name, x in values.items() if x.ndim == 4}
-        row = read_tokens(pool, layer, some.old, everywhere) if self.reads_keys else None
-        keys = None if row is None else numbers(config, row.k, row.k_scale)
-        tokens = Tokens(own, keys, place, lengths)
+
+        def read(places: Array) -> KVPool:
+            return read_tokens(pool, layer, some.old, places)
+
+        tokens = Tokens(own, self._keys(config, read, everywhere), place, lengths)
         rank = self.rank(tokens)
         lowest = -jnp.inf if jnp.issubdtype(rank.dtype, jnp.floating) else jnp.iinfo(rank.dtype).min
         rank = jnp.where(place < lengths, rank, lowest)
         _, kept = jax.lax.top_k(jnp.broadcast_to(rank, everywhere.shape), self.budget)
         kept = jnp.sort(kept.astype(jnp.int32), axis=-1)
-        if row is None:
-            stored = read_tokens(pool, layer, some.old, kept)
-            own = {name: jnp.take_along_axis(x, kept, axis=-1) for name, x in own.items()}
-        else:
-            stored, own = self.combine(config, row, tokens, kept)
+        stored, own = self.gather(config, tokens, kept, read)
         if self.positions == "cache":
             stored = self._renumber(config, stored, kept)
         pool = write_tokens(pool, layer, some.new, everywhere[..., : self.budget], stored)
@@ -286,20 +285,30 @@ class TokenPolicy(Policy):
         }
         return pool, values | changed
 
-    def combine(
-        self, config: CacheConfig, row: KVPool, tokens: Tokens, kept: Int[Array, "entries kv_heads budget"]
-    ) -> tuple[KVPool, dict[str, Array]]:
-        """What becomes of the tokens kept, and of their values. Of a policy that reads keys only.
+    def _keys(self, config: CacheConfig, read: Callable[[Array], KVPool], places: Array) -> Array | None:
+        if not self.reads_keys:
+            return None
+        row = read(places)
+        return numbers(config, row.k, row.k_scale)
 
-        Default: they stay as they are.
+    def gather(
+        self,
+        config: CacheConfig,
+        tokens: Tokens,
+        kept: Int[Array, "entries kv_heads budget"],
+        read: Callable[[Array], KVPool],
+    ) -> tuple[KVPool, dict[str, Array]]:
+        """The tokens that are left, as they are stored, and what the state remembers of them.
+
+        Default: those at the places kept, as they are.
 
         Args:
           config: of the cache.
-          row: all tokens as they are stored, `[entries, kv_heads, max_tokens, ...]`.
           tokens: as `rank` had them.
           kept: places, ascending.
+          read: gives what is stored at places like `kept`; zeros for a place of `max_tokens`.
         """
-        return jax.tree.map(lambda x: take_places(x, kept), (row, tokens.values))
+        return read(kept), {name: jnp.take_along_axis(x, kept, axis=-1) for name, x in tokens.values.items()}
 
     def _renumber(self, config: CacheConfig, stored: KVPool, kept: Array) -> KVPool:
         by = jnp.arange(self.budget, dtype=jnp.int32) - kept
@@ -308,12 +317,6 @@ class TokenPolicy(Policy):
         turned = replace(stored, k=k, k_scale=k_scale)
         # What stays at its place is not rounded once more.
         return jax.tree.map(lambda new, old: where_tokens(by != 0, new, old), turned, stored)
-
-
-def take_places(array: Array, places: Int[Array, "entries kv_heads kept"]) -> Array:
-    """Some places of `[entries, kv_heads, max_tokens, ...]`."""
-    index = places.reshape(*places.shape, *(1,) * (array.ndim - places.ndim))
-    return jnp.take_along_axis(array, index, axis=2)
 
 
 def where_tokens(mask: Array, one: Array, other: Array) -> Array:

@@ -1,7 +1,8 @@
 """Like tokens become one (after KVMerger, arXiv:2407.08454)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,21 @@ from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
 from jaxkv.policies.attention_mass import accumulate, step_of, zeros
-from jaxkv.policies.base import TokenPolicy, Tokens, check_counts, take_places, where_tokens
+from jaxkv.policies.base import TokenPolicy, Tokens, check_counts, where_tokens
 from jaxkv.rewrite import numbers, stored_as
 from jaxkv.state import Batch, KVCache, KVPool, PolicyState
 
 # Of a token that received nothing, in a mean.
 _LEAST_WEIGHT = 1e-6
+
+
+class Sums(NamedTuple):
+    """Of the tokens of each run: keys and values times their weights, the weights, the attention."""
+
+    k: Array
+    v: Array
+    weight: Array
+    mass: Array
 
 
 @dataclass(frozen=True)
@@ -63,30 +73,35 @@ class SemanticMerge(TokenPolicy):
         unlike = jnp.pad(unlike, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.inf)
         return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, unlike)
 
-    def combine(
-        self, config: CacheConfig, row: KVPool, tokens: Tokens, kept: Array
+    def gather(
+        self, config: CacheConfig, tokens: Tokens, kept: Array, read: Callable[[Array], KVPool]
     ) -> tuple[KVPool, dict[str, Array]]:
         """The means of runs that begin at the places kept; what was not merged stays as it is stored."""
-        real = tokens.place < tokens.lengths
-        mass = jnp.where(real, tokens.values["mass"], 0.0)
-        weight = jnp.where(real, jnp.maximum(mass, _LEAST_WEIGHT), 0.0)
-        entry, head = (jnp.arange(size, dtype=jnp.int32) for size in kept.shape[:2])
-        at = entry[:, None, None], head[:, None]
-        begins = jnp.zeros(mass.shape, jnp.int32).at[*at, kept].set(1)
-        run = jnp.cumsum(begins, axis=-1, dtype=jnp.int32) - 1
+        mass, nowhere = tokens.values["mass"], tokens.place.shape[0]
+        end = jnp.broadcast_to(tokens.lengths, (*kept.shape[:2], 1))
+        end = jnp.concatenate([kept[..., 1:], end], axis=-1)
+        first = read(kept)
 
-        def total(x: Array) -> Array:
-            return jnp.zeros((*kept.shape, *x.shape[3:]), x.dtype).at[*at, run].add(x)
+        def weighted(nth: Array, place: Array, stored: KVPool) -> Sums:
+            received = jnp.where(
+                place < end, jnp.take_along_axis(mass, kept + nth, axis=-1, mode="clip"), 0.0
+            )
+            weight = jnp.where(place < end, jnp.maximum(received, _LEAST_WEIGHT), 0.0)[..., None]
+            k, v = numbers(config, stored.k, stored.k_scale), numbers(config, stored.v, stored.v_scale)
+            return Sums(k * weight, v * weight, weight, received)
 
-        merged = total(real.astype(jnp.int32) + jnp.zeros_like(run)) > 1
-        stays, whole = jax.tree.map(lambda x: take_places(x, kept), row), total(weight)[..., None]
+        def join(nth: Array, sums: Sums) -> Sums:
+            place = kept + nth
+            stored = read(jnp.where(place < end, place, nowhere))
+            return jax.tree.map(jnp.add, sums, weighted(nth, place, stored))
 
-        def mean(stored, scale):
-            values = jnp.where(real[..., None], numbers(config, stored, scale), 0.0)
-            return stored_as(config, total(values * weight[..., None]) / whole)
-
-        k, k_scale = mean(row.k, row.k_scale)
-        v, v_scale = mean(row.v, row.v_scale)
-        means = replace(row, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
-        stored = jax.tree.map(lambda new, old: where_tokens(merged, new, old), means, stays)
-        return stored, {"mass": total(mass)}
+        # As many trips as the longest run has tokens.
+        most = jnp.max(jnp.where(tokens.lengths > 0, end - kept, 0))
+        sums = jax.lax.fori_loop(1, most, join, weighted(jnp.zeros((), jnp.int32), kept, first))
+        (k, k_scale), (v, v_scale) = (
+            stored_as(config, part / jnp.maximum(sums.weight, _LEAST_WEIGHT)) for part in (sums.k, sums.v)
+        )
+        means = replace(first, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
+        merged = end - kept > 1
+        stored = jax.tree.map(lambda new, old: where_tokens(merged, new, old), means, first)
+        return stored, {"mass": sums.mass}
