@@ -32,7 +32,7 @@ class Rewrite(NamedTuple):
 
     Attributes:
       slot: of each entry; `max_seqs` for one that is not.
-      old, new: its pages before and after, `num_pages` past the last.
+      old, new: its pages before and after, `num_pages` past the last; no new ones where it was refused.
       status: a `Status`: OK where it was granted, OUT_OF_PAGES where it was not.
     """
 
@@ -83,10 +83,9 @@ def own_pages(
     fresh = hole & (nth_fresh >= 0) & (nth_fresh < need[:, None])
     top = (table.num_free - 1 - (last - need))[:, None]
     fresh_page = rows_of(table.free_pages, jnp.where(fresh, top - nth_fresh, num_pages), num_pages)
-    filled = jnp.where(
-        fresh, fresh_page, rows_of(spares, (entry, jnp.where(hole, nth_hole, width)), num_pages)
-    )
-    new = jnp.where(stays | ~changes, old, jnp.where(hole, filled, num_pages))
+    spare_page = rows_of(spares, (entry, jnp.where(hole, nth_hole, width)), num_pages)
+    filled = jnp.where(hole, jnp.where(fresh, fresh_page, spare_page), num_pages)
+    new = jnp.where(granted[:, None], jnp.where(stays | ~changes, old, filled), num_pages)
     slot = jnp.where(granted, slot, config.max_seqs)
     num_taken = jnp.sum(need, dtype=jnp.int32)
     taken = replace(
