@@ -45,14 +45,14 @@ from jaxkv.policies import (
 PAGE_SIZE, TOKENS = 16, 4096
 LAST = TOKENS // 4
 FACTS = {
-    "garden": "copper",
-    "harbor": "silver",
-    "library": "orange",
-    "castle": "winter",
-    "bakery": "tiger",
-    "station": "violet",
-    "museum": "thunder",
-    "village": "marble",
+    "password for the garden is": "copper",
+    "best friend of Anna is": "Oliver",
+    "capital of Zubrowka is": "Lutz",
+    "name of the captain's ship is": "Falcon",
+    "color of the old door is": "purple",
+    "favorite fruit of the queen is": "melon",
+    "favorite food of the dragon is": "honey",
+    "king of the island is": "Arthur",
 }
 RECALL_TOKENS = 1024
 SINKS_BAR = 1.15
@@ -176,8 +176,8 @@ def ask(model, cache, tokens, num_tokens, *, view):
 def recall(loaded: LoadedModel, prose: str, policy: Policy | None) -> float:
     """The share of facts that are known at the end."""
     encode = loaded.tokenizer.encode
-    facts = " ".join(f"The code word of the {place} is {word}." for place, word in FACTS.items())
-    beginning, filler = encode(f"Remember these code words. {facts}\n\n"), encode(prose)
+    facts = "\n".join(f"The {start} {word}." for start, word in FACTS.items())
+    beginning, filler = encode(f"Facts:\n{facts}\n\n"), encode(prose)
     ids = np.asarray([*beginning, *filler[: RECALL_TOKENS - len(beginning)]], np.int32)
     reader = Reader(loaded, policy, RECALL_TOKENS, children=len(FACTS))
     targets = np.roll(ids, -1)
@@ -185,7 +185,7 @@ def recall(loaded: LoadedModel, prose: str, policy: Policy | None) -> float:
         reader.compress(ids, targets)
     else:
         reader.read(ids, targets)
-    questions = [encode(f"\n\nThe code word of the {place} is") for place in FACTS]
+    questions = [encode(f"\n\nFacts:\nThe {start}") for start in FACTS]
     view = policy.view if policy is not None else _everything
     answers, status = ask(
         loaded.model,

@@ -168,7 +168,7 @@ class TokenPolicy(Policy):
       ...     "Keeps the first four tokens and the last half of the budget, and of the rest every other one."
       ...     def rank(self, tokens):
       ...         kept = (tokens.place < 4) | (tokens.place >= tokens.lengths - self.budget // 2)
-      ...         return jnp.where(kept, 2.0, tokens.place % 2)
+      ...         return jnp.where(kept, 2, tokens.place % 2)
       >>> Thin(budget=64).budget
       64
 
