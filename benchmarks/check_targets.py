@@ -52,7 +52,7 @@ from jax.sharding import AbstractMesh
 import pallas_kernels
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.paged_attention import triton as attention_triton
-from pallas_kernels.paged_attention.tuning import choose, choose_shared, lacks
+from pallas_kernels.paged_attention.tuning import Tuning, choose, choose_mass, choose_shared, lacks
 from pallas_kernels.quantization import is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
@@ -151,6 +151,7 @@ def attention(
     tokens: int = 64,
     retuned: Mapping[str, int] = MappingProxyType({}),
     shared: bool = False,
+    table: Callable[..., Tuning] | None = None,
     bars: tuple[str, ...] = ("spills", "matrix", "wide loads"),
     **options,
 ) -> Kernel:
@@ -161,7 +162,7 @@ def attention(
     q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
-    def tuned(device, table=choose_shared if shared else choose):
+    def tuned(device, table=table or (choose_shared if shared else choose)):
         shape: dict[str, Any] = dict(
             tokens=tokens, group=q_heads // kv_heads, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
         )
@@ -190,6 +191,27 @@ def attention(
         quantized=is_quantized(dtype),
         lacks=lambda device: lacks(device, head_dim, pool, q),
         wide_loads=wide_loads,
+    )
+
+
+def mass(name: str, **options) -> Kernel:
+    """A call of `attention_mass`, shaped like one of `attention`."""
+    like = attention(name, table=choose_mass, **options)
+    q, k_pages, _, *rows = like.shapes[:6]
+    lse, k_scales = _shape(q.shape[:2], "float32"), like.shapes[6:7]
+
+    def call(device, *arrays):
+        scales = _scales_by_name(arrays[6:])
+        return pallas_kernels.attention_mass(*arrays[:6], layer=7, **scales, **passed)
+
+    passed = {name: options[name] for name in ("window", "sink_tokens", "softcap") if name in options}
+    return replace(
+        like,
+        call=call,
+        shapes=(q, k_pages, *rows, lse, *k_scales),
+        of=("attention_mass",),
+        # Of K alone.
+        wide_loads=lambda device: max(1, like.wide_loads(device) // 2),
     )
 
 
@@ -291,6 +313,21 @@ def kernels() -> list[Kernel]:
         attention(
             "shared prefix 9/3/64 f16", shared=True, q_heads=9, kv_heads=3, head_dim=64, dtype="float16"
         ),
+        decode("decode, window sink tokens", window=1000, sink_tokens=4),
+        attention("prefill, window sink tokens", tokens=8192, seqs=1, window=1000, sink_tokens=4),
+        mass("mass of decode bf16"),
+        mass("mass of decode f32", dtype="float32"),
+        mass("mass of decode 9/3/64 f16", q_heads=9, kv_heads=3, head_dim=64, dtype="float16"),
+        mass("mass of decode 256 bf16", q_heads=16, head_dim=256),
+        mass("mass of decode int8", dtype="int8", q_dtype="bfloat16"),
+        mass("mass of decode fp8", dtype="uint8", q_dtype="bfloat16"),
+        mass("mass, window sink tokens", window=1000, sink_tokens=4, softcap=30.0),
+        mass("mass of prefill bf16", tokens=512, seqs=1),
+        mass("mass of prefill f32", tokens=512, seqs=1, dtype="float32"),
+        mass("mass of prefill 80 f16", tokens=512, seqs=1, head_dim=80, dtype="float16"),
+        mass("mass of prefill 256 bf16", tokens=512, seqs=1, head_dim=256),
+        mass("mass of prefill int8", tokens=512, seqs=1, dtype="int8", q_dtype="bfloat16"),
+        mass("mass of prefill fp8", tokens=512, seqs=1, dtype="uint8", q_dtype="bfloat16"),
         merge("merge of partial results", seqs=1, tokens=1),
         merge("merge with what is shared"),
         append("append 8/128 bf16", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="bfloat16"),
@@ -321,7 +358,7 @@ def kernels() -> list[Kernel]:
 def wrong_kernels() -> list[Kernel]:
     """Each must miss the one bar it is held to."""
 
-    class Swapped(attention_triton._Rows):
+    class Swapped(attention_triton.Rows):
         """Neighbours of a row trade places: right numbers, two bytes at a time."""
 
         def __init__(self, *arguments, **geometry):
@@ -331,7 +368,7 @@ def wrong_kernels() -> list[Kernel]:
 
     def swapped(honest: Kernel) -> Kernel:
         def call(device, *arrays):
-            with mock.patch.object(attention_triton, "_Rows", Swapped):
+            with mock.patch.object(attention_triton, "Rows", Swapped):
                 return honest.call(device, *arrays)
 
         return replace(honest, call=call)

@@ -137,6 +137,15 @@ def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
     return replace(choose(device, seqs=ceil(seqs / 16), **shape), programs=device.multiprocessors)
 
 
+def choose_mass(device: Device, **shape) -> Tuning:
+    """For `attention_mass`, whose inner loop is over queries: a tile of them is fetched ahead.
+
+    Args:
+      device, shape: the arguments of `choose`.
+    """
+    return replace(choose(device, **shape), num_stages=2)
+
+
 def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
     """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:

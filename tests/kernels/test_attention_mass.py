@@ -9,7 +9,7 @@ from pallas_kernels import attention_mass
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, make
 
-BACKENDS = ("xla",)
+BACKENDS = ("xla", "triton")
 
 mass_of = jax.jit(
     attention_mass, static_argnames=("scale", "window", "sink_tokens", "softcap", "backend", "interpret")
