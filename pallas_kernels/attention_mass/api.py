@@ -77,7 +77,7 @@ def attention_mass(
         k_scales=k_scales,
     )
     device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
+    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, k_pages, q)}
     chosen = choose_backend("attention_mass", backend, lacks, interpret)
     if chosen.name == "xla":
         return xla.attention_mass(*arrays, **options)

@@ -7,7 +7,8 @@ program: nothing is added up in memory.
     key tiles        0 1 2 3 4 5 6 7      every third is one program's, so that long sequences and the first
     program 1          x     x     x      places, which most queries see, are shared out evenly
 
-The product is that of keys with queries, the keys in its rows: a sum over queries stays within a warp.
+Weights of a query tile are added to those of the tiles before it, number by number; only the total is summed
+over the rows, since these lie in several warps.
 """
 
 from collections.abc import Callable
@@ -151,20 +152,22 @@ def _receive(
             plgpu.load(scales.at[layer, ids, head, offsets], mask=real, other=0.0) for scales in scale_refs
         ]
 
-        def add_tile(tile, mass):
+        def add_tile(tile, total):
             mine = rows(first_row + tile * size, num_rows - tile * size, head)
-            scores = add_up(product, k, mine.load(q_ref))
+            scores = add_up(product, mine.load(q_ref), k)
             for k_scale in k_scales:
-                scores = scores * k_scale[:, None]
+                scores = scores * k_scale[None, :]
             if softcap is not None:
                 scores = cap(scores, scale, softcap)
             log_sum = plgpu.load(lse_ref.at[mine.token, mine.q_head], mask=mine.exists, other=0.0)
             row_place = first_place + tile * size + mine.offset
-            visible = sees(row_place[None, :], places[:, None], window=window, sink_tokens=sink_tokens)
-            weights = jnp.exp2(scores * (scale * LOG2E) - (log_sum * LOG2E)[None, :])
-            return mass + jnp.sum(jnp.where(visible & mine.exists[None, :], weights, 0.0), axis=1)
+            visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
+            weights = jnp.exp2(scores * (scale * LOG2E) - (log_sum * LOG2E)[:, None])
+            return total + jnp.where(visible & mine.exists[:, None], weights, 0.0)
 
-        mass = lax.fori_loop(*tiles_that_see(begin), add_tile, jnp.zeros(key_tile, jnp.float32))
+        nothing = jnp.zeros((geometry.row.shape[0], key_tile), jnp.float32)
+        total = lax.fori_loop(*tiles_that_see(begin), add_tile, nothing)
+        mass = jnp.sum(total, axis=0)
         plgpu.store(mass_ref.at[seq, head, places], mass, mask=places < mass_ref.shape[2])
 
     lax.fori_loop(0, tiles_a_program, visit, None)

@@ -143,7 +143,10 @@ def choose_mass(device: Device, **shape) -> Tuning:
     Args:
       device, shape: the arguments of `choose`.
     """
-    return replace(choose(device, **shape), num_stages=2)
+    tuning = choose(device, **shape)
+    # K stays in registers meanwhile, in float32 in parts.
+    wide = tuning.precision(shape["q_dtype"], shape["dtype"]) != lax.Precision.DEFAULT
+    return replace(tuning, num_stages=min(2, tuning.num_stages), num_warps=8 if wide else tuning.num_warps)
 
 
 def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
@@ -151,3 +154,11 @@ def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) 
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
     return lacks_dtype(device, *arrays)
+
+
+def lacks_mass(device: Device, k_pages: Array | jax.ShapeDtypeStruct, q) -> str | None:
+    """The same for `attention_mass`."""
+    head_dim, wide = k_pages.shape[-1], jnp.float32 in (q.dtype, k_pages.dtype)
+    if device.platform == "rocm" and not device.arch.startswith("gfx9") and wide and head_dim > 64:
+        return f"registers for float32 of head_dim {head_dim} on {device.arch}: 64 is the most"
+    return lacks(device, head_dim, k_pages, q)
