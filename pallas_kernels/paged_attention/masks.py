@@ -1,6 +1,10 @@
 """Which places a token sees: the same for every backend."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+# Beyond any row's place.
+_NEAR = 2**31 - 1
 
 
 def sees(
@@ -16,5 +20,7 @@ def sees(
     visible = places <= row_places
     if window is None:
         return visible
-    near = places > row_places - window
-    return visible & ((near | (places < sink_tokens)) if sink_tokens else near)
+    if sink_tokens:
+        # As if they were near, which takes one comparison for each row and place.
+        places = jnp.where(places < sink_tokens, _NEAR, places)
+    return visible & (places > row_places - window)

@@ -317,9 +317,6 @@ def _attend(
     q = mine.load(q_ref)
 
     def places_of(key):
-        if sink_tokens:
-            first = lax.div(first_key_ref[tile], np.int32(key_tile))
-            key = schedule.stands_for(key, first, schedule.first_visited(first, -(-sink_tokens // key_tile)))
         return key * key_tile + lax.iota(jnp.int32, key_tile)
 
     def page_ids(key):
@@ -362,12 +359,22 @@ def _attend(
         seen = softmax.extend(seen, scores, visible, v, scale=scale * LOG2E, product=weigh_tile, exp=jnp.exp2)
         return seen, next_ids
 
-    carry = mine.nothing_seen(), page_ids(begin)
-    # In the interior every row sees every token of a tile, and nothing is masked. (Sink tokens come before.)
-    low, high = begin, jnp.clip((first_place + 1) // key_tile, begin, end)
+    seen, start = mine.nothing_seen(), begin
+    if sink_tokens:
+        first = lax.div(first_key_ref[tile], np.int32(key_tile))
+        start, instead = (
+            jnp.clip(first, begin, end),
+            schedule.first_visited(first, -(-sink_tokens // key_tile)),
+        )
+        # A loop of its own, in numbers that stand for themselves: a choice between two takes registers.
+        low, high = jnp.maximum(begin - instead, 0), start - instead
+        seen, _ = lax.fori_loop(low, high, partial(visit, edge=True), (seen, page_ids(low)))
+    carry = seen, page_ids(start)
+    # In the interior every row sees every token of a tile, and nothing is masked.
+    low, high = start, jnp.clip((first_place + 1) // key_tile, start, end)
     if window is not None:
-        low = jnp.clip(-((window - first_place - num_rows) // key_tile), begin, high)
-        carry = lax.fori_loop(begin, low, partial(visit, edge=True), carry)
+        low = jnp.clip(-((window - first_place - num_rows) // key_tile), start, high)
+        carry = lax.fori_loop(start, low, partial(visit, edge=True), carry)
     carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
     if split:
