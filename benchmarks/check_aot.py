@@ -67,7 +67,7 @@ POOL_BYTES = 4 * 2**30
 MAX_SEQS, ROW_PAGES, CHUNK_TOKENS = 64, 128, 512
 BAR = 0.02
 MIB = 2**20
-KERNELS = ("append_kv", "copy_pages", "move_pages", "paged_attention")
+KERNELS = ("append_kv", "copy_pages", "move_pages", "paged_attention", "attention_mass")
 TARGET = Path(__file__).with_name("h100.textproto")
 
 
@@ -145,6 +145,17 @@ def append_and_attend(cache, seqs, k, q, *, layers: int):
         cache = jaxkv.append(cache, layer, batch, k, k)
         q = jaxkv.attend(cache, layer, batch, q)
     return cache, q
+
+
+def attend_with_mass(cache, seqs, k, q):
+    """A decode step of two layers that also says what attention each place received."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    masses = []
+    for layer in range(2):
+        cache = jaxkv.append(cache, layer, batch, k, k)
+        q, mass = jaxkv.attend(cache, layer, batch, q, return_mass=True)
+        masses.append(mass)
+    return cache, q, jnp.stack(masses)
 
 
 def compact_by_cond(cache):
@@ -226,6 +237,12 @@ def programs() -> list[Program]:
             ("maybe_compact", jaxkv.maybe_compact, ()),
         )
     ]
+    masses = [
+        Program(
+            f"{backend}: decode step with mass", attend_with_mass, lambda: (seqs, *_step()), backend=backend
+        )
+        for backend in ("xla", "triton")
+    ]
     return [
         Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),
         Program(
@@ -242,6 +259,7 @@ def programs() -> list[Program]:
         Program("loop with maybe_compact", generate_tidily, lambda: (seqs, *_step())),
         *triton,
         *codes,
+        *masses,
         *evictions(),
     ]
 

@@ -132,8 +132,8 @@ def test_under_x64_dtypes_stay():
         for policy in [*POLICIES, SlidingWindow(5, 0, positions="cache", rope=ROPE)]:
             cache, state = jaxkv.init(config), policy.init(config)
             before = jax.tree.map(lambda leaf: leaf.dtype, (cache, state))
-            cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([11, 10]), total_tokens=21)
-            x = jnp.ones((21, 2, 4))
+            cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([15, 14]), total_tokens=29)
+            x = jnp.ones((29, 2, 4))
             _, mass = jaxkv.attend(cache, 0, policy.view(batch), x.astype(jnp.float32), return_mass=True)
             assert mass.dtype == jnp.float32
             state = policy.observe(state, cache, batch, jnp.stack([mass, mass]))
@@ -321,7 +321,7 @@ def decode_programs():
 def test_prompts_longer_than_a_row_and_forks(model, policy):
     """A prefix that all share, prompts in chunks, samples: every sequence stays within its budget."""
     prompts = [[*range(1, 33), *range(40, 40 + count)] for count in (3, 9)]
-    pages = 10 if isinstance(policy, PromptCompress) else 5
+    pages = 11 if isinstance(policy, PromptCompress) else 5
     config = cache_config(max_pages_per_seq=pages, num_pages=4 * pages)
     spotted = []
 

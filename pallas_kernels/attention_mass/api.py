@@ -8,7 +8,9 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.attention_mass import xla
 from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
+from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.paged_attention import tuning as tuning_table
 
 
 def attention_mass(
@@ -28,6 +30,7 @@ def attention_mass(
     k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
+    tuning: tuning_table.Tuning | None = None,
 ) -> Float[Array, "seqs kv_heads max_tokens"]:
     """The softmax weights of `paged_attention`, summed over a sequence's queries and a KV head's group.
 
@@ -39,6 +42,7 @@ def attention_mass(
       lse: as `paged_attention` returns it; of a call with `sinks`, their share is nobody's.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
 
     Returns:
       float32; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
@@ -72,5 +76,21 @@ def attention_mass(
         softcap=softcap,
         k_scales=k_scales,
     )
-    choose_backend("attention_mass", backend, {"xla": None}, interpret)
-    return xla.attention_mass(*arrays, **options)
+    device = Device.current()
+    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, k_pages, q)}
+    chosen = choose_backend("attention_mass", backend, lacks, interpret)
+    if chosen.name == "xla":
+        return xla.attention_mass(*arrays, **options)
+    from pallas_kernels.attention_mass import triton
+
+    if tuning is None:
+        tuning = tuning_table.choose_mass(
+            device,
+            tokens=q.shape[0],
+            seqs=kv_lengths.shape[0],
+            group=q.shape[1] // k_pages.shape[2],
+            head_dim=q.shape[2],
+            dtype=k_pages.dtype,
+            q_dtype=q.dtype,
+        )
+    return triton.attention_mass(*arrays, **options, tuning=tuning, interpret=chosen.interpret)

@@ -66,6 +66,6 @@ def attention_mass(
 
 
 def _sum_of_rows(weights):
-    # As a product: into a sum XLA would fuse the exponentials, and take them one by one.
-    ones = jnp.ones(weights.shape[1], jnp.float32)
-    return jnp.einsum("hrt,r->ht", weights, ones, precision="highest")
+    # As a product of matrices: into a sum XLA would fuse the exponentials, and take them one by one.
+    ones = jnp.ones((weights.shape[0], 1, weights.shape[1]), jnp.float32)
+    return jnp.einsum("hnr,hrt->hnt", ones, weights, precision="highest")[:, 0]

@@ -133,7 +133,7 @@ def _where_rows(mask, one, other):
 
 def see(row_places, places, *, window: int | None, sink_tokens: int):
     """Which places `[rows, size]` each row sees. A place of -1 is nobody's, and a row there sees nothing."""
-    return (places >= 0) & sees(row_places, places, window=window, sink_tokens=sink_tokens)
+    return (places >= 0) & sees(row_places[:, None], places, window=window, sink_tokens=sink_tokens)
 
 
 def score(q_tile, k, k_scale, visible, *, softcap: float | None):

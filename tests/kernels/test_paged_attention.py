@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import append_kv, copy_pages, move_pages, paged_attention, use_backend
+from pallas_kernels import append_kv, attention_mass, copy_pages, move_pages, paged_attention, use_backend
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import as_float32, dequantize, quantize
 from tests.kernels import reference
@@ -309,10 +309,12 @@ def test_codes_and_scales_must_go_together():
 
 def calls(backend):
     arguments = make(Case("", (20, 5)))
-    _, *pages, _, _, _ = arguments.arrays
+    q, k_pages, v_pages, *rows = arguments.arrays
+    pages = k_pages, v_pages
     k, some = pages[0][0, :1, :, 0], jnp.array([0])
     return {
         "paged_attention": lambda: paged_attention(*arguments.arrays, backend=backend),
+        "attention_mass": lambda: attention_mass(q, pages[0], *rows, q[..., 0], backend=backend),
         "append_kv": lambda: append_kv(*pages, k, k, some, some, backend=backend),
         "copy_pages": lambda: copy_pages(*pages, some, some + 1, backend=backend),
         "move_pages": lambda: move_pages(*pages, jnp.arange(pages[0].shape[1]), backend=backend),
@@ -372,7 +374,9 @@ def test_64_bit_mode_changes_nothing(backend):
     arguments = make(replace(case, options={"window": 20, "softcap": 5.0}))
     with jax.enable_x64(True):
         out, lse = attend(*arguments.arrays, layer=1, return_lse=True, **on(backend), **arguments.options)
-        _, k_pages, v_pages, *_ = arguments.arrays
+        q, k_pages, v_pages, *rows = arguments.arrays
+        options = {name: value for name, value in arguments.options.items() if name != "sinks"}
+        mass = attention_mass(q, k_pages, *rows, lse, layer=1, **options, **on(backend))
         place = jnp.zeros(1, jnp.int32)
         k_new, v_new = append_kv(
             k_pages, v_pages, k_pages[0, :1, :, 0], v_pages[0, :1, :, 0], place, place, **on(backend)
@@ -381,7 +385,8 @@ def test_64_bit_mode_changes_nothing(backend):
     want = expected(case, arguments)
     assert_close(out, want[0], "float32")
     assert_close(lse, want[1], "float32")
-    assert {array.dtype for array in (out, lse, k_new, v_new, *copied)} == {jnp.dtype("float32")}
+    assert np.isfinite(mass).all()
+    assert {array.dtype for array in (out, lse, mass, k_new, v_new, *copied)} == {jnp.dtype("float32")}
 
 
 TUNINGS = {
