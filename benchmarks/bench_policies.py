@@ -1,16 +1,15 @@
 """What does a bounded memory cost in quality? SmolLM2 on English prose, by policy and budget.
 
-Perplexity: a text of 4,096 tokens goes through the cache a page at a time; a policy evicts whenever a page is
-full, as `generate` does, and every token is predicted from what is kept then. The figure is that of the last
-1,024 tokens, which every budget has long bounded. `PromptCompress` cuts once: the first three quarters are its
-prompt. The text is the language reference that Python ships for `help()`.
+Perplexity: a text of 4,096 tokens goes through the cache a page at a time; a policy evicts whenever a page
+is full, as `generate` does, and every token is predicted from what is kept then. The figure is that of the
+last 1,024 tokens, which every budget has long bounded. `PromptCompress` cuts once: the first three quarters
+are its prompt. The text is the language reference that Python ships for `help()`.
 
 Recall: eight facts stand at the beginning of a text of 1,024 tokens; at its end the cache is forked and each
 child is asked for one of them. The figure is the share that the most likely next token gets right.
 
-Bars: a window of a quarter with four sinks within 15% of the full cache's perplexity, and without sinks seen to
-break (worse than that); HeavyHitter at a quarter no worse than the window; SemanticMerge at a quarter no worse
-than dropping the tokens that it merges.
+Bars, at a quarter: a window with four sinks within 15% of the full cache's perplexity, and without sinks
+worse than that; HeavyHitter no worse than the window; SemanticMerge no worse than dropping what it merges.
 
     python -m benchmarks.bench_policies [--quick]
 
