@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-long lint check-aot check-targets gpu peers bench perplexity compare-llama-cpp compare-planners clean
+.PHONY: demo test test-slow test-long lint check-aot check-targets gpu peers bench perplexity policies endless compare-llama-cpp compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -53,6 +53,13 @@ bench: .venv-bench/.installed
 
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity
+
+# What eviction policies cost in quality and time; then text without end, a quarter of an hour of it.
+policies: $(VENV)/.installed
+	missed=0; for name in bench_policies bench_eviction; do $(BIN)/python -m benchmarks.$$name || missed=1; done; exit $$missed
+
+endless: $(VENV)/.installed
+	$(BIN)/python -m benchmarks.endless
 
 compare-llama-cpp: .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/python -m benchmarks.compare_llama_cpp

@@ -128,12 +128,14 @@ class Reader:
 
     def compress(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """A prompt, which the policy cuts at its end."""
-        cut = len(tokens) - self.policy.observe_last
+        policy = self.policy
+        assert isinstance(policy, PromptCompress) and self.state is not None
+        cut = len(tokens) - policy.observe_last
         body = self._read(tokens[:cut], targets[:cut], PAGE_SIZE, policy=None)
-        tail = self._read(tokens[cut:], targets[cut:], len(tokens) - cut, policy=self.policy, evicts=False)
-        evict = jax.jit(self.policy.evict, donate_argnums=(0, 1))
+        tail = self._read(tokens[cut:], targets[cut:], len(tokens) - cut, policy=policy, evicts=False)
+        evict = jax.jit(policy.evict, donate_argnums=(0, 1))
         self.cache, self.state, dropped = evict(self.cache, self.state, jnp.zeros(1, jnp.int32))
-        assert int(dropped[0]) == len(tokens) - self.policy.budget
+        assert int(dropped[0]) == len(tokens) - policy.budget
         return np.concatenate([body, tail])
 
     def go_on(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -174,6 +176,7 @@ def ask(model, cache, tokens, num_tokens, *, view):
 
 def recall(loaded: LoadedModel, prose: str, policy: Policy | None) -> float:
     """The share of facts that are known at the end."""
+    assert loaded.tokenizer is not None
     encode = loaded.tokenizer.encode
     facts = "\n".join(f"The {start} {word}." for start, word in FACTS.items())
     beginning, filler = encode(f"Facts:\n{facts}\n\n"), encode(prose)

@@ -273,8 +273,8 @@ def evictions() -> list[Program]:
         "heavy hitter, numbered anew": policies.HeavyHitter(1024, 512, positions="cache", rope=rope),
         "semantic merge": policies.SemanticMerge(1024, 512),
     }
-    chosen = [(name, backend, None) for name in kinds for backend in ("xla", "triton")]
-    chosen += [(name, "triton", "int8") for name in ("sliding window", "heavy hitter", "semantic merge")]
+    chosen = [(name, "triton", None) for name in kinds] + [("heavy hitter", "xla", None)]
+    chosen += [(name, "triton", "int8") for name in ("sliding window", "heavy hitter")]
     return [
         Program(
             f"{backend}: evict, {name}{', int8' if quantization else ''}",

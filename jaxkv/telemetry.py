@@ -15,6 +15,7 @@ own prefix and endings; each carries the label `cache`, the name given to `obser
                jaxkv_refused_allocations_total
                jaxkv_copy_on_write_copies_total
                jaxkv_compactions_total, jaxkv_pages_moved_total
+               jaxkv_evictions_total, jaxkv_evicted_tokens_total
 """
 
 from collections import deque
@@ -48,6 +49,8 @@ COUNTERS = {
     "jaxkv_copy_on_write_copies": ("copy_on_write_copies", "Shared tail pages copied before a write."),
     "jaxkv_compactions": ("compactions", "Times the pool was compacted."),
     "jaxkv_pages_moved": ("pages_moved", "Pages moved by compaction."),
+    "jaxkv_evictions": ("evictions", "Times that a policy dropped tokens of a sequence."),
+    "jaxkv_evicted_tokens": ("evicted_tokens", "Token places that policies gave up."),
 }
 # Counters that never fall while a cache lives.
 _GROWING = np.array([name != "current_pages" for name in AllocationStats.names()])

@@ -393,6 +393,8 @@ def test_a_planned_cache_holds_the_planned_context(model):
     assert made.cache_config.max_context_length(2) == 8192
     assert made.needed > made.kv.reserved >= made.cache_config.num_pages * made.cache_config.page_bytes
     assert any("left a window" in note for note in made.notes)
+    every_layer = model.startswith("mistral")
+    assert any("SlidingWindow(4096, sinks=0)" in note for note in made.notes) == every_layer
     one_layer = dataclasses.replace(made.cache_config, num_layers=1, num_kv_heads=1, head_dim=8)
     _, batch = jaxkv.allocate(
         jaxkv.init(one_layer), jnp.array([0, 1]), jnp.array([8192, 8192]), total_tokens=2 * 8192

@@ -224,6 +224,11 @@ class Plan:
             notes += (f"it was trained on {self.shape.max_context:,} tokens",)
         if self.kv.paged != self.kv.reserved:
             notes += ("jaxkv keeps the tokens that left a window, so it needs K and V reserved in full",)
+            windows = set(self.shape.windows)
+            if len(windows) == 1:
+                notes += (
+                    f"under the policy SlidingWindow({windows.pop()}, sinks=0) it gives their pages back",
+                )
         return notes
 
     def as_dict(self) -> dict[str, object]:
