@@ -55,7 +55,7 @@ def decoding(loaded: LoadedModel, policy: Policy | None, rounds: int) -> Callabl
     )
     seqs, state = jnp.zeros(1, jnp.int32), policy.init(config) if policy is not None else None
     read = jax.jit(prefill, donate_argnames=("cache", "policy"))
-    cache, logits = jaxkv.init(config), None
+    cache, logits = jaxkv.init(config), jnp.zeros(0)
     for chunk in np.split(np.asarray(ids, np.int32), BUDGET // CHUNK):
         logits, cache, state, _ = read(loaded.model, cache, seqs, jnp.full(1, CHUNK), chunk, state)
     room = (rounds + 4) * BLOCK

@@ -91,7 +91,7 @@ def read(model, cache, state, tokens, targets, *, size: int, evicts: bool):
         cache, state = carry
         tokens, targets = chunk
         policy = None if state is None else state.policy
-        if evicts:
+        if policy is not None and evicts:
             cache, state, _ = policy.evict(cache, state, seqs)
         cache, batch = jaxkv.allocate(cache, seqs, jnp.full(1, size), total_tokens=size)
         if policy is None:

@@ -37,7 +37,7 @@ def main() -> int:
     config = loaded.config.cache_config(num_pages=pages + 4, page_size=PAGE_SIZE, max_seqs=1, dtype="float32")
     used, positions, compiled, compilations = [], [], [], [0]
 
-    def count(event: str, duration: float, **_) -> None:
+    def count(event: str, duration_secs: float, **_) -> None:
         compilations[0] += event.endswith("backend_compile_duration")
 
     jax.monitoring.register_event_duration_secs_listener(count)
