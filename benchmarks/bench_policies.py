@@ -41,7 +41,7 @@ from jaxkv.policies import (
     TokenPolicy,
 )
 
-PAGE_SIZE, TOKENS = 16, 4096
+PAGE_SIZE, TOKENS = 32, 4096
 LAST = TOKENS // 4
 FACTS = {
     "password for the garden is": "copper",

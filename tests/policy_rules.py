@@ -30,13 +30,17 @@ def prompt_compress(mass, budget, observed, kernel) -> list[int]:
     return greatest(pooled, budget - observed) + list(range(prefix, len(mass)))
 
 
-def semantic_merge(keys, budget, recent) -> list[list[int]]:
-    """Runs of neighbours that become one token: those most alike, by cosine similarity, are joined."""
-    length = len(keys)
-    unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
-    alike = (unit[1:] * unit[:-1]).sum(axis=-1)
-    alike[max(length - recent - 1, 0) :] = -np.inf
-    joined = set(greatest(alike, length - budget))
+def cosine(one, other):
+    return (one * other).sum(axis=-1) / (np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1))
+
+
+def semantic_merge(keys, mass, budget, recent) -> list[list[int]]:
+    """Runs of neighbours that become one token: those are joined by which least is lost."""
+    length, mass = len(keys), np.maximum(mass, 1e-6)
+    before, own = mass[:-1], mass[1:]
+    loss = before * own / (before + own) * (1 - cosine(keys[:-1], keys[1:]))
+    loss[max(length - recent - 1, 0) :] = np.inf
+    joined = set(greatest(-loss, length - budget))
     runs = [[0]]
     for place in range(1, length):
         if place - 1 in joined:
@@ -44,6 +48,13 @@ def semantic_merge(keys, budget, recent) -> list[list[int]]:
         else:
             runs.append([place])
     return runs
+
+
+def merged(keys, values, mass, run) -> tuple[np.ndarray, np.ndarray]:
+    """The key of the run's token that received most, and the mean value, Gaussian in the likeness to it."""
+    pivot = run[int(np.argmax(mass[run]))]
+    weights = np.maximum(mass[run], 1e-6) * np.exp(-(1 - cosine(keys[run], keys[pivot])) / 0.05)
+    return keys[pivot], np.average(values[run], axis=0, weights=weights)
 
 
 def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:

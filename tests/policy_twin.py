@@ -213,10 +213,11 @@ class PolicyTwin(Twin):
                 own, remembered = old[:, :, layer, head], memory[:, layer, head]
                 groups = self._groups(own[:, 0], remembered)
                 assert len(groups) == budget
-                weight = np.maximum(remembered, 1e-6)
                 for place, group in enumerate(groups):
-                    mean = np.average(own[group], axis=0, weights=weight[group])
-                    sequence.tokens[place, :, layer, head] = mean if len(group) > 1 else own[group[0]]
+                    new = own[group[0]]
+                    if len(group) > 1:
+                        new = np.stack(policy_rules.merged(own[:, 0], own[:, 1], remembered, group))
+                    sequence.tokens[place, :, layer, head] = new
                     self.memory[slot][place, layer, head] = remembered[group].sum()
                     if policy.positions == "cache":
                         key = sequence.tokens[place, 0, layer, head]
@@ -235,7 +236,7 @@ class PolicyTwin(Twin):
             case PromptCompress(budget=budget, observe_last=observed, kernel=kernel):
                 kept = policy_rules.prompt_compress(remembered, budget, observed, kernel)
             case SemanticMerge(budget=budget, recent=recent):
-                return policy_rules.semantic_merge(keys, budget, recent)
+                return policy_rules.semantic_merge(keys, remembered, budget, recent)
         return [[place] for place in kept]
 
     def _slide(self, slots) -> dict[int, int]:

@@ -1,8 +1,8 @@
-"""Like tokens become one (after KVMerger, arXiv:2407.08454)."""
+"""Like tokens become one (after KVMerger, arXiv:2407.08454, with its Gaussian weights and pivotal tokens)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,24 +16,21 @@ from jaxkv.state import Batch, KVCache, KVPool, PolicyState
 
 # Of a token that received nothing, in a mean.
 _LEAST_WEIGHT = 1e-6
-
-
-class Sums(NamedTuple):
-    """Of the tokens of each run: keys and values times their weights, the weights, the attention."""
-
-    k: Array
-    v: Array
-    weight: Array
-    mass: Array
+# How fast a token's weight falls with its key's distance from the representative's, 1 - cosine.
+_REACH = 0.05
 
 
 @dataclass(frozen=True)
 class SemanticMerge(TokenPolicy):
-    """Merges neighbours whose keys are most alike, until `budget` tokens are left.
+    """Merges neighbours that are most alike, until `budget` tokens are left.
 
-    In each layer and KV head on its own. Where a key's cosine similarity to the one before it is among the
-    highest, the two become one token; so may a run of them. Its key and value are the means of theirs,
-    weighted by the attention that they received, and it carries the sum of that.
+    In each layer and KV head on its own. What merging two neighbours loses is taken for
+    `a b / (a + b) * (1 - cos)`: the attention that they received, and the cosine of their keys. Where that is
+    least, the two become one token, and so may a run of them. Of a run the token that received most attention
+    stays, with its key. Its value becomes the mean of theirs, weighted by their attention and by
+    `exp(-(1 - cos) / 0.05)`, their likeness to it; and it carries the sum of their attention.
+
+    (Means of keys made perplexity worse: neighbours' keys are turned to different positions.)
 
     Attributes:
       budget: token places a sequence keeps, the recent ones among them.
@@ -65,43 +62,57 @@ class SemanticMerge(TokenPolicy):
         return accumulate(state, step_of(state, cache, batch, mass))
 
     def rank(self, tokens: Tokens) -> Array:
-        """How little a token is like the one before it, with which it would be merged."""
+        """What would be lost if a token were merged with the one before it."""
         k = tokens.keys
         assert k is not None
-        k = k / jnp.maximum(jnp.linalg.norm(k, axis=-1, keepdims=True), 1e-20)
-        unlike = -jnp.sum(k[..., 1:, :] * k[..., :-1, :], axis=-1)
-        unlike = jnp.pad(unlike, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.inf)
-        return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, unlike)
+        mass = jnp.maximum(tokens.values["mass"], _LEAST_WEIGHT)
+        before, own = mass[..., :-1], mass[..., 1:]
+        loss = before * own / (before + own) * (1.0 - _cosine(k[..., :-1, :], k[..., 1:, :]))
+        loss = jnp.pad(loss, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.inf)
+        return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, loss)
 
     def gather(
         self, config: CacheConfig, tokens: Tokens, kept: Array, read: Callable[[Array], KVPool]
     ) -> tuple[KVPool, dict[str, Array]]:
-        """The means of runs that begin at the places kept; what was not merged stays as it is stored."""
+        """Of each run that begins at a place kept, its representative with the mean value."""
         mass, nowhere = tokens.values["mass"], tokens.place.shape[0]
         end = jnp.broadcast_to(tokens.lengths, (*kept.shape[:2], 1))
         end = jnp.concatenate([kept[..., 1:], end], axis=-1)
-        first = read(kept)
-
-        def weighted(nth: Array, place: Array, stored: KVPool) -> Sums:
-            received = jnp.where(
-                place < end, jnp.take_along_axis(mass, kept + nth, axis=-1, mode="clip"), 0.0
-            )
-            weight = jnp.where(place < end, jnp.maximum(received, _LEAST_WEIGHT), 0.0)[..., None]
-            k, v = numbers(config, stored.k, stored.k_scale), numbers(config, stored.v, stored.v_scale)
-            return Sums(k * weight, v * weight, weight, received)
-
-        def join(nth: Array, sums: Sums) -> Sums:
-            place = kept + nth
-            stored = read(jnp.where(place < end, place, nowhere))
-            return jax.tree.map(jnp.add, sums, weighted(nth, place, stored))
-
         # As many trips as the longest run has tokens.
-        most = jnp.max(jnp.where(tokens.lengths > 0, end - kept, 0))
-        sums = jax.lax.fori_loop(1, most, join, weighted(jnp.zeros((), jnp.int32), kept, first))
-        (k, k_scale), (v, v_scale) = (
-            stored_as(config, part / jnp.maximum(sums.weight, _LEAST_WEIGHT)) for part in (sums.k, sums.v)
-        )
-        means = replace(first, k=k, v=v, k_scale=k_scale, v_scale=v_scale)
-        merged = end - kept > 1
-        stored = jax.tree.map(lambda new, old: where_tokens(merged, new, old), means, first)
-        return stored, {"mass": sums.mass}
+        longest = jnp.max(jnp.where(tokens.lengths > 0, end - kept, 0))
+
+        def received(place: Array) -> Array:
+            return jnp.where(place < end, jnp.take_along_axis(mass, place, axis=-1, mode="clip"), -1.0)
+
+        def elect(nth: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            place, most, total = best
+            more = received(kept + nth)
+            place = jnp.where(more > most, kept + nth, place)
+            return place, jnp.maximum(most, more), total + jnp.maximum(more, 0.0)
+
+        first = received(kept)
+        place, _, total = jax.lax.fori_loop(1, longest, elect, (kept, first, jnp.maximum(first, 0.0)))
+        representative = read(place)
+        key = numbers(config, representative.k, representative.k_scale)
+
+        def join(nth: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
+            values, weights = sums
+            place = kept + nth
+            one = read(jnp.where(place < end, place, nowhere))
+            unlike = 1.0 - _cosine(numbers(config, one.k, one.k_scale), key)
+            weight = jnp.maximum(received(place), _LEAST_WEIGHT) * jnp.exp(-unlike / _REACH)
+            weight = jnp.where(place < end, weight, 0.0)[..., None]
+            return values + weight * numbers(config, one.v, one.v_scale), weights + weight
+
+        nothing = jnp.zeros_like(key), jnp.zeros((*kept.shape, 1), jnp.float32)
+        values, weights = jax.lax.fori_loop(0, longest, join, nothing)
+        v, v_scale = stored_as(config, values / jnp.where(weights > 0, weights, 1.0))
+        merged = replace(representative, v=v, v_scale=v_scale)
+        # What was not merged stays as it is stored.
+        stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, representative)
+        return stored, {"mass": total}
+
+
+def _cosine(one: Array, other: Array) -> Array:
+    norms = jnp.linalg.norm(one, axis=-1) * jnp.linalg.norm(other, axis=-1)
+    return jnp.sum(one * other, axis=-1) / jnp.maximum(norms, 1e-20)
