@@ -114,9 +114,10 @@ def attend(
       batch: of this step.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
-      window: a token sees itself and the `window - 1` places before it; the batch's own, if smaller.
-      sink_tokens: and its sequence's first so many places, which no window hides (StreamingLLM,
-        arXiv:2309.17453); the batch's own, if more. Without a `window` here or there it must be 0.
+      window: a token sees itself and the `window - 1` places before it. The batch's own holds, with its
+        `sink_tokens`, where it is smaller.
+      sink_tokens: and its sequence's first so many places, which the window does not hide (StreamingLLM,
+        arXiv:2309.17453). Without a `window` here or there it must be 0.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sinks: a logit for each query head that joins the softmax's denominator.
       backend: "auto", "xla", or "triton" on a GPU.
@@ -148,10 +149,8 @@ def attend(
     tokens = batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:
         raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
-    if batch.window is not None:
-        window = batch.window if window is None else min(window, batch.window)
-    if window is not None and batch.sink_tokens:
-        sink_tokens = max(sink_tokens, batch.sink_tokens)
+    if batch.window is not None and (window is None or batch.window < window):
+        window, sink_tokens = batch.window, max(sink_tokens, batch.sink_tokens)
     paged: dict[str, Any] = dict(
         # The row of padding and of a refused entry is never read: they see nothing.
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),

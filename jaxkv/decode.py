@@ -149,15 +149,10 @@ def decode(
 def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
     running = state.finish == Finish.RUNNING
     seqs = jnp.where(running, state.seqs, -1)
-    cache, policy = state.cache, state.policy
-    # A policy for prompts has done its work.
-    if policy is not None and policy.policy.observe_last is None:
-        fills_page = rows_of(cache.table.lengths, state.seqs) % cache.config.page_size == 0
-        cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(fills_page, seqs, -1))
-    else:
-        policy = None
-    cache, batch = allocate(_tidied(cache), seqs, jnp.ones_like(seqs))
+    cache, policy, blocked = _evict_full(state, seqs)
+    cache, batch = allocate(_tidied(cache), jnp.where(blocked, -1, seqs), jnp.ones_like(seqs))
     logits, cache, policy = _run(model, state.next_tokens, cache, batch, policy)
+    status = jnp.where(blocked, Status.OUT_OF_PAGES, batch.status)
     state = replace(
         state,
         cache=cache,
@@ -165,7 +160,22 @@ def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tup
         peak_unshared=_peak_unshared(state, cache),
         policy=state.policy if policy is None else policy,
     )
-    return _take(state, logits, running, batch.status, sampling, stop_tokens)
+    return _take(state, logits, running, status, sampling, stop_tokens)
+
+
+def _evict_full(state: Decoding, seqs) -> tuple[KVCache, PolicyState | None, Bool[Array, " seqs"]]:
+    """Lets the policy evict from the sequences that have filled a page.
+
+    Also says which still have no room in their row: siblings hold their pages, and there are none for copies.
+    """
+    cache, policy = state.cache, state.policy
+    # A policy for prompts has done its work.
+    if policy is None or policy.policy.observe_last is not None:
+        return cache, None, jnp.zeros(seqs.shape, bool)
+    fills_page = rows_of(cache.table.lengths, state.seqs) % cache.config.page_size == 0
+    cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(fills_page, seqs, -1))
+    full = rows_of(cache.table.lengths, state.seqs) == cache.config.max_tokens_per_seq
+    return cache, policy, full & (seqs >= 0)
 
 
 def _tidied(cache: KVCache) -> KVCache:

@@ -17,7 +17,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.decode import CausalLM, Decoding, Finish, decode, prefill, start
 from jaxkv.fork import fork
 from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
-from jaxkv.policies.base import Policy
+from jaxkv.policies.base import Policy, TokenPolicy
 from jaxkv.sampling import GREEDY, Sampling
 from jaxkv.state import KVCache, PolicyState, Status, init
 
@@ -114,8 +114,9 @@ def generate(
       keep_logits: return the logits of every new token.
       warm_up: compile before the clock starts.
       on_tokens: called on the host with the state after each block, for streaming.
-      policy: what to forget where a sequence outgrows its budget: after each chunk of its prompt, and
-        whenever it has filled a page. Prompts may then be longer than a row of the page table.
+      policy: what to forget where a sequence outgrows its budget: after each chunk of its prompt (so where
+        chunks end matters, and with it what else is in the batch), and whenever it has filled a page. Prompts
+        may then be longer than a row of the page table.
 
     Returns:
       A `Generation`.
@@ -141,9 +142,6 @@ def generate(
     ):
         if type(value) is not int or not 1 <= value < 2**30:
             raise ValueError(f"{name}={value!r} must be a positive integer below {2**30}")
-    if policy is not None and policy.observe_last is None:
-        # Where a sequence keeps as much as it may, there must be room for a chunk.
-        prefill_chunk = min(prefill_chunk, config.max_tokens_per_seq - policy.most_kept(config))
     _check_fit(config, prompts, num_samples, shared, policy, prefill_chunk)
     stop = tuple(sorted(set(_token_ids(stop_tokens, "stop_tokens"))))
 
@@ -211,7 +209,7 @@ def _run_prompts(model, cache, policy, prompts, slots, shared: int, largest: int
             none, padding = jnp.full(num_prompts, -1, jnp.int32), jnp.zeros(stage.size, jnp.int32)
             logits, cache, observer, _ = _prefill(model, cache, none, jnp.zeros_like(none), padding, observer)
             jax.block_until_ready(logits)
-        for num_tokens, tokens, ends in _chunks(stage.prompts, stage.size, stage.whole):
+        for num_tokens, tokens, ends in _chunks(stage.prompts, stage.size, stage.most, stage.whole):
             began = time.perf_counter()
             seqs = jnp.where(num_tokens > 0, jnp.asarray(slots), -1)
             logits, cache, observer, status = _prefill(model, cache, seqs, num_tokens, tokens, observer)
@@ -234,6 +232,7 @@ class _Stage(NamedTuple):
     Attributes:
       prompts: the parts.
       size: tokens a chunk.
+      most: tokens of one prompt in a chunk: where it keeps as much as it may, they must fit its row.
       observed: whether the policy takes note and evicts.
       whole: whether a part must not be cut into chunks.
       forked: whether it is the first prompt's alone, and the others take it from there.
@@ -241,6 +240,7 @@ class _Stage(NamedTuple):
 
     prompts: list[list[int]]
     size: int
+    most: int
     observed: bool = True
     whole: bool = False
     forked: bool = False
@@ -248,28 +248,33 @@ class _Stage(NamedTuple):
 
 def _stages(prompts: list[list[int]], shared: int, largest: int, policy: PolicyState | None) -> list[_Stage]:
     """What all prompts share, then the rest; last, on its own, the end that a policy asks for."""
-    last = policy.policy.observe_last if policy is not None else None
+    last, most = None, largest
+    if policy is not None:
+        last = policy.policy.observe_last
+        if last is None:
+            most = min(largest, policy.config.max_tokens_per_seq - policy.policy.most_kept(policy.config))
     rest = [prompt[shared:] for prompt in prompts]
     longest = max(shared, sum(len(prompt) for prompt in rest))
     size = min(largest, 1 << (longest - 1).bit_length())
     stages = []
     if shared:
         first = [prompts[0][:shared]] + [[]] * (len(prompts) - 1)
-        stages.append(_Stage(first, size, observed=last is None, forked=True))
+        stages.append(_Stage(first, size, most, observed=last is None, forked=True))
     if last is None:
-        return [*stages, _Stage(rest, size)]
+        return [*stages, _Stage(rest, size, most)]
     if any(len(prompt) > last for prompt in rest):
-        stages.append(_Stage([prompt[:-last] for prompt in rest], size, observed=False))
-    return [*stages, _Stage([prompt[-last:] for prompt in rest], max(size, last), whole=True)]
+        stages.append(_Stage([prompt[:-last] for prompt in rest], size, most, observed=False))
+    size = max(size, last)
+    return [*stages, _Stage([prompt[-last:] for prompt in rest], size, size, whole=True)]
 
 
-def _chunks(prompts: list[list[int]], size: int, whole: bool = False):
+def _chunks(prompts: list[list[int]], size: int, most: int, whole: bool):
     """Packs prompts into chunks of `size` tokens: `(num_tokens, tokens, which prompts end here)`."""
     done = [0] * len(prompts)
     while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
         num_tokens, tokens = np.zeros(len(prompts), np.int32), []
         for entry, prompt in enumerate(prompts):
-            part = prompt[done[entry] : done[entry] + size - len(tokens)]
+            part = prompt[done[entry] : done[entry] + min(most, size - len(tokens))]
             if whole and len(part) < len(prompt):
                 continue
             num_tokens[entry] = len(part)
@@ -332,7 +337,10 @@ def _check_fit(
     prefill_chunk: int,
 ) -> None:
     """Refuses what cannot fit, with the numbers, before anything is computed."""
-    most = policy.most_kept(config) + prefill_chunk if policy and policy.observe_last is None else None
+    most = None
+    if policy is not None and policy.observe_last is None:
+        kept = policy.most_kept(config)
+        most = kept + min(prefill_chunk, config.max_tokens_per_seq - kept)
     if not prompts:
         raise ValueError("there are no prompts")
     if type(num_samples) is not int or num_samples < 1:
@@ -353,6 +361,9 @@ def _check_fit(
     if most is not None:
         prompts, shared = [prompt[:most] for prompt in prompts], min(shared, config.pages_for(most))
     pages = shared + sum(config.pages_for(len(prompt)) - shared for prompt in prompts)
+    if isinstance(policy, TokenPolicy) and shared:
+        # What is kept of shared pages goes to pages of each sequence's own, before the others let go.
+        pages += len(prompts) * config.pages_for(policy.budget)
     if pages > config.num_pages:
         raise OutOfPagesError(
             f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "

@@ -157,8 +157,9 @@ class Rope:
     pairing: RopePairing = "half"
 
     def __post_init__(self):
-        if not self.frequencies or not all(map(math.isfinite, self.frequencies)):
-            raise ValueError(f"frequencies={self.frequencies!r} must be finite numbers, one or more")
+        numbers = isinstance(self.frequencies, tuple) and all(isinstance(f, float) for f in self.frequencies)
+        if not self.frequencies or not numbers or not all(map(math.isfinite, self.frequencies)):
+            raise ValueError(f"frequencies={self.frequencies!r} must be a tuple of finite floats")
         if self.pairing not in get_args(RopePairing):
             raise ValueError(f"pairing={self.pairing!r} must be 'half' or 'interleaved'")
 

@@ -17,7 +17,7 @@ from jaxkv.decode import Decoding, Finish
 from jaxkv.generate import PREFILL_CHUNK, Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
-from jaxkv.policies.base import Policy
+from jaxkv.policies.base import Policy, TokenPolicy
 from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
@@ -188,6 +188,9 @@ def fitting_config(
     row = max(-(-n // size) for n in places)
     # Samples of a prompt copy its part-full last page before the one they share is given back.
     spare = len(ids) if num_samples > 1 else 0
+    if num_samples > 1 and isinstance(policy, TokenPolicy):
+        # And what a policy keeps of shared pages goes to pages of their own.
+        spare += sum(-(-min(len(tokens), policy.budget) // size) for tokens in ids)
     enough = sum(-(-n // size) for n in places) * num_samples + spare
     dtype, quantization = KV_DTYPES.get(options.kv_dtype, (None, None))
     return loaded.config.cache_config(

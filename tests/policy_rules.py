@@ -50,11 +50,11 @@ def semantic_merge(keys, mass, budget, recent) -> list[list[int]]:
     return runs
 
 
-def merged(keys, values, mass, run) -> tuple[np.ndarray, np.ndarray]:
-    """The key of the run's token that received most, and the mean value, Gaussian in the likeness to it."""
+def merged(keys, values, mass, run) -> tuple[int, np.ndarray]:
+    """The run's token that received most, and the mean value, Gaussian in the likeness to it."""
     pivot = run[int(np.argmax(mass[run]))]
     weights = np.maximum(mass[run], 1e-6) * np.exp(-(1 - cosine(keys[run], keys[pivot])) / 0.05)
-    return keys[pivot], np.average(values[run], axis=0, weights=weights)
+    return pivot, np.average(values[run], axis=0, weights=weights)
 
 
 def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:

@@ -176,7 +176,7 @@ class PolicyTwin(Twin):
     # evict ---------------------------------------------------------------------------------
 
     def evict(self, seqs) -> list[int]:
-        count, free = len(seqs), self.oracle.num_free
+        count = len(seqs)
         seqs = self._padded(seqs)
         self.cache, self.state, dropped = programs(self.policy).evict(self.cache, self.state, seqs)
         want = self._evict(list(dict.fromkeys(s for s in seqs.tolist() if 0 <= s < self.config.max_seqs)))
@@ -185,7 +185,6 @@ class PolicyTwin(Twin):
             got.append(want.get(slot, 0) if slot not in named else 0)
             named.add(slot)
         assert dropped.tolist() == got
-        assert self.oracle.num_free >= min(free, self.oracle.num_free)
         self.check()
         return got[:count]
 
@@ -208,22 +207,23 @@ class PolicyTwin(Twin):
         sequence, policy, memory = self.oracle.sequences[slot], self.policy, self.memory[slot]
         old, budget = sequence.tokens, policy.budget
         sequence.tokens, self.memory[slot] = old[:budget].copy(), memory[:budget].copy()
+        self.seen[slot] = 0
         for layer in range(self.config.num_layers):
             for head in range(self.config.num_kv_heads):
                 own, remembered = old[:, :, layer, head], memory[:, layer, head]
                 groups = self._groups(own[:, 0], remembered)
                 assert len(groups) == budget
                 for place, group in enumerate(groups):
-                    new = own[group[0]]
+                    pivot, value = policy_rules.merged(own[:, 0], own[:, 1], remembered, group)
+                    sequence.tokens[place, :, layer, head] = own[pivot]
                     if len(group) > 1:
-                        new = np.stack(policy_rules.merged(own[:, 0], own[:, 1], remembered, group))
-                    sequence.tokens[place, :, layer, head] = new
+                        sequence.tokens[place, 1, layer, head] = value
                     self.memory[slot][place, layer, head] = remembered[group].sum()
                     if policy.positions == "cache":
                         key = sequence.tokens[place, 0, layer, head]
-                        key[...] = turned(key, place - group[0], policy.rope)
+                        key[...] = turned(key, place - pivot, policy.rope)
         if policy.positions == "cache":
-            sequence.position = budget
+            sequence.position -= len(old) - budget
         if policy.positions == "cache" or isinstance(policy, SemanticMerge):
             self._take_over(slot)
 

@@ -10,14 +10,17 @@ import pytest
 
 import jaxkv
 from jaxkv import Rope
+from jaxkv.decode import Finish
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.policies import (
     HeavyHitter,
     LeastRecentlyUsed,
+    Policy,
     PromptCompress,
     SemanticMerge,
     SlidingWindow,
     TokenPolicy,
+    Tokens,
 )
 from jaxkv.policies.parse import parse_policy
 from tests.caches import SMALL, ints
@@ -158,7 +161,10 @@ SETTINGS = [
     (lambda: SlidingWindow(8, -1), "sinks=-1"),
     (lambda: SlidingWindow(8, positions="new"), "positions='new'"),
     (lambda: SlidingWindow(8, positions="cache"), "needs rope"),
+    (lambda: SemanticMerge(8, 8), "budget=8 leaves no token"),
+    (lambda: SlidingWindow(8, rope=3), "rope=3"),
     (lambda: Rope(()), "frequencies"),
+    (lambda: Rope([1.0]), "frequencies"),
     (lambda: Rope((1.0,), "thirds"), "pairing='thirds'"),
 ]
 
@@ -192,6 +198,8 @@ def test_the_state_of_another_cache_or_policy_names_both():
         HeavyHitter(8, 2).evict(cache, policy.init(CONFIG), ints(0))
     with pytest.raises(ValueError, match="NoneType"):
         policy.evict(cache, None, ints(0))
+    with pytest.raises(ValueError, match=r"recent=3.*recent=2"):
+        HeavyHitter(8, 2).fork(policy.init(CONFIG), ints(0), ints(1))
     with pytest.raises(ValueError, match="CacheConfig"):
         policy.init(None)
 
@@ -210,7 +218,7 @@ LINES = [
     ("fifo:3", "'fifo' is not one of"),
     ("lru", "lru:TOKENS"),
     ("lru:", "lru:TOKENS"),
-    ("lru:many", "budget='many' is not a number"),
+    ("lru:many", "budget='many' is not an integer"),
     ("lru:8,recent=3", "'recent=3' is not one of positions=, threshold="),
     ("heavy-hitter:8,recent", "'recent' is not one of"),
     ("heavy-hitter:8,recent=2,recent=3", "once each"),
@@ -342,6 +350,61 @@ def test_prompts_longer_than_a_row_and_forks(model, policy):
     )
     assert result.num_new_tokens == 48 and max(spotted) <= config.max_tokens_per_seq
     assert int(result.cache.stats.evictions) > 0
+
+
+@pytest.mark.parametrize("num_pages", [7, 8, 10])
+def test_samples_wait_for_pages_of_their_own(model, num_pages):
+    """Four samples share their prompt; with too few pages for copies they wait for each other."""
+    config = cache_config(num_pages=num_pages, max_pages_per_seq=4)
+    result = jaxkv.generate(
+        model, config, [list(range(1, 13))], max_new_tokens=20, num_samples=4, policy=HeavyHitter(12, 4)
+    )
+    jaxkv.check_invariants(result.cache)
+    for tokens, finish in zip(result.tokens[0], result.finish[0], strict=True):
+        assert (len(tokens) == 20) == (finish == Finish.LENGTH)
+    assert Finish.LENGTH in result.finish[0]
+
+
+def test_a_prompt_is_cut_once():
+    policy, cache = PromptCompress(8, 3), jaxkv.init(CONFIG)
+    state = policy.init(CONFIG)
+    cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
+    state = policy.observe(state, cache, batch, jnp.ones((2, 1, 2, 24)))
+    cache, state, dropped = policy.evict(cache, state, ints(0))
+    assert dropped[0] == 12
+    cache, _ = jaxkv.allocate(cache, ints(0), ints(12), total_tokens=12)
+    assert policy.evict(cache, state, ints(0))[2][0] == 0
+
+
+def test_a_models_own_window_rules_where_it_is_smaller():
+    cache, batch = jaxkv.allocate(jaxkv.init(CONFIG), ints(0), ints(16), total_tokens=16)
+    x = jax.random.normal(jax.random.key(0), (16, 2, 4))
+    cache = jaxkv.append(cache, 0, batch, x, x)
+    bounded = SlidingWindow(12, 4).view(batch)
+    want = jaxkv.attend(cache, 0, batch, x, window=6)
+    np.testing.assert_array_equal(jaxkv.attend(cache, 0, bounded, x, window=6), want)
+
+
+def test_a_slot_that_was_used_before_ranks_as_a_new_one():
+    policy = LeastRecentlyUsed(4, 0.5)
+    kept = []
+    for clock in (0, 10**9):
+        used = jnp.array([[[8, 1, 2, 3, 4, 5, 6, 7, clock, clock]]], jnp.int32)
+        tokens = Tokens({"used": used}, None, jnp.arange(10, dtype=jnp.int32), jnp.full((1, 1, 1), 8))
+        kept.append(jnp.argsort(policy.rank(tokens)[0, 0, :8]).tolist())
+    assert kept[0] == kept[1]
+
+
+def test_a_policy_from_scratch_needs_evict_alone(model):
+    class Nothing(Policy):
+        def evict(self, cache, state, seqs):
+            return cache, state, jnp.zeros_like(seqs)
+
+    want = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=5)
+    assert (
+        jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=5, policy=Nothing()).tokens
+        == want.tokens
+    )
 
 
 def test_a_policy_of_ones_own(model):

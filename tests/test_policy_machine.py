@@ -32,6 +32,10 @@ SHAPES = {
         "config": replace(CONFIG, num_kv_heads=1),
     },
     "semantic merge": {"policy": SemanticMerge(8, 3), "config": CONFIG},
+    "semantic merge numbered anew": {
+        "policy": SemanticMerge(7, 2, positions="cache", rope=INTERLEAVED),
+        "config": CONFIG,
+    },
     "semantic merge, int8, recent alone": {
         "policy": SemanticMerge(5, 0),
         "config": replace(CONFIG, quantization="int8", num_layers=1),

@@ -1,13 +1,14 @@
 """What policies share that go by the attention tokens received."""
 
-from dataclasses import replace
-from typing import NamedTuple
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
+from jaxkv.policies.base import TokenPolicy, Tokens, check_counts
 from jaxkv.state import Batch, KVCache, PolicyState, Status
 
 
@@ -65,9 +66,32 @@ def step_of(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None
     )
 
 
-def accumulate(state: PolicyState, step: Step, name: str = "mass") -> PolicyState:
-    """Adds the step's mass to what its tokens have received before."""
-    held = state.values[name]
-    before = jnp.where(step.is_old, rows_of(held, step.slot), 0.0)
-    held = held.at[step.slot].set(before + step.mass, mode="drop")
-    return replace(state, values=state.values | {name: held})
+@dataclass(frozen=True)
+class MassPolicy(TokenPolicy):
+    """Goes by the attention that tokens have received in all, and spares the last ones."""
+
+    recent: int
+
+    needs_mass: ClassVar[bool] = True
+
+    def first_values(self, config: CacheConfig) -> dict[str, Array]:
+        """`mass`: attention received so far."""
+        return {"mass": zeros(config)}
+
+    def observe(
+        self, state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None = None
+    ) -> PolicyState:
+        """Adds a step's attention; see `Policy.observe`."""
+        self.check_state(state, cache.config)
+        step, held = step_of(state, cache, batch, mass), state.values["mass"]
+        before = jnp.where(step.is_old, rows_of(held, step.slot), 0.0)
+        held = held.at[step.slot].set(before + step.mass, mode="drop")
+        return replace(state, values={"mass": held})
+
+    def spare_recent(self, rank: Array, tokens: Tokens) -> Array:
+        """The rank, with the recent tokens above all."""
+        return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, rank)
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, least={"recent": 0}, budget="recent")

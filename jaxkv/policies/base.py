@@ -12,11 +12,11 @@ A policy is a frozen dataclass of static settings with pure functions, to be cal
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
 from jaxkv.pages import check_vectors, count, is_first, rows_of
@@ -26,6 +26,7 @@ from jaxkv.rope import Rope
 from jaxkv.state import AllocationStats, Batch, KVCache, KVPool, PolicyState
 
 Positions = Literal["original", "cache"]
+_Carry = TypeVar("_Carry")
 
 
 @dataclass(frozen=True)
@@ -41,19 +42,25 @@ class Policy:
     observe_last = None
 
     def capacity(self, config: CacheConfig) -> int:
-        """Token places that a sequence fills at most, where `evict` is called whenever it fills a page."""
-        raise NotImplementedError
+        """Token places that a sequence fills at most, where `evict` is called whenever it fills a page.
+
+        Default: a whole row.
+        """
+        return config.max_tokens_per_seq
 
     def most_positions(self, config: CacheConfig) -> int | None:
         """Positions that a decode loop reaches at most; None for as many as there are tokens."""
         return None
 
     def most_kept(self, config: CacheConfig) -> int:
-        """Token places that `evict` leaves a sequence, at most."""
-        raise NotImplementedError
+        """Token places that `evict` leaves a sequence, at most. Default: a page less than `capacity`."""
+        return self.capacity(config) - config.page_size
 
     def check(self, config: CacheConfig) -> None:
         """Raises `ValueError` where the policy does not fit the cache, naming both sides."""
+        kept, most = self.most_kept(config), self.capacity(config)
+        if kept >= most:
+            raise ValueError(f"{self} keeps {kept} of {most} token places; there must be room for one more")
         if self.capacity(config) > config.max_tokens_per_seq:
             raise ValueError(
                 f"{self} fills up to {self.capacity(config)} token places (a page more than it keeps); a "
@@ -122,6 +129,7 @@ class Policy:
           state: of this policy.
           parents, children: as given to `jaxkv.fork`; padding where it did not say OK.
         """
+        self.check_state(state, getattr(state, "config", None))
         parents, children = check_vectors(parents=parents, children=children)
         nobody = state.config.max_seqs
         parent = jnp.where((parents < 0) | (children < 0), nobody, parents)
@@ -129,7 +137,7 @@ class Policy:
         copied = jax.tree.map(lambda x: x.at[child].set(rows_of(x, parent), mode="drop"), state.values)
         return replace(state, values=copied)
 
-    def check_state(self, state: PolicyState, config: CacheConfig) -> None:
+    def check_state(self, state: PolicyState, config: CacheConfig | None) -> None:
         """Raises `ValueError` for the state of another policy or of another cache, naming both."""
         if not isinstance(state, PolicyState):
             raise ValueError(f"{self} takes the PolicyState that its init made, not {type(state).__name__}")
@@ -143,7 +151,7 @@ class Tokens(NamedTuple):
     """The kept tokens of some sequences in one layer, for `TokenPolicy.rank`.
 
     Attributes:
-      values: of the policy's state, each `[entries, kv_heads, max_tokens]`.
+      values: of the policy's state, each `[entries, kv_heads, max_tokens]`; past a length they mean nothing.
       keys: float32 `[entries, kv_heads, max_tokens, head_dim]`, for a policy that reads them; else None.
       place: `[max_tokens]`, 0 for a sequence's oldest.
       lengths: `[entries, 1, 1]`, token places in use.
@@ -158,6 +166,8 @@ class Tokens(NamedTuple):
 @dataclass(frozen=True)
 class TokenPolicy(Policy):
     """Keeps the `budget` tokens of highest rank, in each layer and KV head on its own, in their order.
+
+    A window that the model has itself counts the places that are left.
 
     A class of your own says what ranks highest:
 
@@ -232,9 +242,7 @@ class TokenPolicy(Policy):
         due = self.is_due(cache, state, slot)
         slot = jnp.where(due, slot, cache.config.max_seqs)
         nothing = cache, state, jnp.zeros_like(slot)
-        # A loop of no trip or one: a branch would get a pool of its own.
-        trips = jnp.any(due).astype(jnp.int32)
-        return jax.lax.fori_loop(0, trips, lambda _, c: self._evict(c[0], c[1], slot), nothing)
+        return only_if(jnp.any(due), lambda carry: self._evict(carry[0], carry[1], slot), nothing)
 
     def is_due(self, cache: KVCache, state: PolicyState, slot: Array) -> Array:
         """Whether `evict` has something to do, for each slot."""
@@ -251,12 +259,16 @@ class TokenPolicy(Policy):
             return self._keep(*carry, layer, some, rows_of(lengths_before, some.slot)[:, None, None], config)
 
         pool, values = for_each_layer(visit, (cache.pool, state.values), rewrite, config)
-        table = cache.table
+        values = self.after_eviction(values, rewrite.slot)
+        table, dropped = cache.table, jnp.where(granted, length - self.budget, 0)
         if self.positions == "cache":
-            table = replace(table, positions=table.positions.at[rewrite.slot].set(self.budget, mode="drop"))
-        dropped = jnp.where(granted, length - self.budget, 0)
+            table = replace(table, positions=table.positions.at[rewrite.slot].add(-dropped, mode="drop"))
         cache = replace(cache, pool=pool, table=table, stats=count_evictions(cache.stats, dropped))
         return cache, replace(state, values=values), dropped
+
+    def after_eviction(self, values: dict[str, Array], slot: Int[Array, " entries"]) -> dict[str, Array]:
+        """`PolicyState.values` of the sequences that gave up tokens. Default: as they are."""
+        return values
 
     def _keep(
         self, pool: KVPool, values: dict, layer: Array, some: Rewrite, lengths: Array, config: CacheConfig
@@ -275,9 +287,9 @@ class TokenPolicy(Policy):
         rank = jnp.where(place < lengths, rank, lowest)
         _, kept = jax.lax.top_k(jnp.broadcast_to(rank, everywhere.shape), self.budget)
         kept = jnp.sort(kept.astype(jnp.int32), axis=-1)
-        stored, own = self.gather(config, tokens, kept, read)
+        stored, own, stood = self.gather(config, tokens, kept, read)
         if self.positions == "cache":
-            stored = self._renumber(config, stored, kept)
+            stored = self._renumber(config, stored, stood)
         pool = write_tokens(pool, layer, some.new, everywhere[..., : self.budget], stored)
         changed = {
             name: values[name].at[some.slot, layer, :, : self.budget].set(x, mode="drop")
@@ -297,8 +309,8 @@ class TokenPolicy(Policy):
         tokens: Tokens,
         kept: Int[Array, "entries kv_heads budget"],
         read: Callable[[Array], KVPool],
-    ) -> tuple[KVPool, dict[str, Array]]:
-        """The tokens that are left, as they are stored, and what the state remembers of them.
+    ) -> tuple[KVPool, dict[str, Array], Int[Array, "entries kv_heads budget"]]:
+        """The tokens that are left, as they are stored; what the state remembers of them; where keys stood.
 
         Default: those at the places kept, as they are.
 
@@ -308,15 +320,21 @@ class TokenPolicy(Policy):
           kept: places, ascending.
           read: gives what is stored at places like `kept`; zeros for a place of `max_tokens`.
         """
-        return read(kept), {name: jnp.take_along_axis(x, kept, axis=-1) for name, x in tokens.values.items()}
+        own = {name: jnp.take_along_axis(x, kept, axis=-1) for name, x in tokens.values.items()}
+        return read(kept), own, kept
 
-    def _renumber(self, config: CacheConfig, stored: KVPool, kept: Array) -> KVPool:
-        by = jnp.arange(self.budget, dtype=jnp.int32) - kept
+    def _renumber(self, config: CacheConfig, stored: KVPool, stood: Array) -> KVPool:
+        by = jnp.arange(self.budget, dtype=jnp.int32) - stood
         assert self.rope is not None
         k, k_scale = stored_as(config, self.rope.turn(numbers(config, stored.k, stored.k_scale), by))
         turned = replace(stored, k=k, k_scale=k_scale)
         # What stays at its place is not rounded once more.
         return jax.tree.map(lambda new, old: where_tokens(by != 0, new, old), turned, stored)
+
+
+def only_if(condition: Bool[Array, ""], operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
+    """The operation, or nothing. In a loop of one trip or none: a branch would get a pool of its own."""
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: operation(carry), carry)
 
 
 def where_tokens(mask: Array, one: Array, other: Array) -> Array:
@@ -350,5 +368,7 @@ def check_positions(positions: str, rope: Rope | None) -> None:
     """`positions` and `rope` that fit together."""
     if positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r} must be 'original' or 'cache'")
-    if positions == "cache" and not isinstance(rope, Rope):
+    if rope is not None and not isinstance(rope, Rope):
+        raise ValueError(f"rope={rope!r} must be a jaxkv.Rope")
+    if positions == "cache" and rope is None:
         raise ValueError(f"positions='cache' turns keys and needs rope=jaxkv.Rope(...), not {rope!r}")

@@ -20,6 +20,8 @@ _MOST = 2**31
 class LeastRecentlyUsed(TokenPolicy):
     """Drops the tokens that have gone longest without receiving attention above the threshold.
 
+    Of two unused for longer than `2**31 / max_tokens` tokens the older goes first, whichever was used last.
+
     A token is used where a step's queries gave it more than `threshold` in all, and when it comes in. In each
     layer and KV head on its own.
 
@@ -70,6 +72,7 @@ class LeastRecentlyUsed(TokenPolicy):
 
     def rank(self, tokens: Tokens) -> Array:
         """When it was last used; of those used at the same time the later token is the higher."""
-        used, places = tokens.values["used"], tokens.place.shape[0]
+        places = tokens.place.shape[0]
+        used = jnp.where(tokens.place < tokens.lengths, tokens.values["used"], 0)
         age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // places - 1)
         return tokens.place - age * places

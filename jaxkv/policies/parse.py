@@ -67,4 +67,5 @@ def _number(name: str, text: str) -> int | float:
     try:
         return kind(text)
     except ValueError:
-        raise ValueError(f"{name}={text!r} is not a number") from None
+        kinds = {int: "an integer", float: "a number"}
+        raise ValueError(f"{name}={text[:40]!r} is not {kinds[kind]}") from None

@@ -18,7 +18,8 @@ class PromptCompress(TokenPolicy):
     """Once, after prefill, keeps the prompt's last `observe_last` tokens and those that they looked at.
 
     In each layer and KV head on its own. What a token received is averaged with its neighbours', so that a
-    passage stays together. Observe the step that brings the prompt's last tokens, and no others; then evict.
+    passage stays together. Observe the step that brings the prompt's last tokens, and no others; then evict:
+    a sequence is cut if it is as long as when it was observed last.
     What is generated afterwards stays: a row must hold the budget and all new tokens, and at first the whole
     prompt.
 
@@ -65,6 +66,10 @@ class PromptCompress(TokenPolicy):
         """Whether nothing came in since the prompt was observed."""
         length = rows_of(cache.table.lengths, slot)
         return (length > self.budget) & (rows_of(state.values["seen"], slot) == length)
+
+    def after_eviction(self, values: dict[str, Array], slot: Array) -> dict[str, Array]:
+        """A prompt that was cut is not cut again."""
+        return values | {"seen": values["seen"].at[slot].set(0, mode="drop")}
 
     def rank(self, tokens: Tokens) -> Array:
         """What the observed tokens gave a place and its neighbours; these themselves above all."""

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.policies.attention_mass import accumulate, step_of, zeros
-from jaxkv.policies.base import TokenPolicy, Tokens, check_counts, where_tokens
+from jaxkv.policies.attention_mass import MassPolicy
+from jaxkv.policies.base import Tokens, where_tokens
 from jaxkv.rewrite import numbers, stored_as
-from jaxkv.state import Batch, KVCache, KVPool, PolicyState
+from jaxkv.state import KVPool
 
 # Of a token that received nothing, in a mean.
 _LEAST_WEIGHT = 1e-6
@@ -21,7 +21,7 @@ _REACH = 0.05
 
 
 @dataclass(frozen=True)
-class SemanticMerge(TokenPolicy):
+class SemanticMerge(MassPolicy):
     """Merges neighbours that are most alike, until `budget` tokens are left.
 
     In each layer and KV head on its own. What merging two neighbours loses is taken for
@@ -38,28 +38,17 @@ class SemanticMerge(TokenPolicy):
       positions, rope: see `TokenPolicy`.
 
     Raises:
-      ValueError: for a `recent` beyond the budget.
+      ValueError: for a `recent` of the budget or beyond.
     """
 
-    recent: int
-
-    needs_mass: ClassVar[bool] = True
     reads_keys: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
-        check_counts(self, least={"recent": 0}, budget="recent")
-
-    def first_values(self, config: CacheConfig) -> dict[str, Array]:
-        """`mass`: attention received so far."""
-        return {"mass": zeros(config)}
-
-    def observe(
-        self, state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None = None
-    ) -> PolicyState:
-        """Adds a step's attention; see `Policy.observe`."""
-        self.check_state(state, cache.config)
-        return accumulate(state, step_of(state, cache, batch, mass))
+        if self.recent == self.budget:
+            raise ValueError(
+                f"budget={self.budget} leaves no token to merge into beside recent={self.recent}"
+            )
 
     def rank(self, tokens: Tokens) -> Array:
         """What would be lost if a token were merged with the one before it."""
@@ -69,11 +58,11 @@ class SemanticMerge(TokenPolicy):
         before, own = mass[..., :-1], mass[..., 1:]
         loss = before * own / (before + own) * (1.0 - _cosine(k[..., :-1, :], k[..., 1:, :]))
         loss = jnp.pad(loss, ((0, 0), (0, 0), (1, 0)), constant_values=jnp.inf)
-        return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, loss)
+        return self.spare_recent(loss, tokens)
 
     def gather(
         self, config: CacheConfig, tokens: Tokens, kept: Array, read: Callable[[Array], KVPool]
-    ) -> tuple[KVPool, dict[str, Array]]:
+    ) -> tuple[KVPool, dict[str, Array], Array]:
         """Of each run that begins at a place kept, its representative with the mean value."""
         mass, nowhere = tokens.values["mass"], tokens.place.shape[0]
         end = jnp.broadcast_to(tokens.lengths, (*kept.shape[:2], 1))
@@ -110,7 +99,7 @@ class SemanticMerge(TokenPolicy):
         merged = replace(representative, v=v, v_scale=v_scale)
         # What was not merged stays as it is stored.
         stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, representative)
-        return stored, {"mass": total}
+        return stored, {"mass": total}, place
 
 
 def _cosine(one: Array, other: Array) -> Array:

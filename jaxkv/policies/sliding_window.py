@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -15,6 +14,7 @@ from jaxkv.policies.base import (
     check_positions,
     count_evictions,
     named_once,
+    only_if,
 )
 from jaxkv.positions import check_rope, shift_positions
 from jaxkv.rope import Rope
@@ -36,7 +36,7 @@ class SlidingWindow(Policy):
       window: tokens that a token sees, itself included.
       sinks: first tokens of a sequence that every token sees besides.
       positions: "original", or "cache": once a window's worth of tokens was dropped, what is left moves up
-        to the sinks, so that positions stay below `sinks + 2 * window` and two pages, and a sequence can go
+        to the sinks, so that positions stay below `sinks + 2 * window` and three pages, and a sequence can go
         on for ever. A key is turned twice at most.
       rope: how the model turns its keys, for "cache".
 
@@ -95,9 +95,7 @@ class SlidingWindow(Policy):
         slot, first = named_once(seqs, config), config.pages_for(self.sinks)
         length = rows_of(cache.table.lengths, slot)
         pages = jnp.maximum((length - self._window_kept + 1) // config.page_size - first, 0)
-        trips = jnp.any(pages > 0).astype(jnp.int32)
-        # A loop of no trip or one: a branch would get a pool of its own.
-        cache = jax.lax.fori_loop(0, trips, lambda _, cache: self._evict(cache, slot, pages, first), cache)
+        cache = only_if(jnp.any(pages > 0), lambda cache: self._evict(cache, slot, pages, first), cache)
         return cache, state, pages * config.page_size
 
     def _evict(self, cache: KVCache, slot: Array, pages: Array, first: int) -> KVCache:
