@@ -27,7 +27,14 @@ import jaxkv
 from benchmarks.timing import interleave, microseconds, publish, stopwatch, times
 from jaxkv.decode import decode, prefill, start
 from jaxkv.models import LoadedModel, load
-from jaxkv.policies import HeavyHitter, LeastRecentlyUsed, Policy, SemanticMerge, SlidingWindow
+from jaxkv.policies import (
+    HeavyHitter,
+    LeastRecentlyUsed,
+    Policy,
+    PromptCompress,
+    SemanticMerge,
+    SlidingWindow,
+)
 
 BUDGET, BLOCK, PAGE_SIZE, CHUNK = 1024, 64, 16, 256
 GROWTH_BAR = 2
@@ -41,6 +48,7 @@ POLICIES: dict[str, Policy] = {
 GROWING: dict[str, Policy] = {
     "SlidingWindow": SlidingWindow(60, 4),
     "SlidingWindow, moving up": SlidingWindow(28, 4, positions="cache", rope=ROPE),
+    "LeastRecentlyUsed": LeastRecentlyUsed(64),
     "HeavyHitter": HeavyHitter(64, 32),
     "SemanticMerge": SemanticMerge(64, 32),
 }
@@ -135,17 +143,31 @@ def growth(rounds: int) -> dict[str, Any]:
     return rows
 
 
+def once(loaded: LoadedModel) -> float:
+    """Prints and returns the seconds that `PromptCompress` takes after a prompt of twice the budget."""
+    policy, seqs = PromptCompress(BUDGET, 32), jnp.zeros(1, jnp.int32)
+    config = loaded.config.cache_config(num_pages=2 * BUDGET // PAGE_SIZE, max_seqs=1, dtype="float32")
+    cache, batch = jaxkv.allocate(jaxkv.init(config), seqs, jnp.full(1, 2 * BUDGET), total_tokens=2 * BUDGET)
+    mass = jnp.ones((config.num_layers, 1, config.num_kv_heads, config.max_tokens_per_seq))
+    state, cut = policy.observe(policy.init(config), cache, batch, mass), jax.jit(policy.evict)
+    seconds = [stopwatch(cut, cache, state, seqs)[0] for _ in range(6)][1:]
+    print(f"\nPromptCompress, once: {1e3 * np.median(seconds):.0f} ms for {2 * BUDGET} tokens to {BUDGET}")
+    return float(np.median(seconds))
+
+
 def main() -> int:
     """Runs the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description="What does an eviction policy cost?")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing kept")
     options = parser.parse_args()
     rounds = 3 if options.quick else 9
-    shares = share(load("smollm2-135m", dtype="float32"), rounds)
+    loaded = load("smollm2-135m", dtype="float32")
+    shares, cut = share(loaded, rounds), once(loaded)
     grown = growth(3 * rounds)
     missed = [name for name, row in grown.items() if row["ratio"]["median"] > GROWTH_BAR]
     print(f"\nbars missed: {', '.join(missed) or 'none'}\n")
-    publish("eviction", {"share": shares, "growth": grown, "bars_missed": missed}, keep=not options.quick)
+    document = {"share": shares, "prompt_compress_seconds": cut, "growth": grown, "bars_missed": missed}
+    publish("eviction", document, keep=not options.quick)
     return 1 if missed else 0
 
 

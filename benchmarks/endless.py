@@ -62,14 +62,12 @@ def main() -> int:
         policy=policy,
         warm_up=True,
     )
-    # The last look is after the sequence has left; the first ones while its window fills.
-    settled = [count for count in used[:-1] if count >= pages - 1]
+    # From when its window is full; the last look is after the sequence has left.
+    settled = used[used.index(max(used)) : -1]
     tokens = np.asarray(result.tokens[0][0])
     checks = {
         f"{options.tokens:,} tokens": len(tokens) == options.tokens,
-        f"pages constant at {pages}": min(used[len(used) - len(settled) : -1], default=pages)
-        == max(used)
-        == pages,
+        f"pages constant at {pages}": set(settled) == {pages},
         "nothing compiled on the way": compiled[-1] == compiled[1] > 0,
         f"positions within {policy.most_positions(config)}": max(positions) <= policy.most_positions(config),
     }
