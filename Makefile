@@ -12,7 +12,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
 
-# Real weights again: through interpreted kernels, quantized pools, and a compaction half way.
+# Real weights again: through interpreted kernels, quantized pools, and a compaction half way. More policies.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis.stateful import precondition, rule
 
 from jaxkv import Rope
@@ -71,9 +72,17 @@ class PolicyMachine(Machine):
         self.twin.shift(*columns(data.draw(entries(self.twin, st.tuples(self.slot, by)))))
 
 
+SLOW = {
+    "window of one, int8",
+    "heavy hitter numbered anew",
+    "semantic merge numbered anew",
+    "semantic merge, int8, recent alone",
+}
 # Of two scores that differ by a rounding either may win: the same histories every time.
-CASES = [
-    machine(name, shape, PolicyMachine, examples=EXAMPLES // 4, derandomize=True)
+CASES = {
+    name: machine(name, shape, PolicyMachine, examples=EXAMPLES // 4, derandomize=True)
     for name, shape in SHAPES.items()
-]
-globals().update({case.__name__: case for case in CASES})
+}
+globals().update(
+    {case.__name__: pytest.mark.slow(case) if name in SLOW else case for name, case in CASES.items()}
+)
