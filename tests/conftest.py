@@ -28,6 +28,8 @@ LONGEST = (
     "test_smollm2_generate.py",
     "test_cli.py",
     "test_paged_attention.py",
+    "test_policies.py",
+    "test_policy_machine.py",
     "test_x64.py",
     "test_state_machine.py",
     "test_smollm2.py",
