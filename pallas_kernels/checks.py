@@ -5,13 +5,13 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from pallas_kernels.quantization import is_quantized
+from pallas_kernels.quantization import is_quantized, scale_dtype, scale_shapes
 
 
 def check_pool(
     k_pages: Array, v_pages: Array, k_scales: Array | None = None, v_scales: Array | None = None
 ) -> None:
-    """Pages `[layers, pages, kv_heads, page_size, head_dim]` of one dtype, and scales if these are codes."""
+    """Pages `[layers, pages, kv_heads, page_size, row]` of one dtype, and scales if these are codes."""
     if k_pages.ndim != 5:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
@@ -20,7 +20,7 @@ def check_pool(
     if not quantized:
         check_floating("k_pages", k_pages)
         if k_pages.dtype.itemsize == 1:
-            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN)")
+            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")
     if not all(k_pages.shape):
         raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
@@ -28,15 +28,14 @@ def check_pool(
             f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
             f"k_pages {k_pages.dtype}{list(k_pages.shape)}"
         )
-    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+    shapes, dtype = scale_shapes(k_pages.shape, k_pages.dtype) or ((), ()), scale_dtype(k_pages.dtype)
+    for name, scales, shape in zip(("k_scales", "v_scales"), (k_scales, v_scales), shapes, strict=True):
         if scales is None and quantized:
             raise ValueError(f"pages of {k_pages.dtype} need {name}")
         if scales is not None and not quantized:
             raise ValueError(f"pages of {k_pages.dtype} have no {name}")
-        if scales is not None and (scales.shape != k_pages.shape[:-1] or scales.dtype != jnp.float32):
-            raise ValueError(
-                f"{name} must be float32{list(k_pages.shape[:-1])}, not {scales.dtype}{list(scales.shape)}"
-            )
+        if scales is not None and (scales.shape != shape or scales.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype}{list(shape)}, not {scales.dtype}{list(scales.shape)}")
 
 
 def pool_arrays(

@@ -53,7 +53,7 @@ def test_a_size_that_is_no_positive_integer_is_named(field, value):
     [
         ("dtype", "int8", "float32, bfloat16, float16"),
         ("dtype", "flaot32", "float32, bfloat16, float16"),
-        ("quantization", "int3", "None, 'int8', 'fp8'"),
+        ("quantization", "int3", "None, 'int8', 'fp8', 'int4'"),
         ("compaction_threshold", -0.1, "0 to 1"),
         ("compaction_threshold", 1.5, "0 to 1"),
         ("compaction_threshold", float("nan"), "0 to 1"),

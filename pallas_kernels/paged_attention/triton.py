@@ -10,7 +10,9 @@ A key tile is a number of tokens, whatever the page size: each token's address c
 and the ids of the next tile are fetched while this one is worked on.
 
 Codes of a byte are read as words of four, sixteen bytes at a time: the numbers 0, 4, 8... of a row, which are
-the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next.
+the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next. Of four bits a word has
+eight, and the parts of a row are eight runs of it. They become numbers before they are multiplied; the spikes
+of keys make products of their own, with queries as they came.
 """
 
 from collections.abc import Callable
@@ -25,12 +27,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import cost
+from pallas_kernels import cost, int4
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import WORD, as_float8, as_words
+from pallas_kernels.quantization import WORD, as_float8, as_words, is_int4
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -56,6 +58,7 @@ def paged_attention(
     sinks,
     k_scales,
     v_scales,
+    spike_q,
     prefixes,
     tuning: Tuning,
     shared_tuning: Tuning,
@@ -86,8 +89,8 @@ def paged_attention(
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words = 1
-    if k_scales is not None:
+    words = int4.CODES if is_int4(k_pages.dtype) else 1
+    if words == 1 and k_scales is not None:
         # So many codes Pallas does not address one by one: see `as_words`.
         words = WORD if 2**31 < k_pages.size <= 2**32 else tuning.codes_a_word
     view = as_words if words > 1 else as_float8
@@ -97,6 +100,7 @@ def paged_attention(
         sinks,
         q,
         *pool_arrays(view(k_pages), view(v_pages), k_scales, v_scales),
+        *(() if spike_q is None else (spike_q,)),
     )
     visit = partial(
         _visit,
@@ -153,9 +157,9 @@ def _outputs(q):
     return jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
 
 
-def _rows(q, kv_heads: int, words: int, tuning: Tuning) -> Callable[..., "_Rows"]:
+def _rows(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "_Rows"]:
     group = q.shape[1] // kv_heads
-    return partial(_Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2])
+    return partial(_Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
 
 
 def _visit(
@@ -170,7 +174,7 @@ def _visit(
     ]
     kernel = partial(
         _attend,
-        rows=_rows(q, kv_heads, words, tuning),
+        rows=_rows(q, kv_heads, words, tuning, runs=codes is not None and is_int4(codes)),
         codes=codes,
         key_tile=tuning.key_tile,
         scale=scale,
@@ -197,10 +201,22 @@ def _visit(
 class _Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
-    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...`
+    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...`, or with
+    `runs` the `n`-th of so many runs.
     """
 
-    def __init__(self, first_row, num_rows, head, *, group: int, size: int, words: int, head_dim: int):
+    def __init__(
+        self,
+        first_row,
+        num_rows,
+        head,
+        *,
+        group: int,
+        size: int,
+        words: int,
+        head_dim: int,
+        runs: bool = False,
+    ):
         self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
         self.in_tile = self.row < size * group
         self.offset = lax.div(self.row, np.int32(group))
@@ -210,7 +226,9 @@ class _Rows:
         self.q_head = head * group + self.in_group
         self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
         self.in_head = (self.word < head_dim // words)[None, :]
-        self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
+        self.run, self.head_dim = head_dim // words, head_dim
+        first, step = (self.run, 1) if runs else (1, words)
+        self.dims = [self.word * step + first * part if words > 1 else self.word for part in range(words)]
 
     def nothing_seen(self) -> softmax.Partial:
         """What each row starts from."""
@@ -283,6 +301,7 @@ def _attend(
     split: bool,
 ):
     scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
+    four_bits = codes is not None and is_int4(codes)
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
@@ -291,6 +310,9 @@ def _attend(
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
+    if four_bits:
+        spike_q_ref, *out_refs = out_refs
+        q += mine.load(spike_q_ref)
     # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
     wide = q_ref.dtype if q_ref.dtype == k_ref.dtype or codes is not None else jnp.float32
 
@@ -323,15 +345,18 @@ def _attend(
         offsets = lax.rem(places, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
         zero = jnp.zeros((), k_ref.dtype)
-        k, v = (_unpack(plgpu.load(ref.at[at], mask=real, other=zero), codes) for ref in (k_ref, v_ref))
+        tiles = [plgpu.load(ref.at[at], mask=real, other=zero) for ref in (k_ref, v_ref)]
         scales_of_tile = [
-            plgpu.load(scales.at[layer, ids, head, offsets], mask=places < num_keys, other=0.0)
-            for scales in scale_refs
+            _load_scales(scales, (layer, ids, head, offsets), places < num_keys) for scales in scale_refs
         ]
+        if four_bits:
+            k, v = (_numbers(*pair, mine) for pair in zip(tiles, scales_of_tile, strict=True))
+        else:
+            k, v = (_unpack(tile, codes) for tile in tiles)
         next_ids = page_ids(key + 1)
         scores = reduce(add, (product(*pair, trans_b=True) for pair in zip(q, k, strict=True)))
         weigh_tile = weigh
-        if scale_refs:
+        if scale_refs and not four_bits:
             k_scale, v_scale = scales_of_tile
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is not None:
@@ -370,6 +395,30 @@ def _unpack(tile, codes):
         return tuple((tile << (24 - 8 * part)) >> 24 for part in range(WORD))
     bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(WORD))
     return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
+
+
+def _load_scales(ref, at, mask):
+    """Of each token of a tile the scale, or its words."""
+    zero = jnp.zeros((), ref.dtype)
+    if len(ref.shape) == len(at):
+        return plgpu.load(ref.at[at], mask=mask, other=zero)
+    return [plgpu.load(ref.at[*at, word], mask=mask, other=zero) for word in range(ref.shape[-1])]
+
+
+def _numbers(tile, words, mine: _Rows):
+    """What four-bit codes stand for, by parts; behind those of keys their spikes, likewise."""
+    parts, spikes, groups = [], [], int4.num_groups(mine.head_dim)
+    for part in range(int4.CODES):
+        group = part * groups // int4.CODES
+        step, zero = int4.step_of(words[group // 2], group % 2)
+        codes = ((tile >> (int4.BITS * part)) & 0xF).astype(jnp.float32)
+        parts.append((codes - 0.5 * zero.astype(jnp.float32)[:, None]) * step[:, None])
+        if len(words) > groups // 2:
+            place, value = int4.spike_of(words[groups // 2 + group // 2], group % 2)
+            own = mine.dims[part] - group * (mine.head_dim // groups)
+            here = (own[None, :] == place[:, None]) & (mine.word < mine.run)[None, :]
+            spikes.append(jnp.where(here, value[:, None], 0.0))
+    return (*parts, *spikes)
 
 
 def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows):
