@@ -46,7 +46,6 @@ from unittest import mock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels

@@ -83,7 +83,7 @@ class CacheConfig:
                 f"quantization={self.quantization!r} is not supported; "
                 f"allowed: None, {', '.join(map(repr, QUANTIZATIONS))}"
             )
-        if self.quantization == "int4" and (self.head_dim % int4.CODES or self.head_dim > _MOST_INT4):
+        if self.quantization == "int4" and not has_int4(self.head_dim):
             raise ValueError(
                 f"head_dim={self.head_dim} must be a multiple of {int4.CODES}, at most {_MOST_INT4}, for int4"
             )
@@ -259,6 +259,11 @@ class CacheConfig:
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` places fill, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)
+
+
+def has_int4(head_dim: int) -> bool:
+    """Whether heads of this size can be kept in four bits."""
+    return head_dim % int4.CODES == 0 and head_dim <= _MOST_INT4
 
 
 def _check_count(name: str, value: object) -> None:

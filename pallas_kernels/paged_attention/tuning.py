@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.quantization import is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -81,7 +82,7 @@ def choose(
       q_dtype: of the queries.
     """
     rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
-    codes = jnp.dtype(dtype).itemsize == 1
+    codes = is_quantized(dtype)
     # Of what is multiplied: codes become numbers of q's dtype first.
     itemsize = jnp.dtype(q_dtype if codes else dtype).itemsize
     row_bytes = next_power_of_two(head_dim) * itemsize
