@@ -109,13 +109,13 @@ def dequantize_rotated(
     return rotated, jnp.where(here, value[..., None], 0.0).reshape(rotated.shape)
 
 
-def step_of(word: Int[Array, "..."], nth: int) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+def step_of(word: Array, nth: int | Array) -> tuple[Array, Array]:
     """The step of one of a word's two groups, and its zero point in half steps."""
     significand = (word >> (17 - 7 * nth)) & 0x7F
     return _unit(word) * significand.astype(jnp.float32), (word >> (5 - 5 * nth)) & 0x1F
 
 
-def spike_of(word: Int[Array, "..."], nth: int) -> tuple[Int[Array, "..."], Float[Array, "..."]]:
+def spike_of(word: Array, nth: int | Array) -> tuple[Array, Array]:
     """The place in its group of one of a word's two spikes, and its value."""
     value = ((word >> (6 - 6 * nth)) & 0x3F) - 32
     return (word >> (18 - 6 * nth)) & 0x3F, _unit(word) * value.astype(jnp.float32)

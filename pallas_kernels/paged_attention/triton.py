@@ -10,9 +10,8 @@ A key tile is a number of tokens, whatever the page size: each token's address c
 and the ids of the next tile are fetched while this one is worked on.
 
 Codes of a byte are read as words of four, sixteen bytes at a time: the numbers 0, 4, 8... of a row, which are
-the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next. Of four bits a word has
-eight, and the parts of a row are eight runs of it. They become numbers before they are multiplied; the spikes
-of keys make products of their own, with queries as they came.
+the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next. Words of eight
+become a tile of numbers before it is multiplied, and the spikes of keys another, for queries as they came.
 """
 
 from collections.abc import Callable
@@ -89,8 +88,8 @@ def paged_attention(
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words = int4.CODES if is_int4(k_pages.dtype) else 1
-    if words == 1 and k_scales is not None:
+    words = 1
+    if k_scales is not None and not is_int4(k_pages.dtype):
         # So many codes Pallas does not address one by one: see `as_words`.
         words = WORD if 2**31 < k_pages.size <= 2**32 else tuning.codes_a_word
     view = as_words if words > 1 else as_float8
@@ -174,7 +173,7 @@ def _visit(
     ]
     kernel = partial(
         _attend,
-        rows=_rows(q, kv_heads, words, tuning, runs=codes is not None and is_int4(codes)),
+        rows=_rows(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
         codes=codes,
         key_tile=tuning.key_tile,
         scale=scale,
@@ -201,8 +200,8 @@ def _visit(
 class _Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
-    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...`, or with
-    `runs` the `n`-th of so many runs.
+    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...` Against codes
+    of four bits it is one part: of all words the first number, then of all the second.
     """
 
     def __init__(
@@ -215,7 +214,7 @@ class _Rows:
         size: int,
         words: int,
         head_dim: int,
-        runs: bool = False,
+        four_bits: bool = False,
     ):
         self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
         self.in_tile = self.row < size * group
@@ -224,15 +223,23 @@ class _Rows:
         self.token = first_row + self.offset
         self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
         self.q_head = head * group + self.in_group
+        self.head_dim, self.groups = head_dim, int4.num_groups(head_dim)
+        if four_bits:
+            run = head_dim // int4.CODES
+            self.word = lax.iota(jnp.int32, max(2, next_power_of_two(run)))
+            width = np.int32(self.word.shape[0])
+            number = lax.iota(jnp.int32, int4.CODES * self.word.shape[0])
+            word = lax.rem(number, width)
+            self.dims = [lax.div(number, width) * run + word]
+            self.in_words, self.in_head = (self.word < run)[None, :], (word < run)[None, :]
+            return
         self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
-        self.in_head = (self.word < head_dim // words)[None, :]
-        self.run, self.head_dim = head_dim // words, head_dim
-        first, step = (self.run, 1) if runs else (1, words)
-        self.dims = [self.word * step + first * part if words > 1 else self.word for part in range(words)]
+        self.in_words = self.in_head = (self.word < head_dim // words)[None, :]
+        self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
 
     def nothing_seen(self) -> softmax.Partial:
         """What each row starts from."""
-        m, l, o = softmax.empty(self.row.shape, self.word.shape[0])  # noqa: E741
+        m, l, o = softmax.empty(self.row.shape, self.dims[0].shape[0])  # noqa: E741
         return softmax.Partial(m, l, (o,) * len(self.dims))
 
     def load(self, q):
@@ -341,13 +348,14 @@ def _attend(
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
-        real = mine.in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
+        real = mine.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
         zero = jnp.zeros((), k_ref.dtype)
         tiles = [plgpu.load(ref.at[at], mask=real, other=zero) for ref in (k_ref, v_ref)]
         scales_of_tile = [
-            _load_scales(scales, (layer, ids, head, offsets), places < num_keys) for scales in scale_refs
+            _load_scales(scales, (layer, ids, head, offsets), places < num_keys, mine.groups)
+            for scales in scale_refs
         ]
         if four_bits:
             k, v = (_numbers(*pair, mine) for pair in zip(tiles, scales_of_tile, strict=True))
@@ -397,28 +405,36 @@ def _unpack(tile, codes):
     return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
 
 
-def _load_scales(ref, at, mask):
-    """Of each token of a tile the scale, or its words."""
+def _load_scales(ref, at, mask, groups: int):
+    """Of each token of a tile the scale; or the words of steps, and of spikes, that each code needs."""
     zero = jnp.zeros((), ref.dtype)
     if len(ref.shape) == len(at):
         return plgpu.load(ref.at[at], mask=mask, other=zero)
-    return [plgpu.load(ref.at[*at, word], mask=mask, other=zero) for word in range(ref.shape[-1])]
+    (layer, ids, head, offsets), tokens, pairs = at, mask.shape[0], groups // 2
+    words = []
+    for first in range(0, ref.shape[-1], pairs):
+        word = first + lax.iota(jnp.int32, pairs)[None, :]
+        at = layer, ids[:, None], head, offsets[:, None], word
+        pair = plgpu.load(ref.at[at], mask=mask[:, None] & (word >= 0), other=zero)
+        pair = jnp.broadcast_to(pair[:, :, None], (tokens, pairs, int4.CODES // pairs))
+        words.append(pair.reshape(tokens, int4.CODES, 1))
+    return words
 
 
 def _numbers(tile, words, mine: _Rows):
-    """What four-bit codes stand for, by parts; behind those of keys their spikes, likewise."""
-    parts, spikes, groups = [], [], int4.num_groups(mine.head_dim)
-    for part in range(int4.CODES):
-        group = part * groups // int4.CODES
-        step, zero = int4.step_of(words[group // 2], group % 2)
-        codes = ((tile >> (int4.BITS * part)) & 0xF).astype(jnp.float32)
-        parts.append((codes - 0.5 * zero.astype(jnp.float32)[:, None]) * step[:, None])
-        if len(words) > groups // 2:
-            place, value = int4.spike_of(words[groups // 2 + group // 2], group % 2)
-            own = mine.dims[part] - group * (mine.head_dim // groups)
-            here = (own[None, :] == place[:, None]) & (mine.word < mine.run)[None, :]
-            spikes.append(jnp.where(here, value[:, None], 0.0))
-    return (*parts, *spikes)
+    """What four-bit codes stand for, and behind keys their spikes: tiles as wide as a head."""
+    tokens, (steps, *spikes) = tile.shape[0], words
+    part = lax.iota(jnp.int32, int4.CODES)[None, :, None]
+    group = (part * mine.groups) >> 3
+    codes = ((tile[:, None, :] >> (int4.BITS * part)) & 0xF).astype(jnp.float32)
+    step, zero = int4.step_of(steps, group & 1)
+    numbers = ((codes - 0.5 * zero.astype(jnp.float32)) * step).reshape(tokens, -1)
+    if not spikes:
+        return (numbers,)
+    place, value = int4.spike_of(spikes[0], group & 1)
+    in_group = part * (mine.head_dim // int4.CODES) - group * (mine.head_dim // mine.groups)
+    here = (in_group + mine.word[None, None, :] == place) & mine.in_words[:, None, :]
+    return numbers, jnp.where(here, value, 0.0).reshape(tokens, -1)
 
 
 def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows):
