@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.quantization import is_quantized
+from pallas_kernels.quantization import is_int4, is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -92,6 +92,9 @@ def choose(
     max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes))
     if itemsize == 4 or (codes and row_bytes > 256):
         max_rows = max(16, max_rows // 2)
+    if is_int4(dtype):
+        # Steps, places and spikes of a tile take as many registers as its numbers.
+        max_rows = max(16, max_rows // 4)
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
     rows = next_power_of_two(query_tile * group)
@@ -114,7 +117,13 @@ def choose(
     if codes:
         key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
     num_stages, codes_a_word = (6 if codes else 4), 4
-    if not 90 <= int(device.arch[3:]) < 120:
+    small = not 90 <= int(device.arch[3:]) < 120
+    if is_int4(dtype):
+        # A tile of K is sixteen bytes for each thread.
+        num_warps = 4 if small or row_bytes > 256 else 8
+        key_tile = min(128, max(16, 1024 * num_warps // next_power_of_two(head_dim)))
+        return Tuning(query_tile, key_tile, num_warps, 8, programs)
+    if small:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
         key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
         if itemsize == 4 and device.arch not in ("sm_80", "sm_87"):
