@@ -49,6 +49,7 @@ from jax.experimental import topologies
 
 import jaxkv
 from benchmarks.hlo import launches, new_buffers
+from jaxkv import policies
 from jaxkv.models import ModelConfig, abstract_model
 from pallas_kernels import use_backend
 
@@ -66,7 +67,7 @@ POOL_BYTES = 4 * 2**30
 MAX_SEQS, ROW_PAGES, CHUNK_TOKENS = 64, 128, 512
 BAR = 0.02
 MIB = 2**20
-KERNELS = ("append_kv", "copy_pages", "move_pages", "paged_attention")
+KERNELS = ("append_kv", "copy_pages", "move_pages", "paged_attention", "attention_mass")
 TARGET = Path(__file__).with_name("h100.textproto")
 
 
@@ -124,6 +125,19 @@ def generate_tidily(cache, seqs, k, q):
     return jax.lax.fori_loop(0, 100, step, (cache, q))
 
 
+def evict(cache, state, seqs):
+    """What a decode loop does before it gives out pages; in a loop, as there."""
+    # Made for as many rows, with another pool.
+    state = replace(state, config=cache.config)
+
+    def step(_, carry):
+        cache, state = carry
+        cache, state, _ = state.policy.evict(cache, state, seqs)
+        return jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))[0], state
+
+    return jax.lax.fori_loop(0, 100, step, (cache, state))
+
+
 def append_and_attend(cache, seqs, k, q, *, layers: int):
     """A decode step with nothing but the cache in it."""
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
@@ -131,6 +145,17 @@ def append_and_attend(cache, seqs, k, q, *, layers: int):
         cache = jaxkv.append(cache, layer, batch, k, k)
         q = jaxkv.attend(cache, layer, batch, q)
     return cache, q
+
+
+def attend_with_mass(cache, seqs, k, q):
+    """A decode step of two layers that also says what attention each place received."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    masses = []
+    for layer in range(2):
+        cache = jaxkv.append(cache, layer, batch, k, k)
+        q, mass = jaxkv.attend(cache, layer, batch, q, return_mass=True)
+        masses.append(mass)
+    return cache, q, jnp.stack(masses)
 
 
 def compact_by_cond(cache):
@@ -220,6 +245,12 @@ def programs() -> list[Program]:
             ("maybe_compact", jaxkv.maybe_compact, ()),
         )
     ]
+    masses = [
+        Program(
+            f"{backend}: decode step with mass", attend_with_mass, lambda: (seqs, *_step()), backend=backend
+        )
+        for backend in ("xla", "triton")
+    ]
     return [
         Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),
         Program(
@@ -236,6 +267,31 @@ def programs() -> list[Program]:
         Program("loop with maybe_compact", generate_tidily, lambda: (seqs, *_step())),
         *triton,
         *codes,
+        *masses,
+        *evictions(),
+    ]
+
+
+def evictions() -> list[Program]:
+    """Each kind of policy, and keys that move to other positions, for floats and for codes."""
+    seqs, rope = _int32(MAX_SEQS), jaxkv.Rope.of(LLAMA_8B.head_dim, LLAMA_8B.rope_theta)
+    kinds = {
+        "sliding window": policies.SlidingWindow(1024, 4, positions="cache", rope=rope),
+        "heavy hitter": policies.HeavyHitter(1024, 512),
+        "heavy hitter, numbered anew": policies.HeavyHitter(1024, 512, positions="cache", rope=rope),
+        "semantic merge": policies.SemanticMerge(1024, 512),
+    }
+    chosen = [(name, backend, None) for name in kinds for backend in ("xla", "triton")]
+    chosen += [(name, "triton", "int8") for name in ("sliding window", "heavy hitter", "semantic merge")]
+    return [
+        Program(
+            f"{backend}: evict, {name}{', int8' if quantization else ''}",
+            evict,
+            lambda name=name, q=quantization: (_state(kinds[name], q), seqs),
+            backend=backend,
+            quantization=quantization,
+        )
+        for name, backend, quantization in chosen
     ]
 
 
@@ -322,6 +378,11 @@ def _cache(pool_bytes: int, quantization: str | None = None) -> jaxkv.KVCache:
     )
     pages = max(ROW_PAGES, pool_bytes // sizes.page_bytes)
     return jax.eval_shape(lambda: jaxkv.init(replace(sizes, num_pages=pages)))
+
+
+def _state(policy: policies.Policy, quantization: str | None) -> jaxkv.PolicyState:
+    """Of a policy for a cache of as many rows."""
+    return jax.eval_shape(lambda: policy.init(_cache(0, quantization).config))
 
 
 def _bytes(tree) -> int:

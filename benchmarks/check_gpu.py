@@ -30,7 +30,7 @@ import pallas_kernels
 from benchmarks.timing import publish
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.launch import launch
-from pallas_kernels.paged_attention.tuning import lacks
+from pallas_kernels.paged_attention.tuning import lacks, lacks_mass
 from pallas_kernels.quantization import is_quantized
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
@@ -45,34 +45,49 @@ def conformance(cases: list[Case]) -> list[dict]:
         arguments = make(case)
         rows = arguments.page_table, arguments.kv_lengths, arguments.query_starts
         pages = arguments.k_pages, arguments.v_pages
-        want = reference.paged_attention(arguments.q, *pages, *rows, layer=case.layer, **arguments.options)
+        q, options = arguments.q, {"layer": case.layer, **arguments.options}
+        want = (
+            *reference.paged_attention(q, *pages, *rows, **options),
+            reference.attention_mass(q, pages[0], *rows, **options),
+        )
+        # What a place received from many queries is a sum, and so is its rounding.
+        tolerances = (
+            TOLERANCE[case.dtype],
+            TOLERANCE["float32"],
+            TOLERANCE["float32"] * max(1.0, want[2].max()),
+        )
         for backend in ("xla", "triton"):
             arrays = jax.block_until_ready(arguments.arrays)
-            if backend == "triton" and (reason := lacks(Device.current(), case.head_dim, *arrays[:2])):
+            if backend == "triton" and (reason := _lacks(*arrays[:2])):
                 print(f"{case.name} is left to the xla backend: no {reason}")
                 continue
-            run = jax.jit(
-                partial(
-                    pallas_kernels.paged_attention,
-                    layer=case.layer,
-                    return_lse=True,
-                    backend=backend,
-                    interpret=backend != "xla" and not HAS_GPU,
-                    **arguments.options,
-                )
-            )
+            where = {"backend": backend, "interpret": backend != "xla" and not HAS_GPU}
+            run = jax.jit(partial(_attention_and_mass, **options, **where))
             compiled = run.lower(*arrays).compile()
             _poison(compiled)
             got = compiled(*arrays)
-            for name, one, other, dtype in zip(
-                ("out", "lse"), got, want, (case.dtype, "float32"), strict=True
+            for name, one, other, tolerance in zip(
+                ("out", "lse", "mass"), got, want, tolerances, strict=True
             ):
-                tolerance = TOLERANCE[dtype]
                 one = np.asarray(one).astype(np.float64)
                 if not np.allclose(one, other, rtol=tolerance, atol=tolerance * case.magnitude):
                     failures.append({"case": case.name, "backend": backend, "what": name})
                     print(f"WRONG: {case.name}, {backend}, {name}", flush=True)
     return failures
+
+
+def _lacks(q, k_pages) -> str | None:
+    device = Device.current()
+    return lacks(device, q.shape[2], q, k_pages) or lacks_mass(device, k_pages, q)
+
+
+def _attention_and_mass(q, k_pages, v_pages, page_table, kv_lengths, query_starts, **options):
+    """`(out, lse, mass)`."""
+    rows = page_table, kv_lengths, query_starts
+    out, lse = pallas_kernels.paged_attention(q, k_pages, v_pages, *rows, return_lse=True, **options)
+    for name in ("v_scales", "sinks", "shared_prefix"):
+        options.pop(name, None)
+    return out, lse, pallas_kernels.attention_mass(q, k_pages, *rows, lse, **options)
 
 
 def write_conformance() -> list[dict]:

@@ -51,7 +51,7 @@ from jax.sharding import AbstractMesh
 import pallas_kernels
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.paged_attention import triton as attention_triton
-from pallas_kernels.paged_attention.tuning import choose, choose_shared, lacks
+from pallas_kernels.paged_attention.tuning import choose, choose_mass, choose_shared, lacks, lacks_mass
 from pallas_kernels.quantization import is_quantized, row_size, scale_dtype, scale_shapes
 from pallas_kernels.sizes import next_power_of_two
 
@@ -150,6 +150,7 @@ def attention(
     tokens: int = 64,
     retuned: Mapping[str, int] = MappingProxyType({}),
     shared: bool = False,
+    mass: bool = False,
     bars: tuple[str, ...] = ("spills", "matrix", "wide loads"),
     **options,
 ) -> Kernel:
@@ -160,7 +161,7 @@ def attention(
     q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
-    def tuned(device, table=choose_shared if shared else choose):
+    def tuned(device, table=choose_shared if shared else choose_mass if mass else choose):
         shape: dict[str, Any] = dict(
             tokens=tokens, group=q_heads // kv_heads, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
         )
@@ -169,15 +170,20 @@ def attention(
     def call(device, *arrays):
         arrays, scales = arrays[:6], _scales_by_name(arrays[6:])
         tuning = {"tuning": tuned(device)}
+        if mass:
+            q, k, _, table, lengths, starts = arrays
+            scales.pop("v_scales", None)
+            arrays = q, k, table, lengths, starts, jnp.zeros(q.shape[:2])
+            return pallas_kernels.attention_mass(*arrays, layer=7, **tuning, **scales, **options)
         if shared:
             tuning = {"tuning": tuned(device, choose), "shared_tuning": tuned(device)}
         return pallas_kernels.paged_attention(*arrays, layer=7, **tuning, **scales, **options)
 
     def wide_loads(device):
-        """Of a tile of K and one of V, by all threads together."""
+        """Of a tile of K and, but for the mass, one of V, by all threads together."""
         tuning, lanes = tuned(device), 64 if device.arch.startswith("gfx9") else 32
         tile = tuning.key_tile * next_power_of_two(pool.shape[-1]) * pool.dtype.itemsize
-        return max(1, 2 * tile // (16 * lanes * tuning.num_warps))
+        return max(1, (1 if mass else 2) * tile // (16 * lanes * tuning.num_warps))
 
     return Kernel(
         name,
@@ -187,9 +193,16 @@ def attention(
         bars=frozenset(bars),
         head_dim=head_dim,
         quantized=is_quantized(dtype),
-        lacks=lambda device: lacks(device, head_dim, pool, q),
+        lacks=lambda device: lacks_mass(device, pool, q) if mass else lacks(device, head_dim, pool, q),
         wide_loads=wide_loads,
     )
+
+
+def mass(name: str, **options) -> Kernel:
+    """A call of `attention_mass`, shaped like one of `attention`: a log-sum more a row, and no V."""
+    whole = attention(name, mass=True, **options)
+    # Log-sums of a tile of queries are few, and copied by fours as the scales of codes are.
+    return replace(whole, of=("attention_mass",), quantized=True)
 
 
 def merge(name: str, **options) -> Kernel:
@@ -308,6 +321,23 @@ def kernels() -> list[Kernel]:
         attention(
             "shared prefix 9/3/64 f16", shared=True, q_heads=9, kv_heads=3, head_dim=64, dtype="float16"
         ),
+        decode("decode, window sink tokens", window=1000, sink_tokens=4),
+        attention("prefill, window sink tokens", tokens=8192, seqs=1, window=1000, sink_tokens=4),
+        mass("mass of decode bf16"),
+        mass("mass of decode f32", dtype="float32"),
+        mass("mass of decode 9/3/64 f16", q_heads=9, kv_heads=3, head_dim=64, dtype="float16"),
+        mass("mass of decode 9/3/64 f32", q_heads=9, kv_heads=3, head_dim=64, dtype="float32"),
+        mass("mass of decode 256 bf16", q_heads=16, head_dim=256),
+        mass("mass of decode int8", dtype="int8", q_dtype="bfloat16"),
+        mass("mass of decode fp8", dtype="uint8", q_dtype="bfloat16"),
+        mass("mass, window sink tokens", window=1000, sink_tokens=4, softcap=30.0),
+        mass("mass of prefill bf16", tokens=512, seqs=1),
+        mass("mass of prefill f32", tokens=512, seqs=1, dtype="float32"),
+        mass("mass of prefill 64 f32", tokens=512, seqs=1, head_dim=64, dtype="float32"),
+        mass("mass of prefill 80 f16", tokens=512, seqs=1, head_dim=80, dtype="float16"),
+        mass("mass of prefill 256 bf16", tokens=512, seqs=1, head_dim=256),
+        mass("mass of prefill int8", tokens=512, seqs=1, dtype="int8", q_dtype="bfloat16"),
+        mass("mass of prefill fp8", tokens=512, seqs=1, dtype="uint8", q_dtype="bfloat16"),
         merge("merge of partial results", seqs=1, tokens=1),
         merge("merge with what is shared"),
         append("append 8/128 bf16", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="bfloat16"),
@@ -345,7 +375,7 @@ def kernels() -> list[Kernel]:
 def wrong_kernels() -> list[Kernel]:
     """Each must miss the one bar it is held to."""
 
-    class Swapped(attention_triton._Rows):
+    class Swapped(attention_triton.Rows):
         """Neighbours of a row trade places: right numbers, two bytes at a time."""
 
         def __init__(self, *arguments, **geometry):
@@ -355,7 +385,7 @@ def wrong_kernels() -> list[Kernel]:
 
     def swapped(honest: Kernel) -> Kernel:
         def call(device, *arrays):
-            with mock.patch.object(attention_triton, "_Rows", Swapped):
+            with mock.patch.object(attention_triton, "Rows", Swapped):
                 return honest.call(device, *arrays)
 
         return replace(honest, call=call)

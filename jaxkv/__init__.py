@@ -11,6 +11,7 @@ from jaxkv.state import PageTable as PageTable
 from jaxkv.state import AllocationStats as AllocationStats
 from jaxkv.state import Batch as Batch
 from jaxkv.state import Status as Status
+from jaxkv.state import PolicyState as PolicyState
 from jaxkv.state import init as init
 from jaxkv.allocate import allocate as allocate
 from jaxkv.pages import free as free
@@ -21,6 +22,9 @@ from jaxkv.pool import gather as gather
 from jaxkv.pool import keys as keys
 from jaxkv.pool import values as values
 from jaxkv.attention import attend as attend
+from jaxkv.rope import Rope as Rope
+from jaxkv.positions import shift_positions as shift_positions
+from jaxkv import policies as policies
 from jaxkv.compact import compact as compact
 from jaxkv.compact import should_compact as should_compact
 from jaxkv.compact import maybe_compact as maybe_compact

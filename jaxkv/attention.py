@@ -1,13 +1,15 @@
 """Attention of this step's tokens over their sequences."""
 
-from typing import Literal, overload
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Literal, overload
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkv.pool import check_batch
 from jaxkv.state import Batch, KVCache
-from pallas_kernels import paged_attention
+from pallas_kernels import attention_mass, paged_attention
 
 
 @overload
@@ -19,10 +21,12 @@ def attend(
     *,
     scale: float | None = ...,
     window: int | None = ...,
+    sink_tokens: int = ...,
     softcap: float | None = ...,
     sinks: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
+    return_mass: Literal[False] = ...,
 ) -> Array: ...
 
 
@@ -35,11 +39,49 @@ def attend(
     *,
     scale: float | None = ...,
     window: int | None = ...,
+    sink_tokens: int = ...,
     softcap: float | None = ...,
     sinks: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
+    return_mass: Literal[False] = ...,
 ) -> tuple[Array, Array]: ...
+
+
+@overload
+def attend(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    q: Float[Array, "tokens q_heads head_dim"],
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    sink_tokens: int = ...,
+    softcap: float | None = ...,
+    sinks: Float[Array, " q_heads"] | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+    return_mass: Literal[True],
+) -> tuple[Array, Array]: ...
+
+
+@overload
+def attend(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    q: Float[Array, "tokens q_heads head_dim"],
+    *,
+    scale: float | None = ...,
+    window: int | None = ...,
+    sink_tokens: int = ...,
+    softcap: float | None = ...,
+    sinks: Float[Array, " q_heads"] | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+    return_mass: Literal[True],
+) -> tuple[Array, Array, Array]: ...
 
 
 def attend(
@@ -50,11 +92,13 @@ def attend(
     *,
     scale: float | None = None,
     window: int | None = None,
+    sink_tokens: int = 0,
     softcap: float | None = None,
     sinks: Float[Array, " q_heads"] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-) -> Array | tuple[Array, Array]:
+    return_mass: bool = False,
+) -> Array | tuple[Array, ...]:
     """Causal attention of each token over its own sequence, up to and with itself.
 
     Neighbours in the batch that begin with the same pages, as forks do, attend to them once, wherever that
@@ -70,18 +114,25 @@ def attend(
       batch: of this step.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
-      window: a token sees itself and the `window - 1` places before it.
+      window: a token sees itself and the `window - 1` places before it; the batch's own, if smaller.
+      sink_tokens: and its sequence's first so many places, which no window hides (StreamingLLM,
+        arXiv:2309.17453); the batch's own, if more. Without a `window` here or there it must be 0.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sinks: a logit for each query head that joins the softmax's denominator.
       backend: "auto", "xla", or "triton" on a GPU.
       return_lse: also return the log-sum-exp of the scores, for merging partial results.
+      return_mass: also return what attention each place received, which is one more pass over K.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype; zeros for padding and refused sequences.
       With `return_lse` also float32 `[tokens, q_heads]`, `-inf` for those.
+      With `return_mass` also float32 `[entries, kv_heads, max_tokens]`: for each entry of the batch, KV head
+      and place of its row, the softmax weights of all queries and query heads of that KV head, summed; zero
+      for places that none of them sees.
 
     Raises:
-      ValueError: for wrong shapes, dtypes or options, at trace time.
+      ValueError: for wrong shapes, dtypes or options, at trace time; for `return_mass` on a backend that has
+        no kernel for it.
       NotImplementedError: for a backend that cannot serve the call.
 
     Example:
@@ -97,22 +148,37 @@ def attend(
     tokens = batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:
         raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
-    return paged_attention(
-        q,
-        cache.pool.k,
-        cache.pool.v,
-        cache.table.pages,
-        batch.kv_lengths,
-        batch.query_starts,
+    if batch.window is not None:
+        window = batch.window if window is None else min(window, batch.window)
+    if window is not None and batch.sink_tokens:
+        sink_tokens = max(sink_tokens, batch.sink_tokens)
+    paged: dict[str, Any] = dict(
         # The row of padding and of a refused entry is never read: they see nothing.
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
-        sinks=sinks,
         k_scales=cache.pool.k_scale,
-        v_scales=cache.pool.v_scale,
-        return_lse=return_lse,
         backend=backend,
     )
+    rows = cache.table.pages, batch.kv_lengths, batch.query_starts
+    with _naming_both_sides(backend) if return_mass else nullcontext():
+        k, v, v_scales = cache.pool.k, cache.pool.v, cache.pool.v_scale
+        out, lse = paged_attention(q, k, v, *rows, sinks=sinks, v_scales=v_scales, return_lse=True, **paged)
+        results = (out, lse) if return_lse else (out,)
+        if return_mass:
+            results += (attention_mass(q, k, *rows, lse, **paged),)
+    return results if len(results) > 1 else out
+
+
+@contextmanager
+def _naming_both_sides(backend: str) -> Iterator[None]:
+    """What a backend lacks for the mass; who asked for it may be a policy, far from here."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ValueError(
+            f"backend={backend!r} cannot serve return_mass, nor policies that need attention mass: {error}"
+        ) from error

@@ -82,6 +82,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_seed, default=0, metavar="N")
     command.add_argument("--num-pages", type=_count, metavar="N", help="pages in the pool (default: enough)")
     command.add_argument(
+        "--policy",
+        metavar="NAME:TOKENS[,...]",
+        help="bound each sequence's memory: sliding-window:1024,sinks=4 or heavy-hitter:512,recent=256, lru, "
+        "semantic-merge, prompt-compress",
+    )
+    command.add_argument(
         "--metrics-port", type=_port, metavar="N", help="serve metrics for Prometheus; 0 is any free port"
     )
     _add_common(command)

@@ -18,7 +18,7 @@ QUANTIZATIONS = {"int8": "int8", "fp8": "uint8", "int4": "int32"}
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 MAX_TOKENS = 2**30
 # Of `AllocationStats`.
-_COUNTER_BYTES = 32
+_COUNTER_BYTES = 40
 # Numbers of a head, beyond which a place in a group of four-bit codes has no room.
 _MOST_INT4 = 512
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxkv.allocate import allocate
 from jaxkv.compact import maybe_compact
-from jaxkv.pages import free
+from jaxkv.pages import free, rows_of
 from jaxkv.sampling import Sampling, sample
-from jaxkv.state import Batch, KVCache, Status
+from jaxkv.state import Batch, KVCache, PolicyState, Status
 
 
 class CausalLM(Protocol):
@@ -22,7 +22,11 @@ class CausalLM(Protocol):
     def __call__(
         self, tokens: Int[Array, " tokens"], cache: KVCache, batch: Batch, *, rows: Array | None = None
     ) -> tuple[Float[Array, "rows vocab"], KVCache]:
-        """Logits of the tokens at `rows` (all when None), and the cache."""
+        """Logits of the tokens at `rows` (all when None), and the cache.
+
+        A model that a policy can be told of takes `return_mass=True` too. Then it also returns what
+        `attend(..., return_mass=True)` gave in each layer, stacked.
+        """
         ...
 
 
@@ -51,6 +55,7 @@ class Decoding:
       step: steps taken.
       peak_unshared: most pages that the sequences would have held at once without sharing.
       logits: those each output token was drawn from, where they are wanted; else None.
+      policy: what the eviction policy remembers, if there is one.
     """
 
     cache: KVCache
@@ -63,6 +68,7 @@ class Decoding:
     step: Int[Array, ""]
     peak_unshared: Int[Array, ""]
     logits: Float[Array, "seqs max_new_tokens vocab"] | None = None
+    policy: PolicyState | None = None
 
 
 def prefill(
@@ -71,8 +77,9 @@ def prefill(
     seqs: Int[Array, " seqs"],
     num_tokens: Int[Array, " seqs"],
     tokens: Int[Array, " tokens"],
-) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"]]:
-    """Runs one ragged chunk of prompts through the model.
+    policy: PolicyState | None = None,
+) -> tuple[Float[Array, "seqs vocab"], KVCache, PolicyState | None, Int[Array, " seqs"]]:
+    """Runs one ragged chunk of prompts through the model; afterwards a policy evicts what is too much.
 
     Args:
       model: the model.
@@ -80,15 +87,30 @@ def prefill(
       seqs: slots; a negative one is padding.
       num_tokens: tokens of each in this chunk.
       tokens: their ids, one sequence after the other, padded at the end.
+      policy: the state of an eviction policy.
 
     Returns:
-      The logits after each sequence's last token of the chunk, the cache, and the statuses of
-      `allocate`.
+      The logits after each sequence's last token of the chunk, the cache, the policy's state, and the
+      statuses of `allocate`.
     """
     cache, batch = allocate(_tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
-    logits, cache = model(tokens, cache, batch, rows=rows)
-    return logits, cache, batch.status
+    logits, cache, policy = _run(model, tokens, cache, batch, policy, rows=rows)
+    if policy is not None:
+        cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(num_tokens > 0, seqs, -1))
+    return logits, cache, policy, batch.status
+
+
+def _run(model: CausalLM, tokens, cache: KVCache, batch: Batch, policy: PolicyState | None, rows=None):
+    """The model, with what a policy lets the tokens see; and the policy is told what they looked at."""
+    if policy is None:
+        return *model(tokens, cache, batch, rows=rows), None
+    batch, mass = policy.policy.view(batch), None
+    if policy.policy.needs_mass:
+        logits, cache, mass = cast(Any, model)(tokens, cache, batch, rows=rows, return_mass=True)
+    else:
+        logits, cache = model(tokens, cache, batch, rows=rows)
+    return logits, cache, policy.policy.observe(policy, cache, batch, mass)
 
 
 def decode(
@@ -103,7 +125,8 @@ def decode(
 
     A sequence that finishes gives its pages back at once. One that finds no free page waits for
     that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room. With
-    `CacheConfig.compact_automatically` a step begins with `maybe_compact`.
+    `CacheConfig.compact_automatically` a step begins with `maybe_compact`. A policy evicts from the sequences
+    that have filled a page, before they are given another.
 
     Args:
       model: the model.
@@ -126,9 +149,22 @@ def decode(
 def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
     running = state.finish == Finish.RUNNING
     seqs = jnp.where(running, state.seqs, -1)
-    cache, batch = allocate(_tidied(state.cache), seqs, jnp.ones_like(seqs))
-    logits, cache = model(state.next_tokens, cache, batch)
-    state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
+    cache, policy = state.cache, state.policy
+    # A policy for prompts has done its work.
+    if policy is not None and policy.policy.observe_last is None:
+        fills_page = rows_of(cache.table.lengths, state.seqs) % cache.config.page_size == 0
+        cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(fills_page, seqs, -1))
+    else:
+        policy = None
+    cache, batch = allocate(_tidied(cache), seqs, jnp.ones_like(seqs))
+    logits, cache, policy = _run(model, state.next_tokens, cache, batch, policy)
+    state = replace(
+        state,
+        cache=cache,
+        step=state.step + 1,
+        peak_unshared=_peak_unshared(state, cache),
+        policy=state.policy if policy is None else policy,
+    )
     return _take(state, logits, running, batch.status, sampling, stop_tokens)
 
 
@@ -187,6 +223,7 @@ def start(
     sampling: Sampling,
     stop_tokens: tuple[int, ...] = (),
     keep_logits: bool = False,
+    policy: PolicyState | None = None,
 ) -> Decoding:
     """The state of a decode loop after prefill, with each sequence's first token drawn.
 
@@ -199,6 +236,7 @@ def start(
       sampling: how tokens are chosen.
       stop_tokens: ids that end a sequence.
       keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
+      policy: the state of an eviction policy, after prefill.
     """
     num_seqs, vocab = logits.shape
     zeros = jnp.zeros(num_seqs, jnp.int32)
@@ -213,6 +251,7 @@ def start(
         step=jnp.zeros((), jnp.int32),
         peak_unshared=jnp.zeros((), jnp.int32),
         logits=jnp.zeros((num_seqs, max_new_tokens, vocab)) if keep_logits else None,
+        policy=policy,
     )
     state = replace(state, peak_unshared=_peak_unshared(state, cache))
     return _take(state, logits, jnp.ones(num_seqs, bool), zeros, sampling, stop_tokens)

@@ -1,10 +1,12 @@
 """Text generation on the paged cache: it drives the parts of `decode.py` for a batch of prompts."""
 
+import inspect
 import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,9 @@ from jaxkv.config import CacheConfig
 from jaxkv.decode import CausalLM, Decoding, Finish, decode, prefill, start
 from jaxkv.fork import fork
 from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
+from jaxkv.policies.base import Policy
 from jaxkv.sampling import GREEDY, Sampling
-from jaxkv.state import KVCache, init
+from jaxkv.state import KVCache, PolicyState, Status, init
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +54,24 @@ class Generation:
         return sum(len(sample) for samples in self.tokens for sample in samples)
 
 
+def _fork_both(cache: KVCache, policy: PolicyState | None, parents: Array, children: Array):
+    cache, status = fork(cache, parents, children)
+    if policy is not None:
+        policy = policy.policy.fork(policy, parents, jnp.where(status == Status.OK, children, -1))
+    return cache, policy, status
+
+
+# Tokens a prefill step.
+PREFILL_CHUNK = 256
+
+
 # `generate` owns the cache it makes, so these may donate it.
-_prefill = jax.jit(prefill, donate_argnames="cache")
-_fork = jax.jit(fork, donate_argnames="cache")
+_prefill = jax.jit(prefill, donate_argnames=("cache", "policy"))
+_fork = jax.jit(_fork_both, donate_argnames=("cache", "policy"))
 _start = jax.jit(
     start,
     static_argnames=("max_new_tokens", "sampling", "stop_tokens", "keep_logits"),
-    donate_argnames="cache",
+    donate_argnames=("cache", "policy"),
 )
 _decode = jax.jit(decode, static_argnames=("sampling", "stop_tokens"), donate_argnames="state")
 
@@ -73,11 +87,12 @@ def generate(
     stop_tokens: Iterable[int] = (),
     key: PRNGKeyArray | None = None,
     share_prefix: bool = True,
-    prefill_chunk: int = 256,
+    prefill_chunk: int = PREFILL_CHUNK,
     block: int = 16,
     keep_logits: bool = False,
     warm_up: bool = False,
     on_tokens: Callable[[Decoding], None] | None = None,
+    policy: Policy | None = None,
 ) -> Generation:
     """Generates text for a ragged batch of prompts.
 
@@ -99,6 +114,8 @@ def generate(
       keep_logits: return the logits of every new token.
       warm_up: compile before the clock starts.
       on_tokens: called on the host with the state after each block, for streaming.
+      policy: what to forget where a sequence outgrows its budget: after each chunk of its prompt, and
+        whenever it has filled a page. Prompts may then be longer than a row of the page table.
 
     Returns:
       A `Generation`.
@@ -113,8 +130,10 @@ def generate(
         prompts = [_token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
     except TypeError:
         raise ValueError("prompts must be a sequence of sequences of token ids") from None
-    shared = _common_pages(prompts, config.page_size) if share_prefix and len(prompts) > 1 else 0
-    _check_fit(config, prompts, num_samples, shared)
+    if policy is not None:
+        check_policy(policy, config, model)
+    last = (policy.observe_last if policy else None) or 1
+    shared = _common_pages(prompts, config.page_size, last) if share_prefix and len(prompts) > 1 else 0
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("prefill_chunk", prefill_chunk),
@@ -122,20 +141,24 @@ def generate(
     ):
         if type(value) is not int or not 1 <= value < 2**30:
             raise ValueError(f"{name}={value!r} must be a positive integer below {2**30}")
+    if policy is not None and policy.observe_last is None:
+        # Where a sequence keeps as much as it may, there must be room for a chunk.
+        prefill_chunk = min(prefill_chunk, config.max_tokens_per_seq - policy.most_kept(config))
+    _check_fit(config, prompts, num_samples, shared, policy, prefill_chunk)
     stop = tuple(sorted(set(_token_ids(stop_tokens, "stop_tokens"))))
 
-    cache = init(config)
+    cache, state = init(config), policy.init(config) if policy else None
     first_slots = np.arange(len(prompts), dtype=np.int32) * num_samples
-    cache, logits, prefill_tokens, prefill_seconds = _run_prompts(
-        model, cache, prompts, first_slots, shared * config.page_size, prefill_chunk, warm_up
+    cache, state, logits, prefill_tokens, prefill_seconds = _run_prompts(
+        model, cache, state, prompts, first_slots, shared * config.page_size, prefill_chunk, warm_up
     )
     slots = jnp.arange(len(prompts) * num_samples, dtype=jnp.int32)
     if num_samples > 1:
         parents = jnp.repeat(jnp.asarray(first_slots), num_samples)
         # Each prompt's own slot is among its children; as padding it stays what it is.
-        cache, status = _fork(cache, parents, jnp.where(slots == parents, -1, slots))
+        cache, state, status = _fork(cache, state, parents, jnp.where(slots == parents, -1, slots))
         raise_for_status(status)
-    state = _start(
+    decoding = _start(
         cache,
         slots,
         jnp.repeat(logits, num_samples, axis=0),
@@ -144,11 +167,26 @@ def generate(
         sampling=sampling,
         stop_tokens=stop,
         keep_logits=keep_logits,
+        policy=state,
     )
-    state, decode_seconds = _run_decode(
-        partial(_decode, model, sampling=sampling, stop_tokens=stop), state, block, warm_up, on_tokens
+    decoding, decode_seconds = _run_decode(
+        partial(_decode, model, sampling=sampling, stop_tokens=stop), decoding, block, warm_up, on_tokens
     )
-    return _result(state, num_samples, prefill_tokens, prefill_seconds, decode_seconds)
+    return _result(decoding, num_samples, prefill_tokens, prefill_seconds, decode_seconds)
+
+
+def check_policy(policy: object, config: CacheConfig, model: CausalLM) -> None:
+    """Raises `ValueError` for a policy that the cache or the model cannot serve, naming both sides."""
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy={policy!r} must be a jaxkv.policies.Policy")
+    policy.check(config)
+    if policy.needs_mass:
+        parameters = inspect.signature(model).parameters.values()
+        if not any(p.name == "return_mass" or p.kind is p.VAR_KEYWORD for p in parameters):
+            raise ValueError(
+                f"{type(policy).__name__} goes by the attention that tokens received, and calling a "
+                f"{type(model).__name__} takes no return_mass"
+            )
 
 
 def _token_ids(tokens: Iterable[int], name: str) -> list[int]:
@@ -163,41 +201,77 @@ def _token_ids(tokens: Iterable[int], name: str) -> list[int]:
     return ids
 
 
-def _run_prompts(model, cache, prompts, slots, shared: int, largest: int, warm_up: bool):
+def _run_prompts(model, cache, policy, prompts, slots, shared: int, largest: int, warm_up: bool):
     """Prefills all prompts; the first `shared` tokens once, in the first slot, and forked from there."""
     num_prompts, seconds = len(prompts), 0.0
-    rest = [prompt[shared:] for prompt in prompts]
-    longest = max(shared, sum(len(prompt) for prompt in rest))
-    size = min(largest, 1 << (longest - 1).bit_length())
-    stages = [([prompts[0][:shared]] + [[]] * (num_prompts - 1))] if shared else []
-    if warm_up:
-        none = jnp.full(num_prompts, -1, jnp.int32)
-        logits, cache, _ = _prefill(model, cache, none, jnp.zeros_like(none), jnp.zeros(size, jnp.int32))
-        jax.block_until_ready(logits)
     last_logits: list = [None] * num_prompts
-    for stage in [*stages, rest]:
-        for num_tokens, tokens, ends in _chunks(stage, size):
+    for stage in _stages(prompts, shared, largest, policy):
+        observer = policy if stage.observed else None
+        if warm_up:
+            none, padding = jnp.full(num_prompts, -1, jnp.int32), jnp.zeros(stage.size, jnp.int32)
+            logits, cache, observer, _ = _prefill(model, cache, none, jnp.zeros_like(none), padding, observer)
+            jax.block_until_ready(logits)
+        for num_tokens, tokens, ends in _chunks(stage.prompts, stage.size, stage.whole):
             began = time.perf_counter()
             seqs = jnp.where(num_tokens > 0, jnp.asarray(slots), -1)
-            logits, cache, status = _prefill(model, cache, seqs, num_tokens, tokens)
+            logits, cache, observer, status = _prefill(model, cache, seqs, num_tokens, tokens, observer)
             raise_for_status(status)
             seconds += time.perf_counter() - began
             for entry in np.flatnonzero(ends):
                 last_logits[entry] = logits[entry]
-        if stage is not rest and num_prompts > 1:
+        policy = observer if stage.observed else policy
+        if stage.forked and num_prompts > 1:
             parents = jnp.full(num_prompts - 1, slots[0], jnp.int32)
-            cache, status = _fork(cache, parents, jnp.asarray(slots[1:]))
+            cache, policy, status = _fork(cache, policy, parents, jnp.asarray(slots[1:]))
             raise_for_status(status)
-    return cache, jnp.stack(last_logits), shared + sum(len(prompt) for prompt in rest), seconds
+    num_tokens = shared + sum(len(prompt) - shared for prompt in prompts)
+    return cache, policy, jnp.stack(last_logits), num_tokens, seconds
 
 
-def _chunks(prompts: list[list[int]], size: int):
+class _Stage(NamedTuple):
+    """A part of each prompt, prefilled in chunks of `size` tokens.
+
+    Attributes:
+      prompts: the parts.
+      size: tokens a chunk.
+      observed: whether the policy takes note and evicts.
+      whole: whether a part must not be cut into chunks.
+      forked: whether it is the first prompt's alone, and the others take it from there.
+    """
+
+    prompts: list[list[int]]
+    size: int
+    observed: bool = True
+    whole: bool = False
+    forked: bool = False
+
+
+def _stages(prompts: list[list[int]], shared: int, largest: int, policy: PolicyState | None) -> list[_Stage]:
+    """What all prompts share, then the rest; last, on its own, the end that a policy asks for."""
+    last = policy.policy.observe_last if policy is not None else None
+    rest = [prompt[shared:] for prompt in prompts]
+    longest = max(shared, sum(len(prompt) for prompt in rest))
+    size = min(largest, 1 << (longest - 1).bit_length())
+    stages = []
+    if shared:
+        first = [prompts[0][:shared]] + [[]] * (len(prompts) - 1)
+        stages.append(_Stage(first, size, observed=last is None, forked=True))
+    if last is None:
+        return [*stages, _Stage(rest, size)]
+    if any(len(prompt) > last for prompt in rest):
+        stages.append(_Stage([prompt[:-last] for prompt in rest], size, observed=False))
+    return [*stages, _Stage([prompt[-last:] for prompt in rest], max(size, last), whole=True)]
+
+
+def _chunks(prompts: list[list[int]], size: int, whole: bool = False):
     """Packs prompts into chunks of `size` tokens: `(num_tokens, tokens, which prompts end here)`."""
     done = [0] * len(prompts)
     while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
         num_tokens, tokens = np.zeros(len(prompts), np.int32), []
         for entry, prompt in enumerate(prompts):
             part = prompt[done[entry] : done[entry] + size - len(tokens)]
+            if whole and len(part) < len(prompt):
+                continue
             num_tokens[entry] = len(part)
             done[entry] += len(part)
             tokens += part
@@ -240,17 +314,25 @@ def _result(state: Decoding, num_samples: int, prefill_tokens, prefill_seconds, 
     )
 
 
-def _common_pages(prompts: list[list[int]], page_size: int) -> int:
-    """Whole pages that all prompts begin with; each keeps a token of its own to compute logits from."""
-    common = min((len(prompt) for prompt in prompts), default=1) - 1
+def _common_pages(prompts: list[list[int]], page_size: int, own: int) -> int:
+    """Whole pages that all prompts begin with; each keeps `own` tokens or more to itself."""
+    common = max(min((len(prompt) for prompt in prompts), default=own) - own, 0)
     for prompt in prompts[1:]:
         pairs = zip(prompt[:common], prompts[0], strict=False)
         common = next((i for i, (mine, first) in enumerate(pairs) if mine != first), min(common, len(prompt)))
     return max(common, 0) // page_size
 
 
-def _check_fit(config: CacheConfig, prompts: list[list[int]], num_samples: int, shared: int) -> None:
+def _check_fit(
+    config: CacheConfig,
+    prompts: list[list[int]],
+    num_samples: int,
+    shared: int,
+    policy: Policy | None,
+    prefill_chunk: int,
+) -> None:
     """Refuses what cannot fit, with the numbers, before anything is computed."""
+    most = policy.most_kept(config) + prefill_chunk if policy and policy.observe_last is None else None
     if not prompts:
         raise ValueError("there are no prompts")
     if type(num_samples) is not int or num_samples < 1:
@@ -258,7 +340,7 @@ def _check_fit(config: CacheConfig, prompts: list[list[int]], num_samples: int, 
     for number, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty")
-        if len(prompt) > config.max_tokens_per_seq:
+        if len(prompt) > config.max_tokens_per_seq and most is None:
             raise SequenceTooLongError(
                 f"prompt {number} has {len(prompt)} tokens; a sequence holds {config.max_tokens_per_seq} "
                 f"({config.max_pages_per_seq} pages of {config.page_size})"
@@ -268,6 +350,8 @@ def _check_fit(config: CacheConfig, prompts: list[list[int]], num_samples: int, 
             f"{len(prompts)} prompts x {num_samples} samples need {len(prompts) * num_samples} slots; "
             f"the cache has max_seqs={config.max_seqs}"
         )
+    if most is not None:
+        prompts, shared = [prompt[:most] for prompt in prompts], min(shared, config.pages_for(most))
     pages = shared + sum(config.pages_for(len(prompt)) - shared for prompt in prompts)
     if pages > config.num_pages:
         raise OutOfPagesError(

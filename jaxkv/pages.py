@@ -119,6 +119,44 @@ def release_pages(table: PageTable, page_ids: Int[Array, " entries"]) -> PageTab
     )
 
 
+def drop_pages(
+    table: PageTable,
+    slot: Int[Array, " entries"],
+    first: Int[Array, " entries"],
+    dropped: Int[Array, " entries"],
+    page_size: int,
+) -> PageTable:
+    """Takes whole pages out of rows; what stands behind them moves up. Lengths follow, positions stay.
+
+        drop 2 from column 1     [s s s s][a b c d][e f g h][i j . .]   ->   [s s s s][i j . .]
+
+    Args:
+      table: the page table.
+      slot: each slot once; one beyond the table for an entry that does nothing.
+      first: column of the first page that goes.
+      dropped: how many go, full ones.
+      page_size: token places a page.
+    """
+    num_pages, most = table.refcounts.shape[0], slot.shape[0] * table.pages.shape[1]
+    max_seqs = table.lengths.shape[0]
+    dropped = jnp.where(slot < max_seqs, dropped, 0)
+
+    def give_back(table: PageTable, entry, place):
+        at = rows_of(slot, entry, max_seqs), rows_of(first, entry) + place
+        return release_pages(table, rows_of(table.pages, at, num_pages))
+
+    def move_up(table: PageTable, entry, place):
+        row, column = rows_of(slot, entry, max_seqs), rows_of(first, entry) + place
+        # Past the end of a row stands `num_pages`, which moves up too.
+        behind = rows_of(table.pages, (row, column + rows_of(dropped, entry)), num_pages)
+        return replace(table, pages=table.pages.at[row, column].set(behind, mode="drop"))
+
+    moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, slot), page_size) - first, 0)
+    table = for_each_page(give_back, table, jnp.cumsum(dropped, dtype=jnp.int32), most)
+    table = for_each_page(move_up, table, jnp.cumsum(moved, dtype=jnp.int32), most)
+    return replace(table, lengths=table.lengths.at[slot].add(-dropped * page_size, mode="drop"))
+
+
 def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: int) -> PageTable:
     """Folds `body(table, entry, place)` over the pages of ragged rows, a chunk of them at a time.
 

@@ -75,7 +75,7 @@ class AllocationStats:
     They are one vector, which a step updates at once; `names()` says in what order.
     """
 
-    counters: Int[Array, " 8"]
+    counters: Int[Array, " 10"]
 
     total_allocations = _counter(0, "Taken off the free stack, copies included.")
     total_deallocations = _counter(1, "Given back to it.")
@@ -85,6 +85,8 @@ class AllocationStats:
     refused_allocations = _counter(5, "Entries of `allocate` that were refused, whatever the reason.")
     compactions = _counter(6, "Calls of `compact`.")
     pages_moved = _counter(7, "Moved by `compact`.")
+    evictions = _counter(8, "Times that a policy dropped tokens of a sequence.")
+    evicted_tokens = _counter(9, "Token places that policies gave up.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -105,6 +107,23 @@ class KVCache:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
+class PolicyState:
+    """What an eviction policy remembers of each sequence.
+
+    Attributes:
+      values: arrays whose first axis is `seqs`; those with four axes are
+        `[seqs, layers, kv_heads, max_tokens]`, a number for each token place.
+      policy: whose state it is.
+      config: of the cache.
+    """
+
+    values: dict[str, Shaped[Array, "seqs ..."]]
+    policy: Any = field(metadata={"static": True})
+    config: CacheConfig = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Where this step's tokens go and what they may see.
 
@@ -120,6 +139,7 @@ class Batch:
       page_ids, offsets: the place of each token; page id `num_pages` for padding.
       num_free: pages free after the call.
       config: of the cache.
+      window, sink_tokens: what a policy lets every token see, whatever the model lets it: see `attend`.
     """
 
     seqs: Int[Array, " seqs"]
@@ -132,6 +152,8 @@ class Batch:
     offsets: Int[Array, " tokens"]
     num_free: Int[Array, ""]
     config: CacheConfig = field(metadata={"static": True})
+    window: int | None = field(default=None, metadata={"static": True})
+    sink_tokens: int = field(default=0, metadata={"static": True})
 
 
 def init(config: CacheConfig) -> KVCache:

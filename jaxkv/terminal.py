@@ -14,9 +14,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from jaxkv.cli import KV_DTYPES
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Decoding, Finish
-from jaxkv.generate import Generation, generate
+from jaxkv.generate import PREFILL_CHUNK, Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
+from jaxkv.policies.base import Policy
+from jaxkv.policies.parse import parse_policy
+from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
 from jaxkv.telemetry import Telemetry
 from pallas_kernels.dispatch import auto_backend
@@ -39,6 +42,9 @@ QUESTIONS = (
 def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
     """`jaxkv generate`."""
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    if options.policy is not None:
+        # Before the weights are read: a mistake is seen at once.
+        parse_policy(options.policy, rope=Rope((1.0,)))
     with _metrics(options.metrics_port) as observe:
         return _generate(options, prompts, sampling, observe)
 
@@ -50,7 +56,8 @@ def _generate(options: argparse.Namespace, prompts: list[str], sampling: Samplin
         ids = [tokenizer.encode_chat([*system, {"role": "user", "content": prompt}]) for prompt in prompts]
     else:
         ids = [tokenizer.encode(prompt) for prompt in prompts]
-    config = fitting_config(loaded, ids, options, options.num_samples, options.num_pages)
+    policy = parse_policy(options.policy, rope=loaded.config.rope) if options.policy is not None else None
+    config = fitting_config(loaded, ids, options, options.num_samples, options.num_pages, policy)
     alone = len(prompts) * options.num_samples == 1
 
     def see(state: Decoding) -> None:
@@ -70,12 +77,15 @@ def _generate(options: argparse.Namespace, prompts: list[str], sampling: Samplin
             block=_STEPS_A_BLOCK,
             warm_up=True,
             on_tokens=see,
+            policy=policy,
         )
     if not alone:
         for prompt, texts in zip(prompts, _texts(tokenizer, result), strict=True):
             for text in texts:
                 print(f"\n> {prompt}\n{text}")
     print(f"\n{_speed(result)}\n{_pages(config, result)}", file=sys.stderr)
+    if policy is not None:
+        print(_evicted(result, str(options.policy)), file=sys.stderr)
     return 0
 
 
@@ -168,15 +178,13 @@ def fitting_config(
     options: argparse.Namespace,
     num_samples: int,
     num_pages: int | None,
+    policy: Policy | None = None,
 ) -> CacheConfig:
     """A pool that holds every sequence at its longest, unless the user says how many pages."""
-    context, size = loaded.config.max_context, options.page_size
-    for number, tokens in enumerate(ids):
-        if len(tokens) > context:
-            raise SequenceTooLongError(
-                f"prompt {number} has {len(tokens)} tokens; {loaded.name} was trained on {context}"
-            )
-    places = [min(len(tokens) + options.max_new_tokens, context) for tokens in ids]
+    size = options.page_size
+    places = [
+        _places(loaded, f"prompt {number}", len(tokens), options, policy) for number, tokens in enumerate(ids)
+    ]
     row = max(-(-n // size) for n in places)
     # Samples of a prompt copy its part-full last page before the one they share is given back.
     spare = len(ids) if num_samples > 1 else 0
@@ -190,6 +198,37 @@ def fitting_config(
         dtype=dtype or loaded.model.embedding[...].dtype,
         quantization=quantization,
     )
+
+
+def _places(
+    loaded: LoadedModel, name: str, num_tokens: int, options: argparse.Namespace, policy: Policy | None
+) -> int:
+    """Token places that a prompt and what it is continued with take at most."""
+    context, new = loaded.config.max_context, options.max_new_tokens
+    bounded = policy is not None and policy.observe_last is None
+    if num_tokens > context and not bounded:
+        raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
+    if policy is None:
+        return min(num_tokens + new, context)
+    config = loaded.config.cache_config(num_pages=1, page_size=options.page_size)
+    if not bounded:
+        return max(num_tokens, policy.capacity(config) + new)
+    most = policy.most_kept(config) + min(num_tokens, PREFILL_CHUNK)
+    positions = policy.most_positions(config)
+    reached = num_tokens + new if positions is None else positions + min(num_tokens, PREFILL_CHUNK)
+    if reached > context:
+        advice = "positions=cache goes on for ever" if positions is None else "keep less"
+        raise SequenceTooLongError(
+            f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}; "
+            f"{loaded.name} was trained on {context}: {advice}"
+        )
+    return max(policy.capacity(config), min(num_tokens + new, most))
+
+
+def _evicted(result: Generation, policy: str) -> str:
+    stats = result.cache.stats
+    times, tokens = int(stats.evictions), int(stats.evicted_tokens)
+    return f"{policy}: gave up {tokens} token places in {times} evictions"
 
 
 def _texts(tokenizer: Tokenizer, result: Generation) -> list[list[str]]:

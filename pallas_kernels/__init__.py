@@ -5,6 +5,7 @@ specification and what a CPU runs, `triton.py` is the kernel in Pallas Triton (C
 """
 
 from pallas_kernels.append_kv import append_kv as append_kv
+from pallas_kernels.attention_mass import attention_mass as attention_mass
 from pallas_kernels.copy_pages import copy_pages as copy_pages
 from pallas_kernels.dispatch import BACKENDS as BACKENDS
 from pallas_kernels.dispatch import use_backend as use_backend

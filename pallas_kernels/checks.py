@@ -5,37 +5,48 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from pallas_kernels.quantization import is_quantized, scale_dtype, scale_shapes
+from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
 
 
 def check_pool(
     k_pages: Array, v_pages: Array, k_scales: Array | None = None, v_scales: Array | None = None
 ) -> None:
     """Pages `[layers, pages, kv_heads, page_size, row]` of one dtype, and scales if these are codes."""
-    if k_pages.ndim != 5:
-        raise ValueError(
-            f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
-        )
-    quantized = is_quantized(k_pages.dtype)
-    if not quantized:
-        check_floating("k_pages", k_pages)
-        if k_pages.dtype.itemsize == 1:
-            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")
-    if not all(k_pages.shape):
-        raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
+    check_keys(k_pages, k_scales)
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
         raise ValueError(
             f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
             f"k_pages {k_pages.dtype}{list(k_pages.shape)}"
         )
-    shapes, dtype = scale_shapes(k_pages.shape, k_pages.dtype) or ((), ()), scale_dtype(k_pages.dtype)
-    for name, scales, shape in zip(("k_scales", "v_scales"), (k_scales, v_scales), shapes, strict=True):
-        if scales is None and quantized:
-            raise ValueError(f"pages of {k_pages.dtype} need {name}")
-        if scales is not None and not quantized:
-            raise ValueError(f"pages of {k_pages.dtype} have no {name}")
-        if scales is not None and (scales.shape != shape or scales.dtype != dtype):
-            raise ValueError(f"{name} must be {dtype}{list(shape)}, not {scales.dtype}{list(scales.shape)}")
+    _check_scales("v_scales", v_scales, v_pages, keys=False)
+
+
+def check_keys(k_pages: Array, k_scales: Array | None) -> None:
+    """The same of K alone."""
+    if k_pages.ndim != 5:
+        raise ValueError(
+            f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
+        )
+    if not is_quantized(k_pages.dtype):
+        check_floating("k_pages", k_pages)
+        if k_pages.dtype.itemsize == 1:
+            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")
+    if not all(k_pages.shape):
+        raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
+    _check_scales("k_scales", k_scales, k_pages, keys=True)
+
+
+def _check_scales(name: str, scales: Array | None, pages: Array, *, keys: bool) -> None:
+    if not is_quantized(pages.dtype):
+        if scales is not None:
+            raise ValueError(f"pages of {pages.dtype} have no {name}")
+        return
+    if scales is None:
+        raise ValueError(f"pages of {pages.dtype} need {name}")
+    of_keys, of_values = scale_shapes(pages.shape, pages.dtype)
+    shape, dtype = of_keys if keys else of_values, scale_dtype(pages.dtype)
+    if scales.shape != shape or scales.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}{list(shape)}, not {scales.dtype}{list(scales.shape)}")
 
 
 def pool_arrays(
@@ -75,3 +86,52 @@ def check_layer(layer: object, num_layers: int) -> None:
         raise ValueError(f"layer={layer!r} must be an integer scalar")
     if not isinstance(layer, Tracer):
         check_layer(int(layer), num_layers)  # type: ignore[call-overload]
+
+
+def check_queries(
+    q: Array,
+    k_pages: Array,
+    page_table: Array,
+    table_rows: Array,
+    kv_lengths: Array,
+    query_starts: Array,
+) -> None:
+    """Queries of ragged sequences, and where these lie."""
+    check_floating("q", q)
+    kv_heads, head_dim = k_pages.shape[2], head_dim_of(k_pages)
+    if q.ndim != 3 or q.shape[2] != head_dim:
+        raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
+    if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
+        raise ValueError(f"q {list(q.shape)} must have tokens, and a multiple of {kv_heads} query heads")
+    if page_table.ndim != 2:
+        raise ValueError(f"page_table must be [rows, pages_per_seq], not {list(page_table.shape)}")
+    if not all(page_table.shape):
+        raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
+    if table_rows.ndim != 1:
+        raise ValueError(f"table_rows must be [seqs], not {list(table_rows.shape)}")
+    seqs = table_rows.shape[0]
+    if seqs == 0:
+        raise ValueError("table_rows must name a sequence")
+    check_integers("page_table", page_table, page_table.shape)
+    check_integers("table_rows", table_rows, (seqs,))
+    check_integers("kv_lengths", kv_lengths, (seqs,))
+    check_integers("query_starts", query_starts, (seqs + 1,))
+
+
+def check_options(scale: float | None, window: int | None, sink_tokens: int, softcap: float | None) -> None:
+    """What attention computes from a product of query and key, and what it lets a token see."""
+    for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < float("inf")):
+            raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
+        # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
+        if name != "window" and value is not None and not 1e-6 <= value <= 1e6:
+            raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
+    if window is not None and not isinstance(window, int):
+        raise ValueError(f"window={window!r} must be an integer")
+    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
+        raise ValueError(f"sink_tokens={sink_tokens!r} must be a Python integer of at least 0 (it is static)")
+    if sink_tokens and window is None:
+        raise ValueError(
+            f"sink_tokens={sink_tokens} are those that a window does not hide: it needs a window"
+        )

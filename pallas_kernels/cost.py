@@ -47,6 +47,23 @@ def paged_attention(
     )
 
 
+def attention_mass(*, tokens: int, q_heads: int, kv_heads: int, max_tokens: int, **shape) -> pl.CostEstimate:
+    """The mass of `tokens` queries: every K and q read once, the mass of `max_tokens` places written.
+
+    Args:
+      tokens, q_heads, kv_heads: of the arguments.
+      max_tokens: of the result, in all sequences.
+      shape: the other arguments of `paged_attention`.
+    """
+    whole = paged_attention(tokens=tokens, q_heads=q_heads, kv_heads=kv_heads, **shape)
+    mass_bytes = 4 * (max_tokens * kv_heads + tokens * q_heads)
+    return pl.CostEstimate(
+        flops=whole.flops // 2,
+        transcendentals=whole.transcendentals,
+        bytes_accessed=whole.bytes_accessed // 2 + mass_bytes,
+    )
+
+
 def append_kv(
     *, tokens: int, kv_heads: int, head_dim: int, dtype: DTypeLike, pool_dtype: DTypeLike
 ) -> pl.CostEstimate:

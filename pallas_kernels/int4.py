@@ -86,15 +86,14 @@ def dequantize(
     words: Int[Array, "*rows words"], scales: Int[Array, "*rows scale_words"]
 ) -> Float[Array, "*rows head_dim"]:
     """The numbers that a row stands for, float32."""
-    rotated, spikes = dequantize_rotated(words, scales)
-    values = rotate_queries(rotated)
-    return values if spikes is None else values + spikes
+    rotated, *spikes = dequantize_rotated(words, scales)
+    return sum(spikes, start=rotate_queries(rotated))
 
 
 def dequantize_rotated(
     words: Int[Array, "*rows words"], scales: Int[Array, "*rows scale_words"]
-) -> tuple[Float[Array, "*rows head_dim"], Float[Array, "*rows head_dim"] | None]:
-    """The same as it lies: the rotated rest, and the spikes of keys, which are not rotated."""
+) -> tuple[Float[Array, "*rows head_dim"], ...]:
+    """The same as it lies: the rotated rest and, of keys, the spikes, which are not rotated."""
     head_dim = CODES * words.shape[-1]
     pairs = num_groups(head_dim) // 2
     shifts = BITS * jnp.arange(CODES, dtype=jnp.int32)[:, None]
@@ -103,7 +102,7 @@ def dequantize_rotated(
     rotated = (codes.astype(jnp.float32) - 0.5 * zero[..., None].astype(jnp.float32)) * step[..., None]
     rotated = rotated.reshape(*words.shape[:-1], head_dim)
     if scales.shape[-1] == pairs:
-        return rotated, None
+        return (rotated,)
     place, value = _of_both(spike_of, scales[..., pairs:])
     here = place[..., None] == jnp.arange(codes.shape[-1], dtype=jnp.int32)
     return rotated, jnp.where(here, value[..., None], 0.0).reshape(rotated.shape)

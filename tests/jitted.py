@@ -7,7 +7,10 @@ import jaxkv
 init = jax.jit(jaxkv.init, static_argnums=0)
 allocate = jax.jit(jaxkv.allocate, static_argnames="total_tokens")
 append = jax.jit(jaxkv.append)
-attend = jax.jit(jaxkv.attend, static_argnames=("scale", "window", "softcap", "backend", "return_lse"))
+attend = jax.jit(
+    jaxkv.attend,
+    static_argnames=("scale", "window", "sink_tokens", "softcap", "backend", "return_lse", "return_mass"),
+)
 gather = jax.jit(jaxkv.gather)
 fork = jax.jit(jaxkv.fork)
 free = jax.jit(jaxkv.free)

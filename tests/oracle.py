@@ -180,6 +180,45 @@ class Oracle:
     def free(self, seqs):
         self.truncate(seqs, [0] * len(seqs))
 
+    # bounded memory ------------------------------------------------------------------------
+
+    def drop_pages(self, slot, first, dropped):
+        """Whole pages, from a column on."""
+        used, sequence, page_size = self.num_used, self.sequences[slot], self.config.page_size
+        gone = slice(first * page_size, (first + dropped) * page_size)
+        sequence.tokens = np.delete(sequence.tokens, gone, axis=0)
+        del sequence.pages[first : first + dropped]
+        self.stats["total_deallocations"] += used - self.num_used
+        self.count_eviction(dropped * page_size)
+
+    def count_eviction(self, tokens):
+        self.stats["evictions"] += tokens > 0
+        self.stats["evicted_tokens"] += tokens
+
+    def own_pages(self, wanted: dict[int, tuple[int, int]]) -> list[int]:
+        """Pages of its own for each slot, from a column to a length; returns the slots that got them.
+
+        Its own pages stay where they are, those beyond the length fill holes, then come fresh ones."""
+        owners, used, free, granted, handed_out = self.owners(), self.num_used, self.num_free, [], 0
+        starved = False
+        for slot, (first, length) in wanted.items():
+            pages, end = self.sequences[slot].pages, -(-length // self.config.page_size)
+            spares = [page for page in pages[max(first, end) :] if owners[page] == 1]
+            holes = sum(owners[page] > 1 for page in pages[first:end])
+            need = max(holes - len(spares), 0)
+            if need and (starved or need > free):
+                starved = True
+                continue
+            free, handed_out = free - need, handed_out + need
+            spares = iter([*spares, *(self.new_page() for _ in range(need))])
+            kept = [page if owners[page] == 1 else next(spares) for page in pages[first:end]]
+            self.sequences[slot].pages = pages[:first] + kept
+            granted.append(slot)
+        self.stats["total_allocations"] += handed_out
+        self.stats["total_deallocations"] += used + handed_out - self.num_used
+        self.stats["peak_pages"] = max(self.stats["peak_pages"], used + handed_out)
+        return granted
+
     def compact(self, num_moved):
         self.stats["compactions"] += 1
         self.stats["pages_moved"] += int(num_moved)

@@ -26,6 +26,7 @@ OPTIONS = {
     "plain": {},
     "scale": {"scale": 0.25},
     "window": {"window": 7},
+    "sink tokens": {"window": 7, "sink_tokens": 5},
     "softcap": {"softcap": 1.5},
     "all": {"window": 20, "softcap": 3.0, "scale": 0.2},
 }
@@ -229,6 +230,9 @@ def mistakes(cache, batch):
         "layer=2": lambda: attend(cache, 2, batch, q),
         "window=0": lambda: attend(cache, 0, batch, q, window=0),
         "window=1.5": lambda: attend(cache, 0, batch, q, window=1.5),
+        "sink_tokens=-1": lambda: attend(cache, 0, batch, q, window=4, sink_tokens=-1),
+        "sink_tokens=1.5": lambda: attend(cache, 0, batch, q, window=4, sink_tokens=1.5),
+        "sink_tokens=2 .* needs a window": lambda: attend(cache, 0, batch, q, sink_tokens=2),
         "softcap=-1": lambda: attend(cache, 0, batch, q, softcap=-1),
         "scale=1000000000.0 must lie": lambda: attend(cache, 0, batch, q, scale=1e9),
         "q_heads=4": lambda: attend(cache, 0, batch, q, sinks=jnp.zeros(2)),
@@ -334,3 +338,74 @@ def noting(found, find):
         return prefix
 
     return call
+
+
+def test_the_smaller_window_holds_and_the_more_sink_tokens(monkeypatch):
+    """Of what a policy wrote in the batch, and what the model asks for."""
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    q, held = jnp.zeros((1, 4, 4)), []
+
+    def paged_attention(q, *_, window, sink_tokens, **others):
+        held.append((window, sink_tokens))
+        return q, q[..., 0]
+
+    monkeypatch.setattr(sys.modules["jaxkv.attention"], "paged_attention", paged_attention)
+    for batchs, models, both in [
+        ((5, 2), (None, 0), (5, 2)),
+        ((5, 2), (9, 4), (5, 4)),
+        ((9, 8), (5, 0), (5, 8)),
+        ((None, 3), (6, 1), (6, 3)),
+        ((None, 3), (None, 0), (None, 0)),
+        ((6, 0), (None, 2), (6, 2)),
+    ]:
+        limited = replace(batch, window=batchs[0], sink_tokens=batchs[1])
+        jaxkv.attend(cache, 0, limited, q, window=models[0], sink_tokens=models[1])
+        assert held.pop() == both
+
+
+def test_a_batch_with_a_window_is_one_of_another_program():
+    """Static, so that what lies outside of it is not visited at all."""
+    cache, _ = filled(replace(SMALL, num_pages=12, max_pages_per_seq=8), (20,))
+    cache, batch = jitted.allocate(cache, ints(0), ints(1))
+    k, v, q = random_step(SMALL, 1, 4, 0)
+    cache = jitted.append(cache, 0, batch, k, v)
+    limited = replace(batch, window=5, sink_tokens=2)
+    want = jitted.attend(cache, 0, batch, q, window=5, sink_tokens=2)
+    np.testing.assert_array_equal(jitted.attend(cache, 0, limited, q), want)
+    assert np.abs(jitted.attend(cache, 0, batch, q) - want).max() > 0.01
+
+
+@pytest.mark.parametrize("sinks", [False, True], ids=["no sinks", "sinks"])
+@pytest.mark.parametrize("options", ["plain", "sink tokens"])
+def test_mass_is_what_each_place_received(options, sinks):
+    """By entry, whatever the slots; of padding and a refused entry it is zero."""
+    cache, written = filled(replace(SMALL, num_pages=12, max_pages_per_seq=6), (9, 4))
+    seqs, counts = ints(1, -1, 0, 3), ints(3, 2, 1, 30)
+    cache, batch = jitted.allocate(cache, seqs, counts, total_tokens=8)
+    k, v, q = random_step(SMALL, 8, 4, 0)
+    cache = jitted.append(cache, 1, batch, k, v)
+    options = OPTIONS[options] | ({"sinks": normal(4)} if sinks else {})
+    ask = jax.jit(lambda cache, batch, q: jaxkv.attend(cache, 1, batch, q, return_mass=True, **options))
+    out, mass = ask(cache, batch, q)
+    assert mass.shape == (4, 2, 24)
+    assert np.isfinite(out).all()
+    want, before = np.zeros(mass.shape), written[1][0]
+    for entry, rows, keys in ((0, slice(0, 3), before[9:]), (2, slice(5, 6), before[:9])):
+        keys = np.concatenate([keys, k[rows]])
+        weights, _ = reference.softmax(float64(q[rows]), float64(keys), **options)
+        want[entry, :, : len(keys)] = weights.reshape(len(weights), 2, 2, -1).sum(axis=(0, 2))
+    np.testing.assert_allclose(mass, want, rtol=1e-5, atol=1e-6)
+
+
+def test_mass_comes_after_lse():
+    cache, batch = jitted.allocate(poisoned_init(SMALL), ints(0), ints(3), total_tokens=3)
+    k, v, q = random_step(SMALL, 3, 4, 0)
+    cache = jitted.append(cache, 0, batch, k, v)
+    out, lse, mass = jitted.attend(cache, 0, batch, q, return_lse=True, return_mass=True)
+    assert (out.shape, lse.shape, mass.shape) == ((3, 4, 4), (3, 4), (1, 2, 16))
+
+
+def test_a_backend_without_mass_is_a_value_error_that_names_both():
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    with pytest.raises(ValueError, match=r"'mosaic'.*return_mass.*policies"):
+        jitted.attend(cache, 0, batch, jnp.zeros((1, 4, 4)), backend="mosaic", return_mass=True)

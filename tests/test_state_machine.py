@@ -73,11 +73,11 @@ class Machine(RuleBasedStateMachine):
 
     def __init__(self):
         super().__init__()
-        self.twin = Twin(**self.shape)
+        self.twin = self.begin()
         twin, config = self.twin, self.twin.config
         slots = st.integers(0, config.max_seqs - 1)
         odd_slots = st.sampled_from([-1, -7, config.max_seqs, config.max_seqs + 3, LARGEST])
-        slot = st.one_of(slots, slots, slots, odd_slots)
+        self.slot = slot = st.one_of(slots, slots, slots, odd_slots)
         odd_counts = st.sampled_from([0, -1, LARGEST, twin.total_tokens, config.page_size])
         count = st.one_of(st.integers(1, 3), st.integers(1, twin.total_tokens), odd_counts)
         odd_lengths = st.sampled_from([0, -1, LARGEST, config.page_size])
@@ -88,6 +88,9 @@ class Machine(RuleBasedStateMachine):
         self.forks = entries(twin, st.tuples(slot, slot))
         self.cuts = entries(twin, st.tuples(slot, length))
         self.near_cuts = entries(twin, st.tuples(slots, st.integers(1, config.page_size + 1)))
+
+    def begin(self) -> Twin:
+        return Twin(**self.shape)
 
     @rule(data=st.data())
     def extend(self, data):
@@ -170,13 +173,14 @@ def columns(rows):
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def machine(name, shape):
-    case = type("Machine", (Machine,), {"shape": shape}).TestCase
+def machine(name, shape, kind=Machine, examples=EXAMPLES, **options):
+    case = type("Machine", (kind,), {"shape": shape}).TestCase
     case.settings = settings(
-        max_examples=-(-EXAMPLES // len(SHAPES)),
+        max_examples=-(-examples // len(SHAPES)),
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
+        **options,
     )
     case.__name__ = case.__qualname__ = "Test" + "".join(c for c in name.title() if c.isalnum())
     return case

@@ -109,6 +109,7 @@ class Twin:
         self.config, self.entries, self.total_tokens = config, entries, total_tokens
         self.q_heads = q_heads or 2 * config.num_kv_heads
         self.cache, self.oracle = poisoned_init(config), Oracle(config)
+        self.options = {}  # of every `attend` in `extend`
         self.random = np.random.default_rng(0)
         self.sinks = self.random.normal(size=self.q_heads).astype(np.float32)
 
@@ -254,7 +255,8 @@ class Twin:
         for row, (slot, place, _) in want.rows.items():
             for layer in range(self.config.num_layers):
                 one = _float64(q[layer, row : row + 1])
-                expected[layer, row], expected_lse[layer, row] = self.oracle.attend(layer, slot, one, place)
+                seen = self.oracle.attend(layer, slot, one, place, **self.options)
+                expected[layer, row], expected_lse[layer, row] = seen
         self._close(out, expected)
         self._close(lse, expected_lse)
 

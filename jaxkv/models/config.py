@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv.config import CacheConfig
-from jaxkv.models.rope import LinearScaling, Llama3Scaling, RopePairing, RopeScaling, check_scaling
+from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")
 
@@ -41,7 +41,7 @@ class ModelConfig:
       intermediate_size: width of the MLP, in features.
       rms_norm_eps: added to the mean square before its root.
       rope_theta: the base of the rotary frequencies.
-      rope_pairing: which features turn together; see `jaxkv.models.rope.rotate`.
+      rope_pairing: which features turn together; see `jaxkv.rope.rotate`.
       rope_scaling: how the frequencies were stretched, or None.
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
       tied_embeddings: whether the output projection is the embedding table.
@@ -99,6 +99,11 @@ class ModelConfig:
     def kv_features(self) -> int:
         """Features of all key heads together, and as many of all value heads."""
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def rope(self) -> Rope:
+        """How keys are turned to their positions."""
+        return Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
 
     def cache_config(self, **options: Any) -> CacheConfig:
         """A `jaxkv.CacheConfig` for this model; `options` are its other arguments.

@@ -9,6 +9,7 @@ model's dtype; vectors (norms, biases), the residual stream and the logits are f
 """
 
 from collections.abc import Callable
+from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,8 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxkv.attention import attend
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.rope import inverse_frequencies, rotate
 from jaxkv.pool import append
+from jaxkv.rope import inverse_frequencies, rotate
 from jaxkv.state import Batch, KVCache
 
 ParameterSource = Callable[[str, tuple[int, ...]], jax.Array]
@@ -123,6 +124,30 @@ class Llama(nnx.Module):
         self.final_norm = nnx.Param(parameter("final_norm", (config.hidden_size,)))
         self.unembedding = None if config.tied_embeddings else nnx.Param(parameter("unembedding", table))
 
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Array, " tokens"],
+        cache: KVCache,
+        batch: Batch,
+        *,
+        rows: Int[Array, " rows"] | None = ...,
+        return_mass: Literal[False] = ...,
+    ) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache]: ...
+
+    @overload
+    def __call__(
+        self,
+        tokens: Int[Array, " tokens"],
+        cache: KVCache,
+        batch: Batch,
+        *,
+        rows: Int[Array, " rows"] | None = ...,
+        return_mass: Literal[True],
+    ) -> tuple[
+        Float[Array, "rows_or_tokens vocab"], KVCache, Float[Array, "layers _ kv_heads max_tokens"]
+    ]: ...
+
     def __call__(
         self,
         tokens: Int[Array, " tokens"],
@@ -130,7 +155,11 @@ class Llama(nnx.Module):
         batch: Batch,
         *,
         rows: Int[Array, " rows"] | None = None,
-    ) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache]:
+        return_mass: bool = False,
+    ) -> (
+        tuple[Float[Array, "rows_or_tokens vocab"], KVCache]
+        | tuple[Float[Array, "rows_or_tokens vocab"], KVCache, Float[Array, "layers _ kv_heads max_tokens"]]
+    ):
         """Runs the tokens that `allocate` made room for, and writes their K and V.
 
         Args:
@@ -140,16 +169,24 @@ class Llama(nnx.Module):
           batch: where the tokens go, as `allocate` returned it.
           rows: int32 `[rows]`, the places in `tokens` to compute logits for, or None for all. A
               prefill needs only each sequence's last.
+          return_mass: also return the attention that each place received: see `attend`.
 
         Returns:
-          float32 logits `[rows or tokens, vocab]`, and the cache.
+          float32 logits `[rows or tokens, vocab]`, and the cache; with `return_mass` also float32
+          `[layers, entries, kv_heads, max_tokens]`.
         """
-        x = self.embed(tokens)
+        x, masses = self.embed(tokens), []
         for layer, block in enumerate(self.blocks):
             q, k, v = block.qkv(x, batch.positions)
             cache = append(cache, layer, batch, k, v)
-            x = block.mix(x, attend(cache, layer, batch, q, window=self.config.window))
-        return self.unembed(x if rows is None else x.at[rows].get(mode="clip")), cache
+            if return_mass:
+                attended, mass = attend(cache, layer, batch, q, window=self.config.window, return_mass=True)
+                masses.append(mass)
+            else:
+                attended = attend(cache, layer, batch, q, window=self.config.window)
+            x = block.mix(x, attended)
+        logits = self.unembed(x if rows is None else x.at[rows].get(mode="clip"))
+        return (logits, cache, jnp.stack(masses)) if return_mass else (logits, cache)
 
     def embed(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         """The residual stream's float32 start, one row a token."""

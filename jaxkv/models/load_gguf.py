@@ -10,8 +10,8 @@ from jaxkv.models.config import ModelConfig
 from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.llama import Llama
-from jaxkv.models.rope import FrequencyFactors, LinearScaling, RopeScaling
 from jaxkv.models.weights import Progress, TensorNames, build_model
+from jaxkv.rope import FrequencyFactors, LinearScaling, RopeScaling
 
 # GGUF calls Mistral's architecture "llama" too.
 GGUF_ARCHITECTURES = ("llama", "qwen2")

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import int4
-from pallas_kernels.checks import check_floating, check_integers, check_layer, check_pool
+from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import head_dim_of, is_int4, token_bytes
+from pallas_kernels.quantization import is_int4, token_bytes
 
 
 def paged_attention(
@@ -28,6 +28,7 @@ def paged_attention(
     layer: int | Int[Array, ""] = 0,
     scale: float | None = None,
     window: int | None = None,
+    sink_tokens: int = 0,
     softcap: float | None = None,
     sinks: Float[Array, " q_heads"] | None = None,
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
@@ -56,6 +57,7 @@ def paged_attention(
       layer: Python int or int32 scalar.
       scale: of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` tokens before it.
+      sink_tokens: and a sequence's first so many, which no window hides (StreamingLLM, arXiv:2309.17453).
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
       sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
       k_scales, v_scales: of a pool of codes.
@@ -82,34 +84,28 @@ def paged_attention(
         jnp.asarray(array) for array in (k_pages, v_pages, page_table, kv_lengths, query_starts)
     )
     k_scales, v_scales = (None if scale is None else jnp.asarray(scale) for scale in (k_scales, v_scales))
-    if page_table.ndim == 2 and not all(page_table.shape):
-        raise ValueError(f"page_table {list(page_table.shape)} must not be empty")
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
     check_pool(k_pages, v_pages, k_scales, v_scales)
-    _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks)
+    check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
+    if sinks is not None and sinks.shape != q.shape[1:2]:
+        raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
-    for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < float("inf")):
-            raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
-        # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
-        if name != "window" and value is not None and not 1e-6 <= value <= 1e6:
-            raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
-    if window is not None and not isinstance(window, int):
-        raise ValueError(f"window={window!r} must be an integer")
+    check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    q_dtype, spike_q = q.dtype, None
+    asked, spike_q = q, None
     if is_int4(k_pages.dtype):
         # Its rows lie rotated, but for the spikes of keys.
-        q, spike_q = int4.rotate_queries(q).astype(q.dtype), q
-    arrays = q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
+        asked, spike_q = int4.rotate_queries(q), q
+    arrays = k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
+    max_keys = page_table.shape[1] * k_pages.shape[3]
     options: dict[str, Any] = dict(
         layer=layer,
         scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
         window=None if window is None else min(window, 2**30),
+        sink_tokens=min(sink_tokens, max_keys),
         softcap=softcap,
         sinks=sinks,
         k_scales=k_scales,
@@ -118,7 +114,6 @@ def paged_attention(
         prefixes=None,
     )
     width = token_bytes(k_pages.shape[2], q.shape[2], k_pages.dtype)
-    max_keys = page_table.shape[1] * k_pages.shape[3]
     if shared_prefix is None:
         shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, width)
     if shared_prefix and window is None:
@@ -136,7 +131,7 @@ def paged_attention(
     lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":
-        out, lse = xla.paged_attention(*arrays, **options)
+        out, lse = xla.paged_attention(asked, *arrays, **options)
     else:
         from pallas_kernels.paged_attention import triton
 
@@ -149,6 +144,8 @@ def paged_attention(
             q_dtype=q.dtype,
         )
         out, lse = triton.paged_attention(
+            # Matrix units take 16 bits.
+            asked.astype(q.dtype),
             *arrays,
             **options,
             tuning=tuning or tuning_table.choose(device, **shape),
@@ -156,27 +153,5 @@ def paged_attention(
             interpret=chosen.interpret,
         )
     if spike_q is not None:
-        out = int4.rotate_queries(out).astype(q_dtype)
+        out = int4.rotate_queries(out).astype(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def _check(q, k_pages, page_table, table_rows, kv_lengths, query_starts, sinks) -> None:
-    check_floating("q", q)
-    kv_heads, head_dim = k_pages.shape[2], head_dim_of(k_pages)
-    if q.ndim != 3 or q.shape[2] != head_dim:
-        raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
-    if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:
-        raise ValueError(f"q {list(q.shape)} must have tokens, and a multiple of {kv_heads} query heads")
-    if page_table.ndim != 2:
-        raise ValueError(f"page_table must be [rows, pages_per_seq], not {list(page_table.shape)}")
-    if table_rows.ndim != 1:
-        raise ValueError(f"table_rows must be [seqs], not {list(table_rows.shape)}")
-    seqs = table_rows.shape[0]
-    if seqs == 0:
-        raise ValueError("table_rows must name a sequence")
-    check_integers("page_table", page_table, page_table.shape)
-    check_integers("table_rows", table_rows, (seqs,))
-    check_integers("kv_lengths", kv_lengths, (seqs,))
-    check_integers("query_starts", query_starts, (seqs + 1,))
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")

@@ -7,6 +7,12 @@ All of it follows from the lengths, on the device, so one compiled program serve
                                                          item 2: key tiles 2
     sequence 2, empty                   query tile 2     nothing to see, no item
 
+Behind a window that hides all but a sequence's first tokens, the key tiles of these are visited in the places
+of as many before the window: numbers 3 and 4 stand for the key tiles 0 and 1.
+
+    key tiles        0 1 2 3 4 5 6 7      sink tokens in 0 1, the window in 5 6 7
+    visited                3 4 5 6 7
+
 Where neighbouring sequences begin with the same pages (see `prefixes`), tiles of their queries together
 visit what they share, and each one's own tiles begin behind it.
 """
@@ -108,7 +114,9 @@ def query_tiles(
     )
 
 
-def share(tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None = None) -> Items:
+def share(
+    tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None = None, sink_tokens: int = 0
+) -> Items:
     """Cuts each query tile's key tiles into items, all of about the same size.
 
     The size is the least that makes do with `num_items`: a long sequence among short ones is cut into
@@ -119,9 +127,10 @@ def share(tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None 
       num_items: static, more than `busy`.
       key_tile: tokens a key tile.
       busy: how many of the tiles have anything to see, at most; static. Default: all.
+      sink_tokens: as in `paged_attention`.
     """
     num_tiles = tiles.num_keys.shape[0]
-    first, last = _key_tiles(tiles, key_tile)
+    first, last = _key_tiles(tiles, key_tile, sink_tokens)
     count = jnp.maximum(last - first, 0)
     # sum(ceil(count / size)) <= busy + sum(count) / size <= num_items
     spare = num_items - (num_tiles if busy is None else busy)
@@ -138,16 +147,33 @@ def share(tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None 
     )
 
 
-def whole(tiles: QueryTiles, key_tile: int, *, heaviest_first: bool = False) -> Items:
+def whole(tiles: QueryTiles, key_tile: int, *, heaviest_first: bool = False, sink_tokens: int = 0) -> Items:
     """One item for each query tile, in their order or so that the last to begin is soon done."""
     tile = jnp.arange(tiles.num_keys.shape[0], dtype=jnp.int32)
-    begin, end = _key_tiles(tiles, key_tile)
+    begin, end = _key_tiles(tiles, key_tile, sink_tokens)
     starts = jnp.arange(tiles.num_keys.shape[0] + 1, dtype=jnp.int32)
     if heaviest_first:
         _, tile, begin, end = lax.sort((begin - end, tile, begin, end), num_keys=1)
     return Items(tile, begin, end, starts)
 
 
-def _key_tiles(tiles: QueryTiles, key_tile: int) -> tuple[Array, Array]:
+def _key_tiles(tiles: QueryTiles, key_tile: int, sink_tokens: int) -> tuple[Array, Array]:
     """The first key tile that a query tile visits, and the end of the last."""
-    return tiles.first_key // key_tile, (tiles.num_keys + key_tile - 1) // key_tile
+    first = first_visited(tiles.first_key // key_tile, -(-sink_tokens // key_tile))
+    return first, (tiles.num_keys + key_tile - 1) // key_tile
+
+
+def first_visited(first: Int[Array, "..."], num_sinks: int) -> Int[Array, "..."]:
+    """The first visited key tile, given the window's first and the number of those with sink tokens."""
+    return jnp.maximum(first - num_sinks, 0)
+
+
+def stands_for(visited: Int[Array, ""], first: Int[Array, ""], begin: Int[Array, ""]) -> Int[Array, ""]:
+    """The key tile that a visited one stands for.
+
+    Args:
+      visited: its number.
+      first: the window's first.
+      begin: the first that is visited.
+    """
+    return jnp.where(visited < first, visited - begin, visited)

@@ -30,13 +30,14 @@ from pallas_kernels import cost, int4
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import WORD, as_float8, as_words, is_int4
+from pallas_kernels.quantization import WORD, as_float8, as_words, is_int4, is_quantized
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
 # The softmax counts in powers of two.
-_LOG2E = log2(e)
+LOG2E = log2(e)
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
 
@@ -53,6 +54,7 @@ def paged_attention(
     layer,
     scale,
     window,
+    sink_tokens,
     softcap,
     sinks,
     k_scales,
@@ -81,18 +83,14 @@ def paged_attention(
         num_items = max(num_items, num_tiles + 1)
     split = num_items > num_tiles
     if split:
-        items = schedule.share(tiles, num_items, tuning.key_tile)
+        items = schedule.share(tiles, num_items, tuning.key_tile, sink_tokens=sink_tokens)
     else:
-        items = schedule.whole(tiles, tuning.key_tile, heaviest_first=prompts)
+        items = schedule.whole(tiles, tuning.key_tile, heaviest_first=prompts, sink_tokens=sink_tokens)
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words = 1
-    if k_scales is not None and not is_int4(k_pages.dtype):
-        # So many codes Pallas does not address one by one: see `as_words`.
-        words = WORD if 2**31 < k_pages.size <= 2**32 else tuning.codes_a_word
-    view = as_words if words > 1 else as_float8
+    words, view = how_read(k_pages, tuning)
     arrays = (
         jnp.asarray(layer, jnp.int32).reshape(1),
         page_table,
@@ -108,6 +106,7 @@ def paged_attention(
         codes=None if k_scales is None else k_pages.dtype,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
         cost=cost.paged_attention(
             num_keys=max_keys * num_seqs,
@@ -140,7 +139,7 @@ def paged_attention(
         merged += [items.starts, tile, row, *results]
     return tuple(
         launch(
-            partial(_merge, rows=_rows(q, kv_heads, 1, tuning)),
+            partial(_merge, rows=rows_like(q, kv_heads, 1, tuning)),
             grid=(kv_heads, num_tiles),
             out_shape=_outputs(q),
             name="paged_attention_merge",
@@ -156,13 +155,37 @@ def _outputs(q):
     return jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
 
 
-def _rows(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "_Rows"]:
+def how_read(pages, tuning: Tuning) -> tuple[int, Callable]:
+    """In how many parts a row comes (see `Rows`), and what makes the array to be read of the pool's."""
+    if not is_quantized(pages.dtype) or is_int4(pages.dtype):
+        return 1, as_float8
+    # So many codes Pallas does not address one by one: see `as_words`.
+    words = WORD if 2**31 < pages.size <= 2**32 else tuning.codes_a_word
+    return words, as_words if words > 1 else as_float8
+
+
+def rows_like(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "Rows"]:
+    """Makes `Rows` of first row, number and head."""
     group = q.shape[1] // kv_heads
-    return partial(_Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
+    return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
 
 
 def _visit(
-    arrays, tiles, items, *, words, codes, scale, window, softcap, tuning, split, name, cost, interpret
+    arrays,
+    tiles,
+    items,
+    *,
+    words,
+    codes,
+    scale,
+    window,
+    sink_tokens,
+    softcap,
+    tuning,
+    split,
+    name,
+    cost,
+    interpret,
 ) -> tuple[jax.Array, ...]:
     """One launch: what the rows of the tiles see, whole (`out, lse`) or in parts, by item (`m, l, o`)."""
     q, k = arrays[3:5]
@@ -173,14 +196,14 @@ def _visit(
     ]
     kernel = partial(
         _attend,
-        rows=_rows(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
+        rows=rows_like(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
         codes=codes,
         key_tile=tuning.key_tile,
         scale=scale,
         window=window,
+        sink_tokens=sink_tokens,
         softcap=softcap,
-        # The interpreter's CPU has float32 and nothing like it.
-        precision=lax.Precision.HIGHEST if interpret else tuning.precision(q.dtype, codes or k.dtype),
+        product=product_for(q.dtype, codes or k.dtype, tuning, interpret),
         split=split,
     )
     return tuple(
@@ -197,7 +220,7 @@ def _visit(
     )
 
 
-class _Rows:
+class Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
     What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...` Against codes
@@ -250,10 +273,10 @@ class _Rows:
     def store(self, out, lse, seen: softmax.Partial, sinks):
         """Writes the rows that exist, when they have seen all."""
         sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
-        values, log_sum = softmax.finish(seen, sinks * _LOG2E, exp=jnp.exp2, log=jnp.log2)
+        values, log_sum = softmax.finish(seen, sinks * LOG2E, exp=jnp.exp2, log=jnp.log2)
         for at, part in zip(self._at(out), values, strict=True):
             plgpu.store(at, part.astype(out.dtype), mask=self.exists[:, None] & self.in_head)
-        plgpu.store(lse.at[self.token, self.q_head], log_sum / _LOG2E, mask=self.exists)
+        plgpu.store(lse.at[self.token, self.q_head], log_sum / LOG2E, mask=self.exists)
 
     def load_partial(self, parts, item, row, mask) -> softmax.Partial:
         """What an item's program left of a row, for each of these rows."""
@@ -289,7 +312,7 @@ def _attend(
     first_row_ref,
     num_rows_ref,
     first_place_ref,
-    _,
+    first_key_ref,
     num_keys_ref,
     layer_ref,
     page_table_ref,
@@ -298,13 +321,14 @@ def _attend(
     k_ref,
     v_ref,
     *refs,
-    rows: Callable[..., _Rows],
+    rows: Callable[..., Rows],
     codes,
     key_tile: int,
     scale: float,
     window: int | None,
+    sink_tokens: int,
     softcap: float | None,
-    precision,
+    product: Callable,
     split: bool,
 ):
     scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
@@ -320,8 +344,6 @@ def _attend(
     if four_bits:
         spike_q_ref, *out_refs = out_refs
         q += mine.load(spike_q_ref)
-    # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
-    wide = q_ref.dtype if q_ref.dtype == k_ref.dtype or codes is not None else jnp.float32
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -332,14 +354,11 @@ def _attend(
             page_table_ref.at[table_row, lax.div(places, page_size)], mask=places < num_keys, other=0
         )
 
-    def product(a, b, **transposed):
-        return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
-
     def weigh(p, v):
         return tuple(product(p, part) for part in v)
 
     def weigh_codes(scale, p, v):
-        if wide != jnp.float16:
+        if q_ref.dtype != jnp.float16:
             return weigh(p * scale[None, :], v)
         # The smallest scales would be below what float16 can tell apart.
         most = jnp.maximum(jnp.max(scale), _LEAST_SCALE)
@@ -351,40 +370,42 @@ def _attend(
         real = mine.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
-        zero = jnp.zeros((), k_ref.dtype)
-        tiles = [plgpu.load(ref.at[at], mask=real, other=zero) for ref in (k_ref, v_ref)]
+        k, v = (read_tile(ref.at[at], real, codes) for ref in (k_ref, v_ref))
         scales_of_tile = [
             _load_scales(scales, (layer, ids, head, offsets), places < num_keys, mine.groups)
             for scales in scale_refs
         ]
         if four_bits:
-            k, v = (_numbers(*pair, mine) for pair in zip(tiles, scales_of_tile, strict=True))
-        else:
-            k, v = (_unpack(tile, codes) for tile in tiles)
+            k, v = (_numbers(*pair, mine) for pair in zip((*k, *v), scales_of_tile, strict=True))
         next_ids = page_ids(key + 1)
-        scores = reduce(add, (product(*pair, trans_b=True) for pair in zip(q, k, strict=True)))
-        weigh_tile = weigh
+        scores, weigh_tile = add_up(product, q, k), weigh
         if scale_refs and not four_bits:
             k_scale, v_scale = scales_of_tile
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is not None:
-            scores = (softcap / scale) * _tanh(scores * (scale / softcap))
+            scores = cap(scores, scale, softcap)
         visible = None
         if edge:
-            visible = places[None, :] <= row_place[:, None]
-            if window is not None:
-                visible &= places[None, :] > row_place[:, None] - window
-        seen = softmax.extend(
-            seen, scores, visible, v, scale=scale * _LOG2E, product=weigh_tile, exp=jnp.exp2
-        )
+            visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
+        seen = softmax.extend(seen, scores, visible, v, scale=scale * LOG2E, product=weigh_tile, exp=jnp.exp2)
         return seen, next_ids
 
-    carry = mine.nothing_seen(), page_ids(begin)
+    seen, start = mine.nothing_seen(), begin
+    if sink_tokens:
+        first = lax.div(first_key_ref[tile], np.int32(key_tile))
+        start, instead = (
+            jnp.clip(first, begin, end),
+            schedule.first_visited(first, -(-sink_tokens // key_tile)),
+        )
+        # A loop of its own, in numbers that stand for themselves: a choice between two takes registers.
+        low, high = jnp.maximum(begin - instead, 0), start - instead
+        seen, _ = lax.fori_loop(low, high, partial(visit, edge=True), (seen, page_ids(low)))
+    carry = seen, page_ids(start)
     # In the interior every row sees every token of a tile, and nothing is masked.
-    low, high = begin, jnp.clip((first_place + 1) // key_tile, begin, end)
+    low, high = start, jnp.clip((first_place + 1) // key_tile, start, end)
     if window is not None:
-        low = jnp.clip(-((window - first_place - num_rows) // key_tile), begin, high)
-        carry = lax.fori_loop(begin, low, partial(visit, edge=True), carry)
+        low = jnp.clip(-((window - first_place - num_rows) // key_tile), start, high)
+        carry = lax.fori_loop(start, low, partial(visit, edge=True), carry)
     carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
     if split:
@@ -395,9 +416,32 @@ def _attend(
         mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 
+def product_for(q_dtype, k_dtype, tuning: Tuning, interpret: bool) -> Callable:
+    """The matrix product of queries with keys, and of weights with values."""
+    # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
+    wide = q_dtype if q_dtype == k_dtype or is_quantized(k_dtype) else jnp.float32
+    # The interpreter's CPU has float32 and nothing like it.
+    precision = lax.Precision.HIGHEST if interpret else tuning.precision(q_dtype, k_dtype)
+
+    def product(a, b, **transposed):
+        return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
+
+    return product
+
+
+def add_up(product: Callable, a, b):
+    """The products of rows in parts, `a` with the transpose of `b`."""
+    return reduce(add, (product(*pair, trans_b=True) for pair in zip(a, b, strict=True)))
+
+
+def read_tile(at, mask, codes):
+    """K or V of a tile, by parts: codes, or numbers."""
+    return _unpack(plgpu.load(at, mask=mask, other=jnp.zeros((), at.dtype)), codes)
+
+
 def _unpack(tile, codes):
     """A tile as it was loaded, by parts: a tile of words holds four codes in each."""
-    if tile.dtype != jnp.int32:
+    if tile.dtype != jnp.int32 or is_int4(codes):
         return (tile,)
     if codes == jnp.int8:
         return tuple((tile << (24 - 8 * part)) >> 24 for part in range(WORD))
@@ -421,7 +465,7 @@ def _load_scales(ref, at, mask, groups: int):
     return words
 
 
-def _numbers(tile, words, mine: _Rows):
+def _numbers(tile, words, mine: Rows):
     """What four-bit codes stand for, and behind keys their spikes: tiles as wide as a head."""
     tokens, (steps, *spikes) = tile.shape[0], words
     part = lax.iota(jnp.int32, int4.CODES)[None, :, None]
@@ -468,9 +512,14 @@ def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *re
     mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 
+def cap(scores, scale: float, softcap: float):
+    """Scores before their scale, capped as they are after it."""
+    return (softcap / scale) * _tanh(scores * (scale / softcap))
+
+
 def _tanh(x):
     # Triton's own is a call into the vendor's library; this is one exponential. Near zero, where the
     # difference would lose digits, it is the series.
     square = x * x
     series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
-    return jnp.where(square < 0.04, series, 1.0 - 2.0 / (jnp.exp2((2.0 * _LOG2E) * x) + 1.0))
+    return jnp.where(square < 0.04, series, 1.0 - 2.0 / (jnp.exp2((2.0 * LOG2E) * x) + 1.0))

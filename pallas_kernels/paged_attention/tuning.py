@@ -147,8 +147,30 @@ def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
     return replace(choose(device, seqs=ceil(seqs / 16), **shape), programs=device.multiprocessors)
 
 
+def choose_mass(device: Device, **shape) -> Tuning:
+    """For `attention_mass`, whose inner loop is over queries: a tile of them is fetched ahead.
+
+    Args:
+      device, shape: the arguments of `choose`.
+    """
+    tuning = choose(device, **shape)
+    # K stays in registers meanwhile, in float32 in parts.
+    wide = tuning.precision(shape["q_dtype"], shape["dtype"]) != lax.Precision.DEFAULT
+    return replace(tuning, num_stages=min(2, tuning.num_stages), num_warps=8 if wide else tuning.num_warps)
+
+
 def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
     """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
     return lacks_dtype(device, *arrays)
+
+
+def lacks_mass(device: Device, k_pages: Array | jax.ShapeDtypeStruct, q) -> str | None:
+    """The same for `attention_mass`."""
+    if is_int4(k_pages.dtype):
+        return "four-bit keys for attention_mass"
+    head_dim, wide = k_pages.shape[-1], jnp.float32 in (q.dtype, k_pages.dtype)
+    if device.platform == "rocm" and not device.arch.startswith("gfx9") and wide and head_dim > 64:
+        return f"registers for float32 of head_dim {head_dim} on {device.arch}: 64 is the most"
+    return lacks(device, head_dim, k_pages, q)

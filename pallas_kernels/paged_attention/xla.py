@@ -24,7 +24,8 @@ from jaxtyping import Array, Int
 from pallas_kernels import int4
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.paged_attention import schedule, softmax
-from pallas_kernels.quantization import as_float32, is_int4
+from pallas_kernels.paged_attention.masks import sees
+from pallas_kernels.quantization import as_float32, head_dim_of, is_int4
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -51,6 +52,7 @@ def paged_attention(
     layer,
     scale,
     window,
+    sink_tokens,
     softcap,
     sinks,
     k_scales,
@@ -62,57 +64,51 @@ def paged_attention(
     q_dtype = q.dtype
     tokens, q_heads, head_dim = q.shape
     layer = jnp.asarray(layer, jnp.int32)
-    kv_heads, page_size = k_pages.shape[2:4]
+    kv_heads = k_pages.shape[2]
     group = q_heads // kv_heads
-    keys = KeyTiles.of(page_size, _key_tile(kv_heads * head_dim, k_pages.dtype))
+    keys = KeyTiles.of_pages(k_pages)
     pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
     if spike_q is not None:
-        q = jnp.concatenate([q, spike_q], axis=-1)
+        q = jnp.concatenate([q, spike_q.astype(q.dtype)], axis=-1)
     q = q.astype(jnp.float32) * scale
 
-    def visit_tiles(work: _Work, seen: softmax.Partial) -> softmax.Partial:
+    def visit_tiles(work: Work, seen: softmax.Partial) -> softmax.Partial:
         """Lets the rows of every tile see its keys."""
-        queries = _pack(q, work, kv_heads)
+        queries = pack(q, work, kv_heads)
 
         def visit_tile(tile, done):
             page_row, num_keys = page_table[work.table_row[tile]], work.num_keys[tile]
-            row_places, q_tile = jnp.repeat(work.places[tile], group), _at(queries, tile)
+            row_places, q_tile = jnp.repeat(work.places[tile], group), at(queries, tile)
 
             def visit(key_tile, seen):
-                where = keys.locate(page_row, key_tile, num_keys)
+                where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
                 k, v, *scales = keys.read(pool, layer, where)
-                places = keys.places(where)
-                visible = (places >= 0) & (places <= row_places[:, None])
-                if window is not None:
-                    visible &= places > row_places[:, None] - window
-                scores, weigh = _scores(q_tile, k, visible), _weigh
-                if scales:
-                    k_scale, v_scale = (scale.swapaxes(1, 2) for scale in scales)  # [kv_heads, 1, size]
-                    scores, weigh = scores * k_scale, lambda p, v: _weigh(p * v_scale, v)
-                if softcap is not None:
-                    scores = softcap * jnp.tanh(scores / softcap)
+                k_scale, v_scale = scales or (None, None)
+                visible = see(row_places, keys.places(where), window=window, sink_tokens=sink_tokens)
+                scores = score(q_tile, k, k_scale, visible, softcap=softcap)
+                weigh = _weigh if v_scale is None else lambda p, v: _weigh(p * v_scale.swapaxes(1, 2), v)
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
-            first, own = work.first_key_tile[tile], jax.tree.map(lambda part: _at(part, tile), seen)
+            first, own = work.first_key_tile[tile], jax.tree.map(lambda part: at(part, tile), seen)
             own = jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
             return jax.tree.map(lambda whole, part: whole.at[tile].set(part), done, own)
 
         return jax.lax.fori_loop(0, work.num_keys.shape[0], visit_tile, seen)
 
-    def nothing_seen(work: _Work) -> softmax.Partial:
+    def nothing_seen(work: Work) -> softmax.Partial:
         num_tiles, size = work.places.shape
         return softmax.empty((num_tiles, kv_heads, size * group), head_dim)
 
     lengths = kv_lengths, query_starts, table_rows
-    size = min(_QUERY_TILE, next_power_of_two(-(-tokens // kv_lengths.shape[0])))
+    size = query_tile(tokens, kv_lengths.shape[0])
     if prefixes is None:
-        work = _plan(tokens, size, *lengths, keys, window=window)
+        work = plan(tokens, size, *lengths, keys, window=window, sink_tokens=sink_tokens)
         seen = nothing_seen(work)
     else:
         shared = prefixes(unit=keys.unit)
-        work = _plan(tokens, size, *lengths, keys, skipped=shared.skipped)
+        work = plan(tokens, size, *lengths, keys, skipped=shared.skipped)
         runs = shared.lengths, shared.query_starts, shared.table_rows
-        shared_work = _plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, causal=False)
+        shared_work = plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, causal=False)
 
         def visit_shared():
             seen = visit_tiles(shared_work, nothing_seen(shared_work))
@@ -120,7 +116,7 @@ def paged_attention(
                 _unpack(part, shared_work.rows, group)
                 for part in (seen.m[..., None], seen.l[..., None], seen.o)
             )
-            m, l, o = (_pack(part, work, kv_heads) for part in by_token)  # noqa: E741
+            m, l, o = (pack(part, work, kv_heads) for part in by_token)  # noqa: E741
             # Rows of nobody lie among a run's; they see nothing.
             asks = jnp.repeat(work.places >= 0, group, axis=1)[:, None]
             seen = softmax.Partial(m[..., 0], l[..., 0], o)
@@ -139,7 +135,20 @@ def _where_rows(mask, one, other):
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (one.ndim - mask.ndim)), one, other)
 
 
-def _scores(q_tile, k, visible):
+def see(row_places, places, *, window: int | None, sink_tokens: int):
+    """Which places `[rows, size]` each row sees. A place of -1 is nobody's, and a row there sees nothing."""
+    return (places >= 0) & sees(row_places[:, None], places, window=window, sink_tokens=sink_tokens)
+
+
+def score(q_tile, k, k_scale, visible, *, softcap: float | None):
+    """Scores `[kv_heads, rows, size]` of a tile that `KeyTiles.read` gave; those not visible mean nothing."""
+    scores = _products(q_tile, k, visible)
+    if k_scale is not None:
+        scores = scores * k_scale.swapaxes(1, 2)
+    return scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+
+
+def _products(q_tile, k, visible):
     """`[kv_heads, rows, size]`, zero where a key is not visible."""
     if q_tile.shape[1] > _FEW_ROWS:
         return jnp.where(visible, jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), 0.0)
@@ -161,11 +170,17 @@ def _key_tile(width: int, dtype) -> int:
     return _KEY_TILE // 2 if halved else _KEY_TILE
 
 
-def _at(array, index):
+def query_tile(tokens: int, num_seqs: int) -> int:
+    """Tokens of a query tile."""
+    return min(_QUERY_TILE, next_power_of_two(-(-tokens // num_seqs)))
+
+
+def at(array, index):
+    """One row of an array."""
     return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
 
 
-class _Work(NamedTuple):
+class Work(NamedTuple):
     """The query tiles. One is up to `query_tile` neighbouring tokens of one sequence.
 
     Attributes:
@@ -174,6 +189,7 @@ class _Work(NamedTuple):
       rows: `(tile, row)` of each token of `q`; every one is in a tile.
       table_row, num_keys: row of the page table, and places that the tile's last row sees.
       first_key_tile, num_key_tiles: the key tiles to visit.
+      window_key_tile: with sink tokens, the first that stands for itself: see `schedule`.
     """
 
     tokens: Int[Array, "tiles query_tile"]
@@ -183,28 +199,48 @@ class _Work(NamedTuple):
     num_keys: Int[Array, " tiles"]
     first_key_tile: Int[Array, " tiles"]
     num_key_tiles: Int[Array, " tiles"]
+    window_key_tile: Int[Array, " tiles"] | None
+
+    def stands_for(self, key_tile, tile):
+        """The key tile that a visited one stands for."""
+        if self.window_key_tile is None:
+            return key_tile
+        return schedule.stands_for(key_tile, self.window_key_tile[tile], self.first_key_tile[tile])
 
 
-def _plan(tokens: int, size: int, kv_lengths, query_starts, table_rows, keys: "KeyTiles", **options) -> _Work:
+def plan(
+    tokens: int,
+    size: int,
+    kv_lengths,
+    query_starts,
+    table_rows,
+    keys: "KeyTiles",
+    *,
+    sink_tokens: int = 0,
+    **options,
+) -> Work:
     """For query tiles of `size` tokens; `options` are those of `schedule.query_tiles`."""
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows, **options)
     offset = jnp.arange(size, dtype=jnp.int32)
     exists = offset < tiles.num_rows[:, None]
-    sees = tiles.num_keys > 0
-    first_key_tile = keys.containing(tiles.first_key)
+    sees_any = tiles.num_keys > 0
+    window_key_tile = keys.containing(tiles.first_key)
+    num_sinks = keys.containing(sink_tokens - 1) + 1 if sink_tokens else 0
+    first_key_tile = schedule.first_visited(window_key_tile, num_sinks)
     last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
-    return _Work(
+    return Work(
         tokens=jnp.where(exists, tiles.first_row[:, None] + offset, tokens),
-        places=jnp.where(exists & sees[:, None], tiles.first_place[:, None] + offset, -1),
+        places=jnp.where(exists & sees_any[:, None], tiles.first_place[:, None] + offset, -1),
         rows=ragged_rows(jnp.cumsum(tiles.num_rows, dtype=jnp.int32), tokens),
         table_row=tiles.table_row,
         num_keys=tiles.num_keys,
         first_key_tile=first_key_tile,
-        num_key_tiles=jnp.where(sees, last_key_tile - first_key_tile + 1, 0),
+        num_key_tiles=jnp.where(sees_any, last_key_tile - first_key_tile + 1, 0),
+        window_key_tile=window_key_tile if sink_tokens else None,
     )
 
 
-def _pack(q, work: _Work, kv_heads: int):
+def pack(q, work: Work, kv_heads: int):
     """Query tiles `[tiles, kv_heads, query_tile * group, head_dim]`: all that read one KV head together."""
     head_dim = q.shape[-1]
     tiles = q.at[work.tokens].get(mode="fill", fill_value=0)
@@ -213,7 +249,7 @@ def _pack(q, work: _Work, kv_heads: int):
 
 
 def _unpack(tiles, rows, group: int):
-    """From `_pack`'s layout back to `[tokens, q_heads, ...]`."""
+    """From `pack`'s layout back to `[tokens, q_heads, ...]`."""
     num_tiles, kv_heads, _, width = tiles.shape
     tiles = tiles.reshape(num_tiles, kv_heads, -1, group, width).transpose(0, 2, 1, 3, 4)
     return tiles.at[rows].get(mode="promise_in_bounds").reshape(rows[0].shape[0], -1, width)
@@ -242,6 +278,12 @@ class KeyTiles:
         parts = -(-page_size // most)
         size = pages * page_size if parts == 1 else -(-page_size // parts)
         return cls(page_size, pages, parts, size)
+
+    @classmethod
+    def of_pages(cls, k_pages) -> "KeyTiles":
+        """The tiling for a pool."""
+        kv_heads, page_size = k_pages.shape[2:4]
+        return cls.of(page_size, _key_tile(kv_heads * head_dim_of(k_pages), k_pages.dtype))
 
     @property
     def unit(self) -> int:
@@ -276,8 +318,8 @@ class KeyTiles:
     def read(self, pool, layer, where: "_Where"):
         """K and V of a tile, `[kv_heads, size, head_dim]`, and their scales, `[.., 1]`; float32.
 
-        V, and its scales, are zero at places that are not the tile's own. Of four bits: K and V rotated, K
-        with its spikes beside it, and no scales.
+        V, and its scales, are zero at places that are not the tile's own. A pool of K alone gives K, and its
+        scales if it has any. Of four bits: K and V rotated, K with its spikes beside it, and no scales.
         """
         kv_heads = pool[0].shape[2]
         # Numbers a token.
@@ -310,8 +352,8 @@ class KeyTiles:
         tile = [part.reshape(kv_heads, self.size, -1) for part in tile]
         if not is_int4(pool[0].dtype):
             return tile
-        (k, spikes), (v, _) = (int4.dequantize_rotated(*tile[i::2]) for i in range(2))
-        return [jnp.concatenate([k, spikes], axis=-1), v]
+        pools = len(tile) // 2
+        return [jnp.concatenate(int4.dequantize_rotated(*tile[i::pools]), axis=-1) for i in range(pools)]
 
     def _copy(self, pages, layer, where: "_Where", shape):
         """`[kv_heads, pages, tokens * head_dim]` float32, or words as they are."""

@@ -147,6 +147,42 @@ SHARED_PREFIX = [
 ]
 SHARED_PREFIX = [replace(case, options=case.options | {"shared_prefix": True}) for case in SHARED_PREFIX]
 
+SINK_TOKENS = [
+    Case("sink tokens over tiles", (700, 300, 0, 5), page_size=8, options={"window": 50, "sink_tokens": 150}),
+    Case(
+        "sink tokens up to the window, pages of 3",
+        (300, 170, 40),
+        (130, 1, 3),
+        page_size=3,
+        options={"window": 100, "sink_tokens": 90},
+    ),
+    Case(
+        "sink tokens at boundaries, pages of 1",
+        (385, 9),
+        page_size=1,
+        options={"window": 64, "sink_tokens": 128},
+    ),
+    Case(
+        "sink tokens in a large page of int8",
+        (500, 390, 5),
+        (1, 3, 1),
+        page_size=200,
+        stored="int8",
+        options={"window": 70, "sink_tokens": 130},
+    ),
+    Case(
+        "sink tokens of fp8, and all options",
+        (400, 33),
+        (130, 1),
+        page_size=7,
+        dtype="bfloat16",
+        stored="uint8",
+        padding_rows=2,
+        sinks=True,
+        options={"window": 33, "sink_tokens": 3, "softcap": 5.0, "scale": 0.2},
+    ),
+]
+
 PAGED_ATTENTION = (
     [
         Case(f"decode with {heads}, {dtype}", RAGGED, q_heads=q_heads, kv_heads=kv_heads, dtype=dtype)
@@ -214,5 +250,6 @@ PAGED_ATTENTION = (
             options={"window": 20, "softcap": 5.0, "scale": 0.2},
         ),
     ]
+    + SINK_TOKENS
     + SHARED_PREFIX
 )

@@ -6,29 +6,36 @@ import numpy as np
 from tests.kernels import reference_int4
 
 
-def attention(q, k, v, *, scale=None, window=None, softcap=None, sinks=None):
+def attention(q, k, v, **options):
     """Causal attention of one sequence, whose last places the queries are.
 
     q [tokens, q_heads, head_dim], k and v [length, kv_heads, head_dim]
     -> out [tokens, q_heads, head_dim], lse [tokens, q_heads].
     """
+    weights, lse = softmax(q, k, **options)
+    v = np.repeat(v, q.shape[1] // v.shape[1], axis=1)
+    return np.einsum("tqn,nqd->tqd", weights, v), lse
+
+
+def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sinks=None):
+    """Its weights [tokens, q_heads, length], and lse."""
     tokens, q_heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
-    k, v = (np.repeat(x, q_heads // kv_heads, axis=1) for x in (k, v))
+    k = np.repeat(k, q_heads // kv_heads, axis=1)
     scores = np.einsum("tqd,nqd->tqn", q, k) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     place, seen = np.arange(length - tokens, length)[:, None], np.arange(length)
     visible = seen <= place
     if window is not None:
-        visible &= seen > place - window
+        visible &= (seen > place - window) | (seen < sink_tokens)
     scores = np.where(visible[:, None, :], scores, -np.inf)
     top = scores.max(axis=-1) if sinks is None else np.maximum(scores.max(axis=-1), sinks)
     total = np.exp(scores - top[..., None]).sum(axis=-1)
     if sinks is not None:
         total += np.exp(sinks - top)
     lse = top + np.log(total)
-    return np.einsum("tqn,nqd->tqd", np.exp(scores - lse[..., None]), v), lse
+    return np.exp(scores - lse[..., None]), lse
 
 
 def read_pages(pages, page_table_row, length):
@@ -67,6 +74,33 @@ def paged_attention(
             )
             out[rows], lse[rows] = attention(q[rows], k, v, **options)
     return out, lse
+
+
+def attention_mass(
+    q,
+    k_pages,
+    page_table,
+    kv_lengths,
+    query_starts,
+    *,
+    layer=0,
+    k_scales=None,
+    v_scales=None,
+    shared_prefix=None,
+    **options,
+):
+    """The weights that each place received from its sequence's queries and the query heads of a KV head."""
+    q, arrays = q.astype(np.float64), (k_pages,) if k_scales is None else (k_pages, k_scales)
+    kv_heads, page_size = k_pages.shape[2:4]
+    mass = np.zeros((len(kv_lengths), kv_heads, page_table.shape[1] * page_size))
+    for row, length in enumerate(kv_lengths):
+        rows = slice(query_starts[row], query_starts[row + 1])
+        if length > 0 and rows.start < rows.stop:
+            k = dequantize(*(read_pages(array[layer], page_table[row], length) for array in arrays))
+            weights, _ = softmax(q[rows], k, **options)
+            grouped = weights.reshape(len(weights), kv_heads, -1, length)
+            mass[row, :, :length] = grouped.sum(axis=(0, 2))
+    return mass
 
 
 def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0, k_scales=None, v_scales=None):

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import append_kv, copy_pages, move_pages, paged_attention, use_backend
+from pallas_kernels import append_kv, attention_mass, copy_pages, move_pages, paged_attention, use_backend
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import as_float32, decode, dequantize, encode, quantize
 from tests.kernels import reference
@@ -22,7 +22,7 @@ CODES = (*QUANTIZED, "int32")
 attend = jax.jit(
     paged_attention,
     static_argnames=(
-        *("scale", "window", "softcap", "return_lse", "shared_prefix"),
+        *("scale", "window", "sink_tokens", "softcap", "return_lse", "shared_prefix"),
         *("backend", "interpret", "tuning"),
     ),
 )
@@ -334,10 +334,12 @@ def test_codes_and_scales_must_go_together():
 
 def calls(backend):
     arguments = make(Case("", (20, 5)))
-    _, *pages, _, _, _ = arguments.arrays
+    q, k_pages, v_pages, *rows = arguments.arrays
+    pages = k_pages, v_pages
     k, some = pages[0][0, :1, :, 0], jnp.array([0])
     return {
         "paged_attention": lambda: paged_attention(*arguments.arrays, backend=backend),
+        "attention_mass": lambda: attention_mass(q, pages[0], *rows, q[..., 0], backend=backend),
         "append_kv": lambda: append_kv(*pages, k, k, some, some, backend=backend),
         "copy_pages": lambda: copy_pages(*pages, some, some + 1, backend=backend),
         "move_pages": lambda: move_pages(*pages, jnp.arange(pages[0].shape[1]), backend=backend),
@@ -397,7 +399,9 @@ def test_64_bit_mode_changes_nothing(backend):
     arguments = make(replace(case, options={"window": 20, "softcap": 5.0}))
     with jax.enable_x64(True):
         out, lse = attend(*arguments.arrays, layer=1, return_lse=True, **on(backend), **arguments.options)
-        _, k_pages, v_pages, *_ = arguments.arrays
+        q, k_pages, v_pages, *rows = arguments.arrays
+        options = {name: value for name, value in arguments.options.items() if name != "sinks"}
+        mass = attention_mass(q, k_pages, *rows, lse, layer=1, **options, **on(backend))
         place = jnp.zeros(1, jnp.int32)
         k_new, v_new = append_kv(
             k_pages, v_pages, k_pages[0, :1, :, 0], v_pages[0, :1, :, 0], place, place, **on(backend)
@@ -406,7 +410,8 @@ def test_64_bit_mode_changes_nothing(backend):
     want = expected(case, arguments)
     assert_close(out, want[0], "float32")
     assert_close(lse, want[1], "float32")
-    assert {array.dtype for array in (out, lse, k_new, v_new, *copied)} == {jnp.dtype("float32")}
+    assert np.isfinite(mass).all()
+    assert {array.dtype for array in (out, lse, mass, k_new, v_new, *copied)} == {jnp.dtype("float32")}
 
 
 TUNINGS = {
@@ -422,12 +427,12 @@ TUNINGS = {
     [
         Case("long beside short", (700, 3, 0, 17)),
         Case(
-            "window, sinks, padding",
+            "window, sink tokens, sinks, padding",
             (300, 90, 7),
             (5, 1, 7),
             padding_rows=4,
             sinks=True,
-            options={"window": 33},
+            options={"window": 33, "sink_tokens": 20},
         ),
         Case("71 heads on one, bfloat16", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16"),
     ],

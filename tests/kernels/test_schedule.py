@@ -80,6 +80,27 @@ def test_every_row_and_every_visible_key_is_somebodys_work(pairs, spare, window,
     assert not items.end[past].any()
 
 
+@pytest.mark.parametrize("sink_tokens", [0, 1, 8, 13, 100])
+@pytest.mark.parametrize("window", [1, 9, 40])
+def test_a_window_with_sink_tokens_visits_what_somebody_sees_and_nothing_twice(window, sink_tokens):
+    lengths, queries = np.array([90, 0, 41, 8, 3], np.int32), np.array([9, 2, 1, 8, 1], np.int32)
+    tiles = tiles_of(TOKENS, 4, lengths, queries, window)
+    items = jax.tree.map(np.asarray, schedule.whole(tiles, KEY_TILE, sink_tokens=sink_tokens))
+    visits = jax.vmap(schedule.stands_for, in_axes=(0, None, None))
+    for tile, (begin, end) in enumerate(zip(items.begin, items.end, strict=True)):
+        keys = jnp.arange(begin, end, dtype=jnp.int32)
+        visited = visits(keys, tiles.first_key[tile] // KEY_TILE, jnp.asarray(begin)).tolist()
+        rows = range(int(tiles.num_rows[tile])) if tiles.num_keys[tile] else ()
+        places = [int(tiles.first_place[tile]) + row for row in rows]
+        seen = {
+            place // KEY_TILE
+            for row in places
+            for place in range(row + 1)
+            if place > row - window or place < sink_tokens
+        }
+        assert sorted(visited) == sorted(seen)
+
+
 def test_a_long_sequence_is_cut_as_finely_as_many_short_ones_allow():
     """One of 32,768 tokens beside 63 of 10: no item is longer than its fair share."""
     lengths = np.array([32768] + [10] * 63, np.int32)

@@ -9,7 +9,7 @@ import pytest
 
 import jaxkv
 from jaxkv.models import ModelConfig, abstract_model, dense_logits, load, random_model
-from jaxkv.models.rope import Llama3Scaling
+from jaxkv.rope import Llama3Scaling
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CHECKPOINTS = ("llama_tied_sharded", "llama_untied", "qwen2_bf16", "mistral_window")
@@ -78,6 +78,27 @@ def test_rows_picks_the_logits_of_some_tokens():
     run = jax.jit(lambda model, chunk, cache, batch, rows: model(chunk, cache, batch, rows=rows)[0])
     got = run(loaded.model, jnp.asarray(tokens[0]), cache, batch, jnp.asarray([39, 3]))
     np.testing.assert_allclose(got, logits[0, [39, 3]], **CLOSE)
+
+
+def test_mass_of_every_layer_comes_with_the_logits():
+    folder = FIXTURES / "mistral_window"
+    with np.load(folder / "logits.npz") as saved:
+        loaded, tokens, logits = load(folder), jnp.asarray(saved["tokens"]), saved["logits"]
+    config = loaded.config.cache_config(num_pages=8, page_size=16, max_seqs=1, dtype="float32")
+
+    @jax.jit
+    def run(model):
+        cache, batch = jaxkv.allocate(
+            jaxkv.init(config), jnp.asarray([0]), jnp.asarray([40]), total_tokens=40
+        )
+        got, _, mass = model(tokens[0], cache, batch, return_mass=True)
+        return got, mass
+
+    got, mass = run(loaded.model)
+    np.testing.assert_allclose(got, logits[0], **CLOSE)
+    sizes = loaded.config
+    assert mass.shape == (sizes.num_layers, 1, sizes.num_kv_heads, config.max_tokens_per_seq)
+    np.testing.assert_allclose(mass.sum(axis=(1, 2, 3)), 40.0 * sizes.num_q_heads, rtol=1e-5)
 
 
 def test_matrices_take_the_dtype_asked_for_and_vectors_stay_float32():

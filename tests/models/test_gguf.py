@@ -10,8 +10,8 @@ import pytest
 
 from jaxkv.models import ModelConfig, ModelLoadError, dense_logits, load
 from jaxkv.models.load_gguf import NAMES
-from jaxkv.models.rope import FrequencyFactors, inverse_frequencies
 from jaxkv.models.weights import expected_shapes
+from jaxkv.rope import FrequencyFactors, inverse_frequencies
 from tests.models import gguf_files
 from tests.models.gguf_files import Types
 

@@ -6,7 +6,7 @@ import pytest
 
 import jaxkv
 from jaxkv.models import ModelConfig
-from jaxkv.models.rope import LinearScaling
+from jaxkv.rope import LinearScaling
 
 LLAMA = {
     "model_type": "llama",

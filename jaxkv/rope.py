@@ -7,7 +7,7 @@ a pair, and in how the frequencies were scaled for contexts longer than the trai
 
 import dataclasses
 import math
-from typing import Literal, assert_never
+from typing import Literal, assert_never, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -116,8 +116,13 @@ def rotate(
     Returns:
       The turned features, in `x`'s dtype; the angles are computed in float32.
     """
-    angles = positions.astype(jnp.float32)[:, None] * frequencies
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    return _turn(x, positions[:, None], frequencies, pairing)
+
+
+def _turn(x: Array, by: Array, frequencies: np.ndarray, pairing: RopePairing) -> Array:
+    """`x [..., features]` turned by `by [...]` positions."""
+    angles = by.astype(jnp.float32)[..., None] * frequencies
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
     wide = x.astype(jnp.float32)
     if pairing == "half":
         first, second = jnp.split(wide, 2, axis=-1)
@@ -129,3 +134,46 @@ def rotate(
     else:
         out = jnp.stack(turned, axis=-1).reshape(x.shape)
     return out.astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rope:
+    """How a model turns its keys, for whoever moves keys that are in a cache already; hashable.
+
+    Attributes:
+      frequencies: radians a token of each feature pair, `head_dim / 2` of them; fewer where a model turns
+        only the first features of a head.
+      pairing: as `rotate` has it.
+
+    Raises:
+      ValueError: for no frequencies, one that is not finite, or an unknown pairing.
+
+    Example:
+      >>> Rope.of(head_dim=4, theta=10000.0)
+      Rope(frequencies=(1.0, 0.009999999776482582), pairing='half')
+    """
+
+    frequencies: tuple[float, ...]
+    pairing: RopePairing = "half"
+
+    def __post_init__(self):
+        if not self.frequencies or not all(map(math.isfinite, self.frequencies)):
+            raise ValueError(f"frequencies={self.frequencies!r} must be finite numbers, one or more")
+        if self.pairing not in get_args(RopePairing):
+            raise ValueError(f"pairing={self.pairing!r} must be 'half' or 'interleaved'")
+
+    @classmethod
+    def of(
+        cls, head_dim: int, theta: float, scaling: RopeScaling | None = None, pairing: RopePairing = "half"
+    ) -> "Rope":
+        """From what a model's configuration says; see `inverse_frequencies`."""
+        return cls(tuple(inverse_frequencies(head_dim, theta, scaling).tolist()), pairing)
+
+    def turn(
+        self, keys: Float[Array, "*tokens head_dim"], by: Int[Array, "*#tokens"]
+    ) -> Float[Array, "*tokens head_dim"]:
+        """Keys as they would be `by` positions further on."""
+        turned = 2 * len(self.frequencies)
+        frequencies = np.asarray(self.frequencies, np.float32)
+        moved = _turn(keys[..., :turned], by, frequencies, self.pairing)
+        return jnp.concatenate([moved, keys[..., turned:]], axis=-1)

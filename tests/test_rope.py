@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkv.models.rope import (
+from jaxkv.rope import (
     FrequencyFactors,
     LinearScaling,
     Llama3Scaling,

@@ -1,0 +1,251 @@
+"""What does a bounded memory cost in quality? SmolLM2 on English prose, by policy and budget.
+
+Perplexity: a text of 4,096 tokens goes through the cache a page at a time; a policy evicts whenever a page
+is full, as `generate` does, and every token is predicted from what is kept then. The figure is that of the
+last 1,024 tokens, which every budget has long bounded. `PromptCompress` cuts once: the first three quarters
+are its prompt. The text is the language reference that Python ships for `help()`.
+
+Recall: eight facts stand at the beginning of a text of 1,024 tokens; at its end the cache is forked and each
+child is asked for one of them. The figure is the share that the most likely next token gets right.
+
+Bars, at a quarter: a window with four sinks within 15% of the full cache's perplexity, and without sinks
+worse than that; HeavyHitter no worse than the window; SemanticMerge no worse than dropping what it merges.
+
+    python -m benchmarks.bench_policies [--quick]
+
+Exit status: 0, or 1 where a bar is missed. The last line of output is one JSON document.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pydoc_data.topics import topics
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkv
+from benchmarks.timing import publish
+from jaxkv.models import LoadedModel, load
+from jaxkv.policies import (
+    HeavyHitter,
+    LeastRecentlyUsed,
+    Policy,
+    PromptCompress,
+    SemanticMerge,
+    SlidingWindow,
+    TokenPolicy,
+)
+
+PAGE_SIZE, TOKENS = 16, 4096
+LAST = TOKENS // 4
+FACTS = {
+    "password for the garden is": "copper",
+    "best friend of Anna is": "Oliver",
+    "capital of Zubrowka is": "Lutz",
+    "name of the captain's ship is": "Falcon",
+    "color of the old door is": "purple",
+    "favorite fruit of the queen is": "melon",
+    "favorite food of the dragon is": "honey",
+    "king of the island is": "Arthur",
+}
+RECALL_TOKENS = 1024
+SINKS_BAR = 1.15
+
+
+class MergedDropped(SemanticMerge):
+    """Drops what `SemanticMerge` would merge into the token before it."""
+
+    gather = TokenPolicy.gather
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table; `policy` is made for a number of token places."""
+
+    name: str
+    policy: Callable[[int], Policy]
+
+
+ROWS = [
+    Row("SlidingWindow, 4 sinks", lambda budget: SlidingWindow(budget - 4, 4)),
+    Row("SlidingWindow, no sinks", lambda budget: SlidingWindow(budget, 0)),
+    Row("LeastRecentlyUsed", lambda budget: LeastRecentlyUsed(budget)),
+    Row("HeavyHitter", lambda budget: HeavyHitter(budget, budget // 2)),
+    Row("SemanticMerge", lambda budget: SemanticMerge(budget, budget // 2)),
+    Row("the same, dropped", lambda budget: MergedDropped(budget, budget // 2)),
+    Row("PromptCompress", lambda budget: PromptCompress(budget, 32)),
+]
+
+
+@partial(jax.jit, donate_argnames=("cache", "state"), static_argnames=("size", "evicts"))
+def read(model, cache, state, tokens, targets, *, size: int, evicts: bool):
+    """A text in chunks of `size`, to slot 0: the cache, the state, each target's negative log-likelihood."""
+    seqs = jnp.zeros(1, jnp.int32)
+
+    def step(carry, chunk):
+        cache, state = carry
+        tokens, targets = chunk
+        policy = None if state is None else state.policy
+        if evicts:
+            cache, state, _ = policy.evict(cache, state, seqs)
+        cache, batch = jaxkv.allocate(cache, seqs, jnp.full(1, size), total_tokens=size)
+        if policy is None:
+            logits, cache = model(tokens, cache, batch)
+        elif not policy.needs_mass:
+            logits, cache = model(tokens, cache, policy.view(batch))
+        else:
+            logits, cache, mass = model(tokens, cache, policy.view(batch), return_mass=True)
+            state = policy.observe(state, cache, batch, mass)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
+        return (cache, state), (-chosen, batch.status)
+
+    chunks = tokens.reshape(-1, size), targets.reshape(-1, size)
+    (cache, state), (nll, status) = jax.lax.scan(step, (cache, state), chunks)
+    return cache, state, nll.reshape(-1), status
+
+
+class Reader:
+    """One sequence in a cache with as many places as a policy needs, and slots for children."""
+
+    def __init__(self, loaded: LoadedModel, policy: Policy | None, num_tokens: int, children: int = 0):
+        self.model, self.policy = loaded.model, policy
+        sizes = dict(page_size=PAGE_SIZE, max_seqs=1 + children, dtype="float32")
+        places = num_tokens + PAGE_SIZE
+        if policy is not None and policy.observe_last is None:
+            places = policy.capacity(loaded.config.cache_config(num_pages=1, **sizes))
+        row = places // PAGE_SIZE + (children > 0)
+        config = loaded.config.cache_config(num_pages=row + 2 * children, max_pages_per_seq=row, **sizes)
+        self.cache, self.state = jaxkv.init(config), policy.init(config) if policy else None
+
+    def read(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """A whole text, by the page."""
+        return self._read(tokens, targets, PAGE_SIZE, policy=self.policy)
+
+    def compress(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """A prompt, which the policy cuts at its end."""
+        cut = len(tokens) - self.policy.observe_last
+        body = self._read(tokens[:cut], targets[:cut], PAGE_SIZE, policy=None)
+        tail = self._read(tokens[cut:], targets[cut:], len(tokens) - cut, policy=self.policy, evicts=False)
+        evict = jax.jit(self.policy.evict, donate_argnums=(0, 1))
+        self.cache, self.state, dropped = evict(self.cache, self.state, jnp.zeros(1, jnp.int32))
+        assert int(dropped[0]) == len(tokens) - self.policy.budget
+        return np.concatenate([body, tail])
+
+    def go_on(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """More of the text, with all that is kept and nothing dropped."""
+        return self._read(tokens, targets, PAGE_SIZE, policy=None)
+
+    def _read(self, tokens, targets, size, *, policy, evicts=True) -> np.ndarray:
+        state = self.state if policy is not None else None
+        self.cache, state, nll, status = read(
+            self.model, self.cache, state, tokens, targets, size=size, evicts=evicts and policy is not None
+        )
+        assert not np.any(status), "a chunk was refused"
+        self.state = state if policy is not None else self.state
+        return np.asarray(nll)
+
+
+def perplexity(loaded: LoadedModel, ids: np.ndarray, policy: Policy | None) -> float:
+    """Of the last tokens of the text, `ids` and one more."""
+    reader, (tokens, targets) = Reader(loaded, policy, TOKENS), (ids[:-1], ids[1:])
+    if policy is not None and policy.observe_last is not None:
+        prompt = TOKENS - LAST
+        reader.compress(tokens[:prompt], targets[:prompt])
+        nll = reader.go_on(tokens[prompt:], targets[prompt:])
+    else:
+        nll = reader.read(tokens, targets)
+    return float(np.exp(nll[-LAST:].mean()))
+
+
+@partial(jax.jit, static_argnames="view")
+def ask(model, cache, tokens, num_tokens, *, view):
+    """The most likely next token of each child of slot 0, after its question."""
+    children = jnp.arange(1, num_tokens.shape[0] + 1, dtype=jnp.int32)
+    cache, _ = jaxkv.fork(cache, jnp.zeros_like(children), children)
+    cache, batch = jaxkv.allocate(cache, children, num_tokens, total_tokens=tokens.shape[0])
+    logits, _ = model(tokens, cache, view(batch), rows=batch.query_starts[1:] - 1)
+    return jnp.argmax(logits, axis=-1), batch.status
+
+
+def recall(loaded: LoadedModel, prose: str, policy: Policy | None) -> float:
+    """The share of facts that are known at the end."""
+    encode = loaded.tokenizer.encode
+    facts = "\n".join(f"The {start} {word}." for start, word in FACTS.items())
+    beginning, filler = encode(f"Facts:\n{facts}\n\n"), encode(prose)
+    ids = np.asarray([*beginning, *filler[: RECALL_TOKENS - len(beginning)]], np.int32)
+    reader = Reader(loaded, policy, RECALL_TOKENS, children=len(FACTS))
+    targets = np.roll(ids, -1)
+    if policy is not None and policy.observe_last is not None:
+        reader.compress(ids, targets)
+    else:
+        reader.read(ids, targets)
+    questions = [encode(f"\n\nFacts:\nThe {start}") for start in FACTS]
+    view = policy.view if policy is not None else _everything
+    answers, status = ask(
+        loaded.model,
+        reader.cache,
+        jnp.asarray(np.concatenate(questions), jnp.int32),
+        jnp.asarray([len(question) for question in questions], jnp.int32),
+        view=view,
+    )
+    assert not np.any(status), "a question was refused"
+    wanted = [encode(f" {word}")[0] for word in FACTS.values()]
+    return float(np.mean(np.asarray(answers) == wanted))
+
+
+def _everything(batch):
+    return batch
+
+
+def judge(table: dict[str, dict[str, Any]], full: float) -> dict[str, bool]:
+    """The bars, at a quarter."""
+    quarter = {name: cells["1/4"]["perplexity"] for name, cells in table.items() if "1/4" in cells}
+    window = quarter["SlidingWindow, 4 sinks"]
+    return {
+        f"a window with sinks within {SINKS_BAR - 1:.0%} of the full cache": window <= SINKS_BAR * full,
+        "without sinks it breaks": quarter["SlidingWindow, no sinks"] > SINKS_BAR * full,
+        "HeavyHitter no worse than the window": quarter["HeavyHitter"] <= window,
+        "SemanticMerge no worse than dropping": quarter["SemanticMerge"] <= quarter["the same, dropped"],
+    }
+
+
+def main() -> int:
+    """Prints the table; returns the exit status."""
+    parser = argparse.ArgumentParser(description="Perplexity and recall by policy and budget.")
+    parser.add_argument("--quick", action="store_true", help="budgets of a quarter alone; nothing is kept")
+    options = parser.parse_args()
+    loaded = load("smollm2-135m")
+    assert loaded.tokenizer is not None
+    prose = "\n\n".join(topics[name] for name in sorted(topics))
+    ids = np.asarray(loaded.tokenizer.encode(prose[: 16 * TOKENS])[: TOKENS + 1], np.int32)
+    parts = (4,) if options.quick else (2, 4, 8)
+    full, known = perplexity(loaded, ids, None), recall(loaded, prose, None)
+    print(
+        f"{loaded.name}: perplexity of the last {LAST} of {TOKENS} tokens, and recall after {RECALL_TOKENS}\n"
+    )
+    print(f"{'budget':<26}{'1':>14}" + "".join(f"{f'1/{part}':>20}" for part in parts))
+    table: dict[str, dict[str, Any]] = {}
+    for row in ROWS:
+        cells = {}
+        print(f"{row.name:<26}{full:>8.3f}{known:>6.0%}", end="", flush=True)
+        for part in parts:
+            value = perplexity(loaded, ids, row.policy(TOKENS // part))
+            facts = recall(loaded, prose, row.policy(RECALL_TOKENS // part))
+            cells[f"1/{part}"] = {"perplexity": value, "change": value / full - 1, "recall": facts}
+            print(f"{value:>9.3f}{value / full - 1:>+7.1%}{facts:>4.0%}", end="", flush=True)
+        table[row.name] = cells
+        print()
+    bars = judge(table, full)
+    print("\n" + "\n".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in bars.items()))
+    document = {"full": {"perplexity": full, "recall": known}, "table": table, "bars": bars}
+    publish("policies", document, keep=not options.quick)
+    return 0 if all(bars.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

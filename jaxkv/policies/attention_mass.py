@@ -1,0 +1,73 @@
+"""What policies share that go by the attention tokens received."""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.config import CacheConfig
+from jaxkv.pages import rows_of
+from jaxkv.state import Batch, KVCache, PolicyState, Status
+
+
+class Step(NamedTuple):
+    """One step of some sequences, as a policy sees it; arrays for token places have four axes.
+
+    Attributes:
+      slot: of each entry, `max_seqs` for padding and for refused ones.
+      mass: `[entries, layers, kv_heads, max_tokens]`.
+      is_new, is_old: `[entries, 1, 1, max_tokens]`, the step's own tokens and those before them.
+      place: `[max_tokens]`.
+    """
+
+    slot: Int[Array, " entries"]
+    mass: Float[Array, "entries layers kv_heads max_tokens"]
+    is_new: Bool[Array, "entries 1 1 max_tokens"]
+    is_old: Bool[Array, "entries 1 1 max_tokens"]
+    place: Int[Array, " max_tokens"]
+
+
+def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
+    """A number for each token place, layer and KV head, `[seqs, layers, kv_heads, max_tokens]`."""
+    shape = config.max_seqs, config.num_layers, config.num_kv_heads, config.max_tokens_per_seq
+    return jnp.zeros(shape, dtype)
+
+
+def step_of(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None) -> Step:
+    """Checks what `observe` was given.
+
+    Raises:
+      ValueError: without a mass, or for one of another shape.
+    """
+    config, entries = cache.config, batch.seqs.shape[0]
+    shape = config.num_layers, entries, config.num_kv_heads, config.max_tokens_per_seq
+    if mass is None:
+        raise ValueError(
+            f"{type(state.policy).__name__} goes by the attention that tokens received; observe got no mass: "
+            "ask attend for it with return_mass=True"
+        )
+    mass = jnp.asarray(mass)
+    if mass.shape != shape:
+        raise ValueError(
+            f"mass must be [layers, entries, kv_heads, max_tokens] = {list(shape)}, not {list(mass.shape)}"
+        )
+    ran = (batch.status == Status.OK) & (batch.num_tokens > 0)
+    place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)
+    ends = batch.kv_lengths[:, None, None, None]
+    begins = ends - batch.num_tokens[:, None, None, None]
+    return Step(
+        slot=jnp.where(ran, batch.seqs, config.max_seqs),
+        mass=jnp.swapaxes(mass, 0, 1).astype(jnp.float32),
+        is_new=(place >= begins) & (place < ends),
+        is_old=place < begins,
+        place=place,
+    )
+
+
+def accumulate(state: PolicyState, step: Step, name: str = "mass") -> PolicyState:
+    """Adds the step's mass to what its tokens have received before."""
+    held = state.values[name]
+    before = jnp.where(step.is_old, rows_of(held, step.slot), 0.0)
+    held = held.at[step.slot].set(before + step.mass, mode="drop")
+    return replace(state, values=state.values | {name: held})

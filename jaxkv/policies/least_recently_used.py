@@ -1,0 +1,75 @@
+"""The tokens that were attended to most recently."""
+
+from dataclasses import dataclass, replace
+from math import inf
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxkv.config import CacheConfig
+from jaxkv.pages import rows_of
+from jaxkv.policies.attention_mass import step_of, zeros
+from jaxkv.policies.base import TokenPolicy, Tokens
+from jaxkv.state import Batch, KVCache, PolicyState
+
+_MOST = 2**31
+
+
+@dataclass(frozen=True)
+class LeastRecentlyUsed(TokenPolicy):
+    """Drops the tokens that have gone longest without receiving attention above the threshold.
+
+    A token is used where a step's queries gave it more than `threshold` in all, and when it comes in. In each
+    layer and KV head on its own.
+
+    Attributes:
+      budget: token places a sequence keeps.
+      threshold: of the attention that a token receives in one step, summed over the queries of the step and
+        the query heads of its KV head.
+      positions, rope: see `TokenPolicy`.
+
+    Raises:
+      ValueError: for a negative threshold.
+    """
+
+    threshold: float = 0.01
+
+    needs_mass: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        threshold = self.threshold
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < inf:
+            raise ValueError(f"threshold={threshold!r} must be a finite number, 0 or more")
+
+    def first_values(self, config: CacheConfig) -> dict[str, Array]:
+        """`used`: what the sequence's clock showed then; `clock`: tokens it has seen."""
+        return {"used": zeros(config, jnp.int32), "clock": jnp.zeros(config.max_seqs, jnp.int32)}
+
+    def observe(
+        self, state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None = None
+    ) -> PolicyState:
+        """Notes which tokens a step used; see `Policy.observe`."""
+        self.check_state(state, cache.config)
+        step, values = step_of(state, cache, batch, mass), state.values
+        # A clock of its own: positions may be counted anew. One that starts has all its tokens in this step.
+        before = batch.kv_lengths - batch.num_tokens
+        began = jnp.where(before > 0, rows_of(values["clock"], step.slot), 0)
+        now = began + batch.num_tokens
+        came_in = began[:, None, None, None] + step.place - before[:, None, None, None] + 1
+        used = jnp.where(step.is_new, came_in, rows_of(values["used"], step.slot))
+        used = jnp.where(step.mass > self.threshold, now[:, None, None, None], used)
+        return replace(
+            state,
+            values={
+                "used": values["used"].at[step.slot].set(used, mode="drop"),
+                "clock": values["clock"].at[step.slot].set(now, mode="drop"),
+            },
+        )
+
+    def rank(self, tokens: Tokens) -> Array:
+        """When it was last used; of those used at the same time the later token is the higher."""
+        used, places = tokens.values["used"], tokens.place.shape[0]
+        age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // places - 1)
+        return tokens.place - age * places

@@ -1,0 +1,77 @@
+"""A prompt, cut once to what its end looked at (SnapKV, arXiv:2404.14469)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxkv.config import CacheConfig
+from jaxkv.pages import rows_of
+from jaxkv.policies.attention_mass import step_of, zeros
+from jaxkv.policies.base import TokenPolicy, Tokens, check_counts
+from jaxkv.state import Batch, KVCache, PolicyState
+
+
+@dataclass(frozen=True)
+class PromptCompress(TokenPolicy):
+    """Once, after prefill, keeps the prompt's last `observe_last` tokens and those that they looked at.
+
+    In each layer and KV head on its own. What a token received is averaged with its neighbours', so that a
+    passage stays together. Observe the step that brings the prompt's last tokens, and no others; then evict.
+    What is generated afterwards stays: a row must hold the budget and all new tokens, and at first the whole
+    prompt.
+
+    Attributes:
+      budget: token places that are left of a prompt, the observed ones among them.
+      observe_last: tokens at its end that say what matters.
+      kernel: neighbours that are averaged, the token among them; odd.
+      positions, rope: see `TokenPolicy`.
+
+    Raises:
+      ValueError: for settings that contradict each other.
+    """
+
+    observe_last: int = 32
+    kernel: int = 5
+
+    needs_mass: ClassVar[bool] = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_counts(self, least={"observe_last": 1, "kernel": 1}, budget="observe_last")
+        if self.kernel % 2 == 0:
+            raise ValueError(f"kernel={self.kernel} must be odd")
+
+    def first_values(self, config: CacheConfig) -> dict[str, Array]:
+        """`mass`: what the last tokens gave; `seen`: places of the sequence then, 0 when it was cut."""
+        return {"mass": zeros(config), "seen": jnp.zeros(config.max_seqs, jnp.int32)}
+
+    def observe(
+        self, state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None = None
+    ) -> PolicyState:
+        """Takes note of what the prompt's last tokens looked at; see `Policy.observe`."""
+        self.check_state(state, cache.config)
+        step, values = step_of(state, cache, batch, mass), state.values
+        return replace(
+            state,
+            values={
+                "mass": values["mass"].at[step.slot].set(step.mass, mode="drop"),
+                "seen": values["seen"].at[step.slot].set(batch.kv_lengths, mode="drop"),
+            },
+        )
+
+    def is_due(self, cache: KVCache, state: PolicyState, slot: Array) -> Array:
+        """Whether nothing came in since the prompt was observed."""
+        length = rows_of(cache.table.lengths, slot)
+        return (length > self.budget) & (rows_of(state.values["seen"], slot) == length)
+
+    def rank(self, tokens: Tokens) -> Array:
+        """What the observed tokens gave a place and its neighbours; these themselves above all."""
+        observed = tokens.place >= tokens.lengths - self.observe_last
+        mass = jnp.where(observed, 0.0, tokens.values["mass"])
+        reach = self.kernel // 2
+        padded = jnp.pad(mass, ((0, 0), (0, 0), (reach, reach)))
+        places = mass.shape[-1]
+        pooled = sum(padded[..., nth : nth + places] for nth in range(self.kernel))
+        return jnp.where(observed, jnp.inf, pooled)

@@ -1,0 +1,179 @@
+"""Rewriting tokens that lie in the cache already: pages of the sequence's own, and a walk over its layers.
+
+        before   A [a b c d][e f g h][i j . .]      B shares A's first two pages
+        keep     b d g i j
+        after    A [b d g i][j . . .]               B [a b c d][e f g h]
+                    fresh    A's own third page
+
+What a sibling shares is read and never written. A sequence's own pages are used again, so a rewrite takes
+fresh pages only for what it kept in shared ones and does not fit its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int, Shaped
+
+from jaxkv.config import CacheConfig
+from jaxkv.pages import count, pages_for, release_pages, rows_of
+from jaxkv.state import KVCache, KVPool, Status
+from pallas_kernels import int4
+from pallas_kernels.quantization import dequantize, is_int4, quantize
+
+# Of the tokens that are held beside the pool at a time.
+_VISIT_BYTES = 16 * 2**20
+_Carry = TypeVar("_Carry")
+
+
+class Rewrite(NamedTuple):
+    """Sequences that are rewritten.
+
+    Attributes:
+      slot: of each entry; `max_seqs` for one that is not.
+      old, new: its pages before and after, `num_pages` past the last; no new ones where it was refused.
+      status: a `Status`: OK where it was granted, OUT_OF_PAGES where it was not.
+    """
+
+    slot: Int[Array, " entries"]
+    old: Int[Array, "entries pages_per_seq"]
+    new: Int[Array, "entries pages_per_seq"]
+    status: Int[Array, " entries"]
+
+
+def own_pages(
+    cache: KVCache,
+    slot: Int[Array, " entries"],
+    first: Int[Array, " entries"],
+    lengths: Int[Array, " entries"],
+) -> tuple[KVCache, Rewrite]:
+    """Gives each sequence pages of its own from a column of its row on, and a new length.
+
+    Args:
+      cache: the cache.
+      slot: each slot once; `max_seqs` for an entry that does nothing.
+      first: column from which on it owns its pages; what lies before stays as it is.
+      lengths: token places afterwards, no more than now.
+
+    Returns:
+      The cache and the `Rewrite`. Of a sequence that finds too few free pages nothing is changed.
+    """
+    table, config = cache.table, cache.config
+    num_pages, width = config.num_pages, config.max_pages_per_seq
+    column = jnp.arange(width, dtype=jnp.int32)
+    old = rows_of(table.pages, slot, num_pages)
+    wanted = jnp.where(slot < config.max_seqs, pages_for(lengths, config.page_size), 0)
+    changes = (column >= first[:, None]) & (old < num_pages)
+    own = changes & (rows_of(table.refcounts, old) == 1)
+    stays, spare = own & (column < wanted[:, None]), own & (column >= wanted[:, None])
+    hole = (column >= first[:, None]) & (column < wanted[:, None]) & ~own
+    num_spare = jnp.sum(spare, axis=1, dtype=jnp.int32)
+    need = jnp.maximum(jnp.sum(hole, axis=1, dtype=jnp.int32) - num_spare, 0)
+    # First come, first served, as in `allocate`.
+    last = jnp.cumsum(need, dtype=jnp.int32)
+    granted = (slot < config.max_seqs) & ((need == 0) | (last <= table.num_free))
+    need = jnp.where(granted, need, 0)
+    # The sequence's own pages that would be left over fill its holes first, then fresh ones.
+    nth_hole = jnp.cumsum(hole, axis=1, dtype=jnp.int32) - 1
+    nth_spare = jnp.where(spare, jnp.cumsum(spare, axis=1, dtype=jnp.int32) - 1, width)
+    entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None]
+    spares = jnp.full_like(old, num_pages).at[entry, nth_spare].set(old, mode="drop")
+    nth_fresh = nth_hole - num_spare[:, None]
+    fresh = hole & (nth_fresh >= 0) & (nth_fresh < need[:, None])
+    top = (table.num_free - 1 - (last - need))[:, None]
+    fresh_page = rows_of(table.free_pages, jnp.where(fresh, top - nth_fresh, num_pages), num_pages)
+    spare_page = rows_of(spares, (entry, jnp.where(hole, nth_hole, width)), num_pages)
+    filled = jnp.where(hole, jnp.where(fresh, fresh_page, spare_page), num_pages)
+    new = jnp.where(granted[:, None], jnp.where(stays | ~changes, old, filled), num_pages)
+    slot = jnp.where(granted, slot, config.max_seqs)
+    num_taken = jnp.sum(need, dtype=jnp.int32)
+    taken = replace(
+        table,
+        pages=table.pages.at[slot].set(new, mode="drop"),
+        lengths=table.lengths.at[slot].set(lengths, mode="drop"),
+        refcounts=table.refcounts.at[jnp.where(fresh, new, num_pages)].set(1, mode="drop"),
+        num_free=table.num_free - num_taken,
+    )
+    # What is pushed depends on what was taken: that orders the two, and spares a copy of the stack.
+    used_again = stays | spare & (nth_spare < jnp.sum(hole, axis=1, dtype=jnp.int32)[:, None])
+    let_go = changes & granted[:, None] & ~used_again & (new[:, :1] <= num_pages)
+    table = release_pages(taken, jnp.where(let_go, old, num_pages).reshape(-1))
+    stats = count(cache.stats, num_taken=num_taken, num_released=table.num_free - taken.num_free)
+    status = jnp.where(granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
+    return replace(cache, table=table, stats=stats), Rewrite(slot, old, new, status)
+
+
+def for_each_layer(
+    body: Callable[[_Carry, Array, Rewrite], _Carry], carry: _Carry, rewrite: Rewrite, config: CacheConfig
+) -> _Carry:
+    """Folds `body(carry, layer, some)` over the layers and the sequences that are rewritten.
+
+    As many sequences at a time as 16 MiB of one layer's tokens hold, one at least; the last visit is padded.
+    """
+    entries = rewrite.slot.shape[0]
+    row_bytes = config.max_pages_per_seq * config.page_bytes // config.num_layers
+    size = max(1, min(entries, _VISIT_BYTES // row_bytes))
+    idle = rewrite.slot == config.max_seqs
+    order = jnp.argsort(idle, stable=True).astype(jnp.int32)
+    visits = (jnp.sum(~idle, dtype=jnp.int32) + size - 1) // size
+
+    def visit(trip: Array, carry: _Carry) -> _Carry:
+        nth = trip // config.num_layers * size + jnp.arange(size, dtype=jnp.int32)
+        entry = rows_of(order, nth, entries)
+        some = Rewrite(
+            rows_of(rewrite.slot, entry, config.max_seqs),
+            *(rows_of(rows, entry, config.num_pages) for rows in (rewrite.old, rewrite.new)),
+            status=rows_of(rewrite.status, entry, int(Status.PADDING)),
+        )
+        return body(carry, trip % config.num_layers, some)
+
+    return jax.lax.fori_loop(0, visits * config.num_layers, visit, carry)
+
+
+def read_tokens(
+    pool: KVPool,
+    layer: Int[Array, ""],
+    rows: Int[Array, "entries pages_per_seq"],
+    places: Int[Array, "entries kv_heads tokens"],
+) -> KVPool:
+    """What is stored of tokens, `[entries, kv_heads, tokens, ...]`; zeros at places past a row."""
+    at = _locate(pool, layer, rows, places)
+    return jax.tree.map(lambda array: array.at[at].get(mode="fill", fill_value=0), pool)
+
+
+def write_tokens(
+    pool: KVPool,
+    layer: Int[Array, ""],
+    rows: Int[Array, "entries pages_per_seq"],
+    places: Int[Array, "entries kv_heads tokens"],
+    tokens: KVPool,
+) -> KVPool:
+    """Stores tokens as they were read; what is meant for a place past a row is dropped."""
+    at = _locate(pool, layer, rows, places)
+    return jax.tree.map(lambda array, new: array.at[at].set(new, mode="drop"), pool, tokens)
+
+
+def _locate(pool: KVPool, layer: Array, rows: Array, places: Array) -> tuple[Array, ...]:
+    _, num_pages, kv_heads, page_size = pool.k.shape[:4]
+    column, offset = places // page_size, places % page_size
+    entry = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None, None]
+    pages = rows_of(rows, (entry, column), num_pages)
+    head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+    return tuple(jnp.broadcast_arrays(layer, pages, head, offset))
+
+
+def numbers(config: CacheConfig, stored: Any, scale: Shaped[Array, "..."] | None) -> Shaped[Array, "..."]:
+    """Stored keys (or values) of tokens, in float32."""
+    return stored.astype(jnp.float32) if scale is None else dequantize(stored, scale, jnp.float32)
+
+
+def stored_as(config: CacheConfig, values: Shaped[Array, "..."], *, keys: bool) -> tuple[Any, Any]:
+    """Keys or values as the pool stores them, and their scales if it has any."""
+    values = values.astype(config.dtype)
+    if config.quantization is None:
+        return values, None
+    if is_int4(config.storage_dtype):
+        return int4.quantize(values, keys=keys)
+    return quantize(values, config.storage_dtype)

@@ -1,0 +1,101 @@
+"""`attention_mass`: the call, checked."""
+
+from math import sqrt
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from pallas_kernels import int4
+from pallas_kernels.attention_mass import xla
+from pallas_kernels.checks import check_keys, check_layer, check_options, check_queries
+from pallas_kernels.device import Device
+from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.paged_attention import tuning as tuning_table
+from pallas_kernels.quantization import head_dim_of, is_int4
+
+
+def attention_mass(
+    q: Float[Array, "tokens q_heads head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size row"],
+    page_table: Int[Array, "rows pages_per_seq"],
+    kv_lengths: Int[Array, " seqs"],
+    query_starts: Int[Array, " seqs+1"],
+    lse: Float[Array, "tokens q_heads"],
+    *,
+    table_rows: Int[Array, " seqs"] | None = None,
+    layer: int | Int[Array, ""] = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    sink_tokens: int = 0,
+    softcap: float | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    backend: str = "auto",
+    interpret: bool | None = None,
+    tuning: tuning_table.Tuning | None = None,
+) -> Float[Array, "seqs kv_heads max_tokens"]:
+    """The softmax weights of `paged_attention`, summed over a sequence's queries and a KV head's group.
+
+    A pass of its own over K, with the log-sum-exp that attention found: who needs none does not pay for it.
+
+    Args:
+      q, k_pages, page_table, kv_lengths, query_starts: as in `paged_attention`.
+      table_rows, layer, scale, window, sink_tokens, softcap, k_scales: as there.
+      lse: as `paged_attention` returns it; of a call with `sinks`, their share is nobody's.
+      backend: "auto" or a name.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
+
+    Returns:
+      float32; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
+      those past the length, and for empty sequences.
+
+    Raises:
+      ValueError: for wrong shapes, dtypes or options.
+      NotImplementedError: for a backend that cannot serve the call.
+    """
+    q, k_pages, page_table, kv_lengths, query_starts, lse = (
+        jnp.asarray(array) for array in (q, k_pages, page_table, kv_lengths, query_starts, lse)
+    )
+    k_scales = None if k_scales is None else jnp.asarray(k_scales)
+    if table_rows is None:
+        table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
+    check_keys(k_pages, k_scales)
+    check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
+    if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
+        raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
+    check_layer(layer, k_pages.shape[0])
+    check_options(scale, window, sink_tokens, softcap)
+    page_table, table_rows, kv_lengths, query_starts = (
+        array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
+    )
+    device = Device.current()
+    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, k_pages, q)}
+    chosen = choose_backend("attention_mass", backend, lacks, interpret)
+    if is_int4(k_pages.dtype):
+        # Its rows lie rotated, but for the spikes: see `paged_attention`.
+        q = jnp.concatenate([int4.rotate_queries(q), q.astype(jnp.float32)], axis=-1)
+    arrays = q, k_pages, page_table, table_rows, kv_lengths, query_starts, lse
+    options: dict[str, Any] = dict(
+        layer=layer,
+        scale=1 / sqrt(head_dim_of(k_pages)) if scale is None else scale,
+        window=None if window is None else min(window, 2**30),
+        sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
+        softcap=softcap,
+        k_scales=k_scales,
+    )
+    if chosen.name == "xla":
+        return xla.attention_mass(*arrays, **options)
+    from pallas_kernels.attention_mass import triton
+
+    if tuning is None:
+        tuning = tuning_table.choose_mass(
+            device,
+            tokens=q.shape[0],
+            seqs=kv_lengths.shape[0],
+            group=q.shape[1] // k_pages.shape[2],
+            head_dim=q.shape[2],
+            dtype=k_pages.dtype,
+            q_dtype=q.dtype,
+        )
+    return triton.attention_mass(*arrays, **options, tuning=tuning, interpret=chosen.interpret)

@@ -1,0 +1,173 @@
+"""`attention_mass` in Pallas Triton, for CUDA from sm_80 and ROCm from gfx942.
+
+One program takes some key tiles of one sequence and KV head, one after the other, and for each of them the
+query tiles that can see it. So every byte of K is read once, and the mass of a place is the sum of one
+program: nothing is added up in memory.
+
+    key tiles        0 1 2 3 4 5 6 7      every third is one program's, so that long sequences and the first
+    program 1          x     x     x      places, which most queries see, are shared out evenly
+
+Weights of a query tile are added to those of the tiles before it, number by number; only the total is summed
+over the rows, since these lie in several warps.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import cost
+from pallas_kernels.launch import launch
+from pallas_kernels.paged_attention.masks import sees
+from pallas_kernels.paged_attention.triton import (
+    LOG2E,
+    Rows,
+    add_up,
+    cap,
+    how_read,
+    product_for,
+    read_tile,
+    rows_like,
+)
+from pallas_kernels.paged_attention.tuning import Tuning
+
+# Programs for each that can be resident: more even out what they take, fewer begin less often.
+_WAVES = 8
+
+
+def attention_mass(
+    q,
+    k_pages,
+    page_table,
+    table_rows,
+    kv_lengths,
+    query_starts,
+    lse,
+    *,
+    layer,
+    scale,
+    window,
+    sink_tokens,
+    softcap,
+    k_scales,
+    tuning: Tuning,
+    interpret: bool,
+):
+    """See `api.attention_mass`."""
+    tokens, q_heads, head_dim = q.shape
+    kv_heads, page_size = k_pages.shape[2:4]
+    num_seqs, max_tokens = kv_lengths.shape[0], page_table.shape[1] * page_size
+    num_tiles = -(-max_tokens // tuning.key_tile)
+    programs = min(num_tiles, -(-_WAVES * tuning.programs // (kv_heads * num_seqs)))
+    words, view = how_read(k_pages, tuning)
+    kernel = partial(
+        _receive,
+        rows=rows_like(q, kv_heads, words, tuning),
+        codes=None if k_scales is None else k_pages.dtype,
+        tuning=tuning,
+        scale=scale,
+        window=window,
+        sink_tokens=sink_tokens,
+        softcap=softcap,
+        product=product_for(q.dtype, k_pages.dtype, tuning, interpret),
+        tiles_a_program=-(-num_tiles // programs),
+    )
+    counted = cost.attention_mass(
+        num_keys=max_tokens * num_seqs,
+        num_pairs=max_tokens * tokens,
+        tokens=tokens,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        q_dtype=q.dtype,
+        kv_dtype=k_pages.dtype,
+        max_tokens=max_tokens * num_seqs,
+    )
+    layer = jnp.asarray(layer, jnp.int32).reshape(1)
+    pool = (view(k_pages),) if k_scales is None else (view(k_pages), k_scales)
+    return launch(
+        kernel,
+        grid=(kv_heads, num_seqs, programs),
+        out_shape=jax.ShapeDtypeStruct((num_seqs, kv_heads, max_tokens), jnp.float32),
+        name="attention_mass",
+        num_warps=tuning.num_warps,
+        num_stages=tuning.num_stages,
+        cost=counted,
+        interpret=interpret,
+    )(layer, page_table, table_rows, kv_lengths, query_starts, q, lse, *pool)
+
+
+def _receive(
+    layer_ref,
+    page_table_ref,
+    table_rows_ref,
+    lengths_ref,
+    starts_ref,
+    q_ref,
+    lse_ref,
+    k_ref,
+    *refs,
+    rows: Callable[..., Rows],
+    codes,
+    tuning: Tuning,
+    scale: float,
+    window: int | None,
+    sink_tokens: int,
+    softcap: float | None,
+    product: Callable,
+    tiles_a_program: int,
+):
+    *scale_refs, mass_ref = refs
+    head, seq, program = (pl.program_id(axis) for axis in range(3))
+    layer, table_row, num_keys = layer_ref[0], table_rows_ref[seq], lengths_ref[seq]
+    first_row, num_rows = starts_ref[seq], starts_ref[seq + 1] - starts_ref[seq]
+    first_place, page_size = num_keys - num_rows, np.int32(k_ref.shape[3])
+    size, key_tile = tuning.query_tile, tuning.key_tile
+
+    def tiles_that_see(begin):
+        """The first query tile that sees some of the places from `begin` on, and the end of the last."""
+        end = lax.div(num_rows + (size - 1), np.int32(size))
+        if window is not None:
+            last = jnp.clip(begin + (key_tile - 1 + window - first_place), 0, num_rows)
+            in_window = lax.div(last + (size - 1), np.int32(size))
+            end = jnp.where(begin < sink_tokens, end, in_window)
+        return lax.div(jnp.maximum(begin - first_place, 0), np.int32(size)), jnp.where(
+            begin < num_keys, end, 0
+        )
+
+    def visit(nth, _):
+        begin = (program + nth * pl.num_programs(2)) * key_tile
+        places = begin + lax.iota(jnp.int32, key_tile)
+        real, offsets = places < num_keys, lax.rem(places, page_size)
+        ids = plgpu.load(page_table_ref.at[table_row, lax.div(places, page_size)], mask=real, other=0)
+        geometry = rows(first_row, num_rows, head)
+        at = (layer, ids[:, None], head, offsets[:, None], geometry.word[None, :])
+        k = read_tile(k_ref.at[at], real[:, None] & geometry.in_head, codes)
+        k_scales = [
+            plgpu.load(scales.at[layer, ids, head, offsets], mask=real, other=0.0) for scales in scale_refs
+        ]
+
+        def add_tile(tile, total):
+            mine = rows(first_row + tile * size, num_rows - tile * size, head)
+            scores = add_up(product, mine.load(q_ref), k)
+            for k_scale in k_scales:
+                scores = scores * k_scale[None, :]
+            if softcap is not None:
+                scores = cap(scores, scale, softcap)
+            log_sum = plgpu.load(lse_ref.at[mine.token, mine.q_head], mask=mine.exists, other=0.0)
+            row_place = first_place + tile * size + mine.offset
+            visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
+            weights = jnp.exp2(scores * (scale * LOG2E) - (log_sum * LOG2E)[:, None])
+            return total + jnp.where(visible & mine.exists[:, None], weights, 0.0)
+
+        nothing = jnp.zeros((geometry.row.shape[0], key_tile), jnp.float32)
+        total = lax.fori_loop(*tiles_that_see(begin), add_tile, nothing)
+        mass = jnp.sum(total, axis=0)
+        plgpu.store(mass_ref.at[seq, head, places], mass, mask=places < mass_ref.shape[2])
+
+    lax.fori_loop(0, tiles_a_program, visit, None)

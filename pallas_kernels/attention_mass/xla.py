@@ -1,0 +1,71 @@
+"""`attention_mass` in plain XLA: the specification of the other backends, and what a CPU runs.
+
+The loops are those of `paged_attention`: tiles of queries, and the tiles of keys that each can see.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.paged_attention.xla import KeyTiles, at, pack, plan, query_tile, score, see
+
+
+def attention_mass(
+    q,
+    k_pages,
+    page_table,
+    table_rows,
+    kv_lengths,
+    query_starts,
+    lse,
+    *,
+    layer,
+    scale,
+    window,
+    sink_tokens,
+    softcap,
+    k_scales,
+):
+    """See `api.attention_mass`."""
+    tokens, num_seqs = q.shape[0], kv_lengths.shape[0]
+    layer = jnp.asarray(layer, jnp.int32)
+    kv_heads, page_size = k_pages.shape[2:4]
+    keys = KeyTiles.of_pages(k_pages)
+    pool = (k_pages,) if k_scales is None else (k_pages, k_scales)
+    # A tile's row is its sequence's number here, the row of `mass` too.
+    seqs = jnp.arange(num_seqs, dtype=jnp.int32)
+    size, hides = query_tile(tokens, num_seqs), {"window": window, "sink_tokens": sink_tokens}
+    work = plan(tokens, size, kv_lengths, query_starts, seqs, keys, **hides)
+    queries = pack(q.astype(jnp.float32) * scale, work, kv_heads)
+    log_sums = pack(lse[..., None], work, kv_heads)
+
+    def visit_tile(tile, mass):
+        seq, num_keys = work.table_row[tile], work.num_keys[tile]
+        page_row = page_table[table_rows[seq]]
+        row_places = jnp.repeat(work.places[tile], q.shape[1] // kv_heads)
+        q_tile, log_sum = at(queries, tile), at(log_sums, tile)
+
+        def visit(key_tile, mass):
+            where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
+            k, *scales = keys.read(pool, layer, where)
+            visible = see(row_places, keys.places(where), **hides)
+            scores = score(q_tile, k, scales[0] if scales else None, visible, softcap=softcap)
+            weights = jnp.where(visible, jnp.exp(scores - log_sum), 0.0)
+            corner = seq, jnp.zeros((), jnp.int32), where.first
+            # Of places that it does not own a tile adds zero.
+            own = jax.lax.dynamic_slice(mass, corner, (1, kv_heads, keys.size))
+            return jax.lax.dynamic_update_slice(mass, own + _sum_of_rows(weights), corner)
+
+        first = work.first_key_tile[tile]
+        return jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, mass)
+
+    max_tokens = page_table.shape[1] * page_size
+    # Room for all of the last tile.
+    room = -(-max_tokens // keys.size) * keys.size
+    mass = jnp.zeros((num_seqs, kv_heads, room), jnp.float32)
+    return jax.lax.fori_loop(0, work.num_keys.shape[0], visit_tile, mass)[..., :max_tokens]
+
+
+def _sum_of_rows(weights):
+    # As a product of matrices: into a sum XLA would fuse the exponentials, and take them one by one.
+    ones = jnp.ones((weights.shape[0], 1, weights.shape[1]), jnp.float32)
+    return jnp.einsum("hnr,hrt->hnt", ones, weights, precision="highest")[:, 0]

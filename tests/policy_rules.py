@@ -1,0 +1,59 @@
+"""Each policy's rule in plain NumPy, for one layer and KV head of one sequence, oldest token first."""
+
+import numpy as np
+
+
+def greatest(scores, count) -> list[int]:
+    """Places of the greatest, ascending; of equals the first."""
+    return sorted(np.argsort(-np.asarray(scores, np.float64), kind="stable")[:count].tolist())
+
+
+def heavy_hitter(mass, budget, recent) -> list[int]:
+    """H2O, algorithm 1: the greatest accumulated scores, and the last tokens."""
+    first_recent = len(mass) - recent
+    return greatest(mass[:first_recent], budget - recent) + list(range(first_recent, len(mass)))
+
+
+def least_recently_used(used, budget) -> list[int]:
+    """Those used longest ago go first, of these the oldest."""
+    order = sorted(range(len(used)), key=lambda place: (used[place], place))
+    return sorted(order[len(used) - budget :])
+
+
+def prompt_compress(mass, budget, observed, kernel) -> list[int]:
+    """SnapKV, listing 1: what the observed tokens gave the ones before them, pooled by the kernel."""
+    prefix = len(mass) - observed
+    padded = np.pad(mass[:prefix].astype(np.float32), kernel // 2)
+    pooled = np.zeros(prefix, np.float32)
+    for nth in range(kernel):
+        pooled = pooled + padded[nth : nth + prefix]
+    return greatest(pooled, budget - observed) + list(range(prefix, len(mass)))
+
+
+def semantic_merge(keys, budget, recent) -> list[list[int]]:
+    """Runs of neighbours that become one token: those most alike, by cosine similarity, are joined."""
+    length = len(keys)
+    unit = keys / np.linalg.norm(keys, axis=-1, keepdims=True)
+    alike = (unit[1:] * unit[:-1]).sum(axis=-1)
+    alike[max(length - recent - 1, 0) :] = -np.inf
+    joined = set(greatest(alike, length - budget))
+    runs = [[0]]
+    for place in range(1, length):
+        if place - 1 in joined:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
+
+
+def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:
+    """The first page that goes, and how many: what neither a token to come nor the sinks need; the newest
+    token stays."""
+    first = -(-sinks // page_size)
+    needed = range(max(length - max(window, 2) + 1, 0), length)
+    pages = [
+        page
+        for page in range(first, length // page_size)
+        if not any(page * page_size <= place < (page + 1) * page_size for place in needed)
+    ]
+    return first, len(pages)

@@ -1,0 +1,324 @@
+"""A cache under a policy and its oracle, side by side; see `tests.twin`."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxkv
+from jaxkv import Status
+from jaxkv.policies import HeavyHitter, LeastRecentlyUsed, PromptCompress, SemanticMerge, SlidingWindow
+from tests import policy_rules
+from tests.twin import TOLERANCE, Twin, poisoning
+
+# How many roundings of float32, in float64's place, the attention a token received may be off by.
+MASS = 1e-4
+
+
+class Programs(NamedTuple):
+    extend: ...
+    fork: ...
+    evict: ...
+    shift: ...
+
+
+@functools.cache
+def programs(policy) -> Programs:
+    def extend(cache, state, seqs, num_tokens, k, v, q):
+        cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q.shape[1])
+        batch = policy.view(batch)
+
+        def one_layer(cache, layer):
+            layer, k, v, q = layer
+            cache = jaxkv.append(cache, layer, batch, k, v)
+            return cache, jaxkv.attend(cache, layer, batch, q, return_lse=True, return_mass=True)
+
+        layers = jnp.arange(q.shape[0], dtype=jnp.int32)
+        cache, (out, lse, mass) = jax.lax.scan(one_layer, cache, (layers, k, v, q))
+        state = policy.observe(state, cache, batch, mass if policy.needs_mass else None)
+        return cache, state, batch, out, lse, mass
+
+    def fork(cache, state, parents, children):
+        cache, status = jaxkv.fork(cache, parents, children)
+        return cache, policy.fork(state, parents, jnp.where(status == Status.OK, children, -1)), status
+
+    def shift(cache, seqs, by):
+        return jaxkv.shift_positions(cache, seqs, by, rope=policy.rope, first=FIRST)
+
+    return Programs(
+        extend=jax.jit(poisoning(extend), donate_argnums=(0, 1)),
+        fork=jax.jit(poisoning(fork), donate_argnums=(0, 1)),
+        evict=jax.jit(poisoning(policy.evict), donate_argnums=(0, 1)),
+        shift=jax.jit(poisoning(shift), donate_argnums=0),
+    )
+
+
+FIRST = 3  # places that `shift` leaves where they are
+
+
+class PolicyTwin(Twin):
+    """Each sequence of the oracle has `memory`: what the policy remembers, `[length, layers, kv_heads]`."""
+
+    def __init__(self, policy, **shape):
+        super().__init__(**shape)
+        self.policy, self.state = policy, policy.init(self.config)
+        self.seen = [0] * self.config.max_seqs  # PromptCompress: places when the prompt was observed
+        self.memory = [self._nothing() for _ in range(self.config.max_seqs)]
+        self.clock = [0] * self.config.max_seqs
+        if isinstance(policy, SlidingWindow):
+            self.options = {"window": policy.window, "sink_tokens": policy.sinks}
+
+    def _nothing(self):
+        return np.zeros((0, self.config.num_layers, self.config.num_kv_heads))
+
+    def extend(self, seqs, num_tokens):
+        count, config = len(seqs), self.config
+        seqs, num_tokens = self._padded(seqs), self._padded(num_tokens, fill=0)
+        shape = (config.num_layers, self.total_tokens)
+        k, v = (self._normal(*shape, config.num_kv_heads, config.head_dim) for _ in "kv")
+        q = self._normal(*shape, self.q_heads, config.head_dim)
+        stack = self._stack()
+        self.cache, self.state, *rest = programs(self.policy).extend(
+            self.cache, self.state, seqs, num_tokens, k, v, q
+        )
+        want = self.oracle.allocate(seqs, num_tokens, self.total_tokens)
+        self.oracle.append(want, np.asarray(k, np.float64), np.asarray(v, np.float64))
+        batch, out, lse, mass = jax.device_get(rest)
+        self.check()
+        self._check_batch(batch, want, stack)
+        self._check_attention(out, lse, want, q)
+        self._observe(want, mass, seqs, num_tokens, q)
+        return want.status[:count]
+
+    def _observe(self, want, mass, seqs, num_tokens, q):
+        """The mass is what the oracle's attention gives; the policy's state follows from it."""
+        config, group = self.config, self.q_heads // self.config.num_kv_heads
+        for entry, slot in enumerate(seqs.tolist()):
+            sequence = self.oracle.sequences[slot] if 0 <= slot < config.max_seqs else None
+            ran = sequence is not None and want.status[entry] == Status.OK and num_tokens[entry] > 0
+            if not ran:
+                assert not mass[:, entry].any()
+                continue
+            rows = slice(want.query_starts[entry], want.query_starts[entry + 1])
+            expected = np.zeros(mass[:, entry].shape)
+            for layer in range(config.num_layers):
+                weights = self._weights(layer, slot, np.asarray(q[layer, rows], np.float64))
+                by_head = weights.reshape(weights.shape[0], config.num_kv_heads, group, -1).sum((0, 2))
+                expected[layer, :, : sequence.length] = by_head
+            np.testing.assert_allclose(mass[:, entry], expected, rtol=MASS, atol=MASS)
+            self._remember(slot, entry, int(num_tokens[entry]), mass[:, entry])
+
+    def _weights(self, layer, slot, q):
+        """Softmax weights `[tokens, q_heads, length]`: attention to values that are a place's number."""
+        length = self.oracle.sequences[slot].length
+        k, _ = self.oracle.gather(layer, slot)
+        v = np.broadcast_to(np.eye(length)[:, None], (length, k.shape[1], length))
+        from tests.kernels import reference
+
+        return reference.attention(q, k, v, scale=k.shape[-1] ** -0.5, **self.options)[0]
+
+    def _remember(self, slot, entry, num_tokens, mass):
+        """What the policy's state must be; from here on the oracle goes by the library's own float32."""
+        length = self.oracle.sequences[slot].length
+        mass = np.moveaxis(mass[..., :length], -1, 0)
+        before = self.memory[slot][: length - num_tokens]
+        if len(before) == 0:
+            self.clock[slot] = 0
+        match self.policy:
+            case HeavyHitter() | SemanticMerge():
+                self.memory[slot] = mass.copy()
+                self.memory[slot][: len(before)] += before
+                self._same_state("mass", slot)
+            case PromptCompress():
+                self.memory[slot], self.seen[slot] = mass, length
+                self._same_state("mass", slot)
+            case LeastRecentlyUsed(threshold=threshold):
+                came_in = self.clock[slot] + 1 + np.arange(num_tokens)
+                came_in = np.broadcast_to(came_in[:, None, None], (num_tokens, *mass.shape[1:]))
+                self.clock[slot] += num_tokens
+                used = np.concatenate([before, came_in])
+                self.memory[slot] = np.where(mass > threshold, self.clock[slot], used)
+                self._same_state("used", slot)
+
+    def _same_state(self, name, slot):
+        memory = self.memory[slot]
+        held = np.moveaxis(np.asarray(self.state.values[name])[slot], -1, 0)[: len(memory)]
+        np.testing.assert_allclose(held, memory, rtol=1e-6, atol=1e-7)
+        self.memory[slot] = held.astype(np.float64)
+
+    def fork(self, parents, children):
+        count = len(parents)
+        parents, children = self._padded(parents), self._padded(children)
+        self.cache, self.state, status = programs(self.policy).fork(self.cache, self.state, parents, children)
+        want = self.oracle.fork(parents, children)
+        assert [Status(s) for s in status.tolist()] == want
+        for parent, child, status in zip(parents, children, want, strict=True):
+            if status == Status.OK:
+                self.memory[child] = self.memory[parent].copy()
+                self.seen[child], self.clock[child] = self.seen[parent], self.clock[parent]
+        self.check()
+        return want[:count]
+
+    def truncate(self, seqs, lengths):
+        super().truncate(seqs, lengths)
+        self._forget()
+
+    def free(self, seqs):
+        super().free(seqs)
+        self._forget()
+
+    def _forget(self):
+        for slot, sequence in enumerate(self.oracle.sequences):
+            self.memory[slot] = self.memory[slot][: sequence.length]
+
+    # evict ---------------------------------------------------------------------------------
+
+    def evict(self, seqs) -> list[int]:
+        count, free = len(seqs), self.oracle.num_free
+        seqs = self._padded(seqs)
+        self.cache, self.state, dropped = programs(self.policy).evict(self.cache, self.state, seqs)
+        want = self._evict(list(dict.fromkeys(s for s in seqs.tolist() if 0 <= s < self.config.max_seqs)))
+        got, named = [], set()
+        for slot in seqs.tolist():
+            got.append(want.get(slot, 0) if slot not in named else 0)
+            named.add(slot)
+        assert dropped.tolist() == got
+        assert self.oracle.num_free >= min(free, self.oracle.num_free)
+        self.check()
+        return got[:count]
+
+    def _evict(self, slots) -> dict[int, int]:
+        if isinstance(self.policy, SlidingWindow):
+            return self._slide(slots)
+        budget, sequences = self.policy.budget, self.oracle.sequences
+        due = [slot for slot in slots if sequences[slot].length > budget]
+        if isinstance(self.policy, PromptCompress):
+            due = [slot for slot in due if self.seen[slot] == sequences[slot].length]
+        dropped = {slot: sequences[slot].length - budget for slot in due}
+        granted = self.oracle.own_pages(dict.fromkeys(due, (0, budget)))
+        for slot in granted:
+            self._keep(slot)
+            self.oracle.count_eviction(dropped[slot])
+        return {slot: dropped[slot] for slot in granted}
+
+    def _keep(self, slot):
+        """Gathers the survivors of every layer and head; a group of places becomes one."""
+        sequence, policy, memory = self.oracle.sequences[slot], self.policy, self.memory[slot]
+        old, budget = sequence.tokens, policy.budget
+        sequence.tokens, self.memory[slot] = old[:budget].copy(), memory[:budget].copy()
+        for layer in range(self.config.num_layers):
+            for head in range(self.config.num_kv_heads):
+                own, remembered = old[:, :, layer, head], memory[:, layer, head]
+                groups = self._groups(own[:, 0], remembered)
+                assert len(groups) == budget
+                weight = np.maximum(remembered, 1e-6)
+                for place, group in enumerate(groups):
+                    mean = np.average(own[group], axis=0, weights=weight[group])
+                    sequence.tokens[place, :, layer, head] = mean if len(group) > 1 else own[group[0]]
+                    self.memory[slot][place, layer, head] = remembered[group].sum()
+                    if policy.positions == "cache":
+                        key = sequence.tokens[place, 0, layer, head]
+                        key[...] = turned(key, place - group[0], policy.rope)
+        if policy.positions == "cache":
+            sequence.position = budget
+        if policy.positions == "cache" or isinstance(policy, SemanticMerge):
+            self._take_over(slot)
+
+    def _groups(self, keys, remembered) -> list[list[int]]:
+        match self.policy:
+            case HeavyHitter(budget=budget, recent=recent):
+                kept = policy_rules.heavy_hitter(remembered, budget, recent)
+            case LeastRecentlyUsed(budget=budget):
+                kept = policy_rules.least_recently_used(remembered, budget)
+            case PromptCompress(budget=budget, observe_last=observed, kernel=kernel):
+                kept = policy_rules.prompt_compress(remembered, budget, observed, kernel)
+            case SemanticMerge(budget=budget, recent=recent):
+                return policy_rules.semantic_merge(keys, budget, recent)
+        return [[place] for place in kept]
+
+    def _slide(self, slots) -> dict[int, int]:
+        policy, page_size, dropped, far = self.policy, self.config.page_size, {}, {}
+        for slot in slots:
+            sequence = self.oracle.sequences[slot]
+            first, pages = policy_rules.sliding_window(
+                sequence.length, policy.window, policy.sinks, page_size
+            )
+            self.oracle.drop_pages(slot, first, pages)
+            dropped[slot] = pages * page_size
+            gap = sequence.position - sequence.length
+            if policy.positions == "cache" and gap >= policy.window:
+                far[slot] = gap
+        if any(dropped.values()):
+            self._shift({slot: -gap for slot, gap in far.items()}, first * page_size)
+        return dropped
+
+    # shift_positions -----------------------------------------------------------------------
+
+    def shift(self, seqs, by):
+        seqs, by = self._padded(seqs), self._padded(by, fill=0)
+        self.cache, status = programs(self.policy).shift(self.cache, seqs, by)
+        moves, want, named = {}, [], set()
+        for slot, amount in zip(seqs.tolist(), by.tolist(), strict=True):
+            known = 0 <= slot < self.config.max_seqs and slot not in named
+            sequence = self.oracle.sequences[slot] if known else None
+            named.add(slot)
+            if slot < 0:
+                want.append(Status.PADDING)
+            elif sequence is None or sequence.length == 0:
+                want.append(Status.INVALID_SEQ)
+            elif not sequence.length <= sequence.position + amount < 2**31:
+                want.append(Status.INVALID_LENGTH)
+            else:
+                want.append(Status.OK)
+                if amount:
+                    moves[slot] = amount
+        granted = self._shift(moves, FIRST)
+        for entry, slot in enumerate(seqs.tolist()):
+            if want[entry] == Status.OK and slot in moves and slot not in granted:
+                want[entry] = Status.OUT_OF_PAGES
+        assert [Status(s) for s in status.tolist()] == want
+        self.check()
+
+    def _shift(self, moves: dict[int, int], first: int) -> list[int]:
+        sequences, column = self.oracle.sequences, first // self.config.page_size
+        granted = self.oracle.own_pages({slot: (column, sequences[slot].length) for slot in moves})
+        for slot in granted:
+            keys = sequences[slot].tokens[first:, 0]
+            keys[...] = turned(keys, moves[slot], self.policy.rope)
+            sequences[slot].position += moves[slot]
+            self._take_over(slot)
+        return granted
+
+    def _take_over(self, slot):
+        """What was computed anew is as near as its dtype allows; the oracle goes on from the library's."""
+        tokens = self.oracle.sequences[slot].tokens
+        for layer in range(self.config.num_layers):
+            k, v, lengths = jax.device_get(
+                jax.jit(jaxkv.gather, static_argnums=1)(self.cache, layer, np.array([slot], np.int32))
+            )
+            assert lengths[0] == len(tokens)
+            for nth, got in enumerate((k, v)):
+                got = got[0, : len(tokens)].astype(np.float64)
+                tolerance = self._step(tokens[:, nth, layer])
+                assert np.all(np.abs(got - tokens[:, nth, layer]) <= tolerance)
+                tokens[:, nth, layer] = got
+
+    def _step(self, values):
+        if self.config.quantization == "int8":
+            return np.abs(values).max(axis=-1, keepdims=True) * (1 / 127) + 1e-6
+        if self.config.quantization == "int4":
+            return 0.15 * np.linalg.norm(values, axis=-1, keepdims=True) + 1e-6
+        return TOLERANCE[self.config.dtype] * np.maximum(np.abs(values), 1.0)
+
+
+def turned(keys, by, rope):
+    """RoPE by definition, in float64: pairs of features as complex numbers."""
+    frequencies = np.asarray(rope.frequencies)
+    count, out = len(frequencies), keys.copy()
+    first = slice(0, count) if rope.pairing == "half" else slice(0, 2 * count, 2)
+    second = slice(count, 2 * count) if rope.pairing == "half" else slice(1, 2 * count, 2)
+    pairs = (keys[..., first] + 1j * keys[..., second]) * np.exp(1j * by * frequencies)
+    out[..., first], out[..., second] = pairs.real, pairs.imag
+    return out

@@ -1,0 +1,374 @@
+"""Policies at their edges, what they refuse, and `generate` under each."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv import Rope
+from jaxkv.models import ModelConfig, random_model
+from jaxkv.policies import (
+    HeavyHitter,
+    LeastRecentlyUsed,
+    PromptCompress,
+    SemanticMerge,
+    SlidingWindow,
+    TokenPolicy,
+)
+from jaxkv.policies.parse import parse_policy
+from tests.caches import SMALL, ints
+from tests.policy_twin import PolicyTwin
+
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    max_context=128,
+)
+ROPE = Rope.of(4, 10000.0)
+CONFIG = replace(SMALL, num_pages=12, max_pages_per_seq=6)
+POLICIES = [
+    SlidingWindow(6, 2),
+    LeastRecentlyUsed(9),
+    HeavyHitter(9, 3),
+    SemanticMerge(9, 3),
+    PromptCompress(9, 3, kernel=3),
+]
+by_name = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+
+
+def twin_of(policy, **changes):
+    return PolicyTwin(policy, config=replace(CONFIG, **changes), total_tokens=24)
+
+
+@by_name
+def test_a_full_pool_of_own_pages_needs_no_page_to_evict(policy):
+    twin = twin_of(policy)
+    twin.extend([0], [24])
+    twin.extend([1], [24])
+    assert twin.oracle.num_free == 0
+    dropped = twin.evict([0, 1])
+    assert min(dropped[:2]) > 0
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:4], ids=lambda policy: type(policy).__name__)
+def test_shared_pages_are_left_alone_and_own_ones_used_again(policy):
+    twin = twin_of(policy)
+    twin.extend([0], [16])
+    twin.fork([0], [1])
+    twin.extend([2], [20])
+    twin.extend([3], [12])
+    assert twin.oracle.num_free == 0
+    assert twin.evict([0, 1]) == [0, 0], "three pages each, and none is free"
+    twin.free([3])
+    twin.extend([0], [5])
+    assert twin.oracle.num_free == 1
+    assert twin.evict([0]) == [12], "two pages of its own beyond the budget, and the free one"
+    assert twin.oracle.sequences[1].length == 16
+
+
+@by_name
+def test_what_names_no_sequence_is_passed_over(policy):
+    twin = twin_of(policy)
+    assert twin.evict([0, -1, 4, 2**31 - 1, 0]) == [0] * 5
+    twin.extend([3], [17])
+    dropped = twin.evict([-5, 3, 3, 9, 1])
+    assert dropped[1] > 0 and sum(dropped) == dropped[1]
+
+
+@by_name
+def test_at_the_budget_and_below_it_nothing_goes(policy):
+    twin = twin_of(policy)
+    for length in (1, 4, 8, 9, 10):
+        twin.extend([0], [length])
+        over = 0 if isinstance(policy, SlidingWindow) else max(0, length - 9)
+        assert twin.evict([0]) == [over]
+        twin.free([0])
+
+
+@by_name
+def test_a_hundred_steps_trace_once(policy):
+    """Evict, allocate, attend and observe in one donated step, with forks and frees in between."""
+    config, traces = replace(CONFIG, max_pages_per_seq=12), []
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def step(cache, state, seqs, x):
+        traces.append(1)
+        cache, state, _ = policy.evict(cache, state, seqs)
+        cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+        mass = []
+        for layer in range(config.num_layers):
+            cache = jaxkv.append(cache, layer, batch, x, x)
+            x, one = jaxkv.attend(cache, layer, policy.view(batch), x, return_mass=True)
+            mass.append(one)
+        return cache, policy.observe(state, cache, batch, jnp.stack(mass)), batch.status
+
+    cache, state = jaxkv.init(config), policy.init(config)
+    x = jax.random.normal(jax.random.key(0), (2, 2, 4))
+    most = 0
+    for number in range(100):
+        cache, state, status = step(cache, state, ints(0, 1), x)
+        most = max(most, int(cache.table.lengths.max()))
+        if number == 40:
+            cache = jax.jit(jaxkv.free)(cache, ints(1))
+    assert len(traces) == 1
+    if not isinstance(policy, PromptCompress):
+        assert most <= policy.capacity(config) and not np.any(status)
+        assert cache.table.positions[0] == 100
+    jaxkv.check_invariants(cache)
+
+
+def test_under_x64_dtypes_stay():
+    config = replace(CONFIG, quantization="int8")
+    with jax.enable_x64(True):
+        for policy in [*POLICIES, SlidingWindow(5, 0, positions="cache", rope=ROPE)]:
+            cache, state = jaxkv.init(config), policy.init(config)
+            before = jax.tree.map(lambda leaf: leaf.dtype, (cache, state))
+            cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([15, 14]), total_tokens=29)
+            x = jnp.ones((29, 2, 4))
+            _, mass = jaxkv.attend(cache, 0, policy.view(batch), x.astype(jnp.float32), return_mass=True)
+            assert mass.dtype == jnp.float32
+            state = policy.observe(state, cache, batch, jnp.stack([mass, mass]))
+            cache, state, dropped = jax.jit(policy.evict)(cache, state, jnp.arange(2))
+            assert dropped.dtype == jnp.int32 and dropped[0] > 0
+            state = policy.fork(state, jnp.arange(2), jnp.arange(2) + 2)
+            assert jax.tree.map(lambda leaf: leaf.dtype, (cache, state)) == before
+
+
+# refused --------------------------------------------------------------------------------------
+
+SETTINGS = [
+    (lambda: HeavyHitter(0, 0), "budget=0"),
+    (lambda: HeavyHitter(8, 9), "budget=8 does not hold recent=9"),
+    (lambda: HeavyHitter(8, -1), "recent=-1"),
+    (lambda: SemanticMerge(True, 0), "budget=True"),
+    (lambda: PromptCompress(8, 16), "budget=8 does not hold observe_last=16"),
+    (lambda: PromptCompress(8, 4, kernel=4), "kernel=4 must be odd"),
+    (lambda: LeastRecentlyUsed(8, -0.5), "threshold=-0.5"),
+    (lambda: LeastRecentlyUsed(8, float("nan")), "threshold=nan"),
+    (lambda: SlidingWindow(0), "window=0"),
+    (lambda: SlidingWindow(8, -1), "sinks=-1"),
+    (lambda: SlidingWindow(8, positions="new"), "positions='new'"),
+    (lambda: SlidingWindow(8, positions="cache"), "needs rope"),
+    (lambda: Rope(()), "frequencies"),
+    (lambda: Rope((1.0,), "thirds"), "pairing='thirds'"),
+]
+
+
+@pytest.mark.parametrize("make, message", SETTINGS, ids=[message for _, message in SETTINGS])
+def test_settings_that_contradict_each_other(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+FITS = [
+    (HeavyHitter(24, 3), CONFIG, "28 token places .* a sequence has 24: 6 pages of 4"),
+    (SlidingWindow(20, 4), CONFIG, "28 token places"),
+    (SlidingWindow(8, positions="cache", rope=Rope.of(8, 10.0)), CONFIG, "8 features; .* head_dim=4"),
+    (HeavyHitter(8, 3, positions="cache", rope=ROPE), replace(CONFIG, quantization="int8"), "quantization"),
+]
+
+
+@pytest.mark.parametrize("policy, config, message", FITS, ids=[message[:12] for *_, message in FITS])
+def test_a_policy_that_does_not_fit_the_cache_names_both(policy, config, message):
+    with pytest.raises(ValueError, match=message):
+        policy.init(config)
+
+
+def test_the_state_of_another_cache_or_policy_names_both():
+    policy, other = HeavyHitter(8, 3), replace(CONFIG, num_pages=11)
+    cache = jaxkv.init(CONFIG)
+    with pytest.raises(ValueError, match=r"num_pages=11.*num_pages=12"):
+        policy.evict(cache, policy.init(other), ints(0))
+    with pytest.raises(ValueError, match=r"recent=3.*recent=2"):
+        HeavyHitter(8, 2).evict(cache, policy.init(CONFIG), ints(0))
+    with pytest.raises(ValueError, match="NoneType"):
+        policy.evict(cache, None, ints(0))
+    with pytest.raises(ValueError, match="CacheConfig"):
+        policy.init(None)
+
+
+def test_a_policy_that_goes_by_attention_must_be_given_it(no_shape_checks):
+    policy, cache = HeavyHitter(8, 3), jaxkv.init(CONFIG)
+    cache, batch = jaxkv.allocate(cache, ints(0), ints(1))
+    with pytest.raises(ValueError, match=r"HeavyHitter .* return_mass=True"):
+        policy.observe(policy.init(CONFIG), cache, batch)
+    with pytest.raises(ValueError, match=r"\[2, 1, 2, 24\], not \[1, 2, 24\]"):
+        policy.observe(policy.init(CONFIG), cache, batch, jnp.zeros((1, 2, 24)))
+
+
+LINES = [
+    ("", "not one of sliding-window, lru"),
+    ("fifo:3", "'fifo' is not one of"),
+    ("lru", "lru:TOKENS"),
+    ("lru:", "lru:TOKENS"),
+    ("lru:many", "budget='many' is not a number"),
+    ("lru:8,recent=3", "'recent=3' is not one of positions=, threshold="),
+    ("heavy-hitter:8,recent", "'recent' is not one of"),
+    ("heavy-hitter:8,recent=2,recent=3", "once each"),
+    ("heavy-hitter:8,recent=9", "budget=8"),
+    ("sliding-window:8,rope=1", "'rope=1' is not one of"),
+    ("sliding-window:-8", "window=-8"),
+    ("prompt-compress:8,observe=9", "observe_last=9"),
+]
+
+
+@pytest.mark.parametrize("line, message", LINES)
+def test_a_line_of_text_that_is_no_policy(line, message):
+    with pytest.raises(ValueError, match=message):
+        parse_policy(line)
+
+
+def test_lines_of_text():
+    assert parse_policy("sliding-window:1024, sinks=4") == SlidingWindow(1024, 4)
+    assert parse_policy("heavy-hitter:9") == HeavyHitter(9, 4)
+    assert parse_policy("lru:512,threshold=0.5") == LeastRecentlyUsed(512, 0.5)
+    assert parse_policy("prompt-compress:64,observe=8") == PromptCompress(64, 8)
+    by_cache = parse_policy("semantic-merge:64,recent=8,positions=cache", rope=ROPE)
+    assert by_cache == SemanticMerge(64, 8, positions="cache", rope=ROPE)
+
+
+# generate -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(MODEL, jax.random.key(3))
+
+
+def cache_config(**changes):
+    sizes = dict(num_pages=40, page_size=4, max_seqs=4, max_pages_per_seq=10, dtype="float32")
+    return MODEL.cache_config(**{**sizes, **changes})
+
+
+PROMPTS = [[*range(1, 9), 11], [*range(1, 9), 21, 22, 23, 24, 25, 26]]
+
+
+@by_name
+def test_within_its_budget_a_policy_changes_nothing(model, policy):
+    roomy = replace(policy, **{"window" if isinstance(policy, SlidingWindow) else "budget": 28})
+    options = dict(max_new_tokens=10, num_samples=2, key=jax.random.key(1))
+    sampling = jaxkv.Sampling(temperature=1.0)
+    want = jaxkv.generate(model, cache_config(), PROMPTS, sampling=sampling, **options)
+    got = jaxkv.generate(model, cache_config(), PROMPTS, sampling=sampling, policy=roomy, **options)
+    assert got.tokens == want.tokens and int(got.cache.stats.evictions) == 0
+
+
+def test_pages_that_a_window_gave_back_change_nothing(model):
+    """The same text as from a cache that keeps all, and hides what lies outside of the window."""
+
+    class KeepsAll(SlidingWindow):
+        def evict(self, cache, state, seqs):
+            return cache, state, jnp.zeros_like(seqs)
+
+    options = dict(max_new_tokens=60, prefill_chunk=5)
+    want = jaxkv.generate(
+        model, cache_config(max_pages_per_seq=20), PROMPTS, policy=KeepsAll(10, 3), **options
+    )
+    got = jaxkv.generate(
+        model,
+        cache_config(num_pages=10, max_pages_per_seq=5),
+        PROMPTS,
+        policy=SlidingWindow(10, 3),
+        **options,
+    )
+    assert got.tokens == want.tokens
+    assert got.peak_pages <= 10 < want.peak_pages
+
+
+def test_a_window_moves_over_a_long_text_with_as_many_pages(model):
+    """Thousands of tokens, far beyond the positions that the model knows; compiled once."""
+    policy = SlidingWindow(24, 4, positions="cache", rope=MODEL.rope)
+    config, pages, positions = cache_config(num_pages=8, max_seqs=1, max_pages_per_seq=8), [], []
+
+    def see(state):
+        pages.append(int(state.cache.stats.current_pages))
+        positions.append(int(state.cache.table.positions[0]))
+
+    compiled = decode_programs()
+    result = jaxkv.generate(
+        model,
+        config,
+        [list(range(1, 60))],
+        max_new_tokens=20_000,
+        block=100,
+        on_tokens=see,
+        policy=policy,
+        sampling=jaxkv.Sampling(temperature=1.0),
+    )
+    assert result.num_new_tokens == 20_000 and decode_programs() == compiled + 1
+    settled = pages[2:-1]
+    assert max(settled) == min(settled) == policy.capacity(config) // config.page_size
+    assert max(positions) <= policy.most_positions(config)
+    assert int(result.cache.stats.evicted_tokens) > 19_900
+
+
+def decode_programs():
+    from jaxkv.generate import _decode
+
+    return _decode._cache_size()
+
+
+@by_name
+def test_prompts_longer_than_a_row_and_forks(model, policy):
+    """A prefix that all share, prompts in chunks, samples: every sequence stays within its budget."""
+    prompts = [[*range(1, 33), *range(40, 40 + count)] for count in (3, 9)]
+    pages = 11 if isinstance(policy, PromptCompress) else 5
+    config = cache_config(max_pages_per_seq=pages, num_pages=4 * pages)
+    spotted = []
+
+    def see(state):
+        jaxkv.check_invariants(state.cache)
+        spotted.append(int(state.cache.table.lengths.max()))
+
+    result = jaxkv.generate(
+        model,
+        config,
+        prompts,
+        max_new_tokens=12,
+        num_samples=2,
+        policy=policy,
+        on_tokens=see,
+        block=4,
+        prefill_chunk=7,
+    )
+    assert result.num_new_tokens == 48 and max(spotted) <= config.max_tokens_per_seq
+    assert int(result.cache.stats.evictions) > 0
+
+
+def test_a_policy_of_ones_own(model):
+    @dataclass(frozen=True)
+    class Thin(TokenPolicy):
+        def rank(self, tokens):
+            kept = (tokens.place < 4) | (tokens.place >= tokens.lengths - self.budget // 2)
+            return jnp.where(kept, 2, tokens.place % 2)
+
+    result = jaxkv.generate(
+        model, cache_config(max_pages_per_seq=5), PROMPTS, max_new_tokens=40, policy=Thin(16)
+    )
+    assert result.num_new_tokens == 80 and int(result.cache.stats.evicted_tokens) > 40
+
+
+def test_what_generate_refuses(model):
+    class Plain:
+        def __call__(self, tokens, cache, batch, *, rows=None):
+            raise AssertionError
+
+    with pytest.raises(ValueError, match=r"HeavyHitter .* Plain takes no return_mass"):
+        jaxkv.generate(Plain(), cache_config(), PROMPTS, policy=HeavyHitter(8, 4))
+    with pytest.raises(ValueError, match=r"policy='lru' must be"):
+        jaxkv.generate(model, cache_config(), PROMPTS, policy="lru")
+    with pytest.raises(ValueError, match=r"44 token places .* a sequence has 40"):
+        jaxkv.generate(model, cache_config(), PROMPTS, policy=HeavyHitter(40, 4))
+    with pytest.raises(jaxkv.SequenceTooLongError, match="prompt 0 has 60 tokens"):
+        jaxkv.generate(model, cache_config(), [[1] * 60], policy=PromptCompress(8, 4))
+    with pytest.raises(jaxkv.OutOfPagesError):
+        jaxkv.generate(model, cache_config(num_pages=10), [[1] * 60] * 4, policy=SlidingWindow(28, 4))
