@@ -46,6 +46,7 @@ from unittest import mock
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels

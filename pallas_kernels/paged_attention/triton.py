@@ -371,15 +371,18 @@ def _attend(
         offsets = lax.rem(places, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
         k, v = (read_tile(ref.at[at], real, codes) for ref in (k_ref, v_ref))
-        scales_of_tile = [
-            _load_scales(scales, (layer, ids, head, offsets), places < num_keys, mine.groups)
-            for scales in scale_refs
-        ]
+        place = layer, ids, head, offsets
         if four_bits:
-            k, v = (_numbers(*pair, mine) for pair in zip((*k, *v), scales_of_tile, strict=True))
+            words = [_load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]
+            k, v = (_numbers(*pair, mine) for pair in zip((*k, *v), words, strict=True))
+            scales_of_tile = ()
+        else:
+            scales_of_tile = [
+                plgpu.load(scales.at[place], mask=places < num_keys, other=0.0) for scales in scale_refs
+            ]
         next_ids = page_ids(key + 1)
         scores, weigh_tile = add_up(product, q, k), weigh
-        if scale_refs and not four_bits:
+        if scales_of_tile:
             k_scale, v_scale = scales_of_tile
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is not None:
@@ -449,11 +452,9 @@ def _unpack(tile, codes):
     return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
 
 
-def _load_scales(ref, at, mask, groups: int):
-    """Of each token of a tile the scale; or the words of steps, and of spikes, that each code needs."""
+def _load_words(ref, at, mask, groups: int) -> list:
+    """Of each token of a tile the words of steps, and of spikes, that each of its codes needs."""
     zero = jnp.zeros((), ref.dtype)
-    if len(ref.shape) == len(at):
-        return plgpu.load(ref.at[at], mask=mask, other=zero)
     (layer, ids, head, offsets), tokens, pairs = at, mask.shape[0], groups // 2
     words = []
     for first in range(0, ref.shape[-1], pairs):
