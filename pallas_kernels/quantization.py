@@ -8,10 +8,11 @@ write on a CPU.)
 from collections.abc import Callable, Iterable, Sequence
 from math import prod
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from pallas_kernels import int4
 
@@ -39,7 +40,7 @@ def row_size(head_dim: int, dtype: DTypeLike) -> int:
     return head_dim // int4.CODES if is_int4(dtype) else head_dim
 
 
-def head_dim_of(pages: Shaped[Array, "*rows row"]) -> int:
+def head_dim_of(pages: Array | jax.ShapeDtypeStruct) -> int:
     """The reverse."""
     return pages.shape[-1] * (int4.CODES if is_int4(pages.dtype) else 1)
 
