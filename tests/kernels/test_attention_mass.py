@@ -12,7 +12,7 @@ from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
 
 BACKENDS = ("xla", "triton")
 # A kernel for them there is not: `tuning.lacks_mass`.
-FOUR_BITS = "decode of int4, float32", "a large page of int4, head_dim 96"
+FOUR_BITS = "decode of int4, float16", "a large page of int4, head_dim 96"
 CHOSEN = (
     "decode with GQA, float32",
     "decode with MQA, bfloat16",
