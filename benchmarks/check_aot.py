@@ -217,20 +217,28 @@ def programs() -> list[Program]:
             quantization=quantization,
         )
         for backend in ("xla", "triton")
-        for quantization in ("int8", "fp8")
+        for quantization in ("int8", "fp8", "int4")
     ]
     codes += [
         Program(
-            f"{backend}: prefill chunk, int8",
+            f"{backend}: prefill chunk, {quantization}",
             prefill,
             lambda: (_model(), one, one, _int32(CHUNK_TOKENS)),
             backend=backend,
-            quantization="int8",
+            quantization=quantization,
         )
         for backend in ("xla", "triton")
+        for quantization in ("int8", "int4")
     ]
     codes += [
-        Program(f"triton: {name}, int8", run, lambda a=a: a, backend="triton", quantization="int8")
+        Program(
+            f"triton: {name}, {quantization}",
+            run,
+            lambda a=a: a,
+            backend="triton",
+            quantization=quantization,
+        )
+        for quantization in ("int8", "int4")
         for name, run, a in (
             ("allocate", jaxkv.allocate, (seqs, seqs)),
             ("compact", jaxkv.compact, ()),

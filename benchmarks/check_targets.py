@@ -53,7 +53,7 @@ import pallas_kernels
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.paged_attention import triton as attention_triton
 from pallas_kernels.paged_attention.tuning import choose, choose_mass, choose_shared, lacks, lacks_mass
-from pallas_kernels.quantization import is_quantized
+from pallas_kernels.quantization import is_quantized, row_size, scale_dtype, scale_shapes
 from pallas_kernels.sizes import next_power_of_two
 
 BYTES_IN_FLIGHT = 40 * 1024
@@ -158,7 +158,7 @@ def attention(
     """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do: the launch for each
     sequence's own places, or that for what they share."""
     pages = 2 ** (19 if is_quantized(dtype) else 17) // page_size
-    pool = _shape((32, pages, kv_heads, page_size, head_dim), dtype)
+    pool = _pool(pages, kv_heads, page_size, head_dim, dtype)
     q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
@@ -183,7 +183,7 @@ def attention(
     def wide_loads(device):
         """Of a tile of K and, but for the mass, one of V, by all threads together."""
         tuning, lanes = tuned(device), 64 if device.arch.startswith("gfx9") else 32
-        tile = tuning.key_tile * next_power_of_two(head_dim) * jnp.dtype(dtype).itemsize
+        tile = tuning.key_tile * next_power_of_two(pool.shape[-1]) * pool.dtype.itemsize
         return max(1, (1 if mass else 2) * tile // (16 * lanes * tuning.num_warps))
 
     return Kernel(
@@ -214,7 +214,7 @@ def merge(name: str, **options) -> Kernel:
 
 def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: str) -> Kernel:
     """A call of `append_kv`."""
-    pool = _shape((32, 65536, kv_heads, 16, head_dim), pool_dtype)
+    pool = _pool(65536, kv_heads, 16, head_dim, pool_dtype)
     new, place = _shape((256, kv_heads, head_dim), dtype), _shape((256,), "int32")
 
     def call(_, *arrays):
@@ -227,7 +227,7 @@ def append(name: str, *, kv_heads: int, head_dim: int, dtype: str, pool_dtype: s
 
 def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
     """A call of `copy_pages`."""
-    pool = _shape((32, 32768, 8, page_size, 128), dtype)
+    pool = _pool(32768, 8, page_size, 128, dtype)
 
     def call(_, *arrays):
         return pallas_kernels.copy_pages(*arrays[:4], **_scales_by_name(arrays[4:]))
@@ -238,7 +238,7 @@ def copy(name: str, *, dtype: str, page_size: int) -> Kernel:
 
 def move(name: str, *, dtype: str, page_size: int) -> Kernel:
     """A call of `move_pages`."""
-    pool = _shape((32, 32768, 8, page_size, 128), dtype)
+    pool = _pool(32768, 8, page_size, 128, dtype)
 
     def call(_, *arrays):
         return pallas_kernels.move_pages(*arrays[:3], **_scales_by_name(arrays[3:]))
@@ -285,6 +285,24 @@ def kernels() -> list[Kernel]:
         decode("decode 16/8/256 int8", q_heads=16, head_dim=256, dtype="int8", q_dtype="bfloat16"),
         attention("16 tokens a sequence int8", tokens=1024, dtype="int8", q_dtype="bfloat16"),
         attention("16 tokens a sequence fp8", tokens=1024, dtype="uint8", q_dtype="bfloat16"),
+        decode("decode 32/8/128 int4", dtype="int32", q_dtype="bfloat16"),
+        decode(
+            "decode 9/3/64 int4, f16 q", q_heads=9, kv_heads=3, head_dim=64, dtype="int32", q_dtype="float16"
+        ),
+        attention(
+            "decode 32/32/80 int4",
+            kv_heads=32,
+            head_dim=80,
+            dtype="int32",
+            q_dtype="bfloat16",
+            bars=("spills", "matrix"),
+        ),
+        decode("decode 16/8/256 int4", q_heads=16, head_dim=256, dtype="int32", q_dtype="bfloat16"),
+        attention("decode int4, f32 q", dtype="int32", q_dtype="float32"),
+        attention("16 tokens a sequence int4", tokens=1024, dtype="int32", q_dtype="bfloat16"),
+        attention("prefill 512 tokens int4", tokens=512, seqs=1, dtype="int32", q_dtype="bfloat16"),
+        attention("prefill, 256 int4", tokens=8192, seqs=1, head_dim=256, dtype="int32", q_dtype="bfloat16"),
+        attention("shared prefix int4", shared=True, dtype="int32", q_dtype="bfloat16"),
         decode("4 tokens a sequence bf16", tokens=256),
         attention("prefill 512 tokens bf16", tokens=512, seqs=1),
         attention("prefill 512 tokens f32", tokens=512, seqs=1, dtype="float32"),
@@ -329,6 +347,13 @@ def kernels() -> list[Kernel]:
         append("append bf16 to int8", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="int8"),
         append("append bf16 to fp8", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="uint8"),
         append("append 3/80 f32 to int8", kv_heads=3, head_dim=80, dtype="float32", pool_dtype="int8"),
+        append("append bf16 to int4", kv_heads=8, head_dim=128, dtype="bfloat16", pool_dtype="int32"),
+        copy("copy pages of 16 int4", dtype="int32", page_size=16),
+        replace(
+            move("move the scales of int4", dtype="int32", page_size=16),
+            of=("move_scales",),
+            bars=frozenset({"spills"}),
+        ),
         copy("copy pages of 16 bf16", dtype="bfloat16", page_size=16),
         copy("copy pages of 7 f32", dtype="float32", page_size=7),
         copy("copy pages of 16 int8", dtype="int8", page_size=16),
@@ -378,7 +403,11 @@ def wrong_kernels() -> list[Kernel]:
 
 def _scales(pool) -> tuple:
     """Of K and V, if the pool is one of codes."""
-    return (_shape(pool.shape[:-1], "float32"),) * 2 if is_quantized(pool.dtype) else ()
+    return tuple(_shape(shape, scale_dtype(pool.dtype)) for shape in scale_shapes(pool.shape, pool.dtype))
+
+
+def _pool(pages, kv_heads, page_size, head_dim, dtype):
+    return _shape((32, pages, kv_heads, page_size, row_size(head_dim, dtype)), dtype)
 
 
 def _scales_by_name(scales) -> dict:

@@ -22,6 +22,7 @@ KV_DTYPES = {
     "f16": ("float16", None),
     "int8": (None, "int8"),
     "fp8": (None, "fp8"),
+    "int4": (None, "int4"),
 }
 # Which optional part brings a package; the others come with the models.
 _EXTRAS = {"matplotlib": "plot", "prometheus_client": "metrics"}

@@ -1,7 +1,6 @@
 """Static sizes of a cache and what follows from them."""
 
 from dataclasses import dataclass, fields, replace
-from math import prod
 from typing import Any
 
 import jax
@@ -9,14 +8,19 @@ import jax.numpy as jnp
 
 from jaxkv import catalog
 from jaxkv.units import format_bytes, parse_bytes
+from pallas_kernels import int4
+from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, token_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = {"int8": "int8", "fp8": "uint8"}
+# The dtype of the pool's arrays says what the codes are: see `pallas_kernels.quantization`.
+QUANTIZATIONS = {"int8": "int8", "fp8": "uint8", "int4": "int32"}
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 MAX_TOKENS = 2**30
 # Of `AllocationStats`.
 _COUNTER_BYTES = 40
+# Numbers of a head, beyond which a place in a group of four-bit codes has no room.
+_MOST_INT4 = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +37,8 @@ class CacheConfig:
       max_pages_per_seq: width of a row. Default: the whole pool.
       dtype: of K and V: "float32", "bfloat16" or "float16".
       quantization: how they are stored. None: as they are. "int8" or "fp8" (E4M3FN): in one byte, with a
-        float32 scale for each token and KV head; `dtype` is then what `gather` returns.
+        float32 scale for each token and KV head. "int4": two to a byte, rotated, with a step and zero point
+        for groups of about 32; `head_dim` must be a multiple of 8. `dtype` is then what `gather` returns.
       compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
       compact_automatically: `generate` compacts when `should_compact` says so.
 
@@ -77,6 +82,10 @@ class CacheConfig:
             raise ValueError(
                 f"quantization={self.quantization!r} is not supported; "
                 f"allowed: None, {', '.join(map(repr, QUANTIZATIONS))}"
+            )
+        if self.quantization == "int4" and not has_int4(self.head_dim):
+            raise ValueError(
+                f"head_dim={self.head_dim} must be a multiple of {int4.CODES}, at most {_MOST_INT4}, for int4"
             )
         threshold = self.compaction_threshold
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
@@ -188,8 +197,19 @@ class CacheConfig:
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of K and of V: `[layers, pages, kv_heads, page_size, head_dim]`."""
-        return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, self.head_dim)
+        """Shape of K and of V: `[layers, pages, kv_heads, page_size, head_dim]`, or words of eight codes."""
+        row = row_size(self.head_dim, self.storage_dtype)
+        return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, row)
+
+    @property
+    def scale_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of K's and V's scales; none for a pool of numbers."""
+        return scale_shapes(self.pool_shape, self.storage_dtype)
+
+    @property
+    def scale_dtype(self) -> str:
+        """Of the scales."""
+        return scale_dtype(self.storage_dtype)
 
     @property
     def storage_dtype(self) -> str:
@@ -199,9 +219,8 @@ class CacheConfig:
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers: K and V, and their scales."""
-        rows = 2 * prod(self.pool_shape[:-1]) // self.num_pages
-        scale_bytes = 0 if self.quantization is None else jnp.dtype(jnp.float32).itemsize
-        return rows * (self.head_dim * jnp.dtype(self.storage_dtype).itemsize + scale_bytes)
+        of_a_token = token_bytes(self.num_kv_heads, self.head_dim, self.storage_dtype)
+        return self.num_layers * self.page_size * of_a_token
 
     @property
     def pool_bytes(self) -> int:
@@ -240,6 +259,11 @@ class CacheConfig:
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` places fill, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)
+
+
+def has_int4(head_dim: int) -> bool:
+    """Whether heads of this size can be kept in four bits."""
+    return head_dim % int4.CODES == 0 and head_dim <= _MOST_INT4
 
 
 def _check_count(name: str, value: object) -> None:

@@ -131,8 +131,10 @@ def _check_shapes(cache: KVCache) -> None:
         "stats.counters": (cache.stats.counters, (len(cache.stats.names()),), "int32"),
     }
     if config.quantization is not None:
-        expected["pool.k_scale"] = pool.k_scale, config.pool_shape[:-1], "float32"
-        expected["pool.v_scale"] = pool.v_scale, config.pool_shape[:-1], "float32"
+        scales = zip(("k_scale", "v_scale"), config.scale_shapes, strict=True)
+        expected |= {
+            f"pool.{name}": (getattr(pool, name), shape, config.scale_dtype) for name, shape in scales
+        }
     elif pool.k_scale is not None or pool.v_scale is not None:
         raise CacheCorruptedError("the pool has scales, but the config says quantization=None")
     for name, (array, shape, dtype) in expected.items():

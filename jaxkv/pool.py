@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -9,7 +10,7 @@ from jaxkv.pages import check_vectors, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
 from pallas_kernels.checks import check_layer
-from pallas_kernels.quantization import dequantize
+from pallas_kernels.quantization import decode
 
 
 def append(
@@ -103,15 +104,13 @@ def gather(
     pages = rows_of(cache.table.pages, slot, config.num_pages)
     real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32) < lengths[:, None]
 
-    def dense(pool, scales):
-        tiles = pool.at[layer, pages].get(mode="fill", fill_value=0)
-        if scales is not None:
-            tiles = dequantize(tiles, scales.at[layer, pages].get(mode="fill", fill_value=0), config.dtype)
+    def dense(tiles):
         tokens = jnp.swapaxes(tiles, 2, 3).reshape(*real.shape, config.num_kv_heads, config.head_dim)
         return jnp.where(real[..., None, None], tokens, 0)
 
-    pool = cache.pool
-    return dense(pool.k, pool.k_scale), dense(pool.v, pool.v_scale), lengths
+    rows = [leaf.at[layer, pages].get(mode="fill", fill_value=0) for leaf in jax.tree.leaves(cache.pool)]
+    k, v = decode(rows, config.dtype)
+    return dense(k), dense(v), lengths
 
 
 def keys(

@@ -122,7 +122,7 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         page = rows_of(rows, (entry, nth), config.num_pages)
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
         turned = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
-        new = stored_as(config, turned)
+        new = stored_as(config, turned, keys=True)
         moves = (nth[:, None] * config.page_size + offset >= first)[:, None, :]
         return tuple(
             None if part is None else _write_pages(part, layer, page, moves, was, now)

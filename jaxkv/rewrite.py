@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from jaxkv.config import CacheConfig
 from jaxkv.pages import count, pages_for, release_pages, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable, Status
-from pallas_kernels.quantization import dequantize, quantize
+from pallas_kernels import int4
+from pallas_kernels.quantization import dequantize, is_int4, quantize
 
 # Of the tokens that are held beside the pool at a time.
 _VISIT_BYTES = 16 * 2**20
@@ -190,7 +191,11 @@ def numbers(config: CacheConfig, stored: Any, scale: Shaped[Array, "..."] | None
     return stored.astype(jnp.float32) if scale is None else dequantize(stored, scale, jnp.float32)
 
 
-def stored_as(config: CacheConfig, values: Shaped[Array, "..."]) -> tuple[Any, Any]:
-    """Keys (or values) as the pool stores them, and their scales if it has any."""
+def stored_as(config: CacheConfig, values: Shaped[Array, "..."], *, keys: bool) -> tuple[Any, Any]:
+    """Keys or values as the pool stores them, and their scales if it has any."""
     values = values.astype(config.dtype)
-    return (values, None) if config.quantization is None else quantize(values, config.storage_dtype)
+    if config.quantization is None:
+        return values, None
+    if is_int4(config.storage_dtype):
+        return int4.quantize(values, keys=keys)
+    return quantize(values, config.storage_dtype)

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from jaxkv.config import CacheConfig
 
@@ -30,12 +30,15 @@ class Status(IntEnum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """All pages of all layers. Of a quantized pool K and V are codes; else there are no scales."""
+    """All pages of all layers. Of a quantized pool K and V are codes; else there are no scales.
 
-    k: Shaped[Array, "layers pages kv_heads page_size head_dim"]
-    v: Shaped[Array, "layers pages kv_heads page_size head_dim"]
-    k_scale: Float[Array, "layers pages kv_heads page_size"] | None = None
-    v_scale: Float[Array, "layers pages kv_heads page_size"] | None = None
+    A row is `head_dim` numbers, or words of eight codes, and then its scales are words too.
+    """
+
+    k: Shaped[Array, "layers pages kv_heads page_size row"]
+    v: Shaped[Array, "layers pages kv_heads page_size row"]
+    k_scale: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None
+    v_scale: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -173,10 +176,9 @@ def init(config: CacheConfig) -> KVCache:
     seqs, pages = config.max_seqs, config.num_pages
     return KVCache(
         pool=KVPool(
-            k=jnp.zeros(config.pool_shape, config.storage_dtype),
-            v=jnp.zeros(config.pool_shape, config.storage_dtype),
-            k_scale=jnp.zeros(config.pool_shape[:-1], jnp.float32) if config.quantization else None,
-            v_scale=jnp.zeros(config.pool_shape[:-1], jnp.float32) if config.quantization else None,
+            jnp.zeros(config.pool_shape, config.storage_dtype),
+            jnp.zeros(config.pool_shape, config.storage_dtype),
+            *(jnp.zeros(shape, config.scale_dtype) for shape in config.scale_shapes),
         ),
         table=PageTable(
             pages=jnp.full((seqs, config.max_pages_per_seq), pages, jnp.int32),

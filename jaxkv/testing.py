@@ -100,19 +100,16 @@ def assert_in_place(
       >>> cache = jax.eval_shape(lambda: jaxkv.init(config))
       >>> jaxkv.testing.assert_in_place(jaxkv.free, cache, jnp.array([0, 1]))
     """
-    pools = [
-        array
-        for leaf in jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, KVPool))
-        if isinstance(leaf, KVPool)
-        for array in jax.tree.leaves(leaf)
-    ]
+    leaves = jax.tree.leaves(args, is_leaf=lambda x: isinstance(x, KVPool))
+    caches = [leaf for leaf in leaves if isinstance(leaf, KVPool)]
+    pools = [array for pool in caches for array in jax.tree.leaves(pool)]
     if not pools:
         raise ValueError("assert_in_place needs a KVCache among the arguments")
     compiled = jax.jit(fn, donate_argnums=donate_argnums).lower(*args).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     if memory is None or hlo is None:
         raise ValueError(f"the compiler of {jax.default_backend()} does not say how it uses memory")
-    sizes = [pool.size * jnp.dtype(pool.dtype).itemsize for pool in pools]
+    sizes = [_bytes(pool) for pool in pools]
     if memory.alias_size_in_bytes < sum(sizes):
         raise AssertionError(
             f"only {memory.alias_size_in_bytes} bytes of the results reuse donated memory; "
@@ -125,8 +122,7 @@ def assert_in_place(
     allowed = max_temp_bytes
     if allowed is None:
         # The scales of codes are small.
-        layers = [size // pool.shape[0] for size, pool in zip(sizes, pools, strict=True) if pool.ndim == 5]
-        allowed = min(layers) - 1
+        allowed = min(_bytes(pool.k) // pool.k.shape[0] for pool in caches) - 1
     if memory.temp_size_in_bytes > allowed:
         raise AssertionError(
             f"the compiled program takes {memory.temp_size_in_bytes} bytes of temporary memory, "
@@ -142,6 +138,10 @@ def _contents(cache: KVCache, layer: int, slot: int, length: int) -> tuple[np.nd
 def _assert_same(one: object, other: object, name: str) -> None:
     if one != other:
         raise AssertionError(f"{name} differs: {one} and {other}")
+
+
+def _bytes(array: jax.Array | jax.ShapeDtypeStruct) -> int:
+    return array.size * jnp.dtype(array.dtype).itemsize
 
 
 def _copy_of(pool: jax.Array | jax.ShapeDtypeStruct) -> str:

@@ -5,38 +5,48 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from pallas_kernels.quantization import is_quantized
+from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
 
 
 def check_pool(
     k_pages: Array, v_pages: Array, k_scales: Array | None = None, v_scales: Array | None = None
 ) -> None:
-    """Pages `[layers, pages, kv_heads, page_size, head_dim]` of one dtype, and scales if these are codes."""
-    if k_pages.ndim != 5:
-        raise ValueError(
-            f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
-        )
-    quantized = is_quantized(k_pages.dtype)
-    if not quantized:
-        check_floating("k_pages", k_pages)
-        if k_pages.dtype.itemsize == 1:
-            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN)")
-    if not all(k_pages.shape):
-        raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
+    """Pages `[layers, pages, kv_heads, page_size, row]` of one dtype, and scales if these are codes."""
+    check_keys(k_pages, k_scales)
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
         raise ValueError(
             f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
             f"k_pages {k_pages.dtype}{list(k_pages.shape)}"
         )
-    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-        if scales is None and quantized:
-            raise ValueError(f"pages of {k_pages.dtype} need {name}")
-        if scales is not None and not quantized:
-            raise ValueError(f"pages of {k_pages.dtype} have no {name}")
-        if scales is not None and (scales.shape != k_pages.shape[:-1] or scales.dtype != jnp.float32):
-            raise ValueError(
-                f"{name} must be float32{list(k_pages.shape[:-1])}, not {scales.dtype}{list(scales.shape)}"
-            )
+    _check_scales("v_scales", v_scales, v_pages, keys=False)
+
+
+def check_keys(k_pages: Array, k_scales: Array | None) -> None:
+    """The same of K alone."""
+    if k_pages.ndim != 5:
+        raise ValueError(
+            f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
+        )
+    if not is_quantized(k_pages.dtype):
+        check_floating("k_pages", k_pages)
+        if k_pages.dtype.itemsize == 1:
+            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")
+    if not all(k_pages.shape):
+        raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
+    _check_scales("k_scales", k_scales, k_pages, keys=True)
+
+
+def _check_scales(name: str, scales: Array | None, pages: Array, *, keys: bool) -> None:
+    if not is_quantized(pages.dtype):
+        if scales is not None:
+            raise ValueError(f"pages of {pages.dtype} have no {name}")
+        return
+    if scales is None:
+        raise ValueError(f"pages of {pages.dtype} need {name}")
+    of_keys, of_values = scale_shapes(pages.shape, pages.dtype)
+    shape, dtype = of_keys if keys else of_values, scale_dtype(pages.dtype)
+    if scales.shape != shape or scales.dtype != dtype:
+        raise ValueError(f"{name} must be {dtype}{list(shape)}, not {scales.dtype}{list(scales.shape)}")
 
 
 def pool_arrays(
@@ -88,7 +98,7 @@ def check_queries(
 ) -> None:
     """Queries of ragged sequences, and where these lie."""
     check_floating("q", q)
-    _, _, kv_heads, _, head_dim = k_pages.shape
+    kv_heads, head_dim = k_pages.shape[2], head_dim_of(k_pages)
     if q.ndim != 3 or q.shape[2] != head_dim:
         raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
     if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:

@@ -1,15 +1,20 @@
-"""Quantized K and V: codes of one byte, and one float32 scale for each token and KV head.
+"""Quantized K and V: codes of one byte, and one float32 scale for each token and KV head; or of four bits.
 
-The dtype of the pool says what the codes are: int8 is integers, uint8 the bits of float8 E4M3FN. (An array
-of XLA's own float8 dtype would be converted whole, and copied, by each write on a CPU.)
+The dtype of the pool says what the codes are: int8 is integers, uint8 the bits of float8 E4M3FN, int32 words
+of eight codes (see `int4`). (An array of XLA's own float8 dtype would be converted whole, and copied, by each
+write on a CPU.)
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from math import prod
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from pallas_kernels import int4
 
 # Codes of a word of 32 bits.
 WORD = 4
@@ -22,18 +27,76 @@ _LEAST = 1e-30
 
 def is_quantized(dtype: DTypeLike) -> bool:
     """Whether numbers of this dtype are codes that need a scale."""
-    return jnp.dtype(dtype) in (jnp.int8, jnp.uint8)
+    return jnp.dtype(dtype) in (jnp.int8, jnp.uint8) or is_int4(dtype)
+
+
+def is_int4(dtype: DTypeLike) -> bool:
+    """Whether numbers of this dtype are words of four-bit codes."""
+    return jnp.dtype(dtype) == jnp.int32
+
+
+def row_size(head_dim: int, dtype: DTypeLike) -> int:
+    """Numbers of a pool that hold a head of one token: codes of a word count as one."""
+    return head_dim // int4.CODES if is_int4(dtype) else head_dim
+
+
+def head_dim_of(pages: Array | jax.ShapeDtypeStruct) -> int:
+    """The reverse."""
+    return pages.shape[-1] * (int4.CODES if is_int4(pages.dtype) else 1)
+
+
+def scale_shapes(shape: Sequence[int], dtype: DTypeLike) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the scales of K and of V, for pages of this shape; none for numbers that are no codes."""
+    if not is_quantized(dtype):
+        return ()
+    if not is_int4(dtype):
+        return (tuple(shape[:-1]),) * 2
+    head_dim = shape[-1] * int4.CODES
+    return tuple((*shape[:-1], int4.num_scale_words(head_dim, keys=keys)) for keys in (True, False))
+
+
+def scale_dtype(dtype: DTypeLike) -> str:
+    """Of the scales of such codes."""
+    return "int32" if is_int4(dtype) else "float32"
 
 
 def token_bytes(kv_heads: int, head_dim: int, dtype: DTypeLike) -> int:
-    """K and V of a token in one layer, and the float32 scales of codes.
+    """K and V of a token in one layer, and the scales of codes.
 
     Example:
-      >>> token_bytes(8, 128, "bfloat16"), token_bytes(8, 128, "int8")
-      (4096, 2112)
+      >>> token_bytes(8, 128, "bfloat16"), token_bytes(8, 128, "int8"), token_bytes(8, 128, "int32")
+      (4096, 2112, 1216)
     """
-    scale = 4 if is_quantized(dtype) else 0
-    return 2 * kv_heads * (head_dim * jnp.dtype(dtype).itemsize + scale)
+    row = kv_heads, row_size(head_dim, dtype)
+    scales = sum(4 * prod(shape) for shape in scale_shapes(row, dtype))
+    return 2 * prod(row) * jnp.dtype(dtype).itemsize + scales
+
+
+def encode(
+    k: Float[Array, "*rows head_dim"], v: Float[Array, "*rows head_dim"], dtype: DTypeLike
+) -> tuple[Array, ...]:
+    """Rows of K and V as a pool of this dtype keeps them: what lies in each of its arrays."""
+    if not is_quantized(dtype):
+        return k.astype(dtype), v.astype(dtype)
+    if is_int4(dtype):
+        (k, k_scales), (v, v_scales) = int4.quantize(k, keys=True), int4.quantize(v, keys=False)
+    else:
+        (k, k_scales), (v, v_scales) = quantize(k, dtype), quantize(v, dtype)
+    return k, v, k_scales, v_scales
+
+
+def decode(rows: Sequence[Array], dtype: DTypeLike) -> tuple[Array, Array]:
+    """K and V `[*rows, head_dim]` of rows as a pool keeps them.
+
+    Args:
+      rows: as from `encode`, or pages of a pool.
+      dtype: of the result.
+    """
+    k, v, *scales = rows
+    if not scales:
+        return k.astype(dtype), v.astype(dtype)
+    k, v = (dequantize(codes, scale, dtype) for codes, scale in zip((k, v), scales, strict=True))
+    return k, v
 
 
 def quantize(
@@ -101,11 +164,13 @@ def _as_e4m3fn(values: Array, dtype: DTypeLike) -> Array:
     return codes if jnp.dtype(dtype) == codes.dtype else lax.bitcast_convert_type(codes, dtype)
 
 
-def dequantize(
-    codes: Array, scales: Float[Array, "*rows"], dtype: DTypeLike
-) -> Float[Array, "*rows head_dim"]:
+def dequantize(codes: Array, scales: Array, dtype: DTypeLike) -> Float[Array, "*rows head_dim"]:
     """The numbers that codes stand for."""
-    return (as_float32(codes) * scales[..., None]).astype(dtype)
+    if not is_int4(codes.dtype):
+        return (as_float32(codes) * scales[..., None]).astype(dtype)
+    # A row near the largest number of a dtype of 16 bits may come back above it.
+    most = float(jnp.finfo(dtype).max)
+    return jnp.clip(int4.dequantize(codes, scales), -most, most).astype(dtype)
 
 
 def as_float8(array: Array) -> Array:
@@ -114,7 +179,7 @@ def as_float8(array: Array) -> Array:
 
 
 def as_words(codes: Array) -> Array:
-    """Codes, four to an int32, the first in the lowest byte; any other array as it is.
+    """Codes of a byte, four to an int32, the first in the lowest byte; any other array as it is.
 
     For a GPU's compiler it is another name of the same memory. Pallas counts offsets in numbers of an array
     and changes to 64 bits by its bytes: words are few enough where codes would not be.
@@ -131,8 +196,11 @@ def from_words(words: Array, dtype: DTypeLike) -> Array:
     return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
 
 
-def each_pair(write: Callable[[Array, Array], Iterable[Array]], pool: Sequence[Array]) -> tuple[Array, ...]:
-    """`write(k, v)` of a pool's pages and, if it has them, of its scales; codes go as words."""
+def each_pair(
+    write: Callable[[str, Array, Array], Iterable[Array]], pool: Sequence[Array]
+) -> tuple[Array, ...]:
+    """`write("pages", k, v)` and, if a pool has them, `write("scales", ...)`; codes go as words."""
     words = [as_words(array) for array in pool]
-    written = [part for pair in zip(words[::2], words[1::2], strict=True) for part in write(*pair)]
+    pairs = zip(("pages", "scales"), words[::2], words[1::2], strict=False)
+    written = [part for pair in pairs for part in write(*pair)]
     return tuple(from_words(part, array.dtype) for part, array in zip(written, pool, strict=True))

@@ -24,6 +24,9 @@ PAGE_OF_ONE = replace(SMALL, page_size=1, max_pages_per_seq=None)  # rows as wid
 ONE_SEQUENCE = replace(SMALL, max_seqs=1, num_pages=3, max_pages_per_seq=3)
 
 
+WORST_CODE = {"int8": -128, "uint8": 0, "int32": -1}
+
+
 def ints(*values):
     return jnp.array(values, jnp.int32)
 
@@ -49,11 +52,12 @@ def filled(config, lengths, seed=0):
 
 
 def poison(cache, pages):
-    """NaN in the pages that are marked, [pages] of bool. Codes without one have NaN for a scale."""
+    """NaN in the pages that are marked, [pages] of bool. Codes without one have NaN for a scale, or infinity
+    where it is a word of ones."""
 
     def spoil(pool):
         mark = pages.reshape(1, -1, *[1] * (pool.ndim - 2))
-        worst = jnp.nan if jnp.issubdtype(pool.dtype, jnp.floating) else jnp.iinfo(pool.dtype).min
+        worst = jnp.nan if jnp.issubdtype(pool.dtype, jnp.floating) else WORST_CODE[str(pool.dtype)]
         return jnp.where(mark, jnp.asarray(worst, pool.dtype), pool)
 
     return replace(cache, pool=jax.tree.map(spoil, cache.pool))

@@ -124,7 +124,9 @@ class Oracle:
         """k and v [layers, tokens, kv_heads, head_dim]."""
         if self.config.quantization:
             dtype, storage = self.config.dtype, self.config.storage_dtype
-            k, v = (reference.dequantize(*reference.quantize(x, storage)).astype(dtype) for x in (k, v))
+            k, v, *scales = reference.encode(k, v, np.dtype(storage))
+            pairs = zip((k, v), scales, strict=True)
+            k, v = (reference.dequantize(*pair).astype(np.float32).astype(dtype) for pair in pairs)
         for row, (slot, place, _) in batch.rows.items():
             self.sequences[slot].tokens[place] = k[:, row], v[:, row]
 

@@ -309,6 +309,8 @@ class PolicyTwin(Twin):
     def _step(self, values):
         if self.config.quantization == "int8":
             return np.abs(values).max(axis=-1, keepdims=True) * (1 / 127) + 1e-6
+        if self.config.quantization == "int4":
+            return 0.15 * np.linalg.norm(values, axis=-1, keepdims=True) + 1e-6
         return TOLERANCE[self.config.dtype] * np.maximum(np.abs(values), 1.0)
 
 

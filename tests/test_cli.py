@@ -154,7 +154,7 @@ def test_the_demo_knows_the_capital_of_france_and_agrees_with_dense_attention():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["int8", "fp8", "int4"])
 def test_the_demo_is_as_sensible_on_a_quantized_cache_of_a_quarter_of_the_size(kv_dtype):
     answers, figures = demo("--kv-dtype", kv_dtype)
     assert "Paris" in answers["What is the capital of France?"]

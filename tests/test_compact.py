@@ -172,7 +172,7 @@ def test_maybe_compact_does_what_compact_does_when_due_and_else_nothing(live):
     assert_caches_equivalent(got, want)
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_maybe_compact_is_in_place(quantization):
     """Compiled only: chunks of 16 MiB beside a pool of 1 GiB. For a GPU, benchmarks/check_aot.py asks."""
     config = CacheConfig(

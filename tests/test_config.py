@@ -53,7 +53,7 @@ def test_a_size_that_is_no_positive_integer_is_named(field, value):
     [
         ("dtype", "int8", "float32, bfloat16, float16"),
         ("dtype", "flaot32", "float32, bfloat16, float16"),
-        ("quantization", "int3", "None, 'int8', 'fp8'"),
+        ("quantization", "int3", "None, 'int8', 'fp8', 'int4'"),
         ("compaction_threshold", -0.1, "0 to 1"),
         ("compaction_threshold", 1.5, "0 to 1"),
         ("compaction_threshold", float("nan"), "0 to 1"),
@@ -129,3 +129,18 @@ def test_status_values_are_fixed():
         "PADDING": 5,
         "INVALID_LENGTH": 6,
     }
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
+def test_four_bits_take_at_most_three_tenths_of_bfloat16(head_dim):
+    sizes = dict(num_layers=2, num_kv_heads=3, head_dim=head_dim, num_pages=4)
+    config = CacheConfig(**sizes, quantization="int4")
+    pool = jaxkv.init(config).pool
+    assert sum(array.nbytes for array in (pool.k, pool.v, pool.k_scale, pool.v_scale)) == config.pool_bytes
+    assert config.pool_bytes <= 0.30 * CacheConfig(**sizes, dtype="bfloat16").pool_bytes
+
+
+@pytest.mark.parametrize("head_dim", [4, 20, 520])
+def test_four_bits_come_by_eights(head_dim):
+    with pytest.raises(ValueError, match=f"head_dim={head_dim} must be a multiple of 8, at most 512"):
+        CacheConfig(num_layers=1, num_kv_heads=1, head_dim=head_dim, num_pages=1, quantization="int4")

@@ -443,7 +443,7 @@ def allocated(config: CacheConfig) -> int:
 
 
 @pytest.mark.parametrize("preset", ["small", "medium", "large"])
-@pytest.mark.parametrize("options", [{}, {"quantization": "int8"}, {"page_size": 1}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"quantization": "int4"}, {"page_size": 1}], ids=str)
 def test_estimated_memory_is_what_init_allocates_for_presets_scaled_down(preset, options):
     config = CacheConfig.from_preset(preset, memory="48MiB", max_context=64, max_seqs=4, **options)
     assert allocated(config) == config.estimated_memory_bytes() <= 48 * MIB
@@ -472,7 +472,7 @@ def test_the_small_preset_fits_here_and_allocates_what_was_planned():
 @pytest.mark.parametrize(
     "model", ["smollm2-135m", "gemma-3-1b", "gpt-oss-20b", "mistral-7b-v0.1", "qwen2-0.5b"]
 )
-@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8", "fp8", "int4"])
 def test_planned_bytes_are_those_that_init_allocates(model, kv_dtype):
     known = ModelShape.from_config(model)
     made = plan(known, "H100", context=300, concurrency=2, kv_dtype=kv_dtype, page_size=32)

@@ -41,6 +41,14 @@ SHAPES = {
         "policy": SemanticMerge(5, 0),
         "config": replace(CONFIG, quantization="int8", num_layers=1),
     },
+    "semantic merge, int4": {
+        "policy": SemanticMerge(6, 1),
+        "config": replace(CONFIG, quantization="int4", head_dim=16),
+    },
+    "window that moves up, int4": {
+        "policy": SlidingWindow(4, 1, positions="cache", rope=HALF),
+        "config": replace(CONFIG, quantization="int4", head_dim=8),
+    },
     "prompt compress": {
         "policy": PromptCompress(8, 3, kernel=3, positions="cache", rope=INTERLEAVED),
         "config": CONFIG,

@@ -57,6 +57,13 @@ SHAPES = {
         "q_heads": 2,
         "total_tokens": 12,
     },
+    "int4, pages of two": {
+        "config": replace(
+            BASE, head_dim=24, page_size=2, num_pages=12, max_pages_per_seq=6, quantization="int4"
+        ),
+        "q_heads": 4,
+        "total_tokens": 10,
+    },
 }
 EXAMPLES = int(os.environ.get("JAXKV_EXAMPLES", "300"))
 

@@ -138,7 +138,7 @@ def test_a_donated_operation_keeps_no_copy_of_the_pool(operation, arguments):
     assert_in_place(operation, CACHE, *arguments)
 
 
-@pytest.mark.parametrize("quantization", ["int8", "fp8"])
+@pytest.mark.parametrize("quantization", ["int8", "fp8", "int4"])
 @pytest.mark.parametrize("operation", [jaxkv.allocate, decode, scanned])
 def test_nor_do_codes_become_a_pool_of_numbers(operation, quantization):
     config = replace(CONFIG, quantization=quantization)

@@ -3,13 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from jaxkv.config import CacheConfig
+from jaxkv.config import QUANTIZATIONS, CacheConfig, has_int4
 from jaxkv.planner.shape import ModelShape
+from pallas_kernels.quantization import token_bytes
 
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
 SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-# Of an int4 pool: a 16-bit scale and an 8-bit zero point for each group of 32 elements.
-_INT4_GROUP, _INT4_GROUP_BYTES = 32, 3
+# What MLA's vector takes beside four-bit codes: a 16-bit scale and an 8-bit zero point for 32 elements.
+_LATENT_GROUP, _LATENT_GROUP_BYTES = 32, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,15 +99,15 @@ def cache_config(
 ) -> CacheConfig | None:
     """The cache for such sequences. It keeps every token in every layer: see `KVBytes.reserved`.
 
-    None where jaxkv has no such storage: MLA, and int4.
+    None where jaxkv has no such storage: MLA, and four bits of a head that is no multiple of eight.
 
     Args:
       shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
     """
     dtype = resolve_dtype(shape, kv_dtype)
-    if shape.is_latent or dtype == "int4":
+    if shape.is_latent or (dtype == "int4" and not has_int4(shape.head_dim)):
         return None
-    quantized, pages = dtype in ("int8", "fp8"), -(-context // page_size)
+    quantized, pages = dtype in QUANTIZATIONS, -(-context // page_size)
     return CacheConfig(
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
@@ -144,7 +145,10 @@ def check_count(name: str, value: object) -> None:
 
 def _scale_bytes(shape: ModelShape, dtype: str) -> int:
     """Of one token in one layer."""
-    if dtype == "int4":
-        return -(-shape.elements_per_token // _INT4_GROUP) * _INT4_GROUP_BYTES
-    # A float32 for K and one for V of each head.
-    return 4 * shape.elements_per_token // shape.head_dim if dtype in ("int8", "fp8") else 0
+    if dtype == "int4" and (shape.is_latent or not has_int4(shape.head_dim)):
+        return -(-shape.elements_per_token // _LATENT_GROUP) * _LATENT_GROUP_BYTES
+    if dtype not in QUANTIZATIONS:
+        return 0
+    heads = shape.elements_per_token // (2 * shape.head_dim)
+    codes = KV_BITS[dtype] * shape.elements_per_token // 8
+    return token_bytes(heads, shape.head_dim, QUANTIZATIONS[dtype]) - codes

@@ -121,7 +121,7 @@ class Plan:
 
     @cached_property
     def cache_config(self) -> CacheConfig | None:
-        """The cache to make on each device; None where jaxkv has no such storage (MLA, int4)."""
+        """The cache to make on each device; None where jaxkv has no such storage (MLA)."""
         options = dict(kv_dtype=self.kv_dtype, page_size=self.page_size)
         return cache_config(self._sharded, self.context, self.concurrency, **options)  # type: ignore[arg-type]
 

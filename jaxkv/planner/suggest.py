@@ -83,7 +83,7 @@ def _fewer(plan: Plan) -> Iterator[Suggestion]:
 
 
 def _narrower_kv(plan: Plan) -> Iterator[Suggestion]:
-    for dtype in ("bfloat16", "fp8", "int8"):
+    for dtype in ("bfloat16", "fp8", "int8", "int4"):
         if KV_BITS[dtype] < KV_BITS[plan.kv_dtype]:
             saved = plan.kv.reserved - replace(plan, kv_dtype=dtype).kv.reserved
             yield _suggestion(plan, f"keep K and V in {dtype}, {format_bytes(saved)} less", kv_dtype=dtype)

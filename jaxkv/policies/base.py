@@ -326,7 +326,8 @@ class TokenPolicy(Policy):
     def _renumber(self, config: CacheConfig, stored: KVPool, stood: Array) -> KVPool:
         by = jnp.arange(self.budget, dtype=jnp.int32) - stood
         assert self.rope is not None
-        k, k_scale = stored_as(config, self.rope.turn(numbers(config, stored.k, stored.k_scale), by))
+        turned = self.rope.turn(numbers(config, stored.k, stored.k_scale), by)
+        k, k_scale = stored_as(config, turned, keys=True)
         turned = replace(stored, k=k, k_scale=k_scale)
         # What stays at its place is not rounded once more.
         return jax.tree.map(lambda new, old: where_tokens(by != 0, new, old), turned, stored)

@@ -95,7 +95,7 @@ class SemanticMerge(MassPolicy):
 
         nothing = jnp.zeros_like(key), jnp.zeros((*kept.shape, 1), jnp.float32)
         values, weights = jax.lax.fori_loop(0, longest, join, nothing)
-        v, v_scale = stored_as(config, values / jnp.where(weights > 0, weights, 1.0))
+        v, v_scale = stored_as(config, values / jnp.where(weights > 0, weights, 1.0), keys=False)
         merged = replace(representative, v=v, v_scale=v_scale)
         # What was not merged stays as it is stored.
         stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, representative)

@@ -7,28 +7,29 @@ from pallas_kernels.append_kv import xla
 from pallas_kernels.checks import as_int32, check_floating, check_integers, check_layer, check_pool
 from pallas_kernels.device import Device, lacks_dtype
 from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.quantization import head_dim_of
 
 
 def append_kv(
-    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size row"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size row"],
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
     page_ids: Int[Array, " tokens"],
     offsets: Int[Array, " tokens"],
     *,
     layer: int | Int[Array, ""] = 0,
-    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
-    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
 ) -> tuple[Array, ...]:
     """Writes each token's K and V to `(page_ids, offsets)` of one layer.
 
     Args:
-      k_pages, v_pages: the pool; of int8 or uint8 (E4M3FN), codes.
+      k_pages, v_pages: the pool; of int8, uint8 (E4M3FN) or int32 (words of eight), codes.
       k, v: this step's keys and values, converted to the pool's dtype, or quantized: see
-        `pallas_kernels.quantization.quantize`.
+        `pallas_kernels.quantization`.
       page_ids: page of each token; one that is no page means that nothing is written.
       offsets: place within the page.
       layer: Python int or int32 scalar.
@@ -47,7 +48,7 @@ def append_kv(
     k, v, page_ids, offsets = (jnp.asarray(array) for array in (k, v, page_ids, offsets))
     check_pool(k_pages, v_pages, k_scales, v_scales)
     check_layer(layer, k_pages.shape[0])
-    _, _, kv_heads, _, head_dim = k_pages.shape
+    kv_heads, head_dim = k_pages.shape[2], head_dim_of(k_pages)
     for name, array in (("k", k), ("v", v)):
         check_floating(name, array)
         if array.shape != (*page_ids.shape, kv_heads, head_dim):

@@ -1,4 +1,7 @@
-"""`append_kv` in Pallas Triton: one launch writes K and V of all tokens, into the pool's own memory."""
+"""`append_kv` in Pallas Triton: one launch writes K and V of all tokens, into the pool's own memory.
+
+Codes of a byte are made in the kernel. Those of four bits come as words, and so do their scales.
+"""
 
 from functools import partial
 
@@ -11,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import cost
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import WORD, as_words, from_words, quantize
+from pallas_kernels.quantization import WORD, as_words, encode, from_words, is_int4, quantize
 from pallas_kernels.sizes import next_power_of_two
 
 # Numbers of K that a program holds, and as many of V: 32 a thread.
@@ -24,10 +27,10 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
     if tokens == 0:
         return pool_arrays(k_pages, v_pages, k_scales, v_scales)
     pool = pool_arrays(as_words(k_pages), as_words(v_pages), k_scales, v_scales)
-    dims = next_power_of_two(head_dim)
-    heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // dims))
+    rows = encode(k, v, k_pages.dtype) if is_int4(k_pages.dtype) else (k, v)
+    heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // next_power_of_two(head_dim)))
     append = launch(
-        partial(_append, heads=heads, dims=dims, dtype=k_pages.dtype),
+        partial(_append, heads=heads, rows=len(rows), dtype=k_pages.dtype),
         grid=(-(-kv_heads // heads), tokens),
         out_shape=tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in pool),
         name="append_kv",
@@ -37,27 +40,31 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
         cost=cost.append_kv(
             tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, dtype=k.dtype, pool_dtype=k_pages.dtype
         ),
-        aliases={5 + i: i for i in range(len(pool))},
+        aliases={3 + len(rows) + i: i for i in range(len(pool))},
     )
-    written = append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, k, v, *pool)
+    written = append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, *rows, *pool)
     return tuple(from_words(array, k_pages.dtype) for array in written[:2]) + written[2:]
 
 
-def _append(layer_ref, page_ref, offset_ref, k_ref, v_ref, *pool, heads: int, dims: int, dtype):
-    k_pages, v_pages, *scales = pool[len(pool) // 2 :]
+def _append(layer_ref, page_ref, offset_ref, *refs, heads: int, rows: int, dtype):
+    pool = refs[(len(refs) + rows) // 2 :]
+    scales = pool[rows:]
     block, token = pl.program_id(0), pl.program_id(1)
     layer, page, offset = layer_ref[0], page_ref[token], offset_ref[token]
-    head, dim = block * heads + lax.iota(jnp.int32, heads), lax.iota(jnp.int32, dims)
-    exists = (head < k_ref.shape[1])[:, None] & (dim < k_ref.shape[2])[None, :]
+    head = block * heads + lax.iota(jnp.int32, heads)
     # A page past the end is padding; so is what a place that is no place would write.
-    in_pool = (page >= 0) & (page < k_pages.shape[1]) & (offset >= 0) & (offset < k_pages.shape[3])
-    for i, (new, pages) in enumerate(((k_ref, k_pages), (v_ref, v_pages))):
-        values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=0.0)
+    in_pool = (page >= 0) & (page < pool[0].shape[1]) & (offset >= 0) & (offset < pool[0].shape[3])
+    for i, (new, pages) in enumerate(zip(refs[:rows], pool, strict=False)):
+        dims = next_power_of_two(new.shape[2])
+        dim = lax.iota(jnp.int32, dims)
+        exists = (head < new.shape[1])[:, None] & (dim < new.shape[2])[None, :]
+        zero = jnp.zeros((), new.dtype)
+        values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=zero)
         number, wanted = dim, exists & in_pool
         if scales:
             # Triton has no rounding to an even half.
             values, scale = quantize(values, dtype, nearest=lambda x: jnp.floor(x + 0.5))
-            has_scale = in_pool & (head < k_ref.shape[1])
+            has_scale = in_pool & (head < new.shape[1])
             plgpu.store(scales[i].at[layer, page, head, offset], scale, mask=has_scale)
             values, number = _pack(values), lax.iota(jnp.int32, dims // WORD)
             wanted = has_scale[:, None] & (number < pages.shape[4])[None, :]

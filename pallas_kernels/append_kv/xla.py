@@ -2,7 +2,8 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.quantization import quantize
+from pallas_kernels.checks import pool_arrays
+from pallas_kernels.quantization import encode
 
 
 def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scales):
@@ -13,9 +14,8 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
     offsets = jnp.where(offsets < 0, page_size, offsets)
 
     def write(pages, values):
-        return pages.at[layer, page_ids, :, offsets].set(values.astype(pages.dtype), mode="drop")
+        return pages.at[layer, page_ids, :, offsets].set(values, mode="drop")
 
-    if k_scales is None:
-        return write(k_pages, k), write(v_pages, v)
-    (k, k_scale), (v, v_scale) = (quantize(values, k_pages.dtype) for values in (k, v))
-    return write(k_pages, k), write(v_pages, v), write(k_scales, k_scale), write(v_scales, v_scale)
+    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    rows = encode(k, v, k_pages.dtype)
+    return tuple(write(pages, values) for pages, values in zip(pool, rows, strict=True))

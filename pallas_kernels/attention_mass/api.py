@@ -6,16 +6,18 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels import int4
 from pallas_kernels.attention_mass import xla
-from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
+from pallas_kernels.checks import check_keys, check_layer, check_options, check_queries
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import tuning as tuning_table
+from pallas_kernels.quantization import head_dim_of, is_int4
 
 
 def attention_mass(
     q: Float[Array, "tokens q_heads head_dim"],
-    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size row"],
     page_table: Int[Array, "rows pages_per_seq"],
     kv_lengths: Int[Array, " seqs"],
     query_starts: Int[Array, " seqs+1"],
@@ -27,7 +29,7 @@ def attention_mass(
     window: int | None = None,
     sink_tokens: int = 0,
     softcap: float | None = None,
-    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
     tuning: tuning_table.Tuning | None = None,
@@ -58,7 +60,7 @@ def attention_mass(
     k_scales = None if k_scales is None else jnp.asarray(k_scales)
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    check_pool(k_pages, k_pages, k_scales, k_scales)
+    check_keys(k_pages, k_scales)
     check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
     if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
         raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
@@ -67,18 +69,21 @@ def attention_mass(
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
+    device = Device.current()
+    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, k_pages, q)}
+    chosen = choose_backend("attention_mass", backend, lacks, interpret)
+    if is_int4(k_pages.dtype):
+        # Its rows lie rotated, but for the spikes: see `paged_attention`.
+        q = jnp.concatenate([int4.rotate_queries(q), q.astype(jnp.float32)], axis=-1)
     arrays = q, k_pages, page_table, table_rows, kv_lengths, query_starts, lse
     options: dict[str, Any] = dict(
         layer=layer,
-        scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
+        scale=1 / sqrt(head_dim_of(k_pages)) if scale is None else scale,
         window=None if window is None else min(window, 2**30),
         sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
         softcap=softcap,
         k_scales=k_scales,
     )
-    device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, k_pages, q)}
-    chosen = choose_backend("attention_mass", backend, lacks, interpret)
     if chosen.name == "xla":
         return xla.attention_mass(*arrays, **options)
     from pallas_kernels.attention_mass import triton

@@ -1,7 +1,7 @@
 """`copy_pages`: the call, checked."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
 from pallas_kernels.copy_pages import xla
@@ -10,13 +10,13 @@ from pallas_kernels.dispatch import choose_backend
 
 
 def copy_pages(
-    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size row"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size row"],
     sources: Int[Array, " copies"],
     destinations: Int[Array, " copies"],
     *,
-    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
-    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
 ) -> tuple[Array, ...]:

@@ -1,7 +1,6 @@
 """`copy_pages` in Pallas Triton: one launch for K and V, all layers, within the pool's own memory."""
 
 from functools import partial
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -25,42 +24,39 @@ def copy_pages(pool, sources, destinations, *, interpret: bool):
     return each_pair(partial(_copy_pair, sources, destinations, interpret=interpret), pool)
 
 
-def _copy_pair(sources, destinations, k_pages, v_pages, *, interpret: bool):
-    layers, num_pages = k_pages.shape[:2]
-    numbers = prod(k_pages.shape[2:])
-    flat = layers, num_pages, numbers
-    pool = jax.ShapeDtypeStruct(flat, k_pages.dtype)
+def _copy_pair(sources, destinations, name, *pair, interpret: bool):
+    layers, dtype = pair[0].shape[0], pair[0].dtype
+    flat = [array.reshape(*array.shape[:2], -1) for array in pair]
+    numbers = max(array.shape[2] for array in flat)
     copy = launch(
-        partial(_copy, block=min(_BLOCK_BYTES // k_pages.dtype.itemsize, next_power_of_two(numbers))),
+        partial(_copy, block=min(_BLOCK_BYTES // dtype.itemsize, next_power_of_two(numbers))),
         # A copy that is not wanted ends its programs at once.
         grid=(layers, sources.shape[0]),
-        out_shape=(pool, pool),
-        name="copy_pages" if k_pages.ndim == 5 else "copy_scales",
+        out_shape=tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array in flat),
+        name=f"copy_{name}",
         num_warps=4,
         num_stages=1,
         interpret=interpret,
-        cost=cost.copy_pages(
-            copies=sources.shape[0], layers=layers, page_numbers=numbers, dtype=k_pages.dtype
-        ),
+        cost=cost.copy_pages(copies=sources.shape[0], layers=layers, page_numbers=numbers, dtype=dtype),
         aliases={2: 0, 3: 1},
     )
-    copied = copy(sources, destinations, k_pages.reshape(flat), v_pages.reshape(flat))
-    return tuple(pages.reshape(k_pages.shape) for pages in copied)
+    copied = copy(sources, destinations, *flat)
+    return tuple(pages.reshape(array.shape) for pages, array in zip(copied, pair, strict=True))
 
 
 def _copy(source_ref, destination_ref, _k, _v, k_pages, v_pages, *, block: int):
     layer, copy = pl.program_id(0), pl.program_id(1)
     source, destination = source_ref[copy], destination_ref[copy]
-    numbers = k_pages.shape[2]
-
+    numbers = max(k_pages.shape[2], v_pages.shape[2])
     last = k_pages.shape[1] - 1
 
     @pl.when((source >= 0) & (source <= last) & (destination >= 0) & (destination <= last))
     def _():
         def step(i, _):
             number = i * block + lax.iota(jnp.int32, block)
-            exists = number < numbers
             for pages in (k_pages, v_pages):
+                # Scales of keys may be more than those of values.
+                exists = number < pages.shape[2]
                 values = plgpu.load(pages.at[layer, source, number], mask=exists)
                 plgpu.store(pages.at[layer, destination, number], values, mask=exists)
             return 0

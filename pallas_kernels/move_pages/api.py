@@ -1,7 +1,7 @@
 """`move_pages`: the call, checked."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Int, Shaped
 
 from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
 from pallas_kernels.device import Device, lacks_dtype
@@ -10,12 +10,12 @@ from pallas_kernels.move_pages import xla
 
 
 def move_pages(
-    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size row"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size row"],
     targets: Int[Array, " pages"],
     *,
-    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
-    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
 ) -> tuple[Array, ...]:

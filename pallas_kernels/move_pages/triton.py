@@ -7,7 +7,6 @@ waits in registers. No two programs ever meet, and none waits for another.
 """
 
 from functools import partial
-from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -32,25 +31,24 @@ def move_pages(pool, targets, *, interpret: bool):
     return each_pair(partial(_move_pair, chains(targets), interpret=interpret), pool)
 
 
-def _move_pair(way, k_pages, v_pages, *, interpret: bool):
-    layers, num_pages = k_pages.shape[:2]
-    numbers = prod(k_pages.shape[2:])
-    block = min(_BLOCK_BYTES // k_pages.dtype.itemsize, next_power_of_two(numbers))
-    flat = layers, num_pages, numbers
-    pool = jax.ShapeDtypeStruct(flat, k_pages.dtype)
+def _move_pair(way, name, *pair, interpret: bool):
+    (layers, num_pages), dtype = pair[0].shape[:2], pair[0].dtype
+    flat = [array.reshape(*array.shape[:2], -1) for array in pair]
+    numbers = max(array.shape[2] for array in flat)
+    block = min(_BLOCK_BYTES // dtype.itemsize, next_power_of_two(numbers))
     move = launch(
         partial(_move, block=block, barrier=not interpret),
         grid=(-(-numbers // block), layers, min(_GROUPS, num_pages)),
-        out_shape=(pool, pool),
-        name="move_pages" if k_pages.ndim == 5 else "move_scales",
+        out_shape=tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array in flat),
+        name=f"move_{name}",
         num_warps=4,
         num_stages=1,
         interpret=interpret,
-        cost=cost.copy_pages(copies=num_pages, layers=layers, page_numbers=numbers, dtype=k_pages.dtype),
+        cost=cost.copy_pages(copies=num_pages, layers=layers, page_numbers=numbers, dtype=dtype),
         aliases={3: 0, 4: 1},
     )
-    moved = move(*way, k_pages.reshape(flat), v_pages.reshape(flat))
-    return tuple(pages.reshape(k_pages.shape) for pages in moved)
+    moved = move(*way, *flat)
+    return tuple(pages.reshape(array.shape) for pages, array in zip(moved, pair, strict=True))
 
 
 def chains(
@@ -93,18 +91,19 @@ def chains(
 
 def _move(count_ref, begin_ref, due_ref, _k, _v, k_pages, v_pages, *, block: int, barrier: bool):
     layer, group = pl.program_id(1), pl.program_id(2)
-    groups, (_, num_pages, numbers) = pl.num_programs(2), k_pages.shape
+    groups, num_pages = pl.num_programs(2), k_pages.shape[1]
     number = pl.program_id(0) * block + lax.iota(jnp.int32, block)
-    exists = number < numbers
+    # Scales of keys may be more than those of values.
+    pool = [(pages, number < pages.shape[2]) for pages in (k_pages, v_pages)]
 
     def load(page):
-        return [plgpu.load(pages.at[layer, page, number], mask=exists) for pages in (k_pages, v_pages)]
+        return [plgpu.load(pages.at[layer, page, number], mask=exists) for pages, exists in pool]
 
     def store(page, values):
         if barrier:
             # Every thread has read what is about to be overwritten.
             plgpu.debug_barrier()
-        for pages, value in zip((k_pages, v_pages), values, strict=True):
+        for (pages, exists), value in zip(pool, values, strict=True):
             plgpu.store(pages.at[layer, page, number], value, mask=exists)
 
     def follow(chain, nothing):

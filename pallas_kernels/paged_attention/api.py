@@ -7,18 +7,19 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from pallas_kernels import int4
 from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import token_bytes
+from pallas_kernels.quantization import is_int4, token_bytes
 
 
 def paged_attention(
     q: Float[Array, "tokens q_heads head_dim"],
-    k_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
-    v_pages: Shaped[Array, "layers pages kv_heads page_size head_dim"],
+    k_pages: Shaped[Array, "layers pages kv_heads page_size row"],
+    v_pages: Shaped[Array, "layers pages kv_heads page_size row"],
     page_table: Int[Array, "rows pages_per_seq"],
     kv_lengths: Int[Array, " seqs"],
     query_starts: Int[Array, " seqs+1"],
@@ -30,8 +31,8 @@ def paged_attention(
     sink_tokens: int = 0,
     softcap: float | None = None,
     sinks: Float[Array, " q_heads"] | None = None,
-    k_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
-    v_scales: Float[Array, "layers pages kv_heads page_size"] | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     interpret: bool | None = None,
@@ -47,7 +48,7 @@ def paged_attention(
     Args:
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
-      k_pages, v_pages: the pool; of int8 or uint8 (E4M3FN), codes.
+      k_pages, v_pages: the pool; of int8, uint8 (E4M3FN) or int32 (words of eight), codes.
       page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
@@ -94,7 +95,11 @@ def paged_attention(
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    arrays = q, k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
+    asked, spike_q = q, None
+    if is_int4(k_pages.dtype):
+        # Its rows lie rotated, but for the spikes of keys.
+        asked, spike_q = int4.rotate_queries(q), q
+    arrays = k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
     max_keys = page_table.shape[1] * k_pages.shape[3]
     options: dict[str, Any] = dict(
         layer=layer,
@@ -105,6 +110,7 @@ def paged_attention(
         sinks=sinks,
         k_scales=k_scales,
         v_scales=v_scales,
+        spike_q=spike_q,
         prefixes=None,
     )
     width = token_bytes(k_pages.shape[2], q.shape[2], k_pages.dtype)
@@ -125,7 +131,7 @@ def paged_attention(
     lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":
-        out, lse = xla.paged_attention(*arrays, **options)
+        out, lse = xla.paged_attention(asked, *arrays, **options)
     else:
         from pallas_kernels.paged_attention import triton
 
@@ -138,10 +144,14 @@ def paged_attention(
             q_dtype=q.dtype,
         )
         out, lse = triton.paged_attention(
+            # Matrix units take 16 bits.
+            asked.astype(q.dtype),
             *arrays,
             **options,
             tuning=tuning or tuning_table.choose(device, **shape),
             shared_tuning=shared_tuning or tuning_table.choose_shared(device, **shape),
             interpret=chosen.interpret,
         )
+    if spike_q is not None:
+        out = int4.rotate_queries(out).astype(q.dtype)
     return (out, lse) if return_lse else out

@@ -10,7 +10,8 @@ A key tile is a number of tokens, whatever the page size: each token's address c
 and the ids of the next tile are fetched while this one is worked on.
 
 Codes of a byte are read as words of four, sixteen bytes at a time: the numbers 0, 4, 8... of a row, which are
-the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next.
+the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next. Words of eight
+become a tile of numbers before it is multiplied, and the spikes of keys another, for queries as they came.
 """
 
 from collections.abc import Callable
@@ -25,13 +26,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import cost
+from pallas_kernels import cost, int4
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import WORD, as_float8, as_words, is_quantized
+from pallas_kernels.quantization import WORD, as_float8, as_words, is_int4, is_quantized
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -58,6 +59,7 @@ def paged_attention(
     sinks,
     k_scales,
     v_scales,
+    spike_q,
     prefixes,
     tuning: Tuning,
     shared_tuning: Tuning,
@@ -95,6 +97,7 @@ def paged_attention(
         sinks,
         q,
         *pool_arrays(view(k_pages), view(v_pages), k_scales, v_scales),
+        *(() if spike_q is None else (spike_q,)),
     )
     visit = partial(
         _visit,
@@ -154,17 +157,17 @@ def _outputs(q):
 
 def how_read(pages, tuning: Tuning) -> tuple[int, Callable]:
     """In how many parts a row comes (see `Rows`), and what makes the array to be read of the pool's."""
-    if not is_quantized(pages.dtype):
+    if not is_quantized(pages.dtype) or is_int4(pages.dtype):
         return 1, as_float8
     # So many codes Pallas does not address one by one: see `as_words`.
     words = WORD if 2**31 < pages.size <= 2**32 else tuning.codes_a_word
     return words, as_words if words > 1 else as_float8
 
 
-def rows_like(q, kv_heads: int, words: int, tuning: Tuning) -> Callable[..., "Rows"]:
+def rows_like(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "Rows"]:
     """Makes `Rows` of first row, number and head."""
     group = q.shape[1] // kv_heads
-    return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2])
+    return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
 
 
 def _visit(
@@ -193,7 +196,7 @@ def _visit(
     ]
     kernel = partial(
         _attend,
-        rows=rows_like(q, kv_heads, words, tuning),
+        rows=rows_like(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
         codes=codes,
         key_tile=tuning.key_tile,
         scale=scale,
@@ -220,10 +223,22 @@ def _visit(
 class Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
-    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...`
+    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...` Against codes
+    of four bits it is one part: of all words the first number, then of all the second.
     """
 
-    def __init__(self, first_row, num_rows, head, *, group: int, size: int, words: int, head_dim: int):
+    def __init__(
+        self,
+        first_row,
+        num_rows,
+        head,
+        *,
+        group: int,
+        size: int,
+        words: int,
+        head_dim: int,
+        four_bits: bool = False,
+    ):
         self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
         self.in_tile = self.row < size * group
         self.offset = lax.div(self.row, np.int32(group))
@@ -231,13 +246,23 @@ class Rows:
         self.token = first_row + self.offset
         self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
         self.q_head = head * group + self.in_group
+        self.head_dim, self.groups = head_dim, int4.num_groups(head_dim)
+        if four_bits:
+            run = head_dim // int4.CODES
+            self.word = lax.iota(jnp.int32, max(2, next_power_of_two(run)))
+            width = np.int32(self.word.shape[0])
+            number = lax.iota(jnp.int32, int4.CODES * self.word.shape[0])
+            word = lax.rem(number, width)
+            self.dims = [lax.div(number, width) * run + word]
+            self.in_words, self.in_head = (self.word < run)[None, :], (word < run)[None, :]
+            return
         self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
-        self.in_head = (self.word < head_dim // words)[None, :]
+        self.in_words = self.in_head = (self.word < head_dim // words)[None, :]
         self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
 
     def nothing_seen(self) -> softmax.Partial:
         """What each row starts from."""
-        m, l, o = softmax.empty(self.row.shape, self.word.shape[0])  # noqa: E741
+        m, l, o = softmax.empty(self.row.shape, self.dims[0].shape[0])  # noqa: E741
         return softmax.Partial(m, l, (o,) * len(self.dims))
 
     def load(self, q):
@@ -307,6 +332,7 @@ def _attend(
     split: bool,
 ):
     scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
+    four_bits = codes is not None and is_int4(codes)
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
@@ -315,6 +341,9 @@ def _attend(
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
+    if four_bits:
+        spike_q_ref, *out_refs = out_refs
+        q += mine.load(spike_q_ref)
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -338,17 +367,22 @@ def _attend(
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
-        real = mine.in_head & ((places < num_keys) if edge else (places >= 0))[:, None]
+        real = mine.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
         k, v = (read_tile(ref.at[at], real, codes) for ref in (k_ref, v_ref))
-        scales_of_tile = [
-            plgpu.load(scales.at[layer, ids, head, offsets], mask=places < num_keys, other=0.0)
-            for scales in scale_refs
-        ]
+        place = layer, ids, head, offsets
+        if four_bits:
+            words = [_load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]
+            k, v = (_numbers(*pair, mine) for pair in zip((*k, *v), words, strict=True))
+            scales_of_tile = ()
+        else:
+            scales_of_tile = [
+                plgpu.load(scales.at[place], mask=places < num_keys, other=0.0) for scales in scale_refs
+            ]
         next_ids = page_ids(key + 1)
         scores, weigh_tile = add_up(product, q, k), weigh
-        if scale_refs:
+        if scales_of_tile:
             k_scale, v_scale = scales_of_tile
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is not None:
@@ -410,12 +444,42 @@ def read_tile(at, mask, codes):
 
 def _unpack(tile, codes):
     """A tile as it was loaded, by parts: a tile of words holds four codes in each."""
-    if tile.dtype != jnp.int32:
+    if tile.dtype != jnp.int32 or is_int4(codes):
         return (tile,)
     if codes == jnp.int8:
         return tuple((tile << (24 - 8 * part)) >> 24 for part in range(WORD))
     bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(WORD))
     return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
+
+
+def _load_words(ref, at, mask, groups: int) -> list:
+    """Of each token of a tile the words of steps, and of spikes, that each of its codes needs."""
+    zero = jnp.zeros((), ref.dtype)
+    (layer, ids, head, offsets), tokens, pairs = at, mask.shape[0], groups // 2
+    words = []
+    for first in range(0, ref.shape[-1], pairs):
+        word = first + lax.iota(jnp.int32, pairs)[None, :]
+        at = layer, ids[:, None], head, offsets[:, None], word
+        pair = plgpu.load(ref.at[at], mask=mask[:, None] & (word >= 0), other=zero)
+        pair = jnp.broadcast_to(pair[:, :, None], (tokens, pairs, int4.CODES // pairs))
+        words.append(pair.reshape(tokens, int4.CODES, 1))
+    return words
+
+
+def _numbers(tile, words, mine: Rows):
+    """What four-bit codes stand for, and behind keys their spikes: tiles as wide as a head."""
+    tokens, (steps, *spikes) = tile.shape[0], words
+    part = lax.iota(jnp.int32, int4.CODES)[None, :, None]
+    group = (part * mine.groups) >> 3
+    codes = ((tile[:, None, :] >> (int4.BITS * part)) & 0xF).astype(jnp.float32)
+    step, zero = int4.step_of(steps, group & 1)
+    numbers = ((codes - 0.5 * zero.astype(jnp.float32)) * step).reshape(tokens, -1)
+    if not spikes:
+        return (numbers,)
+    place, value = int4.spike_of(spikes[0], group & 1)
+    in_group = part * (mine.head_dim // int4.CODES) - group * (mine.head_dim // mine.groups)
+    here = (in_group + mine.word[None, None, :] == place) & mine.in_words[:, None, :]
+    return numbers, jnp.where(here, value, 0.0).reshape(tokens, -1)
 
 
 def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows):

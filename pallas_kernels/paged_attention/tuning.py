@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.quantization import is_int4, is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -81,7 +82,7 @@ def choose(
       q_dtype: of the queries.
     """
     rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
-    codes = jnp.dtype(dtype).itemsize == 1
+    codes = is_quantized(dtype)
     # Of what is multiplied: codes become numbers of q's dtype first.
     itemsize = jnp.dtype(q_dtype if codes else dtype).itemsize
     row_bytes = next_power_of_two(head_dim) * itemsize
@@ -91,6 +92,9 @@ def choose(
     max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes))
     if itemsize == 4 or (codes and row_bytes > 256):
         max_rows = max(16, max_rows // 2)
+    if is_int4(dtype):
+        # Steps, places and spikes of a tile take as many registers as its numbers.
+        max_rows = 16
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
     rows = next_power_of_two(query_tile * group)
@@ -109,11 +113,20 @@ def choose(
         if most_registers:
             key_tile = min(key_tile, 16 if codes or row_bytes > 256 else 32)
         num_warps = 8 if many_registers else 4
+        if is_int4(dtype):
+            num_warps = _rocm_int4_warps(device, row_bytes)
+            key_tile = _int4_key_tile(2 * num_warps, head_dim)
         return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
     if codes:
         key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
     num_stages, codes_a_word = (6 if codes else 4), 4
-    if not 90 <= int(device.arch[3:]) < 120:
+    small = not 90 <= int(device.arch[3:]) < 120
+    if is_int4(dtype):
+        num_warps = 8 if row_bytes == 256 and not small else 4
+        # As many stages as leave registers for addresses: 40 KB are under way.
+        num_stages = 7 if num_warps == 8 else 8
+        return Tuning(query_tile, _int4_key_tile(num_warps, head_dim), num_warps, num_stages, programs)
+    if small:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
         key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
         if itemsize == 4 and device.arch not in ("sm_80", "sm_87"):
@@ -123,6 +136,18 @@ def choose(
         # sixteen bytes at a time either way.
         codes_a_word = 1
     return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs, codes_a_word)
+
+
+def _int4_key_tile(num_warps: int, head_dim: int) -> int:
+    """Tokens whose keys are sixteen bytes for each thread, of warps of 32."""
+    return max(16, 1024 * num_warps // next_power_of_two(head_dim))
+
+
+def _rocm_int4_warps(device: Device, row_bytes: int) -> int:
+    """As found to spill no registers."""
+    if row_bytes <= 128:
+        return 1
+    return 4 if device.arch == "gfx942" and row_bytes == 256 else 2
 
 
 def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
@@ -153,11 +178,35 @@ def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) 
     """What the kernel lacks for this shape and these arrays on this device, if anything."""
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
+    if any(is_int4(array.dtype) for array in arrays) and (reason := _lacks_int4(device, head_dim, *arrays)):
+        return f"registers for four-bit codes {reason}"
     return lacks_dtype(device, *arrays)
+
+
+def _lacks_int4(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
+    """Where machine code was found to spill."""
+    dtypes = [array.dtype for array in arrays]
+    if jnp.float32 in dtypes:
+        return "with float32 queries"
+    most = {"sm_80": 128, "gfx1100": 64}.get(_family(device), head_dim)
+    if head_dim > most:
+        return f"of head_dim {head_dim} on {device.arch}: {most} is the most"
+    if device.arch == "gfx942" and head_dim <= 64 and jnp.float16 in dtypes:
+        return f"with float16 queries of head_dim {head_dim} on {device.arch}"
+    return None
+
+
+def _family(device: Device) -> str:
+    """One GPU for all that are tuned like it."""
+    if device.platform == "rocm":
+        return device.arch if device.arch.startswith("gfx9") else "gfx1100"
+    return device.arch if 90 <= int(device.arch[3:]) < 120 else "sm_80"
 
 
 def lacks_mass(device: Device, k_pages: Array | jax.ShapeDtypeStruct, q) -> str | None:
     """The same for `attention_mass`."""
+    if is_int4(k_pages.dtype):
+        return "four-bit keys for attention_mass"
     head_dim, wide = k_pages.shape[-1], jnp.float32 in (q.dtype, k_pages.dtype)
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and wide and head_dim > 64:
         return f"registers for float32 of head_dim {head_dim} on {device.arch}: 64 is the most"

@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from pallas_kernels import int4
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
-from pallas_kernels.quantization import as_float32
+from pallas_kernels.quantization import as_float32, head_dim_of, is_int4
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -56,6 +57,7 @@ def paged_attention(
     sinks,
     k_scales,
     v_scales,
+    spike_q,
     prefixes,
 ):
     """See `api.paged_attention`. Returns `(out, lse)`."""
@@ -66,6 +68,8 @@ def paged_attention(
     group = q_heads // kv_heads
     keys = KeyTiles.of_pages(k_pages)
     pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    if spike_q is not None:
+        q = jnp.concatenate([q, spike_q.astype(q.dtype)], axis=-1)
     q = q.astype(jnp.float32) * scale
 
     def visit_tiles(work: Work, seen: softmax.Partial) -> softmax.Partial:
@@ -278,8 +282,8 @@ class KeyTiles:
     @classmethod
     def of_pages(cls, k_pages) -> "KeyTiles":
         """The tiling for a pool."""
-        _, _, kv_heads, page_size, head_dim = k_pages.shape
-        return cls.of(page_size, _key_tile(kv_heads * head_dim, k_pages.dtype))
+        kv_heads, page_size = k_pages.shape[2:4]
+        return cls.of(page_size, _key_tile(kv_heads * head_dim_of(k_pages), k_pages.dtype))
 
     @property
     def unit(self) -> int:
@@ -315,7 +319,7 @@ class KeyTiles:
         """K and V of a tile, `[kv_heads, size, head_dim]`, and their scales, `[.., 1]`; float32.
 
         V, and its scales, are zero at places that are not the tile's own. A pool of K alone gives K, and its
-        scales if it has any.
+        scales if it has any. Of four bits: K and V rotated, K with its spikes beside it, and no scales.
         """
         kv_heads = pool[0].shape[2]
         # Numbers a token.
@@ -333,7 +337,7 @@ class KeyTiles:
                 # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
                 nth = jnp.arange(shapes[i][1] * shapes[i][2], dtype=jnp.int32).reshape(shapes[i][1:])
                 own = (nth >= where.skip * widths[i]) & (nth < where.end * widths[i])
-                tile[i] = jnp.where(own, tile[i], 0.0)
+                tile[i] = jnp.where(own, tile[i], jnp.zeros((), tile[i].dtype))
             return tile
 
         if pool[0].dtype == jnp.float32 and 4 * math.prod(shapes[0]) >= _SPLIT_BYTES:
@@ -342,32 +346,41 @@ class KeyTiles:
         else:
             # Always so. A branch of its own keeps the copy's rows as long as a run of tokens: XLA would fuse
             # the reshape into it, and copies rows as short as `head_dim` one number at a time.
-            zeros = [jnp.zeros(shape, jnp.float32) for shape in shapes]
+            kind = jnp.int32 if is_int4(pool[0].dtype) else jnp.float32
+            zeros = [jnp.zeros(shape, kind) for shape in shapes]
             tile = jax.lax.cond(where.end > where.skip, copy, lambda: zeros)
-        return [part.reshape(kv_heads, self.size, -1) for part in tile]
+        tile = [part.reshape(kv_heads, self.size, -1) for part in tile]
+        if not is_int4(pool[0].dtype):
+            return tile
+        pools = len(tile) // 2
+        return [jnp.concatenate(int4.dequantize_rotated(*tile[i::pools]), axis=-1) for i in range(pools)]
 
     def _copy(self, pages, layer, where: "_Where", shape):
-        """`[kv_heads, pages, tokens * head_dim]` float32."""
+        """`[kv_heads, pages, tokens * head_dim]` float32, or words as they are."""
         kv_heads, _, run = shape
         start = where.start * (run * self.pages // self.size)
         if pages.ndim == 3:
             if self.pages > _MAX_SLICES:
-                return as_float32(pages.at[layer, where.ids].get(mode="promise_in_bounds"))[None]
+                return _as_numbers(pages.at[layer, where.ids].get(mode="promise_in_bounds"))[None]
             runs = [
                 jax.lax.dynamic_slice(pages, (layer, where.ids[i], start), (1, 1, run))[0]
                 for i in range(self.pages)
             ]
-            return as_float32(jnp.stack(runs, axis=1))
+            return _as_numbers(jnp.stack(runs, axis=1))
         if self.pages > _MAX_SLICES:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
             tile = pages.at[layer, where.ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
-            return as_float32(tile)
+            return _as_numbers(tile)
         zero = jnp.zeros((), jnp.int32)
         runs = [
             jax.lax.dynamic_slice(pages, (layer, where.ids[i], zero, start), (1, 1, kv_heads, run))[0, 0]
             for i in range(self.pages)
         ]
-        return as_float32(jnp.stack(runs, axis=1))
+        return _as_numbers(jnp.stack(runs, axis=1))
+
+
+def _as_numbers(codes):
+    return codes if is_int4(codes.dtype) else as_float32(codes)
 
 
 class _Where(NamedTuple):

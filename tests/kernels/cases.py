@@ -59,6 +59,10 @@ class Arguments:
         return tuple(jnp.asarray(getattr(self, name)) for name in names)
 
 
+# Of codes and scales: words of ones stand for steps and spikes that are infinite.
+WORST = {"int8": (-128, np.nan), "uint8": (0x7F, np.nan), "int32": (-1, -1)}
+
+
 def make(case: Case, seed: int = 0) -> Arguments:
     """Random arguments. Pages lie in random order, and every place of the pool and row of q that
     belongs to no sequence holds NaN: past a length, in a spare page, in another layer."""
@@ -88,12 +92,12 @@ def make(case: Case, seed: int = 0) -> Arguments:
     if case.stored is None:
         k_pages, v_pages = (pages.astype(dtype) for pages in pools)
     else:
-        (k_pages, k_scales), (v_pages, v_scales) = (reference.quantize(pages, case.stored) for pages in pools)
+        k_pages, v_pages, k_scales, v_scales = reference.encode(*pools, np.dtype(case.stored))
         # Of places that belong to no sequence the codes are the worst there are, and the scales NaN.
         nobodys = np.isnan(pools[0][..., 0])
-        worst = -128 if case.stored == "int8" else 0x7F
+        worst, worst_scale = WORST[case.stored]
         for codes, scales in ((k_pages, k_scales), (v_pages, v_scales)):
-            codes[nobodys], scales[nobodys] = worst, np.nan
+            codes[nobodys], scales[nobodys] = worst, worst_scale
         options |= {"k_scales": k_scales, "v_scales": v_scales}
     if case.sinks:
         options["sinks"] = random.normal(size=case.q_heads).astype(np.float32)
@@ -138,7 +142,7 @@ SHARED_PREFIX = [
             stored=stored,
             begins_like={1: (0, 8)},
         )
-        for stored in ("int8", "uint8")
+        for stored in ("int8", "uint8", "int32")
     ],
 ]
 SHARED_PREFIX = [replace(case, options=case.options | {"shared_prefix": True}) for case in SHARED_PREFIX]
@@ -223,6 +227,26 @@ PAGED_ATTENTION = (
         ],
         Case("pages of 3, of int8, head_dim 80", (35, 64), (3, 1), page_size=3, head_dim=80, stored="int8"),
         Case("pages of 1, of fp8", (35, 64), (3, 1), page_size=1, stored="uint8"),
+        Case("decode of int4, float16", RAGGED, head_dim=128, dtype="float16", stored="int32"),
+        Case("prefill of int4, bfloat16", RAGGED, (1, 5, 16, 0, 40, 2), dtype="bfloat16", stored="int32"),
+        Case(
+            "pages of 3, of int4, head_dim 80",
+            (35, 64),
+            (3, 1),
+            page_size=3,
+            head_dim=80,
+            dtype="bfloat16",
+            stored="int32",
+        ),
+        Case(
+            "a large page of int4, head_dim 96",
+            (300, 5),
+            page_size=200,
+            head_dim=96,
+            dtype="float16",
+            stored="int32",
+            options={"window": 70, "softcap": 4.0},
+        ),
         Case("a large page of int8", (300, 5), page_size=200, stored="int8", options={"window": 70}),
         Case(
             "all options, bfloat16",

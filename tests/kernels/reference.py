@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tests.kernels import reference_int4
+
 
 def attention(q, k, v, **options):
     """Causal attention of one sequence, whose last places the queries are.
@@ -37,10 +39,10 @@ def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sinks
 
 
 def read_pages(pages, page_table_row, length):
-    """The tokens [length, kv_heads, head_dim] of one sequence from one layer's pages."""
-    _, kv_heads, page_size, head_dim = pages.shape
+    """The tokens [length, kv_heads, ...] of one sequence from one layer's pages."""
+    _, kv_heads, page_size, *row = pages.shape
     ids = page_table_row[: -(-length // page_size)]
-    return pages[ids].swapaxes(1, 2).reshape(-1, kv_heads, head_dim)[:length]
+    return pages[ids].swapaxes(1, 2).reshape(-1, kv_heads, *row)[:length]
 
 
 def paged_attention(
@@ -59,14 +61,17 @@ def paged_attention(
 ):
     """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf. What sequences share
     changes nothing."""
-    q, k_pages, v_pages = (numbers(array).astype(np.float64) for array in (q, k_pages, v_pages))
-    if k_scales is not None:
-        k_pages, v_pages = k_pages * k_scales[..., None], v_pages * v_scales[..., None]
+    q = q.astype(np.float64)
+    pool = [(pages,) if scales is None else (pages, scales)
+            for pages, scales in ((k_pages, k_scales), (v_pages, v_scales))]  # fmt: skip
     out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
     for row, length in enumerate(kv_lengths):
         rows = slice(query_starts[row], query_starts[row + 1])
         if length > 0 and rows.start < rows.stop:
-            k, v = (read_pages(pages[layer], page_table[row], length) for pages in (k_pages, v_pages))
+            k, v = (
+                dequantize(*(read_pages(array[layer], page_table[row], length) for array in arrays))
+                for arrays in pool
+            )
             out[rows], lse[rows] = attention(q[rows], k, v, **options)
     return out, lse
 
@@ -85,15 +90,14 @@ def attention_mass(
     **options,
 ):
     """The weights that each place received from its sequence's queries and the query heads of a KV head."""
-    q, k_pages = (numbers(array).astype(np.float64) for array in (q, k_pages))
-    if k_scales is not None:
-        k_pages = k_pages * k_scales[..., None]
-    _, _, kv_heads, page_size, _ = k_pages.shape
+    q, arrays = q.astype(np.float64), (k_pages,) if k_scales is None else (k_pages, k_scales)
+    kv_heads, page_size = k_pages.shape[2:4]
     mass = np.zeros((len(kv_lengths), kv_heads, page_table.shape[1] * page_size))
     for row, length in enumerate(kv_lengths):
         rows = slice(query_starts[row], query_starts[row + 1])
         if length > 0 and rows.start < rows.stop:
-            weights, _ = softmax(q[rows], read_pages(k_pages[layer], page_table[row], length), **options)
+            k = dequantize(*(read_pages(array[layer], page_table[row], length) for array in arrays))
+            weights, _ = softmax(q[rows], k, **options)
             grouped = weights.reshape(len(weights), kv_heads, -1, length)
             mass[row, :, :length] = grouped.sum(axis=(0, 2))
     return mass
@@ -103,14 +107,22 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0, k_scales=No
     pool, new = [k_pages, v_pages], [k, v]
     if k_scales is not None:
         pool += [k_scales, v_scales]
-        (k, k_scale), (v, v_scale) = (quantize(values, k_pages.dtype) for values in (k, v))
-        new = [k, v, k_scale, v_scale]
+        new = encode(k, v, k_pages.dtype)
     pool = [array.copy() for array in pool]
     for row, (page, offset) in enumerate(zip(page_ids, offsets, strict=True)):
         if page < k_pages.shape[1]:
             for array, values in zip(pool, new, strict=True):
                 array[layer, page, :, offset] = values[row]
     return tuple(pool)
+
+
+def encode(k, v, dtype):
+    """Codes of K and of V, and the scales of each."""
+    if dtype == np.int32:
+        (k, k_scale), (v, v_scale) = (reference_int4.quantize(x, keys=x is k) for x in (k, v))
+    else:
+        (k, k_scale), (v, v_scale) = (quantize(x, dtype) for x in (k, v))
+    return k, v, k_scale, v_scale
 
 
 def quantize(values, dtype):
@@ -145,8 +157,11 @@ def numbers(codes):
     return codes.view(jnp.float8_e4m3fn) if codes.dtype == np.uint8 else codes
 
 
-def dequantize(codes, scales):
-    return numbers(codes).astype(np.float32) * scales[..., None]
+def dequantize(codes, scales=None):
+    if codes.dtype == np.int32:
+        return reference_int4.dequantize(codes, scales)
+    values = numbers(codes).astype(np.float64)
+    return values if scales is None else values * scales[..., None]
 
 
 def move_pages(k_pages, v_pages, targets, *, k_scales=None, v_scales=None):

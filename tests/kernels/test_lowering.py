@@ -9,7 +9,7 @@ import pytest
 import pallas_kernels
 from benchmarks.check_targets import Kernel, launches, pretend
 from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.quantization import is_quantized
+from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
 
 H100 = Device("sm_90", 132)
 
@@ -20,7 +20,7 @@ def shape(dims, dtype="int32"):
 
 def ir_of(operation, pool, device=H100):
     """Triton IR of the first launch of an operation on such a pool."""
-    _, _, kv_heads, _, head_dim = pool.shape
+    kv_heads, head_dim = pool.shape[2], head_dim_of(pool)
     quantized = is_quantized(pool.dtype)
     dtype = jnp.bfloat16 if quantized else pool.dtype
     token = shape((4, kv_heads, head_dim), dtype)
@@ -39,7 +39,8 @@ def ir_of(operation, pool, device=H100):
     }[operation]
     call = getattr(pallas_kernels, operation)
     pools = 1 if operation == "attention_mass" else 2
-    scales = (shape(pool.shape[:-1], "float32"),) * pools * quantized
+    scale_dims = scale_shapes(pool.shape, pool.dtype)[:pools]
+    scales = tuple(shape(dims, scale_dtype(pool.dtype)) for dims in scale_dims)
 
     def run(_, *arrays):
         arrays, scales = arrays[: len(arguments)], arrays[len(arguments) :]
@@ -127,6 +128,15 @@ def test_codes_that_32_bits_would_not_address_are_addressed_as_words(operation, 
     ir = ir_of(operation, pool)
     assert "!tt.ptr<i32>" in ir
     assert not re.findall(r"!tt\.ptr<(?:i8|f8\w*)>", ir)
+
+
+@pytest.mark.parametrize("operation", [name for name in OPERATIONS if name != "attention_mass"])
+def test_words_of_four_bit_codes_are_never_a_pool_of_anything_else(operation):
+    pool = shape((32, 2**15, 8, 16, 16), "int32")
+    assert pool.size == 2**31
+    ir = ir_of(operation, pool)
+    assert "!tt.ptr<i32>" in ir
+    assert "tt.ptr<i8>" not in ir
 
 
 def test_rows_of_codes_that_make_no_words_are_left_to_xla():
