@@ -17,7 +17,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.decode import CausalLM, Decoding, Finish, decode, prefill, start
 from jaxkv.fork import fork
 from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
-from jaxkv.policies.base import Policy, TokenPolicy
+from jaxkv.policies import Policy, TokenPolicy
 from jaxkv.sampling import GREEDY, Sampling
 from jaxkv.state import KVCache, PolicyState, Status, init
 

@@ -17,7 +17,7 @@ from jaxkv.decode import Decoding, Finish
 from jaxkv.generate import PREFILL_CHUNK, Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
-from jaxkv.policies.base import Policy, TokenPolicy
+from jaxkv.policies import Policy, TokenPolicy
 from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling

@@ -1,8 +1,8 @@
 """What to forget when a sequence's memory is bounded: eviction policies, each a frozen dataclass."""
 
 from jaxkv.policies.base import Policy as Policy
-from jaxkv.policies.base import TokenPolicy as TokenPolicy
-from jaxkv.policies.base import Tokens as Tokens
+from jaxkv.policies.token_policy import TokenPolicy as TokenPolicy
+from jaxkv.policies.token_policy import Tokens as Tokens
 from jaxkv.policies.sliding_window import SlidingWindow as SlidingWindow
 from jaxkv.policies.least_recently_used import LeastRecentlyUsed as LeastRecentlyUsed
 from jaxkv.policies.heavy_hitter import HeavyHitter as HeavyHitter

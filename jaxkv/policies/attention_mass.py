@@ -8,7 +8,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
-from jaxkv.policies.base import TokenPolicy, Tokens, check_counts
+from jaxkv.policies.base import check_counts
+from jaxkv.policies.token_policy import TokenPolicy, Tokens
 from jaxkv.state import Batch, KVCache, PolicyState, Status
 
 

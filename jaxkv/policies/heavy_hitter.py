@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from jaxtyping import Array
 
 from jaxkv.policies.attention_mass import MassPolicy
-from jaxkv.policies.base import Tokens
+from jaxkv.policies.token_policy import Tokens
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from jaxtyping import Array
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
 from jaxkv.policies.attention_mass import step_of, zeros
-from jaxkv.policies.base import TokenPolicy, Tokens
+from jaxkv.policies.token_policy import TokenPolicy, Tokens
 from jaxkv.state import Batch, KVCache, PolicyState
 
 _MOST = 2**31

@@ -10,7 +10,7 @@ from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
 from jaxkv.policies.attention_mass import MassPolicy
-from jaxkv.policies.base import Tokens, where_tokens
+from jaxkv.policies.token_policy import Tokens, where_tokens
 from jaxkv.rewrite import numbers, stored_as
 from jaxkv.state import KVPool
 
