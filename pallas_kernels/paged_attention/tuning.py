@@ -188,7 +188,7 @@ def _lacks_int4(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeSt
     dtypes = [array.dtype for array in arrays]
     if jnp.float32 in dtypes:
         return "with float32 queries"
-    most = {"sm_80": 128, "gfx1100": 64}.get(_family(device), head_dim)
+    most = {"sm_80": 64, "gfx1100": 64}.get(_family(device), head_dim)
     if head_dim > most:
         return f"of head_dim {head_dim} on {device.arch}: {most} is the most"
     if device.arch == "gfx942" and head_dim <= 64 and jnp.float16 in dtypes:
