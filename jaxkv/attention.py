@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.pool import check_batch
 from jaxkv.state import Batch, KVCache
 from pallas_kernels import attention_mass, paged_attention
+from pallas_kernels.ordering import after
 
 
 @overload
@@ -168,8 +169,10 @@ def attend(
         out, lse = paged_attention(q, k, v, *rows, sinks=sinks, v_scales=v_scales, return_lse=True, **paged)
         results = (out, lse) if return_lse else (out,)
         if return_mass:
-            results += (attention_mass(q, k, *rows, lse, **paged),)
-    return results if len(results) > 1 else out
+            mass = attention_mass(q, k, *rows, lse, **paged)
+            # The next layer's append waits for the output, and so for this pass over K.
+            results = after(out, mass), *results[1:], mass
+    return results if len(results) > 1 else results[0]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxkv
+from jaxkv import policies
 from jaxkv.testing import assert_caches_equivalent, assert_in_place, assert_invariants
 from tests import jitted
 from tests.caches import SMALL, filled, ints
@@ -117,6 +118,16 @@ def generation(cache, seqs, q):
     return jax.lax.fori_loop(0, 10, step, (cache, q))
 
 
+def decode_with_mass(cache, seqs, q):
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    masses = []
+    for layer in range(LAYERS):
+        cache = jaxkv.append(cache, layer, batch, q[:, :2], q[:, 2:])
+        q, mass = jaxkv.attend(cache, layer, batch, q, return_mass=True)
+        masses.append(mass)
+    return cache, q, jnp.stack(masses)
+
+
 K = jax.ShapeDtypeStruct((8, 2, 64), jnp.float32)
 Q = jax.ShapeDtypeStruct((8, 4, 64), jnp.float32)
 
@@ -131,6 +142,7 @@ Q = jax.ShapeDtypeStruct((8, 4, 64), jnp.float32)
         (decode, (SLOTS, Q)),
         (scanned, (SLOTS, Q)),
         (generation, (SLOTS, Q)),
+        (decode_with_mass, (SLOTS, Q)),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -150,6 +162,24 @@ def test_compact_keeps_a_chunk_and_no_pool():
     config = replace(CONFIG, num_pages=4096)
     cache = jax.eval_shape(lambda: jaxkv.init(config))
     assert_in_place(jaxkv.compact, cache, max_temp_bytes=40 * 2**20)
+
+
+ROPE = jaxkv.Rope.of(64, 10000.0)
+POLICIES = [
+    policies.SlidingWindow(500, 4, positions="cache", rope=ROPE),
+    policies.LeastRecentlyUsed(512),
+    policies.HeavyHitter(512, 64, positions="cache", rope=ROPE),
+    policies.SemanticMerge(512, 64),
+    policies.PromptCompress(512, 64),
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
+def test_an_eviction_keeps_some_sequences_tokens_and_no_pool(policy):
+    config = replace(CONFIG, num_pages=8192)
+    cache = jax.eval_shape(lambda: jaxkv.init(config))
+    state = jax.eval_shape(lambda: policy.init(config))
+    assert_in_place(policy.evict, cache, state, SLOTS, donate_argnums=(0, 1))
 
 
 def test_a_cache_in_any_argument_may_be_donated():

@@ -23,6 +23,7 @@ from jaxkv.positions import check_rope
 from jaxkv.rewrite import Rewrite, for_each_layer, numbers, own_pages, read_tokens, stored_as, write_tokens
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool, PolicyState
+from pallas_kernels.ordering import after
 
 
 class Tokens(NamedTuple):
@@ -168,7 +169,8 @@ class TokenPolicy(Policy):
         stored, own, stood = self.gather(config, tokens, kept, read)
         if self.positions == "cache":
             stored = self._renumber(config, stored, stood)
-        pool = write_tokens(pool, layer, some.new, everywhere[..., : self.budget], stored)
+        places = after(everywhere[..., : self.budget], *jax.tree.leaves(stored))
+        pool = write_tokens(pool, layer, some.new, places, stored)
         changed = {
             name: values[name].at[some.slot, layer, :, : self.budget].set(x, mode="drop")
             for name, x in own.items()
