@@ -1,6 +1,7 @@
 """Text generation on the paged cache: it drives the parts of `decode.py` for a batch of prompts."""
 
 import inspect
+import math
 import operator
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -114,9 +115,9 @@ def generate(
       keep_logits: return the logits of every new token.
       warm_up: compile before the clock starts.
       on_tokens: called on the host with the state after each block, for streaming.
-      policy: what to forget where a sequence outgrows its budget: after each chunk of its prompt (so where
-        chunks end matters, and with it what else is in the batch), and whenever it has filled a page. Prompts
-        may then be longer than a row of the page table.
+      policy: what to forget where a sequence outgrows its budget: after each `prefill_chunk` tokens of its
+        prompt, or fewer if its row holds no more beside the budget, and whenever it has filled a page.
+        Prompts may then be longer than a row of the page table. What else is in the batch changes nothing.
 
     Returns:
       A `Generation`.
@@ -133,8 +134,6 @@ def generate(
         raise ValueError("prompts must be a sequence of sequences of token ids") from None
     if policy is not None:
         check_policy(policy, config, model)
-    last = (policy.observe_last if policy else None) or 1
-    shared = _common_pages(prompts, config.page_size, last) if share_prefix and len(prompts) > 1 else 0
     for name, value in (
         ("max_new_tokens", max_new_tokens),
         ("prefill_chunk", prefill_chunk),
@@ -142,6 +141,10 @@ def generate(
     ):
         if type(value) is not int or not 1 <= value < 2**30:
             raise ValueError(f"{name}={value!r} must be a positive integer below {2**30}")
+    last = (policy.observe_last if policy else None) or 1
+    shared = 0
+    if share_prefix and len(prompts) > 1:
+        shared = _common_pages(prompts, last, config, policy, prefill_chunk)
     _check_fit(config, prompts, num_samples, shared, policy, prefill_chunk)
     stop = tuple(sorted(set(_token_ids(stop_tokens, "stop_tokens"))))
 
@@ -234,7 +237,7 @@ class _Stage(NamedTuple):
       size: tokens a chunk.
       most: tokens of one prompt in a chunk: where it keeps as much as it may, they must fit its row.
       observed: whether the policy takes note and evicts.
-      whole: whether a part must not be cut into chunks.
+      whole: whether every `most` tokens of a part stay together, wherever the chunk before them ended.
       forked: whether it is the first prompt's alone, and the others take it from there.
     """
 
@@ -248,11 +251,8 @@ class _Stage(NamedTuple):
 
 def _stages(prompts: list[list[int]], shared: int, largest: int, policy: PolicyState | None) -> list[_Stage]:
     """What all prompts share, then the rest; last, on its own, the end that a policy asks for."""
-    last, most = None, largest
-    if policy is not None:
-        last = policy.policy.observe_last
-        if last is None:
-            most = min(largest, policy.config.max_tokens_per_seq - policy.policy.most_kept(policy.config))
+    last = policy.policy.observe_last if policy is not None else None
+    most = largest if policy is None else _most_at_once(policy.policy, policy.config, largest)
     rest = [prompt[shared:] for prompt in prompts]
     longest = max(shared, sum(len(prompt) for prompt in rest))
     size = min(largest, 1 << (longest - 1).bit_length())
@@ -261,7 +261,7 @@ def _stages(prompts: list[list[int]], shared: int, largest: int, policy: PolicyS
         first = [prompts[0][:shared]] + [[]] * (len(prompts) - 1)
         stages.append(_Stage(first, size, most, observed=last is None, forked=True))
     if last is None:
-        return [*stages, _Stage(rest, size, most)]
+        return [*stages, _Stage(rest, size, most, whole=policy is not None)]
     if any(len(prompt) > last for prompt in rest):
         stages.append(_Stage([prompt[:-last] for prompt in rest], size, most, observed=False))
     size = max(size, last)
@@ -274,8 +274,9 @@ def _chunks(prompts: list[list[int]], size: int, most: int, whole: bool):
     while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
         num_tokens, tokens = np.zeros(len(prompts), np.int32), []
         for entry, prompt in enumerate(prompts):
-            part = prompt[done[entry] : done[entry] + min(most, size - len(tokens))]
-            if whole and len(part) < len(prompt):
+            room = size - len(tokens)
+            part = prompt[done[entry] : done[entry] + (most if whole else min(most, room))]
+            if len(part) > room:
                 continue
             num_tokens[entry] = len(part)
             done[entry] += len(part)
@@ -319,13 +320,28 @@ def _result(state: Decoding, num_samples: int, prefill_tokens, prefill_seconds, 
     )
 
 
-def _common_pages(prompts: list[list[int]], page_size: int, own: int) -> int:
-    """Whole pages that all prompts begin with; each keeps `own` tokens or more to itself."""
+def _most_at_once(policy: Policy, config: CacheConfig, largest: int) -> int:
+    """Tokens of a prompt after which a policy evicts, if it is one that does."""
+    if policy.observe_last is not None:
+        return largest
+    return min(largest, config.max_tokens_per_seq - policy.most_kept(config))
+
+
+def _common_pages(
+    prompts: list[list[int]], own: int, config: CacheConfig, policy: Policy | None, largest: int
+) -> int:
+    """Whole pages that all prompts begin with; each keeps `own` tokens or more to itself.
+
+    Where a policy goes by attention, only as far as each of them alone would be evicted from too.
+    """
     common = max(min((len(prompt) for prompt in prompts), default=own) - own, 0)
     for prompt in prompts[1:]:
         pairs = zip(prompt[:common], prompts[0], strict=False)
         common = next((i for i, (mine, first) in enumerate(pairs) if mine != first), min(common, len(prompt)))
-    return max(common, 0) // page_size
+    unit = config.page_size
+    if policy is not None and policy.needs_mass and policy.observe_last is None:
+        unit = math.lcm(unit, _most_at_once(policy, config, largest))
+    return max(common, 0) // unit * unit // config.page_size
 
 
 def _check_fit(
@@ -339,8 +355,7 @@ def _check_fit(
     """Refuses what cannot fit, with the numbers, before anything is computed."""
     most = None
     if policy is not None and policy.observe_last is None:
-        kept = policy.most_kept(config)
-        most = kept + min(prefill_chunk, config.max_tokens_per_seq - kept)
+        most = policy.most_kept(config) + _most_at_once(policy, config, prefill_chunk)
     if not prompts:
         raise ValueError("there are no prompts")
     if type(num_samples) is not int or num_samples < 1:

@@ -352,6 +352,17 @@ def test_prompts_longer_than_a_row_and_forks(model, policy):
     assert int(result.cache.stats.evictions) > 0
 
 
+@by_name
+def test_what_else_is_in_the_batch_changes_nothing(model, policy):
+    """Two prompts that begin alike, and one between them whose pieces do not fill the chunks."""
+    prompts = [[*range(1, 30), 40, 41], [50, 51, 52], [*range(1, 30), 42, *range(20, 33)]]
+    config = cache_config(num_pages=60, max_pages_per_seq=20 if isinstance(policy, PromptCompress) else 6)
+    options = dict(max_new_tokens=12, policy=policy, prefill_chunk=10)
+    together = jaxkv.generate(model, config, prompts, **options)
+    for prompt, tokens in zip(prompts, together.tokens, strict=True):
+        assert jaxkv.generate(model, config, [prompt], **options).tokens == [tokens]
+
+
 @pytest.mark.parametrize("num_pages", [7, 10])
 def test_samples_wait_for_pages_of_their_own(model, num_pages):
     """Four samples share their prompt; with too few pages for copies they wait for each other."""
