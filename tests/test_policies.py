@@ -131,19 +131,24 @@ def test_a_hundred_steps_trace_once(policy):
 
 def test_under_x64_dtypes_stay():
     config = replace(CONFIG, quantization="int8")
+
+    @partial(jax.jit, static_argnames="policy")
+    def step(cache, state, policy):
+        cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([15, 14]), total_tokens=29)
+        x = jnp.ones((29, 2, 4), jnp.float32)
+        _, mass = jaxkv.attend(cache, 0, policy.view(batch), x, return_mass=True)
+        state = policy.observe(state, cache, batch, jnp.stack([mass, mass]))
+        cache, state, dropped = policy.evict(cache, state, jnp.arange(2))
+        return cache, policy.fork(state, jnp.arange(2), jnp.arange(2) + 2), mass, dropped
+
     with jax.enable_x64(True):
         for policy in [*POLICIES, SlidingWindow(5, 0, positions="cache", rope=ROPE)]:
-            cache, state = jaxkv.init(config), policy.init(config)
-            before = jax.tree.map(lambda leaf: leaf.dtype, (cache, state))
-            cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([15, 14]), total_tokens=29)
-            x = jnp.ones((29, 2, 4))
-            _, mass = jaxkv.attend(cache, 0, policy.view(batch), x.astype(jnp.float32), return_mass=True)
+            before = jaxkv.init(config), policy.init(config)
+            *after, mass, dropped = step(*before, policy)
             assert mass.dtype == jnp.float32
-            state = policy.observe(state, cache, batch, jnp.stack([mass, mass]))
-            cache, state, dropped = jax.jit(policy.evict)(cache, state, jnp.arange(2))
             assert dropped.dtype == jnp.int32 and dropped[0] > 0
-            state = policy.fork(state, jnp.arange(2), jnp.arange(2) + 2)
-            assert jax.tree.map(lambda leaf: leaf.dtype, (cache, state)) == before
+            for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
+                assert new.dtype == old.dtype
 
 
 # refused --------------------------------------------------------------------------------------

@@ -85,6 +85,7 @@ SLOW = {
     "heavy hitter numbered anew",
     "semantic merge numbered anew",
     "semantic merge, int8, recent alone",
+    "semantic merge, int4",
 }
 # Of two scores that differ by a rounding either may win: the same histories every time.
 CASES = {

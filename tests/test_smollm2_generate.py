@@ -72,7 +72,7 @@ def texts(result: jaxkv.Generation) -> list[list[int]]:
     return [samples[0] for samples in result.tokens]
 
 
-@pytest.mark.parametrize("share_prefix", [False, True])
+@pytest.mark.parametrize("share_prefix", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_greedy_text_is_that_of_a_dense_cache_forked_and_unforked(smollm2, prompts, expected, share_prefix):
     result = jaxkv.generate(
         smollm2.model,

@@ -1,5 +1,7 @@
 """Four-bit K and V in NumPy, a row at a time: what `pallas_kernels.int4` is held to, bit for bit."""
 
+from functools import cache
+
 import numpy as np
 
 
@@ -104,6 +106,7 @@ def unpack(word, nth, widths):
     return unit, numbers[::-1]
 
 
+@cache
 def hadamard(head_dim, *, stored):
     """Blocks of powers of two, the largest first: each row to a power of two, and both kinds make one."""
     matrix, first = np.zeros((head_dim, head_dim)), 0
