@@ -13,9 +13,8 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
 
 # Real weights again: through interpreted kernels, quantized pools, and a compaction half way. More policies.
-# Compiled as users compile: `make test` leaves optimizations out.
 test-slow: $(VENV)/.installed
-	XLA_FLAGS= $(BIN)/python -m pytest -n 2 -q --dist=load -m slow
+	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
 
 test-long: $(VENV)/.installed
 	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --dist=load -q tests/test_state_machine.py

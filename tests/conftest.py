@@ -1,16 +1,10 @@
 """Settings for every test: CPU by default, strict promotion, shapes checked as they are annotated."""
 
 import os
-from importlib.metadata import version
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile far more than they run. LLVM's optimizations would take a third of their time, and the
-# emitters of fusions another, which a later XLA cannot do without. `make test-slow` has both.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false" * version("jaxlib").startswith("0.10."),
-)
+# Tests compile far more than they run: LLVM's optimizations would take a third of their time.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import jax
 import jaxtyping
