@@ -218,7 +218,7 @@ class PolicyTwin(Twin):
                     sequence.tokens[place, :, layer, head] = own[pivot]
                     if len(group) > 1:
                         sequence.tokens[place, 1, layer, head] = value
-                    self.memory[slot][place, layer, head] = remembered[group].sum()
+                    self.memory[slot][place, layer, head] = remembered[pivot]
                     if policy.positions == "cache":
                         key = sequence.tokens[place, 0, layer, head]
                         key[...] = turned(key, place - pivot, policy.rope)

@@ -27,10 +27,11 @@ class SemanticMerge(MassPolicy):
     In each layer and KV head on its own. What merging two neighbours loses is taken for
     `a b / (a + b) * (1 - cos)`: the attention that they received, and the cosine of their keys. Where that is
     least, the two become one token, and so may a run of them. Of a run the token that received most attention
-    stays, with its key. Its value becomes the mean of theirs, weighted by their attention and by
-    `exp(-(1 - cos) / 0.05)`, their likeness to it; and it carries the sum of their attention.
+    stays, with its key and what it received. Its value becomes the mean of theirs, weighted by their attention
+    and by `exp(-(1 - cos) / 0.05)`, their likeness to it.
 
-    (Means of keys made perplexity worse: neighbours' keys are turned to different positions.)
+    (Means of keys made perplexity worse: neighbours' keys are turned to different positions. So did sums of
+    attention: tokens merged once were then kept before others that receive more.)
 
     Attributes:
       budget: token places a sequence keeps, the recent ones among them.
@@ -73,14 +74,12 @@ class SemanticMerge(MassPolicy):
         def received(place: Array) -> Array:
             return jnp.where(place < end, jnp.take_along_axis(mass, place, axis=-1, mode="clip"), -1.0)
 
-        def elect(nth: Array, best: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            place, most, total = best
+        def elect(nth: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+            place, most = best
             more = received(kept + nth)
-            place = jnp.where(more > most, kept + nth, place)
-            return place, jnp.maximum(most, more), total + jnp.maximum(more, 0.0)
+            return jnp.where(more > most, kept + nth, place), jnp.maximum(most, more)
 
-        first = received(kept)
-        place, _, total = jax.lax.fori_loop(1, longest, elect, (kept, first, jnp.maximum(first, 0.0)))
+        place, most = jax.lax.fori_loop(1, longest, elect, (kept, received(kept)))
         representative = read(place)
         key = numbers(config, representative.k, representative.k_scale)
 
@@ -99,7 +98,7 @@ class SemanticMerge(MassPolicy):
         merged = replace(representative, v=v, v_scale=v_scale)
         # What was not merged stays as it is stored.
         stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, representative)
-        return stored, {"mass": total}, place
+        return stored, {"mass": jnp.maximum(most, 0.0)}, place
 
 
 def _cosine(one: Array, other: Array) -> Array:
