@@ -1,17 +1,19 @@
 """Is everything done in place on a GPU? Asked of the compiler, with no GPU at hand.
 
 Each program is compiled for an H100 with its cache donated, at the sizes of an 8-billion-parameter
-model and a 4 GiB pool, on the `xla` backend and on the `triton` one. Three answers are read off what the
+model and a 4 GiB pool, on the `xla` backend and on the `triton` one. (The model itself has all its 32
+layers with floats on `triton`, and else the first four; the pool always has 32.) Three answers are read off what the
 compiler returns:
 
-  temporaries   What the program needs beside its arguments and results. The share that the pool is
-                to blame for is found by compiling the same program with a pool as small as the page
-                table allows, everything else the same: the difference, scaled from the difference
-                of the two pools to the whole one. The bar is 2% of the pool.
-  copies        Instructions of the optimized HLO that write a new buffer of at least one layer of K,
-                and that the program with the small pool does not have. The bar is none. (A layer is
-                1.6% of the pool: the first bar alone would let one pass.)
+  temporaries   What the program needs beside its arguments and results. The pool can be to blame for
+                no more. The bar is 2% of the pool.
+  copies        Instructions of the optimized HLO that write a new buffer of at least one layer of K.
+                The bar is none. (A layer is 1.6% of the pool: the first bar alone would let one pass.)
   aliased       Bytes of the results that reuse donated arguments. The bar is the whole pool.
+
+Where one of the first two bars is missed, the same program is compiled with a pool as small as the page
+table allows, everything else the same. What the pool is to blame for is then the difference of the two,
+scaled from the difference of the two pools to the whole one; and the copies that the smaller has not.
 
 And for the Triton kernels: what a layer of a decode step launches.
 
@@ -85,7 +87,7 @@ class Program:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the compiler says of one program; sizes in bytes."""
+    """What the compiler says of one program; sizes in bytes, `of_the_pool` at most as many."""
 
     program: str
     compile_seconds: float
@@ -188,11 +190,11 @@ def programs() -> list[Program]:
     """What is held to the bars."""
     seqs, one = _int32(MAX_SEQS), _int32(1)
     triton = [
-        Program("triton: decode step", decode, lambda: (_model(), seqs, seqs), backend="triton"),
+        Program("triton: decode step", decode, lambda: (_model(32), seqs, seqs), backend="triton"),
         Program(
             "triton: prefill chunk",
             prefill,
-            lambda: (_model(), one, one, _int32(CHUNK_TOKENS)),
+            lambda: (_model(32), one, one, _int32(CHUNK_TOKENS)),
             backend="triton",
         ),
         Program(
@@ -223,7 +225,7 @@ def programs() -> list[Program]:
         Program(
             f"{backend}: prefill chunk, {quantization}",
             prefill,
-            lambda: (_model(), one, one, _int32(CHUNK_TOKENS)),
+            lambda: (_model(4), one, one, _int32(CHUNK_TOKENS)),
             backend=backend,
             quantization=quantization,
         )
@@ -252,11 +254,11 @@ def programs() -> list[Program]:
         for backend in ("xla", "triton")
     ]
     return [
-        Program("decode step, 64 sequences", decode, lambda: (_model(), seqs, seqs)),
+        Program("decode step, 64 sequences", decode, lambda: (_model(4), seqs, seqs)),
         Program(
             "prefill chunk, 512 tokens",
             prefill,
-            lambda: (_model(), one, one, _int32(CHUNK_TOKENS)),
+            lambda: (_model(4), one, one, _int32(CHUNK_TOKENS)),
         ),
         Program("allocate, with copy-on-write", jaxkv.allocate, lambda: (seqs, seqs)),
         Program("fork", jaxkv.fork, lambda: (seqs, seqs)),
@@ -309,19 +311,23 @@ def wrong_programs() -> list[Program]:
 
 
 def check(program: Program) -> Verdict:
-    """Compiles a program with the whole pool and with a small one, and compares."""
+    """Compiles a program with the whole pool and, where that alone does not clear it, with a small one."""
     start = time.perf_counter()
     whole, small = (_cache(size, program.quantization) for size in (POOL_BYTES, 0))
-    (memory, hlo), (small_memory, small_hlo) = _compile(program, whole), _compile(program, small)
+    memory, hlo = _compile(program, whole)
     pool, small_pool = _bytes(whole.pool), _bytes(small.pool)
-    more = memory.temp_size_in_bytes - small_memory.temp_size_in_bytes
     layer_of_k = _bytes(whole.pool.k) // whole.config.num_layers
-    copies = Counter(new_buffers(hlo, layer_of_k)) - Counter(new_buffers(small_hlo, layer_of_k))
+    of_the_pool, copies = memory.temp_size_in_bytes, Counter(new_buffers(hlo, layer_of_k))
+    if of_the_pool > BAR * pool or copies:
+        small_memory, small_hlo = _compile(program, small)
+        more = memory.temp_size_in_bytes - small_memory.temp_size_in_bytes
+        of_the_pool = max(0, more) * pool // (pool - small_pool)
+        copies -= Counter(new_buffers(small_hlo, layer_of_k))
     return Verdict(
         program=program.name,
         compile_seconds=time.perf_counter() - start,
         temporary=memory.temp_size_in_bytes,
-        of_the_pool=max(0, more) * pool // (pool - small_pool),
+        of_the_pool=of_the_pool,
         aliased=memory.alias_size_in_bytes,
         pool=pool,
         copies=dict(copies),
@@ -330,12 +336,12 @@ def check(program: Program) -> Verdict:
 
 def table(verdicts: list[Verdict], *, wanted: bool) -> str:
     """The verdicts, a line each; `wanted` is the outcome that is good."""
-    header = f"{'program':34}{'compile s':>10}{'temp MiB':>10}{'of the pool':>13}{'bar MiB':>9}"
+    header = f"{'program':34}{'compile s':>10}{'temp MiB':>10}{'of the pool<=':>14}{'bar MiB':>9}"
     lines = [f"{header}{'aliased MiB':>13}{'copies':>8}  verdict"]
     for v in verdicts:
         word = {True: "ok", False: "MISSED"}[v.ok] if wanted else {True: "PASSED", False: "caught"}[v.ok]
         lines.append(
-            f"{v.program:34}{v.compile_seconds:10.1f}{v.temporary / MIB:10.2f}{v.of_the_pool / MIB:13.2f}"
+            f"{v.program:34}{v.compile_seconds:10.1f}{v.temporary / MIB:10.2f}{v.of_the_pool / MIB:14.2f}"
             f"{BAR * v.pool / MIB:9.1f}{v.aliased / MIB:13.1f}{sum(v.copies.values()):8d}  {word}"
         )
         lines += [f"    {times} x {copy}" for copy, times in v.copies.items()]
@@ -367,8 +373,9 @@ def _int32(size: int) -> jax.ShapeDtypeStruct:
 
 
 @once
-def _model():
-    return abstract_model(LLAMA_8B, jnp.bfloat16)
+def _model(layers: int):
+    """All layers, or the first few: the cache has them all, and compiling takes a fraction of the time."""
+    return abstract_model(replace(LLAMA_8B, num_layers=layers), jnp.bfloat16)
 
 
 def _cache(pool_bytes: int, quantization: str | None = None) -> jaxkv.KVCache:
