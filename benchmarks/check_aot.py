@@ -2,8 +2,8 @@
 
 Each program is compiled for an H100 with its cache donated, at the sizes of an 8-billion-parameter
 model and a 4 GiB pool, on the `xla` backend and on the `triton` one. (The model itself has all its 32
-layers with floats on `triton`, and else the first four; the pool always has 32.) Three answers are read off what the
-compiler returns:
+layers with floats on `triton`, and else the first four; the pool always has 32.) Three answers are read off
+what the compiler returns:
 
   temporaries   What the program needs beside its arguments and results. The pool can be to blame for
                 no more. The bar is 2% of the pool.

@@ -166,7 +166,8 @@ def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tup
 def _evict_full(state: Decoding, seqs) -> tuple[KVCache, PolicyState | None, Bool[Array, " seqs"]]:
     """Lets the policy evict from the sequences that have filled a page.
 
-    Also says which still have no room in their row: siblings hold their pages, and there are none for copies.
+    Also says which are as long as before, with no room for more: siblings hold their pages, and there are
+    none for copies.
     """
     cache, policy = state.cache, state.policy
     # A policy for prompts has done its work.
@@ -174,8 +175,8 @@ def _evict_full(state: Decoding, seqs) -> tuple[KVCache, PolicyState | None, Boo
         return cache, None, jnp.zeros(seqs.shape, bool)
     fills_page = rows_of(cache.table.lengths, state.seqs) % cache.config.page_size == 0
     cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(fills_page, seqs, -1))
-    full = rows_of(cache.table.lengths, state.seqs) == cache.config.max_tokens_per_seq
-    return cache, policy, full & (seqs >= 0)
+    full = rows_of(cache.table.lengths, state.seqs) >= policy.policy.capacity(cache.config)
+    return cache, policy, fills_page & full & (seqs >= 0)
 
 
 def _tidied(cache: KVCache) -> KVCache:

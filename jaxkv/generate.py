@@ -18,7 +18,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.decode import CausalLM, Decoding, Finish, decode, prefill, start
 from jaxkv.fork import fork
 from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
-from jaxkv.policies import Policy, TokenPolicy
+from jaxkv.policies import Policy, SlidingWindow, TokenPolicy
 from jaxkv.sampling import GREEDY, Sampling
 from jaxkv.state import KVCache, PolicyState, Status, init
 
@@ -117,7 +117,8 @@ def generate(
       on_tokens: called on the host with the state after each block, for streaming.
       policy: what to forget where a sequence outgrows its budget: after each `prefill_chunk` tokens of its
         prompt, or fewer if its row holds no more beside the budget, and whenever it has filled a page.
-        Prompts may then be longer than a row of the page table. What else is in the batch changes nothing.
+        Prompts may then be longer than a row of the page table. What else is in the batch changes nothing, as
+        long as there are free pages.
 
     Returns:
       A `Generation`.
@@ -332,14 +333,16 @@ def _common_pages(
 ) -> int:
     """Whole pages that all prompts begin with; each keeps `own` tokens or more to itself.
 
-    Where a policy goes by attention, only as far as each of them alone would be evicted from too.
+    Where it matters when a policy evicts, only as far as each of them alone would be evicted from too.
     """
     common = max(min((len(prompt) for prompt in prompts), default=own) - own, 0)
     for prompt in prompts[1:]:
         pairs = zip(prompt[:common], prompts[0], strict=False)
         common = next((i for i, (mine, first) in enumerate(pairs) if mine != first), min(common, len(prompt)))
     unit = config.page_size
-    if policy is not None and policy.needs_mass and policy.observe_last is None:
+    # A window hides the same tokens whenever it gives back their pages.
+    exact = isinstance(policy, SlidingWindow) and policy.positions == "original"
+    if policy is not None and policy.observe_last is None and not exact:
         unit = math.lcm(unit, _most_at_once(policy, config, largest))
     return max(common, 0) // unit * unit // config.page_size
 

@@ -17,7 +17,7 @@ from jaxkv.decode import Decoding, Finish
 from jaxkv.generate import PREFILL_CHUNK, Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
-from jaxkv.policies import Policy, TokenPolicy
+from jaxkv.policies import Policy, PromptCompress, TokenPolicy
 from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
@@ -208,13 +208,19 @@ def _places(
 ) -> int:
     """Token places that a prompt and what it is continued with take at most."""
     context, new = loaded.config.max_context, options.max_new_tokens
-    bounded = policy is not None and policy.observe_last is None
+    bounded = policy is not None and not isinstance(policy, PromptCompress)
     if num_tokens > context and not bounded:
         raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
     if policy is None:
         return min(num_tokens + new, context)
     config = loaded.config.cache_config(num_pages=1, page_size=options.page_size)
-    if not bounded:
+    if isinstance(policy, PromptCompress):
+        reached = new + (num_tokens if policy.positions == "original" else min(num_tokens, policy.budget))
+        if reached > context:
+            raise SequenceTooLongError(
+                f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}, which "
+                f"keeps all new ones; {loaded.name} was trained on {context}"
+            )
         return max(num_tokens, policy.capacity(config) + new)
     most = policy.most_kept(config) + min(num_tokens, PREFILL_CHUNK)
     positions = policy.most_positions(config)

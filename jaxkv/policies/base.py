@@ -69,6 +69,9 @@ class Policy:
     def init(self, config: CacheConfig) -> PolicyState:
         """The state of a policy that has seen nothing yet.
 
+        What a policy remembers of each token takes four bytes a place, layer and KV head of every row that
+        the page table has: bound `max_pages_per_seq` to what `capacity` needs.
+
         Raises:
           ValueError: where the policy does not fit the cache.
         """

@@ -26,7 +26,8 @@ def parse_policy(text: str, rope: Rope | None = None) -> Policy:
     """A policy by name, its window or budget in tokens, and other settings.
 
     Args:
-      text: `NAME:TOKENS[,SETTING=VALUE...]`. Without `recent`, half the budget.
+      text: `NAME:TOKENS[,SETTING=VALUE...]`. Without `recent`, 7/8 of the budget;
+        without `observe`, 32 tokens, or half the budget if that is less.
       rope: how the model turns its keys, for `positions=cache`.
 
     Raises:
@@ -58,7 +59,9 @@ def parse_policy(text: str, rope: Rope | None = None) -> Policy:
         settings["rope"] = rope
     for field in fields(kind):
         if field.name == "recent" and field.default is MISSING:
-            settings.setdefault("recent", settings["budget"] // 2)
+            settings.setdefault("recent", settings["budget"] * 7 // 8)
+        if field.name == "observe_last":
+            settings.setdefault("observe_last", max(1, min(field.default, settings["budget"] // 2)))
     return kind(**settings)
 
 

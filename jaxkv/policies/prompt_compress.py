@@ -22,7 +22,7 @@ class PromptCompress(TokenPolicy):
     passage stays together. Observe the step that brings the prompt's last tokens, and no others; then evict:
     a sequence is cut if it is as long as when it was observed last.
     What is generated afterwards stays: a row must hold the budget and all new tokens, and at first the whole
-    prompt.
+    prompt. Observe a slot's new sequence before evicting from it: what was noted of the one before is kept.
 
     Attributes:
       budget: token places that are left of a prompt, the observed ones among them.
@@ -62,6 +62,10 @@ class PromptCompress(TokenPolicy):
                 "seen": values["seen"].at[step.slot].set(batch.kv_lengths, mode="drop"),
             },
         )
+
+    def most_positions(self, config: CacheConfig) -> int | None:
+        """As many as tokens: what is generated stays."""
+        return None
 
     def is_due(self, cache: KVCache, state: PolicyState, slot: Array) -> Array:
         """Whether nothing came in since the prompt was observed."""

@@ -27,8 +27,8 @@ class SemanticMerge(MassPolicy):
     In each layer and KV head on its own. What merging two neighbours loses is taken for
     `a b / (a + b) * (1 - cos)`: the attention that they received, and the cosine of their keys. Where that is
     least, the two become one token, and so may a run of them. Of a run the token that received most attention
-    stays, with its key and what it received. Its value becomes the mean of theirs, weighted by their attention
-    and by `exp(-(1 - cos) / 0.05)`, their likeness to it.
+    stays, with its key and what it received. Its value becomes the mean of theirs, weighted by their
+    attention and by `exp(-(1 - cos) / 0.05)`, their likeness to it.
 
     (Means of keys made perplexity worse: neighbours' keys are turned to different positions. So did sums of
     attention: tokens merged once were then kept before others that receive more.)

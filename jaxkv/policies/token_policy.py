@@ -114,7 +114,11 @@ class TokenPolicy(Policy):
                 )
 
     def evict(self, cache: KVCache, state: PolicyState, seqs: Array) -> tuple[KVCache, PolicyState, Array]:
-        """Keeps `budget` tokens of each sequence that has more; see `Policy.evict`."""
+        """Keeps `budget` tokens of each sequence that has more; see `Policy.evict`.
+
+        A sequence's own pages are used again. What it keeps of pages that siblings share goes to free ones;
+        one that finds too few, like those named after it, keeps all until another time.
+        """
         self.check_state(state, cache.config)
         (seqs,) = check_vectors(seqs=seqs)
         slot = named_once(seqs, cache.config)
