@@ -19,6 +19,7 @@ import numpy as np
 import pallas_kernels
 from benchmarks.attention_problems import Arrays, Problem, tokens_of
 from benchmarks.timing import stopwatch
+from pallas_kernels.paged_attention.tuning import Tuning
 
 HAS_GPU = jax.default_backend() == "gpu"
 
@@ -40,13 +41,27 @@ class Contestant:
     seconds: Callable[[], float]
 
 
-def jaxkv(problem: Problem, arrays: Arrays, *, backend: str, shared_prefix: bool | None = None) -> Contestant:
+def jaxkv(
+    problem: Problem,
+    arrays: Arrays,
+    *,
+    backend: str,
+    shared_prefix: bool | None = None,
+    tuning: Tuning | None = None,
+) -> Contestant:
     """Ours."""
     scales = dict(zip(("k_scales", "v_scales"), arrays.scales, strict=False))
 
     def attend(layer, q, pages, rows, scales):
         return pallas_kernels.paged_attention(
-            q, *pages, *rows, layer=layer, backend=backend, shared_prefix=shared_prefix, **scales
+            q,
+            *pages,
+            *rows,
+            layer=layer,
+            backend=backend,
+            shared_prefix=shared_prefix,
+            tuning=tuning,
+            **scales,
         )
 
     return of_jax(attend, problem, arrays.q, arrays[1:3], arrays[3:6], scales)

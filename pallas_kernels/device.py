@@ -16,10 +16,12 @@ class Device:
     Attributes:
       arch: "sm_90", "gfx942" and so on.
       multiprocessors: or compute units.
+      kind: its name, "NVIDIA H100 80GB HBM3"; empty for any.
     """
 
     arch: str
     multiprocessors: int
+    kind: str = ""
 
     @property
     def platform(self) -> str:
@@ -33,7 +35,8 @@ class Device:
         if device.platform != "gpu":
             return cls("sm_90", 132)
         arch = str(device.compute_capability)
-        return cls(arch if arch.startswith("gfx") else "sm_" + arch.replace(".", ""), device.core_count)
+        arch = arch if arch.startswith("gfx") else "sm_" + arch.replace(".", "")
+        return cls(arch, device.core_count, device.device_kind)
 
 
 def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct, converts: bool = True) -> str | None:

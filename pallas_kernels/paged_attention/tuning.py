@@ -1,4 +1,4 @@
-"""How `paged_attention` is cut up on a GPU: a small table by device and shape."""
+"""How `paged_attention` is cut up on a GPU: a rule by device and shape, and what `tables` knows better."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.paged_attention import tables
 from pallas_kernels.quantization import is_int4, is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
@@ -62,7 +63,26 @@ class Tuning:
         return lax.Precision.HIGHEST if self.exact_float32 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
-def choose(
+def choose(device: Device, **shape) -> Tuning:
+    """What the tables say of a shape on a device; for the rest the rule.
+
+    Args:
+      device, shape: the arguments of `rule`.
+
+    Raises:
+      ValueError, OSError: for a table that cannot be read, see `tables.find`.
+    """
+    chosen, found = rule(device, **shape), tables.find(device.kind, tables.Shape.of(**shape)).given
+    if "query_tile" in found:
+        found["query_tile"] = min(
+            found["query_tile"], next_power_of_two(ceil(shape["tokens"] / shape["seqs"]))
+        )
+    if "programs" in found:
+        found["programs"] *= device.multiprocessors
+    return replace(chosen, **found)
+
+
+def rule(
     device: Device,
     *,
     tokens: int,
@@ -72,7 +92,7 @@ def choose(
     dtype: DTypeLike,
     q_dtype: DTypeLike,
 ) -> Tuning:
-    """The table.
+    """What is reasoned, and was found not to spill registers.
 
     Args:
       device: what it will run on.
@@ -156,19 +176,19 @@ def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
     The partial results of so many rows are large: no more programs than there are multiprocessors.
 
     Args:
-      device, seqs: as for `choose`.
-      shape: the other arguments of `choose`.
+      device, seqs: as for `rule`.
+      shape: its other arguments.
     """
-    return replace(choose(device, seqs=ceil(seqs / 16), **shape), programs=device.multiprocessors)
+    return replace(rule(device, seqs=ceil(seqs / 16), **shape), programs=device.multiprocessors)
 
 
 def choose_mass(device: Device, **shape) -> Tuning:
     """For `attention_mass`, whose inner loop is over queries: a tile of them is fetched ahead.
 
     Args:
-      device, shape: the arguments of `choose`.
+      device, shape: the arguments of `rule`.
     """
-    tuning = choose(device, **shape)
+    tuning = rule(device, **shape)
     # K stays in registers meanwhile, in float32 in parts.
     wide = tuning.precision(shape["q_dtype"], shape["dtype"]) != lax.Precision.DEFAULT
     return replace(tuning, num_stages=min(2, tuning.num_stages), num_warps=8 if wide else tuning.num_warps)

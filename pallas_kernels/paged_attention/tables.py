@@ -1,0 +1,183 @@
+"""Tables that a search on a GPU fills: how `paged_attention` is cut up there, by class of shapes.
+
+One TOML file a GPU, by its name as JAX says it:
+
+    device = "NVIDIA H100 80GB HBM3"
+
+    [[shape]]
+    queries = "one"          # a sequence; or "many"
+    head_dim = 128
+    group = 4                # query heads a KV head, up to a power of two
+    pool = "bfloat16"
+    dtype = "bfloat16"       # of the queries
+    key_tile = 64            # and whichever else of `Values` was found better than the rule of `tuning`
+
+The user's own, which the environment variable JAXKV_TUNING names, goes before the ones that lie in `tables/`
+beside this file. A file is read once a process, when a program is first traced.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from math import ceil
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.sizes import next_power_of_two
+
+VARIABLE = "JAXKV_TUNING"
+_OURS = Path(__file__).with_name("tables")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What is cut up alike.
+
+    Attributes:
+      queries: "one" a sequence on average, or "many".
+      head_dim: of the pool.
+      group: query heads a KV head, up to a power of two.
+      pool, dtype: names of the pool's dtype, and of the queries'.
+    """
+
+    queries: str
+    head_dim: int
+    group: int
+    pool: str
+    dtype: str
+
+    @classmethod
+    def of(
+        cls, *, tokens: int, seqs: int, group: int, head_dim: int, dtype: DTypeLike, q_dtype: DTypeLike
+    ) -> "Shape":
+        """Of the arguments of `tuning.choose`."""
+        names = jnp.dtype(dtype).name, jnp.dtype(q_dtype).name
+        many = ceil(tokens / seqs) > 1
+        return cls("many" if many else "one", head_dim, next_power_of_two(group), *names)
+
+    def __post_init__(self):
+        if self.queries not in ("one", "many"):
+            raise ValueError(f"queries={self.queries!r} must be 'one' or 'many'")
+        for name in ("head_dim", "group"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a positive integer")
+        if self.group != next_power_of_two(self.group):
+            raise ValueError(f"group={self.group} must be a power of two")
+        for name in ("pool", "dtype"):
+            try:
+                jnp.dtype(getattr(self, name))
+            except TypeError:
+                raise ValueError(f"{name}={getattr(self, name)!r} is no dtype") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """Of a `Tuning`; None where the rule of `tuning` stands.
+
+    Attributes:
+      query_tile, key_tile, num_warps, num_stages: as there; no query tile is longer than the sequences are.
+      programs: to be resident on each multiprocessor.
+    """
+
+    query_tile: int | None = None
+    key_tile: int | None = None
+    num_warps: int | None = None
+    num_stages: int | None = None
+    programs: int | None = None
+
+    def __post_init__(self):
+        for name, value in self.given.items():
+            if not _is_count(value):
+                raise ValueError(f"{name}={value!r} must be a positive integer")
+        for name in ("query_tile", "key_tile", "num_warps"):
+            if name in self.given and self.given[name] != next_power_of_two(self.given[name]):
+                raise ValueError(f"{name}={self.given[name]} must be a power of two")
+        if (self.key_tile or 16) < 16:
+            raise ValueError(f"key_tile={self.key_tile} must be 16 or more: matrix units take no less")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that are not None."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def find(device: str, shape: Shape) -> Values:
+    """What the tables say of a shape on a GPU; nothing of it where they do not name it.
+
+    Args:
+      device: its name, `jax.Device.device_kind`.
+      shape: the shape.
+
+    Raises:
+      ValueError: for a file that is no such table, naming it and the key.
+      OSError: where JAXKV_TUNING names no file.
+    """
+    own = os.environ.get(VARIABLE)
+    for path in ([Path(own)] if own else []) + [_OURS / f"{file_name(device)}.toml"]:
+        if path.parent == _OURS and not path.exists():
+            continue
+        kind, table = read(path)
+        if kind == device and shape in table:
+            return table[shape]
+    return Values()
+
+
+def file_name(device: str) -> str:
+    """Of a GPU's table: `nvidia-h100-80gb-hbm3`."""
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+
+
+@cache
+def read(path: Path) -> tuple[str, Mapping[Shape, Values]]:
+    """A file's GPU and table; for its errors see `find`."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not TOML: {error}") from None
+    if unknown := sorted(set(document) - {"device", "shape"}):
+        raise ValueError(f"{path}: {unknown[0]!r} is not one of device, shape")
+    device, rows = document.get("device"), document.get("shape", [])
+    if not isinstance(device, str) or not isinstance(rows, list):
+        raise ValueError(f'{path} needs device = "its name", and tables [[shape]]')
+    return device, MappingProxyType(dict(_row(path, number, row) for number, row in enumerate(rows, 1)))
+
+
+def write(path: Path, device: str, table: Mapping[Shape, Values], comment: str = "") -> None:
+    """The inverse of `read`, behind a comment of some lines."""
+    lines = [f"# {line}" for line in comment.splitlines()] + [f"device = {_toml(device)}"]
+    for shape, values in table.items():
+        row = {**asdict(shape), **values.given}
+        lines += ["", "[[shape]]", *(f"{name} = {_toml(value)}" for name, value in row.items())]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _row(path: Path, number: int, row: Any) -> tuple[Shape, Values]:
+    where = f"{path}: shape {number}"
+    if not isinstance(row, dict):
+        raise ValueError(f"{where} is no table")
+    needed, others = ([field.name for field in fields(kind)] for kind in (Shape, Values))
+    if missing := [name for name in needed if name not in row]:
+        raise ValueError(f"{where} lacks {missing[0]}")
+    if unknown := sorted(set(row) - {*needed, *others}):
+        raise ValueError(f"{where}: {unknown[0]!r} is not one of {', '.join([*needed, *others])}")
+    try:
+        shape = Shape(**{name: row[name] for name in needed})
+        return shape, Values(**{name: row[name] for name in others if name in row})
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**20
+
+
+def _toml(value: str | int) -> str:
+    return (
+        str(value) if isinstance(value, int) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    )
