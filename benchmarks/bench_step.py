@@ -274,7 +274,7 @@ def account(problem: Problem, runner: Runner, compiled: Any) -> dict[str, int]:
 def judge_memory(memory: PeakMemory, accounts: Mapping[str, int]) -> dict[str, Any]:
     """The peak over each account. A peak that did not rise is an earlier one's, and judges nothing."""
     ratios = {name: memory.peak / expected for name, expected in accounts.items()}
-    held = memory.is_exact and all(abs(ratio - 1) <= MEMORY_BAR for ratio in ratios.values())
+    held = memory.is_exact and all(abs(memory.peak - n) <= MEMORY_BAR * n for n in accounts.values())
     return {
         "peak_bytes": memory.peak,
         "peak_is_exact": memory.is_exact,

@@ -1,4 +1,4 @@
-"""The kernels beside NumPy float64: what `check_gpu` runs first. Every input can be drawn again from its seed."""
+"""The kernels beside NumPy float64: what `check_gpu` runs first. A seed gives the same inputs again."""
 
 from functools import partial
 
@@ -19,7 +19,7 @@ WRITTEN = "float32", "bfloat16", "float16", "int8", "uint8", "int32"
 
 
 def conformance(cases: list[Case], seed: int = 0) -> list[dict]:
-    """Runs every case on every backend, its outputs' memory filled with NaN beforehand; returns what failed."""
+    """Runs every case on every backend, into memory filled with NaN beforehand; returns what failed."""
     failures = []
     for case in cases:
         arguments = make(case, seed)
@@ -79,9 +79,8 @@ def write_conformance(dtypes: tuple[str, ...] = WRITTEN, seed: int = 0) -> list[
     for dtype in dtypes:
         codes = is_quantized(dtype)
         numbers = jnp.bfloat16 if codes else jnp.dtype(dtype)
-        pool = tuple(random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.float32 if codes else numbers))
-        if codes:
-            pool = reference.encode(*pool, np.dtype(dtype))
+        k, v = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.float32 if codes else numbers)
+        pool = reference.encode(k, v, np.dtype(dtype)) if codes else (k, v)
         lacking = lacks_dtype(Device.current(), jnp.zeros((1, 4), dtype)) if HAS_GPU else None
         if lacking:
             print(f"writes of {dtype} are left to the xla backend: no {lacking}")

@@ -52,7 +52,7 @@ def run(kind: type[Machine], shape: dict, operations: int, first_seed: int) -> i
         stateful_step_count=40,
         deadline=None,
         database=None,
-        suppress_health_check=list(HealthCheck),
+        suppress_health_check=list(HealthCheck),  # pyright: ignore[reportArgumentType]
         phases=[Phase.generate, Phase.shrink],
     )
     number = first_seed
