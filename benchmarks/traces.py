@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from benchmarks.hlo import Kernels
 
 SCOPE = "jaxkv."
-REST = "rest"
+REST, COMPILER = "rest", "compiler"
 
 
 class Event(NamedTuple):
@@ -41,7 +41,7 @@ class Division:
     """Device seconds of a program by part.
 
     Attributes:
-      parts: by scope, with `rest` for instructions outside of all of them.
+      parts: by scope, `rest` for instructions outside of all of them, `compiler` for those that it put in.
       mixed: of fusions that hold instructions of several parts; they count where their result belongs.
       unnamed: of events that belong to no instruction of the program.
     """
@@ -146,5 +146,7 @@ def divide(events: Iterable[Event], hlo: str) -> Division:
 
 def part_of(op_name: str | None) -> str:
     """`attend` of `jit(step)/jaxkv.attend/dot_general`; the outermost, where one is inside another."""
-    names = (op_name or "").split("/")
+    if op_name is None:
+        return COMPILER
+    names = op_name.split("/")
     return next((name.removeprefix(SCOPE) for name in names if name.startswith(SCOPE)), REST)
