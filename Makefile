@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-long lint check-aot check-targets gpu peers bench perplexity policies endless compare-llama-cpp compare-planners clean
+.PHONY: demo test test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -34,14 +34,20 @@ check-targets: .venv-targets/.installed
 # PyTorch shares the memory, so JAX must not take it beforehand.
 gpu: $(VENV)/.installed
 	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q -e '.[cuda12]' matplotlib; fi
-	JAX_PLATFORMS= $(BIN)/python -m benchmarks.check_gpu
+	missed=0; export JAX_PLATFORMS=; \
+	for name in check_gpu bench_step; do $(BIN)/python -m benchmarks.$$name || missed=1; done; \
 	if command -v nvidia-smi >/dev/null; then \
 		if [ -d $(PEERS) ]; then \
 			export JAXKV_PEERS=$(abspath $(PEERS)) PATH="$(abspath $(PEERS))/bin:$$PATH"; \
 			export PYTHONPATH="$$JAXKV_PEERS$${PYTHONPATH:+:$$PYTHONPATH}"; \
 		fi; \
-		XLA_PYTHON_CLIENT_PREALLOCATE=false JAX_PLATFORMS= $(BIN)/python -m benchmarks.bench_attention; \
-	fi
+		XLA_PYTHON_CLIENT_PREALLOCATE=false $(BIN)/python -m benchmarks.bench_attention || missed=1; \
+	fi; \
+	exit $$missed
+
+# The table of tiles, warps and stages for this GPU: JAXKV_TUNING=tuning.toml makes attention use it.
+tune: $(VENV)/.installed
+	JAX_PLATFORMS= $(BIN)/python -m benchmarks.tune
 
 # The race's peers on a GPU, as far as there are wheels for this Python. PyTorch and nvcc must be there already.
 PEERS := .peers

@@ -1,7 +1,8 @@
-"""Reading optimized HLO: which instructions write a new buffer."""
+"""Reading optimized HLO: which instructions write a new buffer, and what each was traced as."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((
 _OPERAND = re.compile(r"%([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 _KERNEL_NAME = re.compile(r', name = "(\w+)", num_stages')
+_MODULE = re.compile(r"HloModule ([\w.\-]+)")
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
@@ -72,6 +75,62 @@ def launches(hlo: str) -> Iterator[str]:
             yield name[1]
         elif instruction.opcode not in _HAND_ON:
             yield instruction.opcode
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The instructions of a module that run as kernels, by name, and what they were traced as.
+
+    Attributes:
+      module: its name.
+      op_names: of each instruction the scopes and the primitive; of a fusion, those of its result.
+      op_names_inside: of a fusion, those of all it computes; of others, their own.
+      by_kernel: instructions by the name that their kernel may have.
+    """
+
+    module: str
+    op_names: Mapping[str, str | None]
+    op_names_inside: Mapping[str, frozenset[str]]
+    by_kernel: Mapping[str, str]
+
+    @classmethod
+    def of(cls, hlo: str) -> "Kernels":
+        """Reads the text of an optimized module."""
+        computations = _parse(hlo)
+        own: dict[str, str | None] = {}
+        inside: dict[str, frozenset[str]] = {}
+        by_kernel: dict[str, str] = {}
+        for body in computations.values():
+            for name, instruction in body.items():
+                named = [_op_name(instruction), *_fused_op_names(instruction, computations)]
+                own[name] = next((op_name for op_name in named if op_name), None)
+                inside[name] = frozenset(op_name for op_name in named[1:] or named if op_name)
+                by_kernel[name.replace(".", "_").replace("-", "_")] = name
+        # A Pallas kernel is called by its own name, whatever the instruction's: all of one name are alike.
+        for body in computations.values():
+            for name, instruction in body.items():
+                if kernel := _KERNEL_NAME.search(instruction.rest):
+                    by_kernel[kernel[1]] = name
+        found = _MODULE.search(hlo)
+        return cls(found[1] if found else "", own, inside, by_kernel)
+
+    def find(self, hlo_op: str | None, kernel: str) -> str | None:
+        """The instruction of a profiler's event, by what it says of it or by the kernel's name."""
+        if hlo_op in self.op_names:
+            return hlo_op
+        return self.by_kernel.get(kernel)
+
+
+def _op_name(instruction: Instruction) -> str | None:
+    found = _OP_NAME.search(instruction.rest)
+    return found[1] if found else None
+
+
+def _fused_op_names(instruction: Instruction, computations: dict[str, Computation]) -> list[str | None]:
+    """Of all that a fusion computes, its result first."""
+    bodies = [computations[name] for name in _fused(instruction)]
+    within = sorted((i for body in bodies for i in body.values()), key=lambda i: not i.is_root)
+    return [_op_name(i) for i in within if i.opcode not in _HAND_ON or i.is_root]
 
 
 def _parse(hlo: str) -> dict[str, Computation]:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -12,6 +13,7 @@ from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
 
+@jax.named_scope("jaxkv.allocate")
 def allocate(
     cache: KVCache,
     seqs: Int[Array, " seqs"],

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, overload
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -85,6 +86,7 @@ def attend(
 ) -> tuple[Array, Array, Array]: ...
 
 
+@jax.named_scope("jaxkv.attend")
 def attend(
     cache: KVCache,
     layer: int | Int[Array, ""],

@@ -13,6 +13,7 @@ from pallas_kernels.checks import check_layer
 from pallas_kernels.quantization import decode
 
 
+@jax.named_scope("jaxkv.append")
 def append(
     cache: KVCache,
     layer: int | Int[Array, ""],

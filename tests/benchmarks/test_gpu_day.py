@@ -1,0 +1,64 @@
+"""What the day at a GPU would judge, judged beforehand on numbers made up."""
+
+import pytest
+
+from benchmarks import bench_step, check_gpu
+from benchmarks.bench_step import Problem, judge_division, judge_memory, planned, problems
+from benchmarks.traces import Division
+from jaxkv.device_memory import PeakMemory
+
+LARGEST = Problem(64, 2048)
+
+
+def division(*, allocate=0.02, append=0.03, unnamed=0.0):
+    rest = 1 - allocate - append - unnamed - 0.5
+    parts = {"allocate": allocate, "append": append, "attend": 0.5, "rest": rest}
+    return Division(parts, 0.0, unnamed)
+
+
+@pytest.mark.parametrize(
+    ("shares", "met"),
+    [({}, True), ({"allocate": 0.021}, False), ({"append": 0.031}, False), ({"unnamed": 0.03}, False)],
+)
+def test_shares_are_held_to_their_bars_and_not_when_much_is_unnamed(monkeypatch, shares, met):
+    monkeypatch.setattr(bench_step, "HAS_GPU", True)
+    assert judge_division(LARGEST, division(**shares), True, 1.0)["division_met"] is met
+
+
+def test_smaller_batches_have_no_bars(monkeypatch):
+    monkeypatch.setattr(bench_step, "HAS_GPU", True)
+    judged = judge_division(Problem(1, 2048), division(allocate=0.2), True, 1.0)
+    assert judged["division_met"] and judged["bars"] == {}
+
+
+@pytest.mark.parametrize(
+    ("peak", "is_exact", "met"),
+    [(102, True, True), (103, True, False), (97, True, False), (100, False, False)],
+)
+def test_a_peak_counts_only_where_it_rose(monkeypatch, peak, is_exact, met):
+    monkeypatch.setattr(bench_step, "HAS_GPU", True)
+    memory = PeakMemory(peak=peak, is_exact=is_exact)
+    assert judge_memory(memory, {"planner": 100})["memory_met"] is met
+
+
+def test_problems_come_in_the_order_of_their_memory(monkeypatch):
+    for on_gpu in (False, True):
+        monkeypatch.setattr(bench_step, "HAS_GPU", on_gpu)
+        reserved = [planned(problem).kv.reserved for problem in problems()]
+        assert reserved == sorted(reserved) and len(set(reserved)) == len(reserved)
+
+
+def test_texts_differ_first_where_one_token_does():
+    assert check_gpu._first_difference([1, 2, 3], [1, 2, 3]) is None
+    assert check_gpu._first_difference([1, 2, 3], [1, 5, 4]) == 1
+
+
+def test_what_is_not_run_is_no_success_and_no_failure(monkeypatch, capsys):
+    assert check_gpu.main(["--only", "memcheck", "racecheck", "--seed", "3"]) == 0
+    assert capsys.readouterr().out.count("-: not run: no GPU") == 2
+
+
+def test_a_wrong_part_is_the_exit_status(monkeypatch, capsys):
+    monkeypatch.setitem(check_gpu.PARTS, "text", lambda options: check_gpu._said(False, "made up"))
+    assert check_gpu.main(["--only", "text", "--seed", "3"]) == 1
+    assert "WRONG: made up" in capsys.readouterr().out
