@@ -290,6 +290,9 @@ def test_pages_that_a_window_gave_back_change_nothing(model):
     """The same text as from a cache that keeps all, and hides what lies outside of the window."""
 
     class KeepsAll(SlidingWindow):
+        def capacity(self, config):
+            return config.max_tokens_per_seq
+
         def evict(self, cache, state, seqs):
             return cache, state, jnp.zeros_like(seqs)
 
