@@ -253,7 +253,8 @@ def test_a_line_of_text_that_is_no_policy(line, message):
 
 def test_lines_of_text():
     assert parse_policy("sliding-window:1024, sinks=4") == SlidingWindow(1024, 4)
-    assert parse_policy("heavy-hitter:9") == HeavyHitter(9, 4)
+    assert parse_policy("heavy-hitter:9") == HeavyHitter(9, 7)
+    assert parse_policy("prompt-compress:16") == PromptCompress(16, 8)
     assert parse_policy("lru:512,threshold=0.5") == LeastRecentlyUsed(512, 0.5)
     assert parse_policy("prompt-compress:64,observe=8") == PromptCompress(64, 8)
     by_cache = parse_policy("semantic-merge:64,recent=8,positions=cache", rope=ROPE)
@@ -276,7 +277,11 @@ def cache_config(**changes):
 PROMPTS = [[*range(1, 9), 11], [*range(1, 9), 21, 22, 23, 24, 25, 26]]
 
 
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2]], ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(POLICIES[0], marks=pytest.mark.slow), POLICIES[2]],
+    ids=lambda policy: type(policy).__name__,
+)
 def test_within_its_budget_a_policy_changes_nothing(model, policy):
     roomy = replace(policy, **{"window" if isinstance(policy, SlidingWindow) else "budget": 28})
     options = dict(max_new_tokens=10, num_samples=2, key=jax.random.key(1))
@@ -379,7 +384,11 @@ WINDOW_MOVING_UP = SlidingWindow(6, 2, positions="cache", rope=MODEL.rope)
 
 @pytest.mark.parametrize(
     "policy",
-    [*by_kind.args[1], pytest.param(WINDOW_MOVING_UP, marks=pytest.mark.slow, id="SlidingWindow moving up")],
+    [
+        POLICIES[2],
+        *(pytest.param(policy, marks=pytest.mark.slow) for policy in (*POLICIES[:2], *POLICIES[3:])),
+        pytest.param(WINDOW_MOVING_UP, marks=pytest.mark.slow, id="SlidingWindow moving up"),
+    ],
     ids=lambda policy: type(policy).__name__,
 )
 def test_what_else_is_in_the_batch_changes_nothing(model, policy):
@@ -392,7 +401,7 @@ def test_what_else_is_in_the_batch_changes_nothing(model, policy):
         assert jaxkv.generate(model, config, [prompt], **options).tokens == [tokens]
 
 
-@pytest.mark.parametrize("num_pages", [7, 10])
+@pytest.mark.parametrize("num_pages", [7, pytest.param(10, marks=pytest.mark.slow)])
 def test_samples_wait_for_pages_of_their_own(model, num_pages):
     """Four samples share their prompt; with too few pages for copies they wait for each other, and none goes
     on beyond its budget and a page."""
