@@ -8,7 +8,6 @@ median over the rounds is reported, with the quartiles as its spread.
 import json
 import os
 import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+
+from pallas_kernels.paged_attention.tables import file_name
 
 Name = TypeVar("Name", bound=Hashable)
 RESULTS = Path(__file__).with_name("results")
@@ -104,7 +105,7 @@ def machine() -> str:
     device = jax.devices()[0]
     if device.platform == "cpu":
         return f"cpu-{len(os.sched_getaffinity(0))}-cores"
-    return re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
+    return file_name(device.device_kind)
 
 
 def conditions() -> dict[str, object]:

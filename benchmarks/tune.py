@@ -21,13 +21,14 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from benchmarks import attention_contestants as contestants
 from benchmarks.attention_contestants import HAS_GPU, Contestant
-from benchmarks.attention_problems import Arrays, Problem, build, decode, ragged, uniform, worst_error
+from benchmarks.attention_problems import Problem, build, decode, ragged, uniform, worst_error
 from benchmarks.timing import Sample, conditions, interleave, publish, times
 from pallas_kernels import use_backend
 from pallas_kernels.device import Device
@@ -124,12 +125,14 @@ class Search:
         self.some = some
         self.arrays = [build(problem) for problem in some.problems]
 
-    def prepare(self, candidate: Tuning | None) -> list[Contestant] | str:
-        """A contestant for each problem, all of them right, or why not; None is the rule."""
+    def prepare(self, candidate: Tuning) -> list[Contestant] | str:
+        """A contestant for each problem, all of them right, or why not."""
         found = []
         for problem, arrays in zip(self.some.problems, self.arrays, strict=True):
             try:
-                contestant = _ours(problem, arrays, candidate)
+                contestant = contestants.jaxkv(
+                    problem, arrays, backend="auto", shared_prefix=False, tuning=candidate
+                )
                 error = worst_error(problem, arrays, contestant.check())
             except Exception as reason:  # Whatever the compiler says: too much shared memory, most often.
                 return f"{type(reason).__name__}: {str(reason)[:100]!r}"
@@ -151,17 +154,25 @@ class Search:
         }
 
 
-def _ours(problem: Problem, arrays: Arrays, candidate: Tuning | None) -> Contestant:
-    return contestants.jaxkv(problem, arrays, backend="auto", shared_prefix=False, tuning=candidate)
-
-
 def _geometric(samples: Sequence[Sample]) -> Sample:
     rounds = zip(*(sample.rounds for sample in samples), strict=True)
     return Sample(tuple(prod(values) ** (1 / len(samples)) for values in rounds))
 
 
-def search(some: Class, device: Device, deadline: float) -> dict | None:
-    """The best found for a class and the race of it against the rule; None where the rule is wrong."""
+class Found(NamedTuple):
+    """What is best for a class.
+
+    Attributes:
+      values: what it changes of the rule.
+      ratio: how many times as fast as the rule it is.
+    """
+
+    values: Values
+    ratio: Sample
+
+
+def search(some: Class, device: Device, deadline: float) -> Found | None:
+    """Of one class; None where the rule is wrong."""
     print(f"\n{some.name}", flush=True)
     first = tuning.rule(device, **some.arguments)
     looking, best = Search(some), first
@@ -189,7 +200,7 @@ def search(some: Class, device: Device, deadline: float) -> dict | None:
             print(f"  {name}={getattr(rival, name)}: {times(ratio)}", flush=True)
         fastest = max(ratios, key=lambda rival: ratios[rival].median)
         if ratios[fastest].quartiles[0] > WORTH:
-            best, ready = fastest, {**ready, fastest: rivals[fastest]}
+            best, ready[fastest] = fastest, rivals[fastest]
     ratio = Sample((1.0,) * ROUNDS)
     if best != first:
         # Once more, the two alone: what was best of many is flattered.
@@ -199,7 +210,7 @@ def search(some: Class, device: Device, deadline: float) -> dict | None:
             best = first
     values = changed(first, best, device)
     print(f"  taken: {values.given or 'the rule'}, {times(ratio)} as fast as the rule", flush=True)
-    return {"class": some.name, "values": values, "ratio": ratio}
+    return Found(values, ratio)
 
 
 def changed(first: Tuning, best: Tuning, device: Device) -> Values:
@@ -234,10 +245,10 @@ def main(arguments: list[str] | None = None) -> int:
             if found is None:
                 wrong.append(some.name)
                 continue
-            values, ratio = found["values"], found["ratio"]
-            results.append({"class": some.name, "values": values.given, "ratio": ratio.as_json()})
-            if values.given:
-                table[some.shape] = values
+            given = found.values.given
+            results.append({"class": some.name, "values": given, "ratio": found.ratio.as_json()})
+            if given:
+                table[some.shape] = found.values
     if HAS_GPU:
         now = conditions()
         comment = f"Found by `python -m benchmarks.tune` on {now['date']}, JAX {now['jax']}."

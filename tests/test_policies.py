@@ -46,17 +46,18 @@ POLICIES = [
     PromptCompress(9, 3, kernel=3),
 ]
 by_name = pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
-# Whole generations take long to compile: policies that share all but their rank with another come later.
-by_kind = pytest.mark.parametrize(
-    "policy",
-    [
-        pytest.param(policy, marks=pytest.mark.slow)
-        if isinstance(policy, LeastRecentlyUsed | SemanticMerge)
-        else policy
-        for policy in POLICIES
-    ],
-    ids=lambda policy: type(policy).__name__,
-)
+
+
+def generating(*often, of=POLICIES):
+    """Whole generations take long to compile: of some policies in every run, of the others in `test-slow`."""
+    params = [
+        policy if type(policy) in often else pytest.param(policy, marks=pytest.mark.slow) for policy in of
+    ]
+    return pytest.mark.parametrize("policy", params, ids=_id)
+
+
+def _id(policy):
+    return type(policy).__name__ + (" numbered anew" if policy.positions == "cache" else "")
 
 
 def twin_of(policy, **changes):
@@ -277,11 +278,7 @@ def cache_config(**changes):
 PROMPTS = [[*range(1, 9), 11], [*range(1, 9), 21, 22, 23, 24, 25, 26]]
 
 
-@pytest.mark.parametrize(
-    "policy",
-    [pytest.param(POLICIES[0], marks=pytest.mark.slow), POLICIES[2]],
-    ids=lambda policy: type(policy).__name__,
-)
+@generating(HeavyHitter, of=[POLICIES[0], POLICIES[2]])
 def test_within_its_budget_a_policy_changes_nothing(model, policy):
     roomy = replace(policy, **{"window" if isinstance(policy, SlidingWindow) else "budget": 28})
     options = dict(max_new_tokens=10, num_samples=2, key=jax.random.key(1))
@@ -349,7 +346,7 @@ def decode_programs():
     return _decode._cache_size()
 
 
-@by_kind
+@generating(SlidingWindow, HeavyHitter, PromptCompress)
 def test_prompts_longer_than_a_row_and_forks(model, policy):
     """A prefix that all share, prompts in chunks, samples: every sequence stays within its budget."""
     prompts = [[*range(1, 33), *range(40, 40 + count)] for count in (3, 9)]
@@ -379,18 +376,7 @@ def test_prompts_longer_than_a_row_and_forks(model, policy):
     assert int(result.cache.stats.evictions) > 0
 
 
-WINDOW_MOVING_UP = SlidingWindow(6, 2, positions="cache", rope=MODEL.rope)
-
-
-@pytest.mark.parametrize(
-    "policy",
-    [
-        POLICIES[2],
-        *(pytest.param(policy, marks=pytest.mark.slow) for policy in (*POLICIES[:2], *POLICIES[3:])),
-        pytest.param(WINDOW_MOVING_UP, marks=pytest.mark.slow, id="SlidingWindow moving up"),
-    ],
-    ids=lambda policy: type(policy).__name__,
-)
+@generating(HeavyHitter, of=[*POLICIES, SlidingWindow(6, 2, positions="cache", rope=MODEL.rope)])
 def test_what_else_is_in_the_batch_changes_nothing(model, policy):
     """Two prompts that begin alike, and one between them whose pieces do not fill the chunks."""
     prompts = [[*range(1, 30), 40, 41], [50, 51, 52], [*range(1, 30), 42, *range(20, 33)]]

@@ -16,7 +16,9 @@ The user's own, which the environment variable JAXKV_TUNING names, goes before t
 beside this file. A file is read once a process, when a program is first traced.
 """
 
+import json
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -118,10 +120,8 @@ def find(device: str, shape: Shape) -> Values:
       ValueError: for a file that is no such table, naming it and the key.
       OSError: where JAXKV_TUNING names no file.
     """
-    own = os.environ.get(VARIABLE)
-    for path in ([Path(own)] if own else []) + [_OURS / f"{file_name(device)}.toml"]:
-        if path.parent == _OURS and not path.exists():
-            continue
+    own, ours = os.environ.get(VARIABLE), _OURS / f"{file_name(device)}.toml"
+    for path in [*([Path(own)] if own else []), *([ours] if ours.exists() else [])]:
         kind, table = read(path)
         if kind == device and shape in table:
             return table[shape]
@@ -129,8 +129,8 @@ def find(device: str, shape: Shape) -> Values:
 
 
 def file_name(device: str) -> str:
-    """Of a GPU's table: `nvidia-h100-80gb-hbm3`."""
-    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+    """Of what belongs to a device, without the suffix: `nvidia-h100-80gb-hbm3`."""
+    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 @cache
@@ -150,10 +150,11 @@ def read(path: Path) -> tuple[str, Mapping[Shape, Values]]:
 
 def write(path: Path, device: str, table: Mapping[Shape, Values], comment: str = "") -> None:
     """The inverse of `read`, behind a comment of some lines."""
-    lines = [f"# {line}" for line in comment.splitlines()] + [f"device = {_toml(device)}"]
+    # Numbers and such strings are written in TOML as in JSON.
+    lines = [f"# {line}" for line in comment.splitlines()] + [f"device = {json.dumps(device)}"]
     for shape, values in table.items():
         row = {**asdict(shape), **values.given}
-        lines += ["", "[[shape]]", *(f"{name} = {_toml(value)}" for name, value in row.items())]
+        lines += ["", "[[shape]]", *(f"{name} = {json.dumps(value)}" for name, value in row.items())]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -175,9 +176,3 @@ def _row(path: Path, number: int, row: Any) -> tuple[Shape, Values]:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 1 <= value < 2**20
-
-
-def _toml(value: str | int) -> str:
-    return (
-        str(value) if isinstance(value, int) else '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    )

@@ -145,8 +145,8 @@ def test_the_search_takes_what_is_faster_beyond_the_spread(monkeypatch):
 
     monkeypatch.setattr(tune, "Search", Clock)
     found = tune.search(some, H100, deadline=float("inf"))
-    assert found is not None and found["values"] == Values(key_tile=64)
-    assert found["ratio"].median > 1.4
+    assert found is not None and found.values == Values(key_tile=64)
+    assert found.ratio.median > 1.4
 
 
 def test_every_class_of_the_search_is_a_row_of_its_own(monkeypatch):
