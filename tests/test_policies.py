@@ -1,7 +1,9 @@
 """Policies at their edges, what they refuse, and `generate` under each."""
 
+from argparse import Namespace
 from dataclasses import dataclass, replace
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import Rope
+from jaxkv import Rope, terminal
 from jaxkv.decode import Finish
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.policies import (
@@ -260,6 +262,21 @@ def test_lines_of_text():
     assert parse_policy("prompt-compress:64,observe=8") == PromptCompress(64, 8)
     by_cache = parse_policy("semantic-merge:64,recent=8,positions=cache", rope=ROPE)
     assert by_cache == SemanticMerge(64, 8, positions="cache", rope=ROPE)
+
+
+@pytest.mark.parametrize("positions, most", [("original", MODEL.max_context - 60), ("cache", 128 - 9)])
+def test_a_prompt_that_is_cut_goes_on_to_the_end_of_the_context(positions, most):
+    """All that is generated stays, from where the prompt ended or from where it was cut to."""
+    policy = PromptCompress(9, 3, positions=positions, rope=MODEL.rope if positions == "cache" else None)
+    loaded = SimpleNamespace(config=MODEL, name="tiny")
+
+    def places(new):
+        options = Namespace(max_new_tokens=new, page_size=4, policy="prompt-compress:9")
+        return terminal._places(loaded, "prompt 0", 60, options, policy)
+
+    assert places(1) == 60 and places(most) == 12 + most
+    with pytest.raises(jaxkv.SequenceTooLongError, match=r"reach position 129 .* trained on 128"):
+        places(most + 1)
 
 
 # generate -------------------------------------------------------------------------------------
