@@ -50,11 +50,15 @@ def semantic_merge(keys, mass, budget, recent) -> list[list[int]]:
     return runs
 
 
-def merged(keys, values, mass, run) -> tuple[int, np.ndarray]:
-    """The run's token that received most, and the mean value, Gaussian in the likeness to it."""
-    pivot = run[int(np.argmax(mass[run]))]
-    weights = np.maximum(mass[run], 1e-6) * np.exp(-(1 - cosine(keys[run], keys[pivot])) / 0.05)
-    return pivot, np.average(values[run], axis=0, weights=weights)
+def merged(keys, values, mass, run) -> np.ndarray:
+    """The value of a run's first token, with what the others added to the output."""
+    mass = np.maximum(mass, 1e-6)
+    mean, first = np.average(values, axis=0, weights=mass), run[0]
+    value = values[first].copy()
+    for place in run[1:]:
+        alike = np.exp(-(1 - cosine(keys[place], keys[first])) / 0.2)
+        value += min(mass[place] / mass[first], 1) * alike * (values[place] - mean)
+    return value
 
 
 def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:

@@ -214,14 +214,15 @@ class PolicyTwin(Twin):
                 groups = self._groups(own[:, 0], remembered)
                 assert len(groups) == budget
                 for place, group in enumerate(groups):
-                    pivot, value = policy_rules.merged(own[:, 0], own[:, 1], remembered, group)
-                    sequence.tokens[place, :, layer, head] = own[pivot]
+                    first = group[0]
+                    sequence.tokens[place, :, layer, head] = own[first]
                     if len(group) > 1:
+                        value = policy_rules.merged(own[:, 0], own[:, 1], remembered, group)
                         sequence.tokens[place, 1, layer, head] = value
-                    self.memory[slot][place, layer, head] = remembered[pivot]
+                    self.memory[slot][place, layer, head] = remembered[first]
                     if policy.positions == "cache":
                         key = sequence.tokens[place, 0, layer, head]
-                        key[...] = turned(key, place - pivot, policy.rope)
+                        key[...] = turned(key, place - first, policy.rope)
         if policy.positions == "cache":
             sequence.position -= len(old) - budget
         if policy.positions == "cache" or isinstance(policy, SemanticMerge):

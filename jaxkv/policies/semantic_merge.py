@@ -6,7 +6,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from jaxkv.config import CacheConfig
 from jaxkv.policies.attention_mass import MassPolicy
@@ -14,10 +14,10 @@ from jaxkv.policies.token_policy import Tokens, where_tokens
 from jaxkv.rewrite import numbers, stored_as
 from jaxkv.state import KVPool
 
-# Of a token that received nothing, in a mean.
+# Of a token that received nothing, beside others.
 _LEAST_WEIGHT = 1e-6
 # How fast a token's weight falls with its key's distance from the representative's, 1 - cosine.
-_REACH = 0.05
+_REACH = 0.2
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,19 @@ class SemanticMerge(MassPolicy):
 
     In each layer and KV head on its own. What merging two neighbours loses is taken for
     `a b / (a + b) * (1 - cos)`: the attention that they received, and the cosine of their keys. Where that is
-    least, the two become one token, and so may a run of them. Of a run the token that received most attention
-    stays, with its key and what it received. Its value becomes the mean of theirs, weighted by their
-    attention and by `exp(-(1 - cos) / 0.05)`, their likeness to it.
+    least, the two become one token, and so may a run of them. A run's first token stays, with its key and
+    what it received. Its value takes in what the others added to the output: for a token j that received
+    `a_j`, beside the representative's `a`,
+
+        v + min(a_j / a, 1) * exp(-(1 - cos) / 0.2) * (v_j - mean)
+
+    A softmax without j gives its share to all that are left, who add the mean of their values; the
+    representative, which stands for j where their keys are alike, makes up for the rest. The mean is that of
+    the sequence's values, weighted by what they received.
 
     (Means of keys made perplexity worse: neighbours' keys are turned to different positions. So did sums of
-    attention: tokens merged once were then kept before others that receive more.)
+    attention, by which tokens merged once were kept before others that receive more; and means of values
+    alone, as in the paper, were no better than dropping: the representative's share stays that of one.)
 
     Attributes:
       budget: token places a sequence keeps, the recent ones among them.
@@ -64,41 +71,42 @@ class SemanticMerge(MassPolicy):
     def gather(
         self, config: CacheConfig, tokens: Tokens, kept: Array, read: Callable[[Array], KVPool]
     ) -> tuple[KVPool, dict[str, Array], Array]:
-        """Of each run that begins at a place kept, its representative with the mean value."""
-        mass, nowhere = tokens.values["mass"], tokens.place.shape[0]
-        end = jnp.broadcast_to(tokens.lengths, (*kept.shape[:2], 1))
-        end = jnp.concatenate([kept[..., 1:], end], axis=-1)
-        # As many trips as the longest run has tokens.
+        """Of each run the place kept, its first, with a value that answers for the others'."""
+        length = jnp.broadcast_to(tokens.lengths, (*kept.shape[:2], 1))
+        end = jnp.concatenate([kept[..., 1:], length], axis=-1)
+        # As many trips as the longest run has more tokens.
         longest = jnp.max(jnp.where(tokens.lengths > 0, end - kept, 0))
+        mass = jnp.maximum(tokens.values["mass"], _LEAST_WEIGHT)
+        stored, own, _ = super().gather(config, tokens, kept, read)
+        key, value = numbers(config, stored.k, stored.k_scale), numbers(config, stored.v, stored.v_scale)
+        received = jnp.take_along_axis(mass, kept, axis=-1)
+        mean = _mean_value(config, tokens, mass, read)
 
-        def received(place: Array) -> Array:
-            return jnp.where(place < end, jnp.take_along_axis(mass, place, axis=-1, mode="clip"), -1.0)
-
-        def elect(nth: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-            place, most = best
-            more = received(kept + nth)
-            return jnp.where(more > most, kept + nth, place), jnp.maximum(most, more)
-
-        place, most = jax.lax.fori_loop(1, longest, elect, (kept, received(kept)))
-        representative = read(place)
-        key = numbers(config, representative.k, representative.k_scale)
-
-        def join(nth: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
-            values, weights = sums
+        def join(nth: Array, value: Array) -> Array:
             place = kept + nth
-            one = read(jnp.where(place < end, place, nowhere))
-            unlike = 1.0 - _cosine(numbers(config, one.k, one.k_scale), key)
-            weight = jnp.maximum(received(place), _LEAST_WEIGHT) * jnp.exp(-unlike / _REACH)
-            weight = jnp.where(place < end, weight, 0.0)[..., None]
-            return values + weight * numbers(config, one.v, one.v_scale), weights + weight
+            one = read(jnp.where(place < end, place, tokens.place.shape[0]))
+            share = jnp.take_along_axis(mass, place, axis=-1, mode="clip") / received
+            alike = jnp.exp((_cosine(numbers(config, one.k, one.k_scale), key) - 1.0) / _REACH)
+            weight = jnp.where(place < end, jnp.minimum(share, 1.0) * alike, 0.0)
+            return value + weight[..., None] * (numbers(config, one.v, one.v_scale) - mean)
 
-        nothing = jnp.zeros_like(key), jnp.zeros((*kept.shape, 1), jnp.float32)
-        values, weights = jax.lax.fori_loop(0, longest, join, nothing)
-        v, v_scale = stored_as(config, values / jnp.where(weights > 0, weights, 1.0), keys=False)
-        merged = replace(representative, v=v, v_scale=v_scale)
+        v, v_scale = stored_as(config, jax.lax.fori_loop(1, longest, join, value), keys=False)
+        merged = replace(stored, v=v, v_scale=v_scale)
         # What was not merged stays as it is stored.
-        stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, representative)
-        return stored, {"mass": jnp.maximum(most, 0.0)}, place
+        stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, stored)
+        return stored, own, kept
+
+
+def _mean_value(
+    config: CacheConfig, tokens: Tokens, mass: Array, read: Callable[[Array], KVPool]
+) -> Float[Array, "entries kv_heads 1 head_dim"]:
+    """Of a sequence's values, by what they received: the mean output of its queries, nearly."""
+    row = read(jnp.broadcast_to(tokens.place, mass.shape))
+    used = tokens.place < tokens.lengths
+    weights = jnp.where(used, mass, 0.0)[..., None]
+    values = jnp.where(used[..., None], numbers(config, row.v, row.v_scale), 0.0)
+    total = jnp.maximum(jnp.sum(weights, -2, keepdims=True), _LEAST_WEIGHT)
+    return jnp.sum(weights * values, -2, keepdims=True) / total
 
 
 def _cosine(one: Array, other: Array) -> Array:
