@@ -35,9 +35,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import cache as once
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -419,11 +421,14 @@ def _compile(program: Program, cache) -> tuple[Any, str]:
     return memory, hlo
 
 
-def _check_all(chosen: list[Program], *, wanted: bool) -> list[Verdict]:
-    verdicts = []
-    for program in chosen:
-        print(f"compiling: {program.name}", file=sys.stderr, flush=True)
-        verdicts.append(check(program))
+def _check_named(name: str) -> Verdict:
+    print(f"compiling: {name}", file=sys.stderr, flush=True)
+    return check(next(program for program in wrong_programs() + programs() if program.name == name))
+
+
+def _check_all(chosen: list[Program], compilers: Executor, *, wanted: bool) -> list[Verdict]:
+    # By name: what a program is made of does not travel to another process.
+    verdicts = list(compilers.map(_check_named, [program.name for program in chosen]))
     print(table(verdicts, wanted=wanted), flush=True)
     return verdicts
 
@@ -443,15 +448,18 @@ def main(arguments: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    chosen = [p for p in programs() if not options.only or any(name in p.name for name in options.only)]
+    if not chosen:
+        parser.error(f"no program is called {options.only}")
     print(f"JAX {jax.__version__}, compiled for {_mesh().devices[0].device_kind}\n\nmust be caught")
-    wrong = _check_all(wrong_programs(), wanted=False)
     held, launched = [], Counter()
-    if not options.self_test:
-        chosen = [p for p in programs() if not options.only or any(name in p.name for name in options.only)]
-        if not chosen:
-            parser.error(f"no program is called {options.only}")
-        print(f"\nmust hold: bar {BAR:.0%} of a {POOL_BYTES / 2**30:g} GiB pool")
-        held = _check_all(chosen, wanted=True)
+    # A compiler keeps one core busy, and takes 2 GiB.
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as compilers:
+        wrong = _check_all(wrong_programs(), compilers, wanted=False)
+        if not options.self_test:
+            print(f"\nmust hold: bar {BAR:.0%} of a {POOL_BYTES / 2**30:g} GiB pool")
+            held = _check_all(chosen, compilers, wanted=True)
+    if held:
         launched = launches_a_layer()
         print("\na layer of a decode step launches, on the triton backend:")
         print("\n".join(f"    {times} x {name}" for name, times in launched.items()))

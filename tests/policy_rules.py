@@ -56,7 +56,7 @@ def merged(keys, values, mass, run) -> np.ndarray:
     mean, first = np.average(values, axis=0, weights=mass), run[0]
     value = values[first].copy()
     for place in run[1:]:
-        alike = np.exp(-(1 - cosine(keys[place], keys[first])) / 0.2)
+        alike = np.exp(-(1 - cosine(keys[place], keys[first])) / 0.1)
         value += min(mass[place] / mass[first], 1) * alike * (values[place] - mean)
     return value
 

@@ -17,7 +17,7 @@ from jaxkv.state import KVPool
 # Of a token that received nothing, beside others.
 _LEAST_WEIGHT = 1e-6
 # How fast a token's weight falls with its key's distance from the representative's, 1 - cosine.
-_REACH = 0.2
+_REACH = 0.1
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class SemanticMerge(MassPolicy):
     what it received. Its value takes in what the others added to the output: for a token j that received
     `a_j`, beside the representative's `a`,
 
-        v + min(a_j / a, 1) * exp(-(1 - cos) / 0.2) * (v_j - mean)
+        v + min(a_j / a, 1) * exp(-(1 - cos) / 0.1) * (v_j - mean)
 
     A softmax without j gives its share to all that are left, who add the mean of their values; the
     representative, which stands for j where their keys are alike, makes up for the rest. The mean is that of
