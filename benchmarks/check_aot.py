@@ -423,7 +423,12 @@ def _compile(program: Program, cache) -> tuple[Any, str]:
 
 def _check_named(name: str) -> Verdict:
     print(f"compiling: {name}", file=sys.stderr, flush=True)
-    return check(next(program for program in wrong_programs() + programs() if program.name == name))
+    (program,) = (program for program in wrong_programs() + programs() if program.name == name)
+    try:
+        return check(program)
+    except Exception as error:
+        error.add_note(f"while {name} was compiled")
+        raise
 
 
 def _check_all(chosen: list[Program], compilers: Executor, *, wanted: bool) -> list[Verdict]:
@@ -454,7 +459,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"JAX {jax.__version__}, compiled for {_mesh().devices[0].device_kind}\n\nmust be caught")
     held, launched = [], Counter()
     # A compiler keeps one core busy, and takes 2 GiB.
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, 8), get_context("spawn")) as compilers:
+    with ProcessPoolExecutor(min(len(os.sched_getaffinity(0)), 8), get_context("spawn")) as compilers:
         wrong = _check_all(wrong_programs(), compilers, wanted=False)
         if not options.self_test:
             print(f"\nmust hold: bar {BAR:.0%} of a {POOL_BYTES / 2**30:g} GiB pool")

@@ -58,7 +58,7 @@ def merged(keys, values, mass, run) -> np.ndarray:
     for place in run[1:]:
         alike = np.exp(-(1 - cosine(keys[place], keys[first])) / 0.1)
         value += min(mass[place] / mass[first], 1) * alike * (values[place] - mean)
-    return value
+    return np.clip(value, values[run].min(axis=0), values[run].max(axis=0))
 
 
 def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Like tokens become one (after KVMerger, arXiv:2407.08454, with its Gaussian weights and pivotal tokens)."""
+"""Like tokens become one (after KVMerger, arXiv:2407.08454, with its Gaussian weights)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -27,18 +27,19 @@ class SemanticMerge(MassPolicy):
     In each layer and KV head on its own. What merging two neighbours loses is taken for
     `a b / (a + b) * (1 - cos)`: the attention that they received, and the cosine of their keys. Where that is
     least, the two become one token, and so may a run of them. A run's first token stays, with its key and
-    what it received. Its value takes in what the others added to the output: for a token j that received
-    `a_j`, beside the representative's `a`,
+    what it received. Its value takes in what each other token j of the run, which received `a_j` beside the
+    first's `a`, added to the output of the queries so far:
 
-        v + min(a_j / a, 1) * exp(-(1 - cos) / 0.1) * (v_j - mean)
+        v + sum of min(a_j / a, 1) * exp(-(1 - cos) / 0.1) * (v_j - mean)
 
-    A softmax without j gives its share to all that are left, who add the mean of their values; the
-    representative, which stands for j where their keys are alike, makes up for the rest. The mean is that of
-    the sequence's values, weighted by what they received.
+    A softmax without j gives its share to the others, who add about the mean of the sequence's values,
+    weighted by what they received; the representative, which stands for j where their keys are alike, makes
+    up for the difference. No number of it leaves the range of the run's values, so that a query which looks
+    at the representative alone finds nothing that was not there.
 
     (Means of keys made perplexity worse: neighbours' keys are turned to different positions. So did sums of
-    attention, by which tokens merged once were kept before others that receive more; and means of values
-    alone, as in the paper, were no better than dropping: the representative's share stays that of one.)
+    attention, by which tokens merged once were kept before others that receive more. Means of values, as in
+    the paper, gain less: the representative's share of a softmax stays that of one.)
 
     Attributes:
       budget: token places a sequence keeps, the recent ones among them.
@@ -78,19 +79,23 @@ class SemanticMerge(MassPolicy):
         longest = jnp.max(jnp.where(tokens.lengths > 0, end - kept, 0))
         mass = jnp.maximum(tokens.values["mass"], _LEAST_WEIGHT)
         stored, own, _ = super().gather(config, tokens, kept, read)
-        key, value = numbers(config, stored.k, stored.k_scale), numbers(config, stored.v, stored.v_scale)
+        key, first = numbers(config, stored.k, stored.k_scale), numbers(config, stored.v, stored.v_scale)
         received = jnp.take_along_axis(mass, kept, axis=-1)
         mean = _mean_value(config, tokens, mass, read)
 
-        def join(nth: Array, value: Array) -> Array:
+        def join(nth: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            value, least, most = carry
             place = kept + nth
+            joined = (place < end)[..., None]
             one = read(jnp.where(place < end, place, tokens.place.shape[0]))
             share = jnp.take_along_axis(mass, place, axis=-1, mode="clip") / received
             alike = jnp.exp((_cosine(numbers(config, one.k, one.k_scale), key) - 1.0) / _REACH)
-            weight = jnp.where(place < end, jnp.minimum(share, 1.0) * alike, 0.0)
-            return value + weight[..., None] * (numbers(config, one.v, one.v_scale) - mean)
+            weight = jnp.where(joined, (jnp.minimum(share, 1.0) * alike)[..., None], 0.0)
+            v = jnp.where(joined, numbers(config, one.v, one.v_scale), first)
+            return value + weight * (v - mean), jnp.minimum(least, v), jnp.maximum(most, v)
 
-        v, v_scale = stored_as(config, jax.lax.fori_loop(1, longest, join, value), keys=False)
+        joined, least, most = jax.lax.fori_loop(1, longest, join, (first, first, first))
+        v, v_scale = stored_as(config, jnp.clip(joined, least, most), keys=False)
         merged = replace(stored, v=v, v_scale=v_scale)
         # What was not merged stays as it is stored.
         stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, stored)
