@@ -459,6 +459,23 @@ def test_a_slot_that_was_used_before_ranks_as_a_new_one():
     assert kept[0] == kept[1]
 
 
+def test_a_long_run_of_like_tokens_stays_in_their_range():
+    """Values near the most that float16 holds, after a token that takes nearly all attention and adds none."""
+    config, policy = replace(CONFIG, dtype="float16"), SemanticMerge(3, 1)
+    cache, state = jaxkv.init(config), policy.init(config)
+    cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
+    k = jnp.ones((20, config.num_kv_heads, config.head_dim)).at[0].multiply(jnp.array([1.0, -1.0, 1.0, -1.0]))
+    v = jnp.full_like(k, 60000.0).at[0].set(0.0)
+    for layer in range(config.num_layers):
+        cache = jaxkv.append(cache, layer, batch, k.astype("float16"), v.astype("float16"))
+    mass = jnp.ones((config.num_layers, 1, config.num_kv_heads, config.max_tokens_per_seq))
+    state = policy.observe(state, cache, batch, mass.at[..., 0].set(1e6))
+    cache, _, dropped = policy.evict(cache, state, ints(0))
+    _, left, _ = jaxkv.gather(cache, 0, ints(0))
+    assert dropped[0] == 17
+    np.testing.assert_array_equal(left[0, :3, :, 0], [[0] * 2, [60000] * 2, [60000] * 2])
+
+
 def test_a_policy_from_scratch_needs_evict_alone(model):
     class Nothing(Policy):
         def evict(self, cache, state, seqs):
