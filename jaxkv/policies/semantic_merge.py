@@ -39,7 +39,7 @@ class SemanticMerge(MassPolicy):
 
     (Means of keys made perplexity worse: neighbours' keys are turned to different positions. So did sums of
     attention, by which tokens merged once were kept before others that receive more. Means of values, as in
-    the paper, gain less: the representative's share of a softmax stays that of one.)
+    the paper, were worse than dropping at a quarter with half of it recent.)
 
     Attributes:
       budget: token places a sequence keeps, the recent ones among them.
@@ -86,12 +86,12 @@ class SemanticMerge(MassPolicy):
         def join(nth: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             value, least, most = carry
             place = kept + nth
-            joined = (place < end)[..., None]
+            inside = (place < end)[..., None]
             one = read(jnp.where(place < end, place, tokens.place.shape[0]))
             share = jnp.take_along_axis(mass, place, axis=-1, mode="clip") / received
             alike = jnp.exp((_cosine(numbers(config, one.k, one.k_scale), key) - 1.0) / _REACH)
-            weight = jnp.where(joined, (jnp.minimum(share, 1.0) * alike)[..., None], 0.0)
-            v = jnp.where(joined, numbers(config, one.v, one.v_scale), first)
+            weight = jnp.where(inside, (jnp.minimum(share, 1.0) * alike)[..., None], 0.0)
+            v = jnp.where(inside, numbers(config, one.v, one.v_scale), first)
             return value + weight * (v - mean), jnp.minimum(least, v), jnp.maximum(most, v)
 
         joined, least, most = jax.lax.fori_loop(1, longest, join, (first, first, first))
