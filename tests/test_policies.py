@@ -460,7 +460,7 @@ def test_a_slot_that_was_used_before_ranks_as_a_new_one():
 
 
 def test_a_long_run_of_like_tokens_stays_in_their_range():
-    """Values near the most that float16 holds, after a token that takes nearly all attention and adds none."""
+    """Values near the most that float16 holds, after a token that takes nearly all attention, adding none."""
     config, policy = replace(CONFIG, dtype="float16"), SemanticMerge(3, 1)
     cache, state = jaxkv.init(config), policy.init(config)
     cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
