@@ -51,7 +51,7 @@ from jax.sharding import AbstractMesh
 
 import pallas_kernels
 from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.paged_attention import triton as attention_triton
+from pallas_kernels.paged_attention import rows as attention_rows
 from pallas_kernels.paged_attention.tuning import choose, choose_mass, choose_shared, lacks, lacks_mass
 from pallas_kernels.quantization import is_quantized, row_size, scale_dtype, scale_shapes
 from pallas_kernels.sizes import next_power_of_two
@@ -376,7 +376,7 @@ def kernels() -> list[Kernel]:
 def wrong_kernels() -> list[Kernel]:
     """Each must miss the one bar it is held to."""
 
-    class Swapped(attention_triton.Rows):
+    class Swapped(attention_rows.Rows):
         """Neighbours of a row trade places: right numbers, two bytes at a time."""
 
         def __init__(self, *arguments, **geometry):
@@ -386,7 +386,7 @@ def wrong_kernels() -> list[Kernel]:
 
     def swapped(honest: Kernel) -> Kernel:
         def call(device, *arrays):
-            with mock.patch.object(attention_triton, "Rows", Swapped):
+            with mock.patch.object(attention_rows, "Rows", Swapped):
                 return honest.call(device, *arrays)
 
         return replace(honest, call=call)

@@ -24,16 +24,9 @@ from jax.experimental.pallas import triton as plgpu
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention.masks import sees
-from pallas_kernels.paged_attention.triton import (
-    LOG2E,
-    Rows,
-    add_up,
-    cap,
-    how_read,
-    product_for,
-    read_tile,
-    rows_like,
-)
+from pallas_kernels.paged_attention.rows import Rows, rows_like
+from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
+from pallas_kernels.paged_attention.tiles import how_read, read_tile
 from pallas_kernels.paged_attention.tuning import Tuning
 
 # Programs for each that can be resident: more even out what they take, fewer begin less often.

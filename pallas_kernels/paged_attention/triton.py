@@ -8,16 +8,10 @@ its own, with more rows to a product, and merged by the same.
 
 A key tile is a number of tokens, whatever the page size: each token's address comes from the page table,
 and the ids of the next tile are fetched while this one is worked on.
-
-Codes of a byte are read as words of four, sixteen bytes at a time: the numbers 0, 4, 8... of a row, which are
-the lowest bytes of its words, make one product, the numbers 1, 5, 9... the next. Words of eight
-become a tile of numbers before it is multiplied, and the spikes of keys another, for queries as they came.
 """
 
 from collections.abc import Callable
-from functools import partial, reduce
-from math import e, log2
-from operator import add
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +20,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import cost, int4
+from pallas_kernels import cost
 from pallas_kernels.checks import pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
+from pallas_kernels.paged_attention.rows import Rows, rows_like
+from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
+from pallas_kernels.paged_attention.tiles import how_read, load_words, numbers_of, read_tile
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import WORD, as_float8, as_words, is_int4, is_quantized
+from pallas_kernels.quantization import is_int4
 from pallas_kernels.ragged import ragged_rows
-from pallas_kernels.sizes import next_power_of_two
 
-# The softmax counts in powers of two.
-LOG2E = log2(e)
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
 
@@ -155,21 +149,6 @@ def _outputs(q):
     return jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
 
 
-def how_read(pages, tuning: Tuning) -> tuple[int, Callable]:
-    """In how many parts a row comes (see `Rows`), and what makes the array to be read of the pool's."""
-    if not is_quantized(pages.dtype) or is_int4(pages.dtype):
-        return 1, as_float8
-    # So many codes Pallas does not address one by one: see `as_words`.
-    words = WORD if 2**31 < pages.size <= 2**32 else tuning.codes_a_word
-    return words, as_words if words > 1 else as_float8
-
-
-def rows_like(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "Rows"]:
-    """Makes `Rows` of first row, number and head."""
-    group = q.shape[1] // kv_heads
-    return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
-
-
 def _visit(
     arrays,
     tiles,
@@ -218,90 +197,6 @@ def _visit(
             interpret=interpret,
         )(*items[:3], *tiles, *arrays)
     )
-
-
-class Rows:
-    """The rows of a program's matrix product: query tokens x query heads of one KV head.
-
-    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...` Against codes
-    of four bits it is one part: of all words the first number, then of all the second.
-    """
-
-    def __init__(
-        self,
-        first_row,
-        num_rows,
-        head,
-        *,
-        group: int,
-        size: int,
-        words: int,
-        head_dim: int,
-        four_bits: bool = False,
-    ):
-        self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
-        self.in_tile = self.row < size * group
-        self.offset = lax.div(self.row, np.int32(group))
-        self.exists = (self.offset < num_rows) & self.in_tile
-        self.token = first_row + self.offset
-        self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
-        self.q_head = head * group + self.in_group
-        self.head_dim, self.groups = head_dim, int4.num_groups(head_dim)
-        if four_bits:
-            run = head_dim // int4.CODES
-            self.word = lax.iota(jnp.int32, max(2, next_power_of_two(run)))
-            width = np.int32(self.word.shape[0])
-            number = lax.iota(jnp.int32, int4.CODES * self.word.shape[0])
-            word = lax.rem(number, width)
-            self.dims = [lax.div(number, width) * run + word]
-            self.in_words, self.in_head = (self.word < run)[None, :], (word < run)[None, :]
-            return
-        self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
-        self.in_words = self.in_head = (self.word < head_dim // words)[None, :]
-        self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
-
-    def nothing_seen(self) -> softmax.Partial:
-        """What each row starts from."""
-        m, l, o = softmax.empty(self.row.shape, self.dims[0].shape[0])  # noqa: E741
-        return softmax.Partial(m, l, (o,) * len(self.dims))
-
-    def load(self, q):
-        """`[rows, words]` for each part, zeros where there is no row."""
-        mask = self.exists[:, None] & self.in_head
-        return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
-
-    def store(self, out, lse, seen: softmax.Partial, sinks):
-        """Writes the rows that exist, when they have seen all."""
-        sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
-        values, log_sum = softmax.finish(seen, sinks * LOG2E, exp=jnp.exp2, log=jnp.log2)
-        for at, part in zip(self._at(out), values, strict=True):
-            plgpu.store(at, part.astype(out.dtype), mask=self.exists[:, None] & self.in_head)
-        plgpu.store(lse.at[self.token, self.q_head], log_sum / LOG2E, mask=self.exists)
-
-    def load_partial(self, parts, item, row, mask) -> softmax.Partial:
-        """What an item's program left of a row, for each of these rows."""
-        at = item, self.head, row
-        wide = mask[:, None] & self.in_head
-        return softmax.Partial(
-            m=plgpu.load(parts.m.at[at], mask=mask, other=softmax.LOWEST),
-            l=plgpu.load(parts.l.at[at], mask=mask, other=0.0),
-            o=tuple(plgpu.load(at, mask=wide, other=0.0) for at in self._at_item(parts.o, item, row)),
-        )
-
-    def store_partial(self, parts, item, seen: softmax.Partial):
-        """Leaves it behind."""
-        plgpu.store(parts.m.at[item, self.head, self.row], seen.m, mask=self.in_tile)
-        plgpu.store(parts.l.at[item, self.head, self.row], seen.l, mask=self.in_tile)
-        for at, part in zip(self._at_item(parts.o, item, self.row), seen.o, strict=True):
-            plgpu.store(at, part, mask=self.in_tile[:, None] & self.in_head)
-
-    def _at(self, array):
-        rows = self.token[:, None], self.q_head[:, None]
-        return [array.at[*rows, dims[None, :]] for dims in self.dims]
-
-    def _at_item(self, array, item, row):
-        item = item if item.ndim == 0 else item[:, None]
-        return [array.at[item, self.head, row[:, None], dims[None, :]] for dims in self.dims]
 
 
 def _attend(
@@ -373,8 +268,8 @@ def _attend(
         k, v = (read_tile(ref.at[at], real, codes) for ref in (k_ref, v_ref))
         place = layer, ids, head, offsets
         if four_bits:
-            words = [_load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]
-            k, v = (_numbers(*pair, mine) for pair in zip((*k, *v), words, strict=True))
+            words = [load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]
+            k, v = (numbers_of(*pair, mine) for pair in zip((*k, *v), words, strict=True))
             scales_of_tile = ()
         else:
             scales_of_tile = [
@@ -419,69 +314,6 @@ def _attend(
         mine.store(out_ref, lse_ref, seen, sinks_ref)
 
 
-def product_for(q_dtype, k_dtype, tuning: Tuning, interpret: bool) -> Callable:
-    """The matrix product of queries with keys, and of weights with values."""
-    # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
-    wide = q_dtype if q_dtype == k_dtype or is_quantized(k_dtype) else jnp.float32
-    # The interpreter's CPU has float32 and nothing like it.
-    precision = lax.Precision.HIGHEST if interpret else tuning.precision(q_dtype, k_dtype)
-
-    def product(a, b, **transposed):
-        return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
-
-    return product
-
-
-def add_up(product: Callable, a, b):
-    """The products of rows in parts, `a` with the transpose of `b`."""
-    return reduce(add, (product(*pair, trans_b=True) for pair in zip(a, b, strict=True)))
-
-
-def read_tile(at, mask, codes):
-    """K or V of a tile, by parts: codes, or numbers."""
-    return _unpack(plgpu.load(at, mask=mask, other=jnp.zeros((), at.dtype)), codes)
-
-
-def _unpack(tile, codes):
-    """A tile as it was loaded, by parts: a tile of words holds four codes in each."""
-    if tile.dtype != jnp.int32 or is_int4(codes):
-        return (tile,)
-    if codes == jnp.int8:
-        return tuple((tile << (24 - 8 * part)) >> 24 for part in range(WORD))
-    bits = (((tile >> (8 * part)) & 0xFF).astype(jnp.uint8) for part in range(WORD))
-    return tuple(lax.bitcast_convert_type(part, jnp.float8_e4m3fn) for part in bits)
-
-
-def _load_words(ref, at, mask, groups: int) -> list:
-    """Of each token of a tile the words of steps, and of spikes, that each of its codes needs."""
-    zero = jnp.zeros((), ref.dtype)
-    (layer, ids, head, offsets), tokens, pairs = at, mask.shape[0], groups // 2
-    words = []
-    for first in range(0, ref.shape[-1], pairs):
-        word = first + lax.iota(jnp.int32, pairs)[None, :]
-        at = layer, ids[:, None], head, offsets[:, None], word
-        pair = plgpu.load(ref.at[at], mask=mask[:, None] & (word >= 0), other=zero)
-        pair = jnp.broadcast_to(pair[:, :, None], (tokens, pairs, int4.CODES // pairs))
-        words.append(pair.reshape(tokens, int4.CODES, 1))
-    return words
-
-
-def _numbers(tile, words, mine: Rows):
-    """What four-bit codes stand for, and behind keys their spikes: tiles as wide as a head."""
-    tokens, (steps, *spikes) = tile.shape[0], words
-    part = lax.iota(jnp.int32, int4.CODES)[None, :, None]
-    group = (part * mine.groups) >> 3
-    codes = ((tile[:, None, :] >> (int4.BITS * part)) & 0xF).astype(jnp.float32)
-    step, zero = int4.step_of(steps, group & 1)
-    numbers = ((codes - 0.5 * zero.astype(jnp.float32)) * step).reshape(tokens, -1)
-    if not spikes:
-        return (numbers,)
-    place, value = int4.spike_of(spikes[0], group & 1)
-    in_group = part * (mine.head_dim // int4.CODES) - group * (mine.head_dim // mine.groups)
-    here = (in_group + mine.word[None, None, :] == place) & mine.in_words[:, None, :]
-    return numbers, jnp.where(here, value, 0.0).reshape(tokens, -1)
-
-
 def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows):
     """The items of a query tile, and those of what its rows share with others, become rows of the output."""
     *refs, out_ref, lse_ref = refs
@@ -511,16 +343,3 @@ def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *re
 
         seen = lax.fori_loop(0, jnp.max(end - first), visit_shared, seen)
     mine.store(out_ref, lse_ref, seen, sinks_ref)
-
-
-def cap(scores, scale: float, softcap: float):
-    """Scores before their scale, capped as they are after it."""
-    return (softcap / scale) * _tanh(scores * (scale / softcap))
-
-
-def _tanh(x):
-    # Triton's own is a call into the vendor's library; this is one exponential. Near zero, where the
-    # difference would lose digits, it is the series.
-    square = x * x
-    series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
-    return jnp.where(square < 0.04, series, 1.0 - 2.0 / (jnp.exp2((2.0 * LOG2E) * x) + 1.0))

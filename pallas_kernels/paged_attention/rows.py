@@ -1,0 +1,105 @@
+"""The rows of a Triton program's matrix products: which queries they are, how they are read and written."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels import int4
+from pallas_kernels.paged_attention import softmax
+from pallas_kernels.paged_attention.scores import LOG2E
+from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.sizes import next_power_of_two
+
+
+def rows_like(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "Rows"]:
+    """Makes `Rows` of first row, number and head."""
+    group = q.shape[1] // kv_heads
+    return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
+
+
+class Rows:
+    """The rows of a program's matrix product: query tokens x query heads of one KV head.
+
+    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...` Against codes
+    of four bits it is one part: of all words the first number, then of all the second.
+    """
+
+    def __init__(
+        self,
+        first_row,
+        num_rows,
+        head,
+        *,
+        group: int,
+        size: int,
+        words: int,
+        head_dim: int,
+        four_bits: bool = False,
+    ):
+        self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
+        self.in_tile = self.row < size * group
+        self.offset = lax.div(self.row, np.int32(group))
+        self.exists = (self.offset < num_rows) & self.in_tile
+        self.token = first_row + self.offset
+        self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
+        self.q_head = head * group + self.in_group
+        self.head_dim, self.groups = head_dim, int4.num_groups(head_dim)
+        if four_bits:
+            run = head_dim // int4.CODES
+            self.word = lax.iota(jnp.int32, max(2, next_power_of_two(run)))
+            width = np.int32(self.word.shape[0])
+            number = lax.iota(jnp.int32, int4.CODES * self.word.shape[0])
+            word = lax.rem(number, width)
+            self.dims = [lax.div(number, width) * run + word]
+            self.in_words, self.in_head = (self.word < run)[None, :], (word < run)[None, :]
+            return
+        self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
+        self.in_words = self.in_head = (self.word < head_dim // words)[None, :]
+        self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
+
+    def nothing_seen(self) -> softmax.Partial:
+        """What each row starts from."""
+        m, l, o = softmax.empty(self.row.shape, self.dims[0].shape[0])  # noqa: E741
+        return softmax.Partial(m, l, (o,) * len(self.dims))
+
+    def load(self, q):
+        """`[rows, words]` for each part, zeros where there is no row."""
+        mask = self.exists[:, None] & self.in_head
+        return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
+
+    def store(self, out, lse, seen: softmax.Partial, sinks):
+        """Writes the rows that exist, when they have seen all."""
+        sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
+        values, log_sum = softmax.finish(seen, sinks * LOG2E, exp=jnp.exp2, log=jnp.log2)
+        for at, part in zip(self._at(out), values, strict=True):
+            plgpu.store(at, part.astype(out.dtype), mask=self.exists[:, None] & self.in_head)
+        plgpu.store(lse.at[self.token, self.q_head], log_sum / LOG2E, mask=self.exists)
+
+    def load_partial(self, parts, item, row, mask) -> softmax.Partial:
+        """What an item's program left of a row, for each of these rows."""
+        at = item, self.head, row
+        wide = mask[:, None] & self.in_head
+        return softmax.Partial(
+            m=plgpu.load(parts.m.at[at], mask=mask, other=softmax.LOWEST),
+            l=plgpu.load(parts.l.at[at], mask=mask, other=0.0),
+            o=tuple(plgpu.load(at, mask=wide, other=0.0) for at in self._at_item(parts.o, item, row)),
+        )
+
+    def store_partial(self, parts, item, seen: softmax.Partial):
+        """Leaves it behind."""
+        plgpu.store(parts.m.at[item, self.head, self.row], seen.m, mask=self.in_tile)
+        plgpu.store(parts.l.at[item, self.head, self.row], seen.l, mask=self.in_tile)
+        for at, part in zip(self._at_item(parts.o, item, self.row), seen.o, strict=True):
+            plgpu.store(at, part, mask=self.in_tile[:, None] & self.in_head)
+
+    def _at(self, array):
+        rows = self.token[:, None], self.q_head[:, None]
+        return [array.at[*rows, dims[None, :]] for dims in self.dims]
+
+    def _at_item(self, array, item, row):
+        item = item if item.ndim == 0 else item[:, None]
+        return [array.at[item, self.head, row[:, None], dims[None, :]] for dims in self.dims]

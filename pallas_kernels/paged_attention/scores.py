@@ -1,0 +1,47 @@
+"""Scores in Triton: the products they are sums of, and the cap on them."""
+
+from collections.abc import Callable
+from functools import reduce
+from math import e, log2
+from operator import add
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.quantization import is_quantized
+
+# The softmax counts in powers of two.
+LOG2E = log2(e)
+
+
+def product_for(q_dtype, k_dtype, tuning: Tuning, interpret: bool) -> Callable:
+    """The matrix product of queries with keys, and of weights with values."""
+    # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
+    wide = q_dtype if q_dtype == k_dtype or is_quantized(k_dtype) else jnp.float32
+    # The interpreter's CPU has float32 and nothing like it.
+    precision = lax.Precision.HIGHEST if interpret else tuning.precision(q_dtype, k_dtype)
+
+    def product(a, b, **transposed):
+        return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)
+
+    return product
+
+
+def add_up(product: Callable, a, b):
+    """The products of rows in parts, `a` with the transpose of `b`."""
+    return reduce(add, (product(*pair, trans_b=True) for pair in zip(a, b, strict=True)))
+
+
+def cap(scores, scale: float, softcap: float):
+    """Scores before their scale, capped as they are after it."""
+    return (softcap / scale) * _tanh(scores * (scale / softcap))
+
+
+def _tanh(x):
+    # Triton's own is a call into the vendor's library; this is one exponential. Near zero, where the
+    # difference would lose digits, it is the series.
+    square = x * x
+    series = x * (1.0 - square * (1 / 3 - square * (2 / 15 - square * (17 / 315))))
+    return jnp.where(square < 0.04, series, 1.0 - 2.0 / (jnp.exp2((2.0 * LOG2E) * x) + 1.0))
