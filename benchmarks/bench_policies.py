@@ -253,6 +253,8 @@ def main() -> int:
             facts = recall(loaded, prose, row.policy(RECALL_TOKENS // part))
             cells[f"1/{part}"] = {"perplexity": value, "change": value / full - 1, "recall": facts}
             print(f"{value:>9.3f}{value / full - 1:>+7.1%}{facts:>4.0%}", end="", flush=True)
+            # Every cell has programs of its own: those of all take more memory maps than Linux allows.
+            jax.clear_caches()
         table[row.name] = cells
         print()
     bars = judge(table, full) if rows == ROWS else {}
