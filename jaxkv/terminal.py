@@ -237,7 +237,7 @@ def _places(
 def _evicted(result: Generation, policy: str) -> str:
     stats = result.cache.stats
     times, tokens = int(stats.evictions), int(stats.evicted_tokens)
-    return f"{policy}: gave up {tokens} token places in {times} evictions"
+    return f"{policy}: gave up {tokens} token places in {times} eviction{'s' * (times != 1)}"
 
 
 def _texts(tokenizer: Tokenizer, result: Generation) -> list[list[str]]:
@@ -257,8 +257,9 @@ def _speed(result: Generation) -> str:
 
 def _pages(config: CacheConfig, result: Generation) -> str:
     used, alone = result.peak_pages, result.peak_pages_unshared
-    saved = 100 * (1 - used / alone) if alone else 0.0
-    text = f"{used} of {config.page_size} tokens at the peak, {alone} without sharing ({saved:.0f}% saved)"
+    text = f"{used} pages of {config.page_size} tokens at the peak"
+    if used < alone:
+        text += f", {alone} without sharing ({100 * (1 - used / alone):.0f}% saved)"
     cut = sum(reason is Finish.OUT_OF_PAGES for samples in result.finish for reason in samples)
     return text + (f"; {cut} sequences ended early, out of pages" if cut else "")
 
