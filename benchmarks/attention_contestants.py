@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from benchmarks.attention_problems import Arrays, Problem, tokens_of
+from benchmarks.attention_problems import Arrays, Problem
 from benchmarks.timing import stopwatch
 from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.quantization import dequantize
 
 HAS_GPU = jax.default_backend() == "gpu"
 
@@ -249,17 +250,29 @@ def _dense(problem: Problem, arrays: Arrays):
     gibibytes = 2 * problem.layers * seqs * longest * kv_heads * head_dim * 4 / 2**30
     if gibibytes > 4:
         raise Absent(f"its padded cache would take {gibibytes:.0f} GiB, more than 4")
-    k, v = (np.zeros((problem.layers, seqs, longest, kv_heads, head_dim), np.float32) for _ in range(2))
-    q = np.zeros((seqs, asked_most, *arrays.q.shape[1:]), np.float32)
-    mask = np.zeros((seqs, 1, asked_most, longest), bool)
-    for seq, (length, asked) in enumerate(zip(problem.lengths, problem.queries, strict=True)):
-        for layer in range(problem.layers):
-            k[layer, seq, :length], v[layer, seq, :length] = tokens_of(arrays, seq, layer)
-        first = int(arrays.query_starts[seq])
-        q[seq, :asked] = np.asarray(arrays.q[first : first + asked], np.float32)
-        mask[seq, 0, :asked] = np.arange(longest) <= np.arange(length - asked, length)[:, None]
-        mask[seq, 0, asked:, 0] = True  # rows of padding: a softmax over nothing would be NaN
-    return (*(jnp.asarray(array, problem.dtype) for array in (q, k, v)), jnp.asarray(mask))
+    dense = jax.jit(_gathered, static_argnames=("longest", "asked_most", "dtype"))
+    return dense(arrays, longest=longest, asked_most=asked_most, dtype=problem.dtype)
+
+
+def _gathered(arrays: Arrays, *, longest: int, asked_most: int, dtype: str):
+    """On the device: through a host's memory it would take longer than the race."""
+
+    def padded(pages, scale):
+        # [layers, seqs, pages, kv_heads, page_size, ..]
+        own, *scales = (jnp.take(array, arrays.page_table, axis=1, mode="clip") for array in (pages, *scale))
+        numbers = dequantize(own, *scales, dtype) if scales else own
+        tokens = numbers.swapaxes(3, 4).reshape(*own.shape[:2], -1, *own.shape[3:6:2])[:, :, :longest]
+        real = jnp.arange(longest) < arrays.kv_lengths[:, None]
+        return jnp.where(real[None, :, :, None, None], tokens, 0).astype(dtype)
+
+    scales = [(scale,) for scale in arrays.scales] or [(), ()]
+    k, v = (padded(*pair) for pair in zip(arrays[1:3], scales, strict=True))
+    nth, asked = jnp.arange(asked_most), jnp.diff(arrays.query_starts)[:, None]
+    q = jnp.take(arrays.q, arrays.query_starts[:-1, None] + nth, axis=0, mode="clip")
+    q = jnp.where((nth < asked)[:, :, None, None], q, 0).astype(dtype)
+    # Rows of padding see the first key: a softmax over nothing would be NaN.
+    last = jnp.where(nth < asked, arrays.kv_lengths[:, None] - asked + nth, 0)
+    return q, k, v, (jnp.arange(longest) <= last[:, :, None])[:, None]
 
 
 def _unpad(problem: Problem, out) -> np.ndarray:

@@ -14,6 +14,10 @@
 cases, the kernels interpreted, and short histories.
 
     python -m benchmarks.check_gpu [--only PART ...] [--cases PART ...] [--seed N] [--weights PATH]
+        [--jobs N] [--limit SECONDS]
+
+Most of the time goes into compiling: with `--jobs` the parts run beside each other, and the cases in so many
+processes. The verdicts are the same.
 
 Exit status: 0, or 1 where a result is wrong. What was not run is named, and is no success. The last line of
 output is one JSON document, which a GPU's run of all parts also leaves under `benchmarks/results/`.
@@ -28,6 +32,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,10 +58,14 @@ class Options:
     seed: int
     weights: str
     cases: tuple[str, ...]
+    jobs: int = 1
+    limit: float | None = None
 
 
 def check_conformance(options: Options) -> dict[str, Any]:
     """The cases with the tests' inputs, and again with fresh ones."""
+    if options.jobs > 1 and HAS_GPU:
+        return _shared_conformance(options)
     chosen = [case for case in CASES if any(part in case.name for part in options.cases or ("",))]
     chosen = chosen if HAS_GPU or options.cases else chosen[::REHEARSED]
     # Interpreted, each dtype takes half a minute.
@@ -72,12 +81,37 @@ def check_conformance(options: Options) -> dict[str, Any]:
     )
 
 
+def _shared_conformance(options: Options) -> dict[str, Any]:
+    """The same in several processes."""
+    arguments = ["--seed", "0", str(options.seed), "--cases", *(options.cases or ("",))]
+
+    def run(nth: int) -> subprocess.CompletedProcess[str]:
+        return _module(options, "gpu_conformance", *arguments, "--share", f"{nth + 1}/{options.jobs}")
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        shares = list(pool.map(run, range(options.jobs)))
+    failures, broken = [], []
+    for done in shares:
+        *said, last = done.stdout.splitlines() or [""]
+        print(*said, sep="\n", end="\n" if said else "", flush=True)
+        if last.startswith("{"):
+            failures += json.loads(last)["failures"]
+        else:
+            broken.append(f"exit {done.returncode}: {(last + done.stderr)[-1000:]}")
+    return _said(
+        not failures and not broken,
+        f"all cases in {options.jobs} processes, seeds 0 and {options.seed}, {len(failures)} wrong"
+        + "".join(f"; a process ended with {end}" for end in broken),
+        failures=failures,
+    )
+
+
 def check_text(options: Options) -> dict[str, Any]:
     """A process with this device, and one that sees only a CPU."""
     written = []
     # Without a GPU there is but one kind of process.
     for platform in (os.environ.get("JAX_PLATFORMS", ""), "cpu") if HAS_GPU else ("cpu",):
-        done = _module("gpu_text", "--weights", options.weights, environment={"JAX_PLATFORMS": platform})
+        done = _module(options, "gpu_text", "--weights", options.weights, environment={"JAX_PLATFORMS": platform})
         if done.returncode == 2 or "No module named" in done.stderr:
             return _not_run(done.stderr.strip().splitlines()[-1])
         if done.returncode:
@@ -108,7 +142,7 @@ def check_machine(
     arguments = ["--operations", str(OPERATIONS), "--seed", str(options.seed), *extra]
     if not HAS_GPU:
         arguments += ["--shapes", *shapes]
-    done = _module("gpu_machines", *arguments)
+    done = _module(options, "gpu_machines", *arguments)
     print(done.stdout, end="", flush=True)
     lines = done.stdout.splitlines()
     if "No module named" in done.stderr and not lines:
@@ -125,7 +159,7 @@ def check_policies(options: Options) -> dict[str, Any]:
     return check_machine(options, "--policies", shapes=REHEARSED_WINDOWS)
 
 
-def check_sanitizer(tool: str, wrong: str) -> dict[str, Any]:
+def check_sanitizer(options: Options, tool: str, wrong: str) -> dict[str, Any]:
     """What `compute-sanitizer` says of a few cases, once it has caught a kernel that is wrong on purpose."""
     command = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not HAS_GPU or command is None:
@@ -133,22 +167,31 @@ def check_sanitizer(tool: str, wrong: str) -> dict[str, Any]:
     under = [command, "--tool", tool, "--error-exitcode", "9"]
     # Each buffer an allocation of its own: within one pool of memory nothing would be out of bounds.
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
-    caught = _module("gpu_wrong", wrong, under=under, environment=environment)
+    caught = _module(options, "gpu_wrong", wrong, under=under, environment=environment)
     if caught.returncode != 9:
         said = f"worthless: it does not report the kernel that is wrong on purpose (exit {caught.returncode})"
         return _said(False, f"{said}: {(caught.stdout + caught.stderr)[-500:]}")
     cases = ["--only", "conformance", "--seed", "0", "--cases", *MEMCHECKED]
-    ours = _module("check_gpu", *cases, under=under, environment=environment)
+    ours = _module(options, "check_gpu", *cases, under=under, environment=environment)
     clean = ours.returncode == 0
     return _said(clean, "clean" if clean else f"exit {ours.returncode}: {ours.stdout[-2000:]}")
 
 
 def _module(
-    name: str, *arguments: str, under: list[str] | None = None, environment: Mapping[str, str] | None = None
+    options: Options,
+    name: str,
+    *arguments: str,
+    under: list[str] | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one of the modules beside this one."""
+    """Runs one of the modules beside this one.
+
+    Raises:
+      subprocess.TimeoutExpired: where it takes longer than `--limit`.
+    """
     command = [*(under or ()), sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **(environment or {})})
+    everything = {**os.environ, **(environment or {})}
+    return subprocess.run(command, capture_output=True, text=True, env=everything, timeout=options.limit)
 
 
 def _said(right: bool, note: str, **more: Any) -> dict[str, Any]:
@@ -164,8 +207,8 @@ PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
     "text": check_text,
     "machine": check_machine,
     "policies": check_policies,
-    "memcheck": lambda _: check_sanitizer("memcheck", "bounds"),
-    "racecheck": lambda _: check_sanitizer("racecheck", "race"),
+    "memcheck": lambda options: check_sanitizer(options, "memcheck", "bounds"),
+    "racecheck": lambda options: check_sanitizer(options, "racecheck", "race"),
 }
 
 
@@ -176,22 +219,31 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", default=[], metavar="PART", help="of the cases' names")
     parser.add_argument("--seed", type=int, help="of the fresh inputs. Default: a new one")
     parser.add_argument("--weights", default="smollm2-135m", help="SmolLM2: a GGUF file or a folder")
+    parser.add_argument("--jobs", type=int, default=1, help="processes for the cases, beside the other parts")
+    parser.add_argument("--limit", type=float, help="seconds that a process may take")
     given = parser.parse_args(arguments)
     seed = secrets.randbelow(2**31) if given.seed is None else given.seed
-    options = Options(seed, given.weights, tuple(given.cases))
+    options = Options(seed, given.weights, tuple(given.cases), given.jobs, given.limit)
     if HAS_GPU:
         print(f"on {jax.devices()[0].device_kind}, JAX {jax.__version__}, seed {seed}")
     else:
         print("There is no GPU here, so nothing below was run on one. A rehearsal, kernels interpreted;")
         print(f"seed {seed}")
-    start, results = time.perf_counter(), {}
-    for name in given.only or PARTS:
+    start, chosen = time.perf_counter(), given.only or list(PARTS)
+
+    def run(name: str) -> dict[str, Any]:
         began = time.perf_counter()
-        result = PARTS[name](options)
+        try:
+            result = PARTS[name](options)
+        except subprocess.TimeoutExpired as late:
+            result = {"ran": False, "right": None, "note": f"not finished in {late.timeout:.0f} s"}
         ended = time.perf_counter()
-        results[name] = result | {"seconds": round(ended - began, 1)}
         word = {True: "right", False: "WRONG", None: "-"}[result["right"]]
         print(f"{ended - start:6.0f} s  {name}: {word}: {result['note']}", flush=True)
+        return result | {"seconds": round(ended - began, 1)}
+
+    with ThreadPoolExecutor(len(chosen) if options.jobs > 1 else 1) as pool:
+        results = dict(zip(chosen, pool.map(run, chosen), strict=True))
     document = {"on_gpu": HAS_GPU, "seed": seed, "parts": results}
     publish("gpu", document, keep=HAS_GPU and given.only is None and not given.cases)
     return 1 if any(result["right"] is False for result in results.values()) else 0

@@ -1,5 +1,13 @@
-"""The kernels beside NumPy float64: what `check_gpu` runs first. A seed gives the same inputs again."""
+"""The kernels beside NumPy float64: what `check_gpu` runs first. A seed gives the same inputs again.
 
+    python -m benchmarks.gpu_conformance [--cases PART ...] [--seed N ...] [--share K/N] [--no-writes]
+
+Exit status: 0, or 1 where a result is wrong. The last line of output is one JSON document.
+"""
+
+import argparse
+import json
+import sys
 from functools import partial
 
 import jax
@@ -30,41 +38,57 @@ def conformance(cases: list[Case], seed: int = 0) -> list[dict]:
             *reference.paged_attention(q, *pages, *rows, **options),
             reference.attention_mass(q, pages[0], *rows, **options),
         )
-        # What a place received from many queries is a sum, and so is its rounding.
+        # What a place received from many queries is a sum, and so is its rounding. Four-bit keys become
+        # numbers of q's dtype before they meet q.
         tolerances = (
             TOLERANCE[case.dtype],
-            TOLERANCE["float32"],
+            TOLERANCE[case.dtype if case.stored == "int32" else "float32"],
             TOLERANCE["float32"] * max(1.0, want[2].max()),
         )
         for backend in ("xla", "triton"):
             arrays = jax.block_until_ready(arguments.arrays)
-            if backend == "triton" and (reason := _lacks(*arrays[:2])):
-                print(f"{case.name} is left to the xla backend: no {reason}")
+            attention, mass = lacking(*arrays[:2]) if backend == "triton" else (None, None)
+            if attention:
+                print(f"{case.name} is left to the xla backend: no {attention}")
                 continue
+            if mass:
+                print(f"{case.name}: its mass is left to the xla backend: no {mass}")
             where = {"backend": backend, "interpret": backend != "xla" and not HAS_GPU}
-            run = jax.jit(partial(_attention_and_mass, **options, **where))
-            compiled = run.lower(*arrays).compile()
-            _poison(compiled)
-            got = compiled(*arrays)
-            for name, one, other, tolerance in zip(
-                ("out", "lse", "mass"), got, want, tolerances, strict=True
-            ):
+            results = _attention if mass else _attention_and_mass
+            run = jax.jit(partial(results, **options, **where))
+            failed = {"case": case.name, "backend": backend, "seed": seed}
+            try:
+                compiled = run.lower(*arrays).compile()
+                _poison(compiled)
+                got = jax.block_until_ready(compiled(*arrays))
+            except Exception as error:  # One that does not compile or run is no reason to stop the others.
+                failures.append({**failed, "what": f"{type(error).__name__}: {str(error)[:500]}"})
+                print(f"WRONG: {failures[-1]}", flush=True)
+                continue
+            names = ("out", "lse", "mass")[: len(got)]
+            for name, one, other, tolerance in zip(names, got, want, tolerances, strict=False):
                 one = np.asarray(one).astype(np.float64)
                 if not np.allclose(one, other, rtol=tolerance, atol=tolerance * case.magnitude):
-                    failures.append({"case": case.name, "backend": backend, "what": name, "seed": seed})
-                    print(f"WRONG: {case.name}, {backend}, {name}, seed {seed}", flush=True)
+                    off = np.abs(one - other)[np.isfinite(other)].max(initial=0.0)
+                    failures.append({**failed, "what": name, "off": float(off), "tolerance": tolerance})
+                    print(f"WRONG: {failures[-1]}", flush=True)
     return failures
 
 
-def _lacks(q, k_pages) -> str | None:
+def lacking(q, k_pages) -> tuple[str | None, str | None]:
+    """What this device lacks for the kernel of attention, and for that of its mass."""
     device = Device.current()
-    return lacks(device, q.shape[2], q, k_pages) or lacks_mass(device, k_pages, q)
+    return lacks(device, q.shape[2], q, k_pages), lacks_mass(device, k_pages, q)
 
 
-def _attention_and_mass(q, k_pages, v_pages, page_table, kv_lengths, query_starts, **options):
+def _attention(*arrays, **options):
+    """`(out, lse)`."""
+    return pallas_kernels.paged_attention(*arrays, return_lse=True, **options)
+
+
+def _attention_and_mass(q, k_pages, v_pages, *rows, **options):
     """`(out, lse, mass)`."""
-    rows = page_table, kv_lengths, query_starts
-    out, lse = pallas_kernels.paged_attention(q, k_pages, v_pages, *rows, return_lse=True, **options)
+    out, lse = _attention(q, k_pages, v_pages, *rows, **options)
     for name in ("v_scales", "sinks", "shared_prefix"):
         options.pop(name, None)
     return out, lse, pallas_kernels.attention_mass(q, k_pages, *rows, lse, **options)
@@ -136,3 +160,26 @@ def _poison(compiled) -> None:
     most = max(2**20, 2 * (memory.temp_size_in_bytes + memory.output_size_in_bytes))
     sizes = [most >> shift for shift in range(10)]
     jax.block_until_ready([jnp.full(max(1, size // 4), jnp.nan, jnp.float32) for size in sizes])
+
+
+def main() -> int:
+    """Runs a share of the cases, and of the writes; returns the exit status."""
+    parser = argparse.ArgumentParser(description="The kernels beside NumPy float64.")
+    parser.add_argument("--cases", nargs="+", default=[""], metavar="PART", help="of the cases' names")
+    parser.add_argument("--seed", type=int, nargs="+", default=[0])
+    parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N shares of the work")
+    parser.add_argument("--no-writes", action="store_true", help="attention alone")
+    options = parser.parse_args()
+    nth, shares = map(int, options.share.split("/"))
+    chosen = [case for case in CASES if any(part in case.name for part in options.cases)]
+    written = () if options.no_writes else WRITTEN
+    failures = []
+    for seed in options.seed:
+        failures += conformance(chosen[nth - 1 :: shares], seed)
+        failures += write_conformance(written[nth - 1 :: shares], seed)
+    print(json.dumps({"failures": failures}))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

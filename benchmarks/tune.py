@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from benchmarks import attention_contestants as contestants
 from benchmarks.attention_contestants import HAS_GPU, Contestant
-from benchmarks.attention_problems import Problem, build, decode, ragged, uniform, worst_error
+from benchmarks.attention_problems import Problem, build, decode, expected, ragged, uniform, worst_error
 from benchmarks.timing import Sample, conditions, interleave, publish, times
 from pallas_kernels import use_backend
 from pallas_kernels.device import Device
@@ -124,16 +124,17 @@ class Search:
     def __init__(self, some: Class):
         self.some = some
         self.arrays = [build(problem) for problem in some.problems]
+        self.expected = [expected(*pair) for pair in zip(some.problems, self.arrays, strict=True)]
 
     def prepare(self, candidate: Tuning) -> list[Contestant] | str:
         """A contestant for each problem, all of them right, or why not."""
         found = []
-        for problem, arrays in zip(self.some.problems, self.arrays, strict=True):
+        for problem, arrays, want in zip(self.some.problems, self.arrays, self.expected, strict=True):
             try:
                 contestant = contestants.jaxkv(
                     problem, arrays, backend="auto", shared_prefix=False, tuning=candidate
                 )
-                error = worst_error(problem, arrays, contestant.check())
+                error = worst_error(problem, want, contestant.check())
             except Exception as reason:  # Whatever the compiler says: too much shared memory, most often.
                 return f"{type(reason).__name__}: {str(reason)[:100]!r}"
             if not error <= 1:
