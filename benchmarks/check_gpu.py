@@ -34,6 +34,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 # Some parts are processes of their own, and need memory too.
@@ -46,6 +47,8 @@ from benchmarks.timing import publish
 
 OPERATIONS = 1000 if HAS_GPU else 20
 MEMCHECKED = "window over", "rows of no", "71", "prefill and", "samples"
+# Ours, and those that are wrong on purpose; to check the compiler's as well takes ten times as long.
+CHECKED_KERNELS = "attention", "append", "copy_", "move_", "wrong", "race"
 # Without a GPU every sixteenth case, and the shapes that compile soonest.
 REHEARSED, REHEARSED_SHAPES = 16, ("one sequence",)
 REHEARSED_WINDOWS = ("least recently",)
@@ -71,9 +74,10 @@ def check_conformance(options: Options) -> dict[str, Any]:
     # Interpreted, each dtype takes half a minute.
     rehearsed = WRITTEN[:1], WRITTEN[-1:]
     failures = []
-    for seed, few in dict(zip((0, options.seed), rehearsed, strict=True)).items():
-        written = WRITTEN if HAS_GPU else few
-        failures += conformance(chosen, seed) + write_conformance(written, seed)
+    seeds = dict(zip((0, options.seed), rehearsed, strict=True))
+    failures += conformance(chosen, list(seeds))
+    for seed, few in seeds.items():
+        failures += write_conformance(WRITTEN if HAS_GPU else few, seed)
     return _said(
         not failures,
         f"{len(chosen)} cases, seeds 0 and {options.seed}, {len(failures)} wrong",
@@ -108,15 +112,21 @@ def _shared_conformance(options: Options) -> dict[str, Any]:
 
 def check_text(options: Options) -> dict[str, Any]:
     """A process with this device, and one that sees only a CPU."""
-    written = []
     # Without a GPU there is but one kind of process.
-    for platform in (os.environ.get("JAX_PLATFORMS", ""), "cpu") if HAS_GPU else ("cpu",):
-        done = _module(options, "gpu_text", "--weights", options.weights, environment={"JAX_PLATFORMS": platform})
-        if done.returncode == 2 or "No module named" in done.stderr:
-            return _not_run(done.stderr.strip().splitlines()[-1])
-        if done.returncode:
-            return _said(False, f"exit {done.returncode}: {done.stderr[-2000:]}")
-        written.append(json.loads(done.stdout.splitlines()[-1]))
+    platforms = (os.environ.get("JAX_PLATFORMS", ""), "cpu") if HAS_GPU else ("cpu",)
+
+    def write(platform: str) -> subprocess.CompletedProcess[str]:
+        environment = {"JAX_PLATFORMS": platform}
+        return _module(options, "gpu_text", "--weights", options.weights, environment=environment)
+
+    written = []
+    with ThreadPoolExecutor(len(platforms)) as pool:
+        for done in pool.map(write, platforms):
+            if done.returncode == 2 or "No module named" in done.stderr:
+                return _not_run(done.stderr.strip().splitlines()[-1])
+            if done.returncode:
+                return _said(False, f"exit {done.returncode}: {done.stderr[-2000:]}")
+            written.append(json.loads(done.stdout.splitlines()[-1]))
     here, there = written[0]["tokens"], written[-1]["tokens"]
     if not HAS_GPU:
         note = f"{sum(map(len, here))} tokens of a CPU, and no GPU's to hold beside them"
@@ -138,19 +148,26 @@ def _first_difference(one: list[int], other: list[int]) -> int | None:
 def check_machine(
     options: Options, *extra: str, shapes: tuple[str, ...] = REHEARSED_SHAPES
 ) -> dict[str, Any]:
-    """The tests' state machine, in a process of its own; what it prints is printed as it comes."""
-    arguments = ["--operations", str(OPERATIONS), "--seed", str(options.seed), *extra]
-    if not HAS_GPU:
-        arguments += ["--shapes", *shapes]
-    done = _module(options, "gpu_machines", *arguments)
-    print(done.stdout, end="", flush=True)
-    lines = done.stdout.splitlines()
-    if "No module named" in done.stderr and not lines:
-        return _not_run(done.stderr.strip().splitlines()[-1])
-    counted = json.loads(lines[-1])["operations"] if lines and lines[-1].startswith("{") else {}
+    """The tests' state machine, in processes of its own; what they print is printed as they end."""
+    try:
+        from benchmarks.gpu_machines import shapes_of
+    except ModuleNotFoundError as error:
+        return _not_run(str(error))
+    names = list(shapes_of("--policies" in extra)) if HAS_GPU and options.jobs > 1 else []
+    each = [("--shapes", name) for name in names] or [() if HAS_GPU else ("--shapes", *shapes)]
+    arguments = ["--operations", str(-(-OPERATIONS // len(each))), "--seed", str(options.seed), *extra]
+    counted, broken = {}, []
+    with ThreadPoolExecutor(len(each)) as pool:
+        run = partial(_module, options, "gpu_machines", *arguments)
+        for done in pool.map(lambda chosen: run(*chosen), each):
+            print(done.stdout, end="", flush=True)
+            lines = done.stdout.splitlines()
+            counted |= json.loads(lines[-1])["operations"] if lines and lines[-1].startswith("{") else {}
+            if done.returncode:
+                broken.append(f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     said = f"{sum(counted.values())} operations in {len(counted)} shapes, seed {options.seed}"
-    if done.returncode:
-        return _said(False, f"exit {done.returncode} after {said}: {(done.stdout + done.stderr)[-2000:]}")
+    if broken:
+        return _said(False, f"{said}; {'; '.join(broken)}", operations=counted)
     return _said(sum(counted.values()) >= OPERATIONS, said, operations=counted)
 
 
@@ -165,8 +182,11 @@ def check_sanitizer(options: Options, tool: str, wrong: str) -> dict[str, Any]:
     if not HAS_GPU or command is None:
         return _not_run("no GPU" if not HAS_GPU else "compute-sanitizer is not installed")
     under = [command, "--tool", tool, "--error-exitcode", "9"]
-    # Each buffer an allocation of its own: within one pool of memory nothing would be out of bounds.
-    environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"}
+    for name in CHECKED_KERNELS:
+        under += ["--kernel-name", f"kernel_substring={name}"]
+    # Each buffer an allocation of its own, to the byte: within one pool of memory nothing would be out of
+    # bounds, and `platform` gives out whole pages of it.
+    environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
     caught = _module(options, "gpu_wrong", wrong, under=under, environment=environment)
     if caught.returncode != 9:
         said = f"worthless: it does not report the kernel that is wrong on purpose (exit {caught.returncode})"

@@ -63,6 +63,14 @@ def run(kind: type[Machine], shape: dict, operations: int, first_seed: int) -> i
     return compared
 
 
+def shapes_of(policies: bool) -> dict[str, dict]:
+    """The caches, or those whose policy makes no choice that rounding could turn."""
+    if not policies:
+        return SHAPES
+    exact = SlidingWindow, LeastRecentlyUsed
+    return {name: shape for name, shape in POLICY_SHAPES.items() if isinstance(shape["policy"], exact)}
+
+
 def main() -> int:
     """Runs all shapes; returns the exit status."""
     parser = argparse.ArgumentParser(description="The tests' state machines on this device.")
@@ -71,11 +79,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="+", metavar="PART", help="of the shapes' names")
     options = parser.parse_args()
-    kind, shapes = Machine, SHAPES
-    if options.policies:
-        kind = PolicyMachine
-        exact = SlidingWindow, LeastRecentlyUsed
-        shapes = {name: shape for name, shape in POLICY_SHAPES.items() if isinstance(shape["policy"], exact)}
+    kind, shapes = PolicyMachine if options.policies else Machine, shapes_of(options.policies)
     if options.shapes:
         shapes = {name: s for name, s in shapes.items() if any(part in name for part in options.shapes)}
     if not shapes:
