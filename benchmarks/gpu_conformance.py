@@ -10,6 +10,7 @@ import json
 import sys
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,8 @@ import numpy as np
 
 import pallas_kernels
 from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.paged_attention.tuning import lacks, lacks_mass
+from pallas_kernels.paged_attention.tuning import lacks as lacks_attention
+from pallas_kernels.paged_attention.tuning import lacks_mass
 from pallas_kernels.quantization import is_int4, is_quantized
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Arguments, Case, make
@@ -35,32 +37,41 @@ def conformance(cases: Sequence[Case], seeds: Sequence[int] = (0,)) -> list[dict
 def _run(case: Case, backend: str, seeds: Sequence[int]) -> list[dict]:
     """One program, with each seed's numbers; none where the device lacks something."""
     first = make(case)
-    lacks_attention, mass = lacking(*first.arrays[:2]) if backend == "triton" else (None, None)
-    if lacks_attention:
-        print(f"{case.name} is left to the xla backend: no {lacks_attention}")
+    no_attention, no_mass = lacking(*first.arrays[:2]) if backend == "triton" else (None, None)
+    if no_attention:
+        print(f"{case.name} is left to the xla backend: no {no_attention}")
         return []
-    if mass:
-        print(f"{case.name}: its mass is left to the xla backend: no {mass}")
-    numbers = [name for name, value in first.options.items() if isinstance(value, np.ndarray)]
-    static = {name: value for name, value in first.options.items() if name not in numbers}
-    static |= {"layer": case.layer, "backend": backend, "interpret": backend != "xla" and not HAS_GPU}
-    run = jax.jit(partial(_attention if mass else _attention_and_mass, **static))
+    if no_mass:
+        print(f"{case.name}: its mass is left to the xla backend: no {no_mass}")
     failures, compiled = [], None
     for seed in seeds:
         arguments = make(case, seed)
-        given = arguments.arrays, {name: jnp.asarray(arguments.options[name]) for name in numbers}
-        jax.block_until_ready(given)
+        given = jax.block_until_ready(on_device(arguments))
         try:
-            compiled = compiled or run.lower(*given[0], **given[1]).compile()
+            compiled = compiled or program(case, backend, mass=not no_mass).lower(*given).compile()
             _poison(compiled)
-            got = jax.block_until_ready(compiled(*given[0], **given[1]))
-            found = _differences(case, arguments, got)
+            found = _differences(case, arguments, jax.block_until_ready(compiled(*given)))
         except Exception as error:  # One that does not compile or run is no reason to stop the others.
             found = [{"what": f"{type(error).__name__}: {str(error)[:500]}"}]
         failures += [{"case": case.name, "backend": backend, "seed": seed, **one} for one in found]
     for failure in failures:
         print(f"WRONG: {failure}", flush=True)
     return failures
+
+
+def on_device(arguments: Arguments) -> tuple[tuple[jax.Array, ...], dict[str, jax.Array]]:
+    """The arguments of a `program`: arrays by position, and by name."""
+    options = arguments.options.items()
+    return arguments.arrays, {name: jnp.asarray(it) for name, it in options if isinstance(it, np.ndarray)}
+
+
+def program(case: Case, backend: str, *, mass: bool) -> Any:
+    """A case's call, of `(out, lse)` or `(out, lse, mass)`; the same for every seed."""
+    options = make(case).options.items()
+    static = {name: option for name, option in options if not isinstance(option, np.ndarray)}
+    static |= {"layer": case.layer, "backend": backend, "interpret": backend != "xla" and not HAS_GPU}
+    results = _attention_and_mass if mass else _attention
+    return jax.jit(lambda arrays, numbers: results(*arrays, **numbers, **static))
 
 
 def _differences(case: Case, arguments: Arguments, got: Sequence[jax.Array]) -> list[dict]:
@@ -88,7 +99,7 @@ def _differences(case: Case, arguments: Arguments, got: Sequence[jax.Array]) -> 
 def lacking(q, k_pages) -> tuple[str | None, str | None]:
     """What this device lacks for the kernel of attention, and for that of its mass."""
     device = Device.current()
-    return lacks(device, q.shape[2], q, k_pages), lacks_mass(device, k_pages, q)
+    return lacks_attention(device, q.shape[2], q, k_pages), lacks_mass(device, k_pages, q)
 
 
 def _attention(*arrays, **options):

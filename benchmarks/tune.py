@@ -14,9 +14,11 @@ Exit status: 0, or 1 where the rule itself gives a wrong result. The last line o
 """
 
 import argparse
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from math import prod
@@ -126,8 +128,14 @@ class Search:
         self.arrays = [build(problem) for problem in some.problems]
         self.expected = [expected(*pair) for pair in zip(some.problems, self.arrays, strict=True)]
 
+    def prepare_all(self, candidates: Sequence[Tuning]) -> dict[Tuning, list[Contestant] | str]:
+        """Of each candidate what `prepare` finds. Most of the time goes into compiling: it is shared out."""
+        with ThreadPoolExecutor(max(1, min(len(candidates), os.cpu_count() or 1))) as pool:
+            return dict(zip(candidates, pool.map(self.prepare, candidates), strict=True))
+
+    @use_backend("triton", interpret=not HAS_GPU)
     def prepare(self, candidate: Tuning) -> list[Contestant] | str:
-        """A contestant for each problem, all of them right, or why not."""
+        """A contestant for each problem, all of them right and compiled, or why not."""
         found = []
         for problem, arrays, want in zip(self.some.problems, self.arrays, self.expected, strict=True):
             try:
@@ -135,6 +143,7 @@ class Search:
                     problem, arrays, backend="auto", shared_prefix=False, tuning=candidate
                 )
                 error = worst_error(problem, want, contestant.check())
+                contestant.seconds()
             except Exception as reason:  # Whatever the compiler says: too much shared memory, most often.
                 return f"{type(reason).__name__}: {str(reason)[:100]!r}"
             if not error <= 1:
@@ -187,8 +196,7 @@ def search(some: Class, device: Device, deadline: float) -> Found | None:
         if time.monotonic() > deadline or (name == "query_tile" and some.shape.queries == "one"):
             continue
         rivals = {}
-        for candidate in candidates(best, name):
-            prepared = looking.prepare(candidate)
+        for candidate, prepared in looking.prepare_all(candidates(best, name)).items():
             if isinstance(prepared, str):
                 print(f"  {name}={getattr(candidate, name)}: {prepared}", flush=True)
             else:

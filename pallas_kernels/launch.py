@@ -1,9 +1,11 @@
 """One way to launch a Pallas Triton kernel, for every operation."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from functools import lru_cache, partial
 from typing import Any
 
+import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -26,8 +28,10 @@ def launch(
 ) -> Callable:
     """`pl.pallas_call` on the Triton backend, with whole arrays as references.
 
+    Equal launches are one compiled function: a model's layers trace and lower theirs once.
+
     Args:
-      kernel: takes a reference for each argument and each result.
+      kernel: a function, or a `partial` of one with hashable arguments. It takes a reference for each argument and each result.
       grid: programs; the first axis is the fastest.
       out_shape: shapes and dtypes of the results.
       name: what a profile shows.
@@ -36,13 +40,51 @@ def launch(
       cost: flops and bytes, for the scheduler.
       aliases: argument number to number of the result that takes its buffer.
     """
-    return pl.pallas_call(
-        kernel,
+    single = isinstance(out_shape, jax.ShapeDtypeStruct)
+    return _launch(
+        _Kernel(kernel),
+        grid,
+        out_shape if single else tuple(out_shape),
+        name,
+        num_warps,
+        num_stages,
+        interpret,
+        cost,
+        tuple((aliases or {}).items()),
+    )
+
+
+@lru_cache(maxsize=1024)
+def _launch(kernel, grid, out_shape, name, num_warps, num_stages, interpret, cost, aliases) -> Callable:
+    call = pl.pallas_call(
+        kernel.function,
         grid=grid,
         out_shape=out_shape,
-        input_output_aliases=aliases or {},
+        input_output_aliases=dict(aliases),
         compiler_params=plgpu.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         cost_estimate=cost,
         interpret=interpret,
         name=name,
     )
+    return jax.jit(call)
+
+
+class _Kernel:
+    """A function that is equal to another partial of the same with the same arguments."""
+
+    def __init__(self, function: Callable):
+        self.function, self._key = function, _key(function)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Kernel) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, partial):
+        return _key(value.func), tuple(map(_key, value.args)), tuple(
+            (name, _key(one)) for name, one in sorted(value.keywords.items())
+        )
+    return value

@@ -26,7 +26,7 @@ from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
-from pallas_kernels.paged_attention.tiles import how_read, read_tile
+from pallas_kernels.paged_attention.tiles import assembled, how_read, read_tile
 from pallas_kernels.paged_attention.tuning import Tuning
 
 # Programs for each that can be resident: more even out what they take, fewer begin less often.
@@ -58,10 +58,12 @@ def attention_mass(
     num_tiles = -(-max_tokens // tuning.key_tile)
     programs = min(num_tiles, -(-_WAVES * tuning.programs // (kv_heads * num_seqs)))
     words, view = how_read(k_pages, tuning)
+    codes = None if k_scales is None else k_pages.dtype
     kernel = partial(
         _receive,
         rows=rows_like(q, kv_heads, words, tuning),
-        codes=None if k_scales is None else k_pages.dtype,
+        codes=codes,
+        assembled=assembled(codes, q.dtype, tuning, interpret),
         tuning=tuning,
         scale=scale,
         window=window,
@@ -107,6 +109,7 @@ def _receive(
     *refs,
     rows: Callable[..., Rows],
     codes,
+    assembled,
     tuning: Tuning,
     scale: float,
     window: int | None,
@@ -140,7 +143,7 @@ def _receive(
         ids = plgpu.load(page_table_ref.at[table_row, lax.div(places, page_size)], mask=real, other=0)
         geometry = rows(first_row, num_rows, head)
         at = (layer, ids[:, None], head, offsets[:, None], geometry.word[None, :])
-        k = read_tile(k_ref.at[at], real[:, None] & geometry.in_head, codes)
+        k = read_tile(k_ref.at[at], real[:, None] & geometry.in_head, codes, assembled)
         k_scales = [
             plgpu.load(scales.at[layer, ids, head, offsets], mask=real, other=0.0) for scales in scale_refs
         ]

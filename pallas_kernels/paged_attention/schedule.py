@@ -120,7 +120,8 @@ def share(
     """Cuts each query tile's key tiles into items, all of about the same size.
 
     The size is the least that makes do with `num_items`: a long sequence among short ones is cut into
-    many, so that none of the GPU waits for it.
+    many, so that none of the GPU waits for it. What is cut is cut evenly: a small last piece would leave the
+    others as large as they are.
 
     Args:
       tiles: the query tiles.
@@ -135,14 +136,17 @@ def share(
     # sum(ceil(count / size)) <= busy + sum(count) / size <= num_items
     spare = num_items - (num_tiles if busy is None else busy)
     size = jnp.maximum((jnp.sum(count, dtype=jnp.int32) + spare - 1) // spare, 1)
-    ends = jnp.cumsum((count + size - 1) // size, dtype=jnp.int32)
+    pieces = (count + size - 1) // size
+    ends = jnp.cumsum(pieces, dtype=jnp.int32)
+    # No larger, and no more pieces.
+    size = (count + pieces - 1) // jnp.maximum(pieces, 1)
     entry, nth = ragged_rows(ends, num_items)
     tile = jnp.minimum(entry, num_tiles - 1)
-    begin = jnp.where(entry < num_tiles, first[tile] + nth * size, 0)
+    begin = jnp.where(entry < num_tiles, first[tile] + nth * size[tile], 0)
     return Items(
         tile=jnp.where(entry < num_tiles, tile, 0),
         begin=begin,
-        end=jnp.where(entry < num_tiles, jnp.minimum(begin + size, last[tile]), 0),
+        end=jnp.where(entry < num_tiles, jnp.minimum(begin + size[tile], last[tile]), 0),
         starts=jnp.concatenate([jnp.zeros(1, jnp.int32), ends]),
     )
 

@@ -1,7 +1,7 @@
 """Scores in Triton: the products they are sums of, and the cap on them."""
 
 from collections.abc import Callable
-from functools import reduce
+from functools import lru_cache, reduce
 from math import e, log2
 from operator import add
 
@@ -16,6 +16,7 @@ from pallas_kernels.quantization import is_quantized
 LOG2E = log2(e)
 
 
+@lru_cache
 def product_for(q_dtype, k_dtype, tuning: Tuning, interpret: bool) -> Callable:
     """The matrix product of queries with keys, and of weights with values."""
     # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.

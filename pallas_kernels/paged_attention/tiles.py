@@ -12,6 +12,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import int4
+from pallas_kernels.paged_attention import ptx
 from pallas_kernels.paged_attention.rows import Rows
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import WORD, as_float8, as_words, is_int4, is_quantized
@@ -26,9 +27,17 @@ def how_read(pages, tuning: Tuning) -> tuple[int, Callable]:
     return words, as_words if words > 1 else as_float8
 
 
-def read_tile(at, mask, codes):
+def assembled(codes, q_dtype, tuning: Tuning, interpret: bool):
+    """The dtype that codes become in assembly, or None."""
+    return q_dtype if tuning.ptx and not interpret and codes is not None and ptx.converts(codes, q_dtype) else None
+
+
+def read_tile(at, mask, codes, assembled=None):
     """K or V of a tile, by parts: codes, or numbers."""
-    return _unpack(plgpu.load(at, mask=mask, other=jnp.zeros((), at.dtype)), codes)
+    tile = plgpu.load(at, mask=mask, other=jnp.zeros((), at.dtype))
+    if assembled is not None and tile.dtype == jnp.int32:
+        return ptx.numbers(tile, codes, assembled)
+    return _unpack(tile, codes)
 
 
 def _unpack(tile, codes):

@@ -27,7 +27,7 @@ from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
-from pallas_kernels.paged_attention.tiles import how_read, load_words, numbers_of, read_tile
+from pallas_kernels.paged_attention.tiles import assembled, how_read, load_words, numbers_of, read_tile
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import is_int4
 from pallas_kernels.ragged import ragged_rows
@@ -177,6 +177,7 @@ def _visit(
         _attend,
         rows=rows_like(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
         codes=codes,
+        assembled=assembled(codes, q.dtype, tuning, interpret),
         key_tile=tuning.key_tile,
         scale=scale,
         window=window,
@@ -218,6 +219,7 @@ def _attend(
     *refs,
     rows: Callable[..., Rows],
     codes,
+    assembled,
     key_tile: int,
     scale: float,
     window: int | None,
@@ -265,7 +267,7 @@ def _attend(
         real = mine.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
-        k, v = (read_tile(ref.at[at], real, codes) for ref in (k_ref, v_ref))
+        k, v = (read_tile(ref.at[at], real, codes, assembled) for ref in (k_ref, v_ref))
         place = layer, ids, head, offsets
         if four_bits:
             words = [load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]

@@ -30,6 +30,7 @@ class Tuning:
       codes_a_word: codes of a byte that are read, and multiplied, as parts of a word: 1 or 4.
       exact_float32: float32 products as they are, where a GPU's matrix units take float32 (CDNA) or
         none at all. Else three products of TF32 parts, as accurate and on matrix units.
+      ptx: words of codes become numbers of 16 bits in NVIDIA's assembly.
     """
 
     query_tile: int
@@ -39,6 +40,7 @@ class Tuning:
     programs: int
     codes_a_word: int = 4
     exact_float32: bool = False
+    ptx: bool = True
 
     def __post_init__(self):
         for name in ("query_tile", "key_tile", "num_warps", "num_stages", "programs"):
@@ -127,7 +129,7 @@ def rule(
     if rdna:
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
         num_warps = 8 if row_bytes > 128 or many_registers else 4
-        return Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+        return Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True, ptx=False)
     if device.platform == "rocm":
         key_tile = min(key_tile, 32 if codes and many_registers else 64)
         if most_registers:
@@ -136,7 +138,7 @@ def rule(
         if is_int4(dtype):
             num_warps = _rocm_int4_warps(device, row_bytes)
             key_tile = _int4_key_tile(2 * num_warps, head_dim)
-        return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+        return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True, ptx=False)
     if codes:
         key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
     num_stages, codes_a_word = (6 if codes else 4), 4

@@ -111,6 +111,15 @@ def test_a_long_sequence_is_cut_as_finely_as_many_short_ones_allow():
     assert np.count_nonzero(sizes) == 63 + -(-512 // sizes.max())
 
 
+def test_what_is_cut_is_cut_evenly():
+    """64 of 128 key tiles for 66 items more than tiles: 64 and 64 of each, not 125 and 3."""
+    tiles = tiles_of(64, 1, np.full(64, 8192, np.int32), np.ones(64, np.int32))
+    items = schedule.share(tiles, 130, 64)
+    sizes = np.asarray(items.end - items.begin)
+    assert np.unique(sizes[sizes > 0]).tolist() == [64]
+    assert sizes.sum() == 64 * 128
+
+
 PAGE, UNIT, MOST_SEQS = 4, 8, 7
 TOKEN_BYTES, PARTIAL_BYTES = 16, 24
 forests = st.lists(
