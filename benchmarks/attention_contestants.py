@@ -18,7 +18,7 @@ import numpy as np
 
 import pallas_kernels
 from benchmarks.attention_problems import Arrays, Problem
-from benchmarks.timing import stopwatch
+from benchmarks.timing import of_one_more, stopwatch
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import dequantize
 
@@ -165,31 +165,31 @@ def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[An
     launching each from Python may take longer than it runs. What is checked is what is timed."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    calls = _calls() * problem.layers
-
-    def run():
+    def run(calls: int):
         for call in range(1, calls):
             attend(-call % problem.layers)
         return attend(0)
 
-    recorded = functools.cache(lambda: _recorded(run) if HAS_GPU else run)
+    @functools.cache
+    def recorded(calls: int):
+        return _recorded(partial(run, calls)) if HAS_GPU else partial(run, calls)
 
     @torch.inference_mode()
     def check():
-        recorded()().zero_()  # a recording without the kernels would leave it so
-        return unpad(recorded()())
+        recorded(1)().zero_()  # a recording without the kernels would leave it so
+        return unpad(recorded(1)())
 
     @torch.inference_mode()
-    def seconds():
+    def seconds(calls: int) -> float:
         if HAS_GPU:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        recorded()()
+        recorded(calls)()
         if HAS_GPU:
             torch.cuda.synchronize()
-        return (time.perf_counter() - start) / calls
+        return time.perf_counter() - start
 
-    return Contestant(check, seconds)
+    return Contestant(check, lambda: of_one_call(seconds, problem.layers))
 
 
 def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -221,26 +221,29 @@ def _masking(problem: Problem) -> tuple[bool, bool]:
     return causal, not (causal or (even and max(problem.queries) == 1))
 
 
-def _calls() -> int:
-    # To launch a program takes tens of microseconds.
-    return 10 if HAS_GPU else 1
+def of_one_call(seconds: Callable[[int], float], layers: int = 1) -> float:
+    """Of a program of so many calls, all layers in turn."""
+    if not HAS_GPU:
+        return seconds(layers) / layers
+    return of_one_more(seconds, few=layers, many=11 * layers)
 
 
 def of_jax(attend, problem: Problem, q, *arguments, unpad=lambda out: out) -> Contestant:
     """`attend(layer, q, *arguments)`: several calls in one program, each waiting for the one before."""
-    calls = _calls() * problem.layers
     # Traced once for all calls.
     attend = jax.jit(attend, static_argnums=0)
 
-    @jax.jit
-    def run(q, *arguments):
+    @partial(jax.jit, static_argnums=0)
+    def run(calls, q, *arguments):
         for call in range(calls):
             q = (q + attend(call % problem.layers, q, *arguments)).astype(q.dtype)
         return q
 
+    def seconds(calls: int) -> float:
+        return stopwatch(run, calls, q, *arguments)[0]
+
     return Contestant(
-        check=lambda: unpad(attend(0, q, *arguments)),
-        seconds=lambda: stopwatch(run, q, *arguments)[0] / calls,
+        check=lambda: unpad(attend(0, q, *arguments)), seconds=lambda: of_one_call(seconds, problem.layers)
     )
 
 

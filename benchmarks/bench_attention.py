@@ -1,11 +1,11 @@
 """The race: attention, append and page copy beside whatever else can do it, in one run.
 
-    python -m benchmarks.bench_attention [--only PART ...] [--minutes M]
+    python -m benchmarks.bench_attention [--only PART ...] [--without NAME ...] [--minutes M]
 
 Every contestant is held to NumPy float64 first (in the first, the longest and the last sequence of a batch,
-their last 16 queries), and takes its turns with the others. A time is that of one layer; on a GPU, of several
-calls in one program (of PyTorch's, in one CUDA graph), each waiting for the one before, over layers that
-together do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the copy
+their last 16 queries), and takes its turns with the others. A time is that of one layer; on a GPU, what
+ten calls more in one program take (of PyTorch's, in one CUDA graph), each waiting for the one before, over
+layers that together do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the copy
 bandwidth of the same run, or the counted flops at its rate of matrix products, whichever is longer.
 
 On a CPU the `xla` backend races dense caches of the same contents, padded as they must be. Without a GPU
@@ -286,24 +286,32 @@ def _coded_bar(name: str, ratio: float) -> dict:
 
 def copy_seconds(num_bytes: int) -> Callable[[], float]:
     """A device copy that reads and writes so many bytes together."""
-    source, calls = jnp.ones(max(1, int(num_bytes) // 4), jnp.bfloat16), 10 if HAS_GPU else 1
+    source = jnp.ones(max(1, int(num_bytes) // 4), jnp.bfloat16)
 
-    @jax.jit
-    def run(x):
+    @partial(jax.jit, static_argnums=0)
+    def run(calls, x):
         for _ in range(calls):
             # Adding zero would be taken out; each pass must wait for the one before.
             x = jax.lax.optimization_barrier(x + jnp.bfloat16(1))
         return x
 
-    return lambda: stopwatch(run, source)[0] / calls
+    return lambda: contestants.of_one_call(lambda calls: stopwatch(run, calls, source)[0])
 
 
 def product_seconds(flops: int, dtype: str) -> Callable[[], float]:
     """The time of so many flops at the rate of a large square matrix product."""
     size = 8192 if HAS_GPU else 1024
     a = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    run = jax.jit(lambda a: a @ a)
-    return lambda: stopwatch(run, a)[0] * flops / (2 * size**3)
+
+    @partial(jax.jit, static_argnums=0)
+    def run(calls, a):
+        b = a
+        for _ in range(calls):
+            b = a @ b
+        return b
+
+    share = flops / (2 * size**3)
+    return lambda: share * contestants.of_one_call(lambda calls: stopwatch(run, calls, a)[0])
 
 
 def writes() -> list[dict]:

@@ -38,7 +38,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxkv
-from benchmarks.timing import Sample, conditions, microseconds, publish, stopwatch
+from benchmarks.timing import Sample, conditions, microseconds, of_one_more, publish, stopwatch
 from benchmarks.traces import Division, divide, read_trace
 from jaxkv import catalog
 from jaxkv.device_memory import PeakMemory
@@ -307,10 +307,18 @@ def _lines(result: Mapping[str, Any], sample: Sample) -> str:
 def copy_bandwidth() -> float:
     """Bytes a second that a device copy reads and writes together."""
     source = jnp.ones(2**28 if HAS_GPU else 2**22, jnp.bfloat16)
-    copy = jax.jit(lambda x: x + jnp.bfloat16(1))
-    copy(source)
-    seconds = min(stopwatch(copy, source)[0] for _ in range(10))
-    return 2 * source.nbytes / seconds
+
+    @partial(jax.jit, static_argnums=0)
+    def copy(calls, x):
+        for _ in range(calls):
+            x = jax.lax.optimization_barrier(x + jnp.bfloat16(1))
+        return x
+
+    def seconds(calls: int) -> float:
+        copy(calls, source)
+        return min(stopwatch(copy, calls, source)[0] for _ in range(10))
+
+    return 2 * source.nbytes / of_one_more(seconds, few=1, many=5)
 
 
 def too_large(problem: Problem) -> str | None:

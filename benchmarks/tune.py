@@ -128,11 +128,6 @@ class Search:
         self.arrays = [build(problem) for problem in some.problems]
         self.expected = [expected(*pair) for pair in zip(some.problems, self.arrays, strict=True)]
 
-    def prepare_all(self, candidates: Sequence[Tuning]) -> dict[Tuning, list[Contestant] | str]:
-        """Of each candidate what `prepare` finds. Most of the time goes into compiling: it is shared out."""
-        with ThreadPoolExecutor(max(1, min(len(candidates), os.cpu_count() or 1))) as pool:
-            return dict(zip(candidates, pool.map(self.prepare, candidates), strict=True))
-
     @use_backend("triton", interpret=not HAS_GPU)
     def prepare(self, candidate: Tuning) -> list[Contestant] | str:
         """A contestant for each problem, all of them right and compiled, or why not."""
@@ -196,7 +191,7 @@ def search(some: Class, device: Device, deadline: float) -> Found | None:
         if time.monotonic() > deadline or (name == "query_tile" and some.shape.queries == "one"):
             continue
         rivals = {}
-        for candidate, prepared in looking.prepare_all(candidates(best, name)).items():
+        for candidate, prepared in _prepare_all(looking, candidates(best, name)).items():
             if isinstance(prepared, str):
                 print(f"  {name}={getattr(candidate, name)}: {prepared}", flush=True)
             else:
@@ -220,6 +215,12 @@ def search(some: Class, device: Device, deadline: float) -> Found | None:
     values = changed(first, best, device)
     print(f"  taken: {values.given or 'the rule'}, {times(ratio)} as fast as the rule", flush=True)
     return Found(values, ratio)
+
+
+def _prepare_all(looking: Search, some: Sequence[Tuning]) -> dict[Tuning, list[Contestant] | str]:
+    """Of each candidate what `prepare` finds. Most of the time goes into compiling: it is shared out."""
+    with ThreadPoolExecutor(max(1, min(len(some), os.cpu_count() or 1))) as pool:
+        return dict(zip(some, pool.map(looking.prepare, some), strict=True))
 
 
 def changed(first: Tuning, best: Tuning, device: Device) -> Values:

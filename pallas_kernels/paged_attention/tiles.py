@@ -28,12 +28,13 @@ def how_read(pages, tuning: Tuning) -> tuple[int, Callable]:
 
 
 def assembled(codes, q_dtype, tuning: Tuning, interpret: bool):
-    """The dtype that codes become in assembly, or None."""
-    return q_dtype if tuning.ptx and not interpret and codes is not None and ptx.converts(codes, q_dtype) else None
+    """The dtype that words of codes become in assembly, or None."""
+    able = tuning.ptx and not interpret and codes is not None
+    return q_dtype if able and ptx.converts(codes, q_dtype) else None
 
 
 def read_tile(at, mask, codes, assembled=None):
-    """K or V of a tile, by parts: codes, or numbers."""
+    """K or V of a tile, by parts: codes, or numbers, of the dtype `assembled` if there is one."""
     tile = plgpu.load(at, mask=mask, other=jnp.zeros((), at.dtype))
     if assembled is not None and tile.dtype == jnp.int32:
         return ptx.numbers(tile, codes, assembled)

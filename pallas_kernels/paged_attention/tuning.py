@@ -30,7 +30,7 @@ class Tuning:
       codes_a_word: codes of a byte that are read, and multiplied, as parts of a word: 1 or 4.
       exact_float32: float32 products as they are, where a GPU's matrix units take float32 (CDNA) or
         none at all. Else three products of TF32 parts, as accurate and on matrix units.
-      ptx: words of codes become numbers of 16 bits in NVIDIA's assembly.
+      ptx: words of codes become numbers of 16 bits in NVIDIA's assembly, where there is some for them.
     """
 
     query_tile: int
@@ -40,7 +40,7 @@ class Tuning:
     programs: int
     codes_a_word: int = 4
     exact_float32: bool = False
-    ptx: bool = True
+    ptx: bool = False
 
     def __post_init__(self):
         for name in ("query_tile", "key_tile", "num_warps", "num_stages", "programs"):
@@ -129,7 +129,7 @@ def rule(
     if rdna:
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
         num_warps = 8 if row_bytes > 128 or many_registers else 4
-        return Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True, ptx=False)
+        return Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
     if device.platform == "rocm":
         key_tile = min(key_tile, 32 if codes and many_registers else 64)
         if most_registers:
@@ -138,10 +138,12 @@ def rule(
         if is_int4(dtype):
             num_warps = _rocm_int4_warps(device, row_bytes)
             key_tile = _int4_key_tile(2 * num_warps, head_dim)
-        return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True, ptx=False)
+        return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
     if codes:
         key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
-    num_stages, codes_a_word = (6 if codes else 4), 4
+    # Two bytes a number and 128 of them: more stages of codes would leave room for half as many programs,
+    # which were a tenth slower on an H100.
+    num_stages, codes_a_word = (6 if codes and (itemsize == 4 or row_bytes < 256) else 4), 4
     small = not 90 <= int(device.arch[3:]) < 120
     if is_int4(dtype):
         num_warps = 8 if row_bytes == 256 and not small else 4
@@ -157,7 +159,8 @@ def rule(
         # Parts of words would take more; and these matrix units read V from shared memory, where it comes
         # sixteen bytes at a time either way.
         codes_a_word = 1
-    return Tuning(query_tile, key_tile, 8 if many_registers else 4, num_stages, programs, codes_a_word)
+    num_warps = 8 if many_registers else 4
+    return Tuning(query_tile, key_tile, num_warps, num_stages, programs, codes_a_word, ptx=codes and itemsize == 2)
 
 
 def _int4_key_tile(num_warps: int, head_dim: int) -> int:

@@ -33,7 +33,7 @@ def table(tmp_path, monkeypatch):
 
 
 def test_a_table_goes_before_the_rule_where_it_says_something(table):
-    before = tuning.choose(H100, **DECODE)
+    before = tuning.rule(H100, **DECODE)
     path = table(H100.kind, {Shape(**ROW): Values(key_tile=32, num_stages=3, programs=2)})
     chosen = tuning.choose(H100, **DECODE)
     assert (chosen.key_tile, chosen.num_stages, chosen.programs) == (32, 3, 264)
