@@ -262,16 +262,16 @@ def _dense(problem: Problem, arrays: Arrays):
 def _gathered(arrays: Arrays, *, longest: int, asked_most: int, dtype: str):
     """On the device: through a host's memory it would take longer than the race."""
 
-    def padded(pages, scale):
-        # [layers, seqs, pages, kv_heads, page_size, ..]
-        own, *scales = (jnp.take(array, arrays.page_table, axis=1, mode="clip") for array in (pages, *scale))
-        numbers = dequantize(own, *scales, dtype) if scales else own
-        tokens = numbers.swapaxes(3, 4).reshape(*own.shape[:2], -1, *own.shape[3:6:2])[:, :, :longest]
+    def padded(pages, scales=None):
+        # [layers, seqs, pages, kv_heads, page_size, head_dim]
+        own = jnp.take(pages, arrays.page_table, axis=1, mode="clip")
+        if scales is not None:
+            own = dequantize(own, jnp.take(scales, arrays.page_table, axis=1, mode="clip"), dtype)
+        tokens = own.swapaxes(3, 4).reshape(*own.shape[:2], -1, *own.shape[3:6:2])[:, :, :longest]
         real = jnp.arange(longest) < arrays.kv_lengths[:, None]
         return jnp.where(real[None, :, :, None, None], tokens, 0).astype(dtype)
 
-    scales = [(scale,) for scale in arrays.scales] or [(), ()]
-    k, v = (padded(*pair) for pair in zip(arrays[1:3], scales, strict=True))
+    k, v = map(padded, arrays[1:3], *([arrays.scales] if arrays.scales else []))
     nth, asked = jnp.arange(asked_most), jnp.diff(arrays.query_starts)[:, None]
     q = jnp.take(arrays.q, arrays.query_starts[:-1, None] + nth, axis=0, mode="clip")
     q = jnp.where((nth < asked)[:, :, None, None], q, 0).astype(dtype)

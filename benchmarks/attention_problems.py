@@ -141,7 +141,9 @@ def expected(problem: Problem, arrays: Arrays) -> dict[tuple[int, int], np.ndarr
     return want
 
 
-def worst_error(problem: Problem, want: dict[tuple[int, int], np.ndarray], out: jax.Array | np.ndarray) -> float:
+def worst_error(
+    problem: Problem, want: dict[tuple[int, int], np.ndarray], out: jax.Array | np.ndarray
+) -> float:
     """How far a result lies from what is expected, in units of the tolerance."""
     out, worst = np.asarray(out, np.float64), 0.0
     for (first, end), values in want.items():

@@ -5,8 +5,8 @@
 Every contestant is held to NumPy float64 first (in the first, the longest and the last sequence of a batch,
 their last 16 queries), and takes its turns with the others. A time is that of one layer; on a GPU, what
 ten calls more in one program take (of PyTorch's, in one CUDA graph), each waiting for the one before, over
-layers that together do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the copy
-bandwidth of the same run, or the counted flops at its rate of matrix products, whichever is longer.
+layers that together do not fit the L2 cache. `roofline` is the time that the counted bytes would take at the
+copy bandwidth of the same run, or the counted flops at its rate of matrix products, whichever is longer.
 
 On a CPU the `xla` backend races dense caches of the same contents, padded as they must be. Without a GPU
 nothing here says anything of one. What tells most is raced first: a GPU that is lent for minutes need not
@@ -36,7 +36,16 @@ import pallas_kernels
 from benchmarks import attention_contestants as contestants
 from benchmarks import attention_peers as peers
 from benchmarks.attention_contestants import HAS_GPU, Absent, Contestant
-from benchmarks.attention_problems import Arrays, Problem, build, decode, expected, ragged, uniform, worst_error
+from benchmarks.attention_problems import (
+    Arrays,
+    Problem,
+    build,
+    decode,
+    expected,
+    ragged,
+    uniform,
+    worst_error,
+)
 from benchmarks.timing import RESULTS, Sample, conditions, interleave, publish, stopwatch, times
 from pallas_kernels import cost
 

@@ -31,7 +31,8 @@ WRITTEN = "float32", "bfloat16", "float16", "int8", "uint8", "int32"
 
 def conformance(cases: Sequence[Case], seeds: Sequence[int] = (0,)) -> list[dict]:
     """Runs every case on every backend, into memory filled with NaN beforehand; returns what failed."""
-    return [failure for case in cases for backend in ("xla", "triton") for failure in _run(case, backend, seeds)]
+    runs = (_run(case, backend, seeds) for case in cases for backend in ("xla", "triton"))
+    return [failure for failures in runs for failure in failures]
 
 
 def _run(case: Case, backend: str, seeds: Sequence[int]) -> list[dict]:
@@ -107,8 +108,9 @@ def _attention(*arrays, **options):
     return pallas_kernels.paged_attention(*arrays, return_lse=True, **options)
 
 
-def _attention_and_mass(q, k_pages, v_pages, *rows, **options):
+def _attention_and_mass(q, k_pages, v_pages, page_table, kv_lengths, query_starts, **options):
     """`(out, lse, mass)`."""
+    rows = page_table, kv_lengths, query_starts
     out, lse = _attention(q, k_pages, v_pages, *rows, **options)
     for name in ("v_scales", "sinks", "shared_prefix"):
         options.pop(name, None)

@@ -64,8 +64,8 @@ def stopwatch(function: Callable, *arguments: object) -> tuple[float, Any]:
 def of_one_more(seconds: Callable[[int], float], *, few: int, many: int) -> float:
     """Seconds of a call, as what a program of many takes longer than one of few.
 
-    What surrounds the calls is left out: a launch, a wait, and of attention its schedule, which a model's layers
-    share. On an H100 that was 600 us a program, nearly as long as a call.
+    What surrounds the calls is left out: a launch, a wait, and of attention its schedule, which a model's
+    layers share. On an H100 that was some 600 us a program, nearly as long as a call.
 
     Args:
       seconds: of a program of so many calls, each of which waits for the one before.

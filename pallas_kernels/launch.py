@@ -31,7 +31,8 @@ def launch(
     Equal launches are one compiled function: a model's layers trace and lower theirs once.
 
     Args:
-      kernel: a function, or a `partial` of one with hashable arguments. It takes a reference for each argument and each result.
+      kernel: a function, or a `partial` of one with hashable arguments. It takes a reference for each
+        argument and each result.
       grid: programs; the first axis is the fastest.
       out_shape: shapes and dtypes of the results.
       name: what a profile shows.
@@ -84,7 +85,9 @@ class _Kernel:
 
 def _key(value: Any) -> Hashable:
     if isinstance(value, partial):
-        return _key(value.func), tuple(map(_key, value.args)), tuple(
-            (name, _key(one)) for name, one in sorted(value.keywords.items())
+        return (
+            _key(value.func),
+            tuple(map(_key, value.args)),
+            tuple((name, _key(one)) for name, one in sorted(value.keywords.items())),
         )
     return value

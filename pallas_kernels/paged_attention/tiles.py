@@ -29,8 +29,9 @@ def how_read(pages, tuning: Tuning) -> tuple[int, Callable]:
 
 def assembled(codes, q_dtype, tuning: Tuning, interpret: bool):
     """The dtype that words of codes become in assembly, or None."""
-    able = tuning.ptx and not interpret and codes is not None
-    return q_dtype if able and ptx.converts(codes, q_dtype) else None
+    if codes is None or interpret or not tuning.ptx:
+        return None
+    return q_dtype if ptx.converts(codes, q_dtype) else None
 
 
 def read_tile(at, mask, codes, assembled=None):

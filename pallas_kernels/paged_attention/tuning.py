@@ -159,8 +159,8 @@ def rule(
         # Parts of words would take more; and these matrix units read V from shared memory, where it comes
         # sixteen bytes at a time either way.
         codes_a_word = 1
-    num_warps = 8 if many_registers else 4
-    return Tuning(query_tile, key_tile, num_warps, num_stages, programs, codes_a_word, ptx=codes and itemsize == 2)
+    num_warps, assembled = 8 if many_registers else 4, codes and itemsize == 2
+    return Tuning(query_tile, key_tile, num_warps, num_stages, programs, codes_a_word, ptx=assembled)
 
 
 def _int4_key_tile(num_warps: int, head_dim: int) -> int:
