@@ -162,7 +162,7 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
 
 def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[Any], Any]) -> Contestant:
     """`attend(layer)` returns a tensor. On a GPU the calls are recorded once and replayed, as servers do it:
-    launching each from Python may take longer than it runs. What is checked is what is timed."""
+    launching each from Python may take longer than it runs. What is checked is recorded as what is timed."""
     import torch  # pyright: ignore[reportMissingImports]
 
     def run(calls: int):

@@ -101,7 +101,7 @@ def _shared_conformance(options: Options) -> dict[str, Any]:
         if last.startswith("{"):
             failures += json.loads(last)["failures"]
         else:
-            broken.append(f"exit {done.returncode}: {(last + done.stderr)[-1000:]}")
+            broken.append(f"exit {done.returncode}: {last} {done.stderr[-1000:]}")
     return _said(
         not failures and not broken,
         f"all cases in {options.jobs} processes, seeds 0 and {options.seed}, {len(failures)} wrong"

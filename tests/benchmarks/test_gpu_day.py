@@ -1,9 +1,12 @@
 """What the day at a GPU would judge, judged beforehand on numbers made up."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from benchmarks import bench_step, check_gpu
 from benchmarks.bench_step import Problem, judge_division, judge_memory, planned, problems
+from benchmarks.timing import of_one_more
 from benchmarks.traces import Division
 from jaxkv.device_memory import PeakMemory
 
@@ -46,6 +49,24 @@ def test_problems_come_in_the_order_of_their_memory(monkeypatch):
         monkeypatch.setattr(bench_step, "HAS_GPU", on_gpu)
         reserved = [planned(problem).kv.reserved for problem in problems()]
         assert reserved == sorted(reserved) and len(set(reserved)) == len(reserved)
+
+
+def test_what_surrounds_the_calls_of_a_program_is_no_part_of_a_call():
+    assert of_one_more(lambda calls: 640 + 718 * calls, few=1, many=11) == 718
+
+
+def test_processes_that_share_the_cases_say_what_each_found(monkeypatch):
+    """One of two ends without a word: that is no success."""
+    monkeypatch.setattr(check_gpu, "HAS_GPU", True)
+
+    def run(options, name, *arguments, **_):
+        first = arguments[-1] == "1/2"
+        said = 'so far\n{"failures": []}' if first else "so far"
+        return SimpleNamespace(stdout=said, stderr="killed", returncode=0 if first else -9)
+
+    monkeypatch.setattr(check_gpu, "_module", run)
+    result = check_gpu.check_conformance(check_gpu.Options(5, "", (), jobs=2))
+    assert result["right"] is False and "exit -9: so far killed" in result["note"]
 
 
 def test_texts_differ_first_where_one_token_does():
