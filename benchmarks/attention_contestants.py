@@ -23,6 +23,8 @@ from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import dequantize
 
 HAS_GPU = jax.default_backend() == "gpu"
+# Over the layers, of the longer program on a GPU; the shorter has one.
+_ROUNDS = 11
 
 
 class Absent(Exception):
@@ -162,7 +164,7 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
 
 def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[Any], Any]) -> Contestant:
     """`attend(layer)` returns a tensor. On a GPU the calls are recorded once and replayed, as servers do it:
-    launching each from Python may take longer than it runs. What is checked is recorded as what is timed."""
+    launching each from Python may take longer than it runs. What is checked is what is timed."""
     import torch  # pyright: ignore[reportMissingImports]
 
     def run(calls: int):
@@ -174,10 +176,13 @@ def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[An
     def recorded(calls: int):
         return _recorded(partial(run, calls)) if HAS_GPU else partial(run, calls)
 
+    # The longer of the two that are timed.
+    longest = problem.layers * (_ROUNDS if HAS_GPU else 1)
+
     @torch.inference_mode()
     def check():
-        recorded(1)().zero_()  # a recording without the kernels would leave it so
-        return unpad(recorded(1)())
+        recorded(longest)().zero_()  # a recording without the kernels would leave it so
+        return unpad(recorded(longest)())
 
     @torch.inference_mode()
     def seconds(calls: int) -> float:
@@ -225,7 +230,7 @@ def of_one_call(seconds: Callable[[int], float], layers: int = 1) -> float:
     """Of a program of so many calls, all layers in turn."""
     if not HAS_GPU:
         return seconds(layers) / layers
-    return of_one_more(seconds, few=layers, many=11 * layers)
+    return of_one_more(seconds, few=layers, many=_ROUNDS * layers)
 
 
 def of_jax(attend, problem: Problem, q, *arguments, unpad=lambda out: out) -> Contestant:

@@ -28,6 +28,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,7 +47,12 @@ from benchmarks.gpu_conformance import CASES, HAS_GPU, WRITTEN, conformance, wri
 from benchmarks.timing import publish
 
 OPERATIONS = 1000 if HAS_GPU else 20
-MEMCHECKED = "window over", "rows of no", "71", "prefill and", "samples"
+MEMCHECKED = (
+    *("window over", "rows of no", "71", "prefill and", "samples", "sink tokens over"),
+    *("decode of int8, float16", "decode of uint8", "decode of int4", "shared prefix of int8"),
+)
+# The exit status of what was ended for being late.
+LATE = 124
 # Ours, and those that are wrong on purpose; to check the compiler's as well takes ten times as long.
 CHECKED_KERNELS = "attention", "append", "copy_", "move_", "wrong", "race"
 # Without a GPU every sixteenth case, and the shapes that compile soonest.
@@ -87,27 +93,30 @@ def check_conformance(options: Options) -> dict[str, Any]:
 
 def _shared_conformance(options: Options) -> dict[str, Any]:
     """The same in several processes."""
-    arguments = ["--seed", "0", str(options.seed), "--cases", *(options.cases or ("",))]
+    seeds = dict.fromkeys((0, options.seed))
+    arguments = ["--seed", *map(str, seeds), "--cases", *(options.cases or ("",))]
 
     def run(nth: int) -> subprocess.CompletedProcess[str]:
         return _module(options, "gpu_conformance", *arguments, "--share", f"{nth + 1}/{options.jobs}")
 
     with ThreadPoolExecutor(options.jobs) as pool:
         shares = list(pool.map(run, range(options.jobs)))
-    failures, broken = [], []
+    failures, broken, late = [], [], 0
     for done in shares:
         *said, last = done.stdout.splitlines() or [""]
         print(*said, sep="\n", end="\n" if said else "", flush=True)
         if last.startswith("{"):
             failures += json.loads(last)["failures"]
+            continue
+        failures += [line for line in (*said, last) if line.startswith("WRONG")]
+        if done.returncode == LATE:
+            late += 1
         else:
             broken.append(f"exit {done.returncode}: {last} {done.stderr[-1000:]}")
-    return _said(
-        not failures and not broken,
-        f"all cases in {options.jobs} processes, seeds 0 and {options.seed}, {len(failures)} wrong"
-        + "".join(f"; a process ended with {end}" for end in broken),
-        failures=failures,
-    )
+    note = f"{options.jobs} processes, seeds 0 and {options.seed}, {len(failures)} wrong"
+    note += "".join(f"; one ended with {end}" for end in broken)
+    note += f"; {late} not finished in {options.limit:.0f} s" if late else ""
+    return _judged(not failures and not broken, late > 0, note, failures=failures)
 
 
 def check_text(options: Options) -> dict[str, Any]:
@@ -122,6 +131,8 @@ def check_text(options: Options) -> dict[str, Any]:
     written = []
     with ThreadPoolExecutor(len(platforms)) as pool:
         for done in pool.map(write, platforms):
+            if done.returncode == LATE:
+                return _not_run(f"not finished in {options.limit:.0f} s")
             if done.returncode == 2 or "No module named" in done.stderr:
                 return _not_run(done.stderr.strip().splitlines()[-1])
             if done.returncode:
@@ -154,21 +165,24 @@ def check_machine(
     except ModuleNotFoundError as error:
         return _not_run(str(error))
     names = list(shapes_of("--policies" in extra)) if HAS_GPU and options.jobs > 1 else []
-    each = [("--shapes", name) for name in names] or [() if HAS_GPU else ("--shapes", *shapes)]
+    each = [("--shape", name) for name in names] or [() if HAS_GPU else ("--shapes", *shapes)]
     arguments = ["--operations", str(-(-OPERATIONS // len(each))), "--seed", str(options.seed), *extra]
-    counted, broken = {}, []
+    counted, broken, late = {}, [], 0
     with ThreadPoolExecutor(len(each)) as pool:
         run = partial(_module, options, "gpu_machines", *arguments)
         for done in pool.map(lambda chosen: run(*chosen), each):
             print(done.stdout, end="", flush=True)
             lines = done.stdout.splitlines()
             counted |= json.loads(lines[-1])["operations"] if lines and lines[-1].startswith("{") else {}
-            if done.returncode:
+            if done.returncode == LATE:
+                late += 1
+            elif done.returncode:
                 broken.append(f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
     said = f"{sum(counted.values())} operations in {len(counted)} shapes, seed {options.seed}"
-    if broken:
-        return _said(False, f"{said}; {'; '.join(broken)}", operations=counted)
-    return _said(sum(counted.values()) >= OPERATIONS, said, operations=counted)
+    said += "".join(f"; {end}" for end in broken)
+    said += f"; {late} processes not finished in {options.limit:.0f} s" if late else ""
+    enough = late > 0 or sum(counted.values()) >= OPERATIONS
+    return _judged(enough and not broken, late > 0, said, operations=counted)
 
 
 def check_policies(options: Options) -> dict[str, Any]:
@@ -191,10 +205,18 @@ def check_sanitizer(options: Options, tool: str, wrong: str) -> dict[str, Any]:
     if caught.returncode != 9:
         said = f"worthless: it does not report the kernel that is wrong on purpose (exit {caught.returncode})"
         return _said(False, f"{said}: {(caught.stdout + caught.stderr)[-500:]}")
-    cases = ["--only", "conformance", "--seed", "0", "--cases", *MEMCHECKED]
-    ours = _module(options, "check_gpu", *cases, under=under, environment=environment)
-    clean = ours.returncode == 0
-    return _said(clean, "clean" if clean else f"exit {ours.returncode}: {ours.stdout[-2000:]}")
+    run = partial(_module, options, "gpu_conformance", under=under, environment=environment)
+    attention = run("--only", "attention", "--cases", *MEMCHECKED)
+    if attention.returncode == LATE:
+        return _not_run(f"not finished in {options.limit:.0f} s")
+    if attention.returncode:
+        return _said(False, f"exit {attention.returncode}: {attention.stdout[-2000:]}")
+    writes = run("--only", "writes")
+    if writes.returncode in (1, 9):
+        return _said(False, f"writes: exit {writes.returncode}: {writes.stdout[-2000:]}")
+    # On an H100 compute-sanitizer itself ended so (CUDA 13.0), before it had said anything.
+    ended = "" if writes.returncode == 0 else f"; not the writes: ended with {writes.returncode}"
+    return _judged(True, bool(ended), f"attention clean{ended or ', and writes'}")
 
 
 def _module(
@@ -204,18 +226,32 @@ def _module(
     under: list[str] | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs one of the modules beside this one.
-
-    Raises:
-      subprocess.TimeoutExpired: where it takes longer than `--limit`.
-    """
+    """Runs one of the modules beside this one; its status is `LATE` where `--limit` ended it."""
     command = [*(under or ()), sys.executable, "-m", f"benchmarks.{name}", *arguments]
     everything = {**os.environ, **(environment or {})}
-    return subprocess.run(command, capture_output=True, text=True, env=everything, timeout=options.limit)
+    pipe = subprocess.PIPE
+    # A session of its own, so that what a sanitizer runs ends with it.
+    with subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=everything, start_new_session=True
+    ) as process:
+        try:
+            said = process.communicate(timeout=options.limit)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            said = process.communicate()
+            return subprocess.CompletedProcess(command, LATE, *said)
+    return subprocess.CompletedProcess(command, process.returncode, *said)
 
 
 def _said(right: bool, note: str, **more: Any) -> dict[str, Any]:
     return {"ran": True, "right": right, "note": note, **more}
+
+
+def _judged(right: bool, unfinished: bool, note: str, **more: Any) -> dict[str, Any]:
+    """What was wrong stays wrong; what was not finished is not right."""
+    if right and unfinished:
+        return {"ran": False, "right": None, "note": note, **more}
+    return _said(right, note, **more)
 
 
 def _not_run(reason: str) -> dict[str, Any]:
@@ -253,10 +289,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     def run(name: str) -> dict[str, Any]:
         began = time.perf_counter()
-        try:
-            result = PARTS[name](options)
-        except subprocess.TimeoutExpired as late:
-            result = {"ran": False, "right": None, "note": f"not finished in {late.timeout:.0f} s"}
+        result = PARTS[name](options)
         ended = time.perf_counter()
         word = {True: "right", False: "WRONG", None: "-"}[result["right"]]
         print(f"{ended - start:6.0f} s  {name}: {word}: {result['note']}", flush=True)

@@ -1,6 +1,6 @@
 """The kernels beside NumPy float64: what `check_gpu` runs first. A seed gives the same inputs again.
 
-    python -m benchmarks.gpu_conformance [--cases PART ...] [--seed N ...] [--share K/N] [--no-writes]
+    python -m benchmarks.gpu_conformance [--cases PART ...] [--seed N ...] [--share K/N] [--only WHAT]
 
 Exit status: 0, or 1 where a result is wrong. The last line of output is one JSON document.
 """
@@ -122,8 +122,10 @@ def write_conformance(dtypes: tuple[str, ...] = WRITTEN, seed: int = 0) -> list[
 
     Four-bit codes must be the reference's, bit for bit; others stand for the same numbers.
     """
-    random, failures = np.random.default_rng(seed), []
+    failures = []
     for dtype in dtypes:
+        # The same, whoever else is tried.
+        random = np.random.default_rng([seed, WRITTEN.index(dtype)])
         codes = is_quantized(dtype)
         numbers = jnp.bfloat16 if codes else jnp.dtype(dtype)
         k, v = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.float32 if codes else numbers)
@@ -191,11 +193,13 @@ def main() -> int:
     parser.add_argument("--cases", nargs="+", default=[""], metavar="PART", help="of the cases' names")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N shares of the work")
-    parser.add_argument("--no-writes", action="store_true", help="attention alone")
+    parser.add_argument("--only", choices=("attention", "writes"))
     options = parser.parse_args()
     nth, shares = map(int, options.share.split("/"))
     chosen = [case for case in CASES if any(part in case.name for part in options.cases)]
-    written = () if options.no_writes else WRITTEN
+    chosen, written = ([] if options.only == "writes" else chosen), WRITTEN
+    if options.only == "attention":
+        written = ()
     failures = []
     failures += conformance(chosen[nth - 1 :: shares], options.seed)
     for seed in options.seed:

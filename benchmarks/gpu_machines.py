@@ -4,6 +4,7 @@ Every operation is applied to a poisoned cache and to the plain Python one, and 
 compared. Of the policies' machines those whose choice no rounding can turn: windows, and least recently used.
 
     python -m benchmarks.gpu_machines [--policies] [--operations N] [--seed N] [--shapes PART ...]
+        [--shape NAME]
 
 Exit status: 0, or 1 where a history goes wrong (Hypothesis prints the shortest it found). The last line of
 output is one JSON document: operations by shape.
@@ -78,8 +79,11 @@ def main() -> int:
     parser.add_argument("--operations", type=int, default=1000, help="of all shapes together, at least")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shapes", nargs="+", metavar="PART", help="of the shapes' names")
+    parser.add_argument("--shape", metavar="NAME", help="one of them, by its whole name")
     options = parser.parse_args()
     kind, shapes = PolicyMachine if options.policies else Machine, shapes_of(options.policies)
+    if options.shape:
+        shapes = {name: shape for name, shape in shapes.items() if name == options.shape}
     if options.shapes:
         shapes = {name: s for name, s in shapes.items() if any(part in name for part in options.shapes)}
     if not shapes:

@@ -43,7 +43,7 @@ ROUNDS = 7 if HAS_GPU else 2
 WORTH = 1.01
 # What is tried in place of a value: these times of it, or these.
 TIMES = {"key_tile": (0.5, 2), "query_tile": (0.5, 2), "programs": (0.5, 2)}
-INSTEAD = {"num_warps": (4, 8), "num_stages": (2, 3, 4, 5, 6)}
+INSTEAD = {"num_warps": (2, 4, 8), "num_stages": (2, 3, 4, 5, 6)}
 ORDER = "key_tile", "num_warps", "num_stages", "programs", "query_tile"
 
 

@@ -78,10 +78,10 @@ def attention_mass(
     arrays = q, k_pages, page_table, table_rows, kv_lengths, query_starts, lse
     options: dict[str, Any] = dict(
         layer=layer,
-        scale=1 / sqrt(head_dim_of(k_pages)) if scale is None else scale,
+        scale=1 / sqrt(head_dim_of(k_pages)) if scale is None else float(scale),
         window=None if window is None else min(window, 2**30),
         sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         k_scales=k_scales,
     )
     if chosen.name == "xla":

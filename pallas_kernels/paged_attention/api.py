@@ -103,10 +103,10 @@ def paged_attention(
     max_keys = page_table.shape[1] * k_pages.shape[3]
     options: dict[str, Any] = dict(
         layer=layer,
-        scale=1 / sqrt(q.shape[-1]) if scale is None else scale,
+        scale=1 / sqrt(q.shape[-1]) if scale is None else float(scale),
         window=None if window is None else min(window, 2**30),
         sink_tokens=min(sink_tokens, max_keys),
-        softcap=softcap,
+        softcap=None if softcap is None else float(softcap),
         sinks=sinks,
         k_scales=k_scales,
         v_scales=v_scales,

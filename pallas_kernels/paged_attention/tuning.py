@@ -30,7 +30,8 @@ class Tuning:
       codes_a_word: codes of a byte that are read, and multiplied, as parts of a word: 1 or 4.
       exact_float32: float32 products as they are, where a GPU's matrix units take float32 (CDNA) or
         none at all. Else three products of TF32 parts, as accurate and on matrix units.
-      ptx: words of codes become numbers of 16 bits in NVIDIA's assembly, where there is some for them.
+      ptx: words of codes become numbers of 16 bits in NVIDIA's assembly, where there is some for them. For
+        CUDA alone.
     """
 
     query_tile: int
@@ -122,8 +123,8 @@ def rule(
     rows = next_power_of_two(query_tile * group)
     many_registers = rows > 32 or row_bytes > 512
     most_registers = rows * row_bytes > 64 * 256 or (codes and rows > 64)
-    # A tile of K is 16 KB on CUDA: two are under way while one is worked on, and two programs fit. Codes
-    # take half of it, and more tiles are under way.
+    # A tile of K is 16 KB on CUDA: one or two are under way while one is worked on, and two programs fit.
+    # Codes take half of it, and four do.
     key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:

@@ -69,6 +69,20 @@ def test_processes_that_share_the_cases_say_what_each_found(monkeypatch):
     assert result["right"] is False and "exit -9: so far killed" in result["note"]
 
 
+@pytest.mark.parametrize(("said", "right"), [("", None), ("WRONG: {'case': 'a'}\n", False)])
+def test_a_process_that_is_late_is_not_right_and_what_it_found_wrong_stays_so(monkeypatch, said, right):
+    monkeypatch.setattr(check_gpu, "HAS_GPU", True)
+    late = SimpleNamespace(stdout=said, stderr="", returncode=check_gpu.LATE)
+    monkeypatch.setattr(check_gpu, "_module", lambda *arguments: late)
+    result = check_gpu.check_conformance(check_gpu.Options(5, "", (), jobs=2, limit=9))
+    assert result["right"] is right and "2 not finished in 9 s" in result["note"]
+
+
+def test_a_process_beyond_its_time_is_ended():
+    options = check_gpu.Options(5, "", (), limit=0.2)
+    assert check_gpu._module(options, "check_gpu", "--help").returncode == check_gpu.LATE
+
+
 def test_texts_differ_first_where_one_token_does():
     assert check_gpu._first_difference([1, 2, 3], [1, 2, 3]) is None
     assert check_gpu._first_difference([1, 2, 3], [1, 5, 4]) == 1
