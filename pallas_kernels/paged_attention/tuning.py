@@ -160,7 +160,9 @@ def rule(
         # Parts of words would take more; and these matrix units read V from shared memory, where it comes
         # sixteen bytes at a time either way.
         codes_a_word = 1
-    num_warps, assembled = 8 if many_registers else 4, codes and itemsize == 2
+    # With float16 queries and short rows the assembly would spill.
+    assembled = codes and itemsize == 2 and (row_bytes >= 256 or jnp.dtype(q_dtype) != jnp.float16)
+    num_warps = 8 if many_registers else 4
     return Tuning(query_tile, key_tile, num_warps, num_stages, programs, codes_a_word, ptx=assembled)
 
 
