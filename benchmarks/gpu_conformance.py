@@ -197,11 +197,9 @@ def main() -> int:
     options = parser.parse_args()
     nth, shares = map(int, options.share.split("/"))
     chosen = [case for case in CASES if any(part in case.name for part in options.cases)]
-    chosen, written = ([] if options.only == "writes" else chosen), WRITTEN
-    if options.only == "attention":
-        written = ()
-    failures = []
-    failures += conformance(chosen[nth - 1 :: shares], options.seed)
+    chosen = [] if options.only == "writes" else chosen
+    written = () if options.only == "attention" else WRITTEN
+    failures = conformance(chosen[nth - 1 :: shares], options.seed)
     for seed in options.seed:
         failures += write_conformance(written[nth - 1 :: shares], seed)
     print(json.dumps({"failures": failures}))

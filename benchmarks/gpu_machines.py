@@ -87,7 +87,7 @@ def main() -> int:
     if options.shapes:
         shapes = {name: s for name, s in shapes.items() if any(part in name for part in options.shapes)}
     if not shapes:
-        parser.error(f"no shape is called {options.shapes}")
+        parser.error(f"no shape is called {options.shape or options.shapes}")
     start, compared, each = time.perf_counter(), {}, -(-options.operations // len(shapes))
     for name, shape in shapes.items():
         try:

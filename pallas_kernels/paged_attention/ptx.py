@@ -31,27 +31,19 @@ _INT8_TO_FLOAT16 = f"""
     add.f16x2 $0, a, c;
 """
 # Exponents start 120 lower in a bfloat16, and 8 lower in a float16; subnormal codes are subnormal there too.
-_E4M3_TO_BFLOAT16 = f"""
+_E4M3 = f"""
     and.b32 a, r, 0x7F007F00;
-    shr.b32 a, a, 4;
+    shr.b32 a, a, {{shift}};
     lop3.b32 a, r, 0x80008000, a, {_AND_OR};
-    mov.b32 b, 0x7B807B80;
+    mov.b32 b, {{power}};
     mov.b32 c, 0x80008000;
-    fma.rn.bf16x2 $0, a, b, c;
-"""
-_E4M3_TO_FLOAT16 = f"""
-    and.b32 a, r, 0x7F007F00;
-    shr.b32 a, a, 1;
-    lop3.b32 a, r, 0x80008000, a, {_AND_OR};
-    mov.b32 b, 0x5C005C00;
-    mov.b32 c, 0x80008000;
-    fma.rn.f16x2 $0, a, b, c;
+    fma.rn.{{kind}} $0, a, b, c;
 """
 _CONVERSIONS = {
     ("int8", "bfloat16"): _INT8_TO_BFLOAT16,
     ("int8", "float16"): _INT8_TO_FLOAT16,
-    ("uint8", "bfloat16"): _E4M3_TO_BFLOAT16,
-    ("uint8", "float16"): _E4M3_TO_FLOAT16,
+    ("uint8", "bfloat16"): _E4M3.format(shift=4, power="0x7B807B80", kind="bf16x2"),
+    ("uint8", "float16"): _E4M3.format(shift=1, power="0x5C005C00", kind="f16x2"),
 }
 
 
