@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, num_spanned, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable
 from pallas_kernels.move_pages import move_pages
@@ -58,6 +59,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
         refcounts=jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop"),
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
     )
+    table = stamp(table, Operation.COMPACT, jnp.ones(1, bool), num_moved[None])
     stats = count(cache.stats, compactions=1, pages_moved=num_moved)
     return replace(cache, pool=KVPool(*pages), table=table, stats=stats), num_moved
 

@@ -19,6 +19,8 @@ QUANTIZATIONS = {"int8": "int8", "fp8": "uint8", "int4": "int32"}
 MAX_TOKENS = 2**30
 # Of `AllocationStats`.
 _COUNTER_BYTES = 40
+# Of `PageTable`.
+_FINGERPRINT_BYTES = 8
 # Numbers of a head, beyond which a place in a group of four-bit codes has no room.
 _MOST_INT4 = 512
 
@@ -229,8 +231,8 @@ class CacheConfig:
 
     @property
     def page_table_bytes(self) -> int:
-        """Bytes of the page table's rows, lengths and positions."""
-        return 4 * self.max_seqs * (self.max_pages_per_seq + 2)
+        """Bytes of the page table's rows, lengths, positions and fingerprint."""
+        return 4 * self.max_seqs * (self.max_pages_per_seq + 2) + _FINGERPRINT_BYTES
 
     @property
     def allocator_bytes(self) -> int:

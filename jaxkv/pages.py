@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.state import AllocationStats, KVCache, PageTable
 from pallas_kernels.checks import as_int32
 from pallas_kernels.ragged import ragged_rows
@@ -91,6 +92,7 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
     positions = table.positions.at[slot].add(-cut, mode="drop")
     emptied = jnp.where(new == 0, slot, config.max_seqs)
     table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
+    table = stamp(table, Operation.TRUNCATE, cut > 0, slot, new)
     stats = count(cache.stats, num_released=table.num_free - num_free)
     return replace(cache, table=table, stats=stats)
 
@@ -154,6 +156,7 @@ def drop_pages(
     moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, slot), page_size) - first, 0)
     table = for_each_page(give_back, table, jnp.cumsum(dropped, dtype=jnp.int32), most)
     table = for_each_page(move_up, table, jnp.cumsum(moved, dtype=jnp.int32), most)
+    table = stamp(table, Operation.DROP_PAGES, dropped > 0, slot, first, dropped)
     return replace(table, lengths=table.lengths.at[slot].add(-dropped * page_size, mode="drop"))
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
 from jaxkv.rewrite import numbers, own_pages, stored_as
 from jaxkv.rope import Rope
@@ -94,6 +95,8 @@ def shift_positions(
     owned = jnp.where(plan.slot < config.max_seqs, pages_for(length, config.page_size) - column, 0)
     pool = _turn_keys(pool, config, plan.new, column, owned, by, rope, first)
     table = replace(cache.table, positions=cache.table.positions.at[plan.slot].add(by, mode="drop"))
+    shifted = plan.slot < config.max_seqs
+    table = stamp(table, Operation.SHIFT_POSITIONS, shifted, plan.slot, by, jnp.full_like(by, first))
     return replace(cache, pool=pool, table=table), jnp.where(moves, plan.status, status)
 
 

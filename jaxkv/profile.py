@@ -131,7 +131,7 @@ class MemoryProfile:
 
     @property
     def page_table_bytes(self) -> int:
-        """Rows of the page table, lengths and positions."""
+        """Rows of the page table, lengths, positions and its fingerprint."""
         return self.config.page_table_bytes
 
     @property

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxkv.config import CacheConfig
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, pages_for, release_pages, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable, Status
 from pallas_kernels import int4
@@ -77,6 +78,7 @@ def own_pages(
     # of the stack.
     let_go = row.let_go & (row.new[:, :1] <= config.num_pages)
     table = release_pages(taken, jnp.where(let_go, row.old, config.num_pages).reshape(-1))
+    table = stamp(table, Operation.OWN_PAGES, slot < config.max_seqs, slot, first, lengths)
     stats = count(cache.stats, num_taken=num_taken, num_released=table.num_free - taken.num_free)
     status = jnp.where(row.granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
     return replace(cache, table=table, stats=stats), Rewrite(slot, row.old, row.new, status)

@@ -54,7 +54,7 @@ def paged_attention(
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
         are padding.
       table_rows: row of `page_table` of each sequence. Default: its own number.
-      layer: Python int or int32 scalar.
+      layer: Python int or int32 scalar; of a traced one that is no layer every result is NaN.
       scale: of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` tokens before it.
       sink_tokens: and a sequence's first so many, which no window hides (StreamingLLM, arXiv:2309.17453).

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import int4
-from pallas_kernels.checks import pool_arrays
+from pallas_kernels.checks import as_layer, is_layer, pool_arrays
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.quantization import as_float32, head_dim_of, is_int4
@@ -63,7 +63,8 @@ def paged_attention(
     """See `api.paged_attention`. Returns `(out, lse)`."""
     q_dtype = q.dtype
     tokens, q_heads, head_dim = q.shape
-    layer = jnp.asarray(layer, jnp.int32)
+    exists = is_layer(layer, k_pages.shape[0])
+    layer = jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1)
     kv_heads = k_pages.shape[2]
     group = q_heads // kv_heads
     keys = KeyTiles.of_pages(k_pages)
@@ -127,7 +128,7 @@ def paged_attention(
     rows = work.rows
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
-    out, lse = softmax.finish(seen, sinks)
+    out, lse = (jnp.where(exists, part, jnp.nan) for part in softmax.finish(seen, sinks))
     return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
 
