@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxkv import catalog
 from jaxkv.units import format_bytes, parse_bytes
 from pallas_kernels import int4
-from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, token_bytes
+from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, stored_dtype, token_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The dtype of the pool's arrays says what the codes are: see `pallas_kernels.quantization`.
@@ -215,8 +215,8 @@ class CacheConfig:
 
     @property
     def storage_dtype(self) -> str:
-        """Of the pool's arrays: `dtype`, or that of the codes."""
-        return self.dtype if self.quantization is None else QUANTIZATIONS[self.quantization]
+        """Of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16's bits."""
+        return stored_dtype(self.dtype) if self.quantization is None else QUANTIZATIONS[self.quantization]
 
     @property
     def page_bytes(self) -> int:

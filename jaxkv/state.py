@@ -30,7 +30,9 @@ class Status(IntEnum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """All pages of all layers. Of a quantized pool K and V are codes; else there are no scales.
+    """All pages of all layers, of `config.storage_dtype`; `gather` gives their values.
+
+    Of a quantized pool K and V are codes; else there are no scales.
 
     A row is `head_dim` numbers, or words of eight codes, and then its scales are words too.
     """

@@ -27,7 +27,7 @@ def check_keys(k_pages: Array, k_scales: Array | None) -> None:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
         )
-    if not is_quantized(k_pages.dtype):
+    if not is_quantized(k_pages.dtype) and k_pages.dtype != jnp.uint16:
         check_floating("k_pages", k_pages)
         if k_pages.dtype.itemsize == 1:
             raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")

@@ -12,7 +12,7 @@ from pallas_kernels.checks import as_layer, check_keys, check_layer, check_optio
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import head_dim_of, is_int4
+from pallas_kernels.quantization import as_floats, head_dim_of, is_int4
 
 
 def attention_mass(
@@ -89,6 +89,8 @@ def attention_mass(
         return jnp.where(exists, xla.attention_mass(*arrays, **options), jnp.nan)
     from pallas_kernels.attention_mass import triton
 
+    k_pages = as_floats(k_pages)
+    arrays = q, k_pages, *arrays[2:]
     if tuning is None:
         tuning = tuning_table.choose_mass(
             device,

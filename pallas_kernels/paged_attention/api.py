@@ -13,7 +13,7 @@ from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import is_int4, token_bytes
+from pallas_kernels.quantization import as_floats, is_int4, token_bytes
 
 
 def paged_attention(
@@ -135,12 +135,14 @@ def paged_attention(
     else:
         from pallas_kernels.paged_attention import triton
 
+        k_pages, v_pages, *rest = arrays
+        arrays = as_floats(k_pages), as_floats(v_pages), *rest
         shape: dict[str, Any] = dict(
             tokens=q.shape[0],
             seqs=kv_lengths.shape[0],
             group=q.shape[1] // k_pages.shape[2],
             head_dim=q.shape[2],
-            dtype=k_pages.dtype,
+            dtype=arrays[0].dtype,
             q_dtype=q.dtype,
         )
         out, lse = triton.paged_attention(
