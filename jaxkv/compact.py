@@ -2,13 +2,13 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, num_spanned, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable
+from pallas_kernels import control_flow
 from pallas_kernels.move_pages import move_pages
 
 
@@ -83,7 +83,7 @@ def maybe_compact(cache: KVCache) -> KVCache:
     # A loop of no trip or one. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
     # temporary memory for a pool of 4 GiB (benchmarks/check_aot.py); a loop's carry stays where it is.
     trips = should_compact(cache).astype(jnp.int32)
-    return jax.lax.fori_loop(0, trips, lambda _, cache: compact(cache)[0], cache)
+    return control_flow.fori_loop(0, trips, lambda _, cache: compact(cache)[0], cache)
 
 
 def _target_ids(table: PageTable) -> Int[Array, " pages"]:

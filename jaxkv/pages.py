@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.state import AllocationStats, KVCache, PageTable
+from pallas_kernels import control_flow
 from pallas_kernels.checks import as_int32
 from pallas_kernels.ragged import ragged_rows
 
@@ -173,7 +174,7 @@ def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: in
     if most <= size:
         return body(table, *ragged_rows(ends, size))
     chunks = (ends[-1] + size - 1) // size
-    return jax.lax.fori_loop(
+    return control_flow.fori_loop(
         0, chunks, lambda chunk, table: body(table, *ragged_rows(ends, size, chunk * size)), table
     )
 

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -11,6 +10,7 @@ from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
 from jaxkv.rewrite import numbers, own_pages, stored_as
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool, Status
+from pallas_kernels import control_flow
 from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
@@ -133,7 +133,7 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         )
 
     trips = (ends[-1] + size - 1) // size * config.num_layers
-    k, k_scale = jax.lax.fori_loop(0, trips, visit, (pool.k, pool.k_scale))
+    k, k_scale = control_flow.fori_loop(0, trips, visit, (pool.k, pool.k_scale))
     return replace(pool, k=k, k_scale=k_scale)
 
 

@@ -21,7 +21,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, pages_for, release_pages, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable, Status
-from pallas_kernels import int4
+from pallas_kernels import control_flow, int4
 from pallas_kernels.quantization import as_float32, as_stored, dequantize, is_int4, quantize
 
 # Of the tokens that are held beside the pool at a time.
@@ -153,7 +153,7 @@ def for_each_layer(
         )
         return body(carry, trip % config.num_layers, some)
 
-    return jax.lax.fori_loop(0, visits * config.num_layers, visit, carry)
+    return control_flow.fori_loop(0, visits * config.num_layers, visit, carry)
 
 
 def read_tokens(

@@ -317,7 +317,9 @@ def _attend(
         mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, k_ref.shape[0]))
 
 
-def _merge(layer_ref, starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows, num_layers: int):
+def _merge(
+    layer_ref, starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows, num_layers: int
+):
     """The items of a query tile, and those of what its rows share with others, become rows of the output."""
     *refs, out_ref, lse_ref = refs
     head, tile = pl.program_id(0), pl.program_id(1)
