@@ -212,6 +212,19 @@ def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampli
     )
 
 
+def end(state: Decoding, ends: Bool[Array, " seqs"]) -> Decoding:
+    """Ends sequences with `Finish.STOP` and frees their pages.
+
+    One that has ended by itself keeps its tokens, and `STOP` is its reason from now on.
+
+    Args:
+      state: between two steps.
+      ends: which sequences.
+    """
+    finish = jnp.where(ends, Finish.STOP, state.finish).astype(jnp.int32)
+    return replace(state, cache=free(state.cache, jnp.where(ends, state.seqs, -1)), finish=finish)
+
+
 def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
     """A key for each sequence and place in its text, so that waiting for a page changes no draw."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxkv.config import CacheConfig
-from jaxkv.decode import CausalLM, Decoding, Finish, decode, prefill, start
+from jaxkv.decode import CausalLM, Decoding, Finish, decode, end, prefill, start
 from jaxkv.fork import fork
 from jaxkv.invariants import OutOfPagesError, SequenceTooLongError, raise_for_status
 from jaxkv.policies import Policy, SlidingWindow, TokenPolicy
@@ -75,6 +75,7 @@ _start = jax.jit(
     donate_argnames=("cache", "policy"),
 )
 _decode = jax.jit(decode, static_argnames=("sampling", "stop_tokens"), donate_argnames="state")
+_end = jax.jit(end, donate_argnames="state")
 
 
 def generate(
@@ -92,7 +93,7 @@ def generate(
     block: int = 16,
     keep_logits: bool = False,
     warm_up: bool = False,
-    on_tokens: Callable[[Decoding], None] | None = None,
+    on_tokens: Callable[[Decoding], Sequence[bool] | np.ndarray | None] | None = None,
     policy: Policy | None = None,
 ) -> Generation:
     """Generates text for a ragged batch of prompts.
@@ -114,7 +115,8 @@ def generate(
       block: decode steps between two calls of `on_tokens`.
       keep_logits: return the logits of every new token.
       warm_up: compile before the clock starts.
-      on_tokens: called on the host with the state after each block, for streaming.
+      on_tokens: called on the host with the state after each block, for streaming. It may return a boolean
+        for each sequence, `[prompts * num_samples]`: True ends that sequence at once, with `Finish.STOP`.
       policy: what to forget where a sequence outgrows its budget: after each `prefill_chunk` tokens of its
         prompt, or fewer if its row holds no more beside the budget, and whenever it has filled a page.
         Prompts may then be longer than a row of the page table. What else is in the batch changes nothing, as
@@ -294,12 +296,24 @@ def _run_decode(advance, state: Decoding, block: int, warm_up: bool, on_tokens):
         state = jax.block_until_ready(advance(state, jnp.asarray(0, jnp.int32)))
     began, until = time.perf_counter(), 0
     while True:
-        if on_tokens is not None:
-            on_tokens(state)
+        ends = None if on_tokens is None else on_tokens(state)
+        if ends is not None:
+            state = _end_some(state, ends)
         if not np.any(np.asarray(state.finish) == Finish.RUNNING):
             return state, time.perf_counter() - began
         until = np.iinfo(np.int32).max if on_tokens is None else until + block
         state = advance(state, jnp.asarray(until, jnp.int32))
+
+
+def _end_some(state: Decoding, ends: Sequence[bool] | np.ndarray) -> Decoding:
+    """Ends what `on_tokens` says; most blocks end nothing."""
+    flags = np.asarray(ends)
+    if flags.dtype != bool or flags.shape != state.finish.shape:
+        raise ValueError(
+            f"on_tokens returned {flags.dtype}{list(flags.shape)}; it must return None or a boolean for each "
+            f"of the {state.finish.shape[0]} sequences"
+        )
+    return _end(state, jnp.asarray(flags)) if flags.any() else state
 
 
 def _result(state: Decoding, num_samples: int, prefill_tokens, prefill_seconds, decode_seconds) -> Generation:

@@ -156,6 +156,23 @@ def test_blocks_of_tokens_are_shown_as_they_come(model, expected, block):
     assert seen == [1, *range(1 + block, 12, block), 12]
 
 
+def test_on_tokens_ends_the_sequences_it_names_and_only_them(model, expected):
+    def see(state):
+        return np.asarray(state.num_generated) * np.array([1, 0, 0, 0]) >= 5
+
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, block=4, on_tokens=see)
+    assert result.tokens == [[expected[0][:5]], *([tokens] for tokens in expected[1:])]
+    assert result.finish == [[Finish.STOP], *[[Finish.LENGTH]] * 3]
+    jaxkv.check_invariants(result.cache)
+    assert int(result.cache.table.num_free) == 64
+
+
+@pytest.mark.parametrize("ends", [[True], [1, 0, 0, 0], [[True] * 4]])
+def test_on_tokens_must_return_a_boolean_for_each_sequence(model, ends):
+    with pytest.raises(ValueError, match="boolean for each of the 4 sequences"):
+        jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, on_tokens=lambda state: ends)
+
+
 def test_kept_logits_are_those_of_dense_attention(model, expected):
     result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, keep_logits=True)
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, expected, strict=True)):
