@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxkv.allocate import allocate
 from jaxkv.compact import maybe_compact
 from jaxkv.pages import free, rows_of
-from jaxkv.sampling import Sampling, sample
+from jaxkv.sampling import Sampling, sample_each
 from jaxkv.state import Batch, KVCache, PolicyState, Status
 
 
@@ -188,7 +188,7 @@ def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampli
     """Draws a token for each sequence that ran, notes it, and lets the finished ones go."""
     ran = running & (status == Status.OK)
     entry = jnp.arange(state.seqs.shape[0], dtype=jnp.int32)
-    tokens = jax.vmap(lambda key, row: sample(key, row[None], sampling)[0])(_draw_keys(state, entry), logits)
+    tokens = sample_each(_draw_keys(state, entry), logits, sampling)
     room = state.output.shape[1]
     column = jnp.where(ran, state.num_generated, room)
     num_generated = state.num_generated + ran.astype(jnp.int32)
