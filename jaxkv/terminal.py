@@ -17,10 +17,11 @@ from jaxkv.decode import Decoding, Finish
 from jaxkv.generate import PREFILL_CHUNK, Generation, generate
 from jaxkv.invariants import SequenceTooLongError
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits, load
-from jaxkv.policies import Policy, PromptCompress, TokenPolicy
+from jaxkv.policies import Policy, PromptCompress
 from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
+from jaxkv.sizing import pool_sizes, token_slots
 from jaxkv.telemetry import Telemetry
 from pallas_kernels.dispatch import auto_backend
 
@@ -182,38 +183,30 @@ def fitting_config(
 ) -> CacheConfig:
     """A pool that holds every sequence at its longest, unless the user says how many pages."""
     size = options.page_size
-    places = [
+    slots = [
         _places(loaded, f"prompt {number}", len(tokens), options, policy) for number, tokens in enumerate(ids)
     ]
-    row = max(-(-n // size) for n in places)
-    # Samples of a prompt copy its part-full last page before the one they share is given back.
-    spare = len(ids) if num_samples > 1 else 0
-    if num_samples > 1 and isinstance(policy, TokenPolicy):
-        # And what a policy keeps of shared pages goes to pages of their own.
-        spare += sum(-(-min(len(tokens), policy.budget) // size) for tokens in ids)
-    enough = sum(-(-n // size) for n in places) * num_samples + spare
+    sizes = pool_sizes([len(tokens) for tokens in ids], slots, num_samples, size, policy)
+    if num_pages is not None:
+        row = min(sizes["max_pages_per_seq"], num_pages)
+        sizes |= dict(num_pages=num_pages, max_pages_per_seq=row)
     dtype, quantization = KV_DTYPES.get(options.kv_dtype, (None, None))
-    return loaded.config.cache_config(
-        num_pages=max(enough, row) if num_pages is None else num_pages,
-        page_size=size,
-        max_seqs=len(ids) * num_samples,
-        max_pages_per_seq=row if num_pages is None else min(row, num_pages),
-        dtype=dtype or loaded.model.embedding[...].dtype,
-        quantization=quantization,
-    )
+    dtype = {} if dtype is None else {"dtype": dtype}
+    return loaded.model.cache_config(**sizes, **dtype, quantization=quantization)
 
 
 def _places(
     loaded: LoadedModel, name: str, num_tokens: int, options: argparse.Namespace, policy: Policy | None
 ) -> int:
-    """Token places that a prompt and what it is continued with take at most."""
-    context, new = loaded.config.max_context, options.max_new_tokens
-    bounded = policy is not None and not isinstance(policy, PromptCompress)
+    """Token slots that a prompt and what it is continued with take at most, within the trained context."""
+    context, new, page_size = loaded.config.max_context, options.max_new_tokens, options.page_size
+    bounded = policy is not None and policy.observe_last is None
     if num_tokens > context and not bounded:
         raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
+    config = loaded.config.cache_config
+    slots = token_slots(config, page_size, num_tokens, new, policy, PREFILL_CHUNK)
     if policy is None:
-        return min(num_tokens + new, context)
-    config = loaded.config.cache_config(num_pages=1, page_size=options.page_size)
+        return min(slots, context)
     if isinstance(policy, PromptCompress):
         reached = new + (num_tokens if policy.positions == "original" else min(num_tokens, policy.budget))
         if reached > context:
@@ -221,9 +214,8 @@ def _places(
                 f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}, which "
                 f"keeps all new ones; {loaded.name} was trained on {context}"
             )
-        return max(num_tokens, policy.capacity(config) + new)
-    most = policy.most_kept(config) + min(num_tokens, PREFILL_CHUNK)
-    positions = policy.most_positions(config)
+        return slots
+    positions = policy.most_positions(config(num_pages=1, page_size=page_size))
     reached = num_tokens + new if positions is None else positions + min(num_tokens, PREFILL_CHUNK)
     if reached > context:
         advice = "positions=cache goes on for ever" if positions is None else "keep less"
@@ -231,7 +223,7 @@ def _places(
             f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}; "
             f"{loaded.name} was trained on {context}: {advice}"
         )
-    return max(policy.capacity(config), min(num_tokens + new, most))
+    return slots
 
 
 def _evicted(result: Generation, policy: str) -> str:
