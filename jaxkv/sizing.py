@@ -80,12 +80,12 @@ def fitting_config(
     Raises:
       ValueError: for a model that has no such method.
     """
-    make: Any = getattr(model, "cache_config", None)
-    if not callable(make):
+    if not callable(getattr(model, "cache_config", None)):
         raise ValueError(
             f"{type(model).__name__} has no method cache_config(**sizes) to size a cache with; give "
             "generate(model, prompts, config) a CacheConfig, or cache="
         )
+    make = model.cache_config
     page_size = make(num_pages=1).page_size
     slots = [
         max(1, token_slots(make, page_size, length, new, policy, prefill_chunk))
