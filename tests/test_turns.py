@@ -69,26 +69,20 @@ def test_a_kept_sequence_lacks_only_its_newest_token(run, first, whole):
 
 
 def test_slots_may_be_named_in_any_order_and_one_at_a_time(run, first, whole):
-    third = jaxkv.generate(
-        run.args[0],
-        REPLIES[1:],
-        cache=first,
-        seqs=[np.int64(1)],
-        max_new_tokens=NEW,
-        keep=True,
-        prefill_chunk=8,
+    third = run([[5], REPLIES[1]], cache=first, seqs=[7, np.int64(1)])
+    assert (
+        third.tokens[1] == whole.tokens[1] and third.slots == [[7], [1]] and set(third.pending) == {0, 1, 7}
     )
-    assert third.tokens == whole.tokens[1:] and third.slots == [[1]] and set(third.pending) == {0, 1}
-    # The other slot goes on from where it was.
-    last = run([[5], REPLIES[0]], cache=third, seqs=[7, 0])
-    assert last.tokens[1] == whole.tokens[0] and last.slots == [[7], [0]] and set(last.pending) == {0, 1, 7}
+    # The slot that was left out goes on from where it was.
+    last = run([[6], REPLIES[0]], cache=third, seqs=[4, 0])
+    assert last.tokens[1] == whole.tokens[0] and set(last.pending) == {0, 1, 4, 7}
     jaxkv.testing.assert_invariants(last.cache)
 
 
 def test_an_empty_prompt_goes_on_writing(run, first):
-    second = run([[], []], cache=first)
+    second = run([[], [50] * 7], cache=first)
     text = [prompt + new for prompt, (new,) in zip(PROMPTS, first.tokens, strict=True)]
-    assert second.tokens == run(text, CONFIG).tokens and second.prefill_tokens == 2
+    assert second.tokens == run([text[0], text[1] + [50] * 7], CONFIG).tokens and second.prefill_tokens == 9
 
 
 def test_samples_of_a_turn_go_to_empty_slots_and_share_its_text(run, first, whole):
