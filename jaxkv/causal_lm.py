@@ -86,9 +86,9 @@ def _checked(model, results: Any, tokens, cache: KVCache, batch: Batch, rows, ne
         )
     logits, returned, *mass = results
     count, asked = (len(tokens), "") if rows is None else (len(rows), f" with rows [{len(rows)}]")
-    shape, dtype = getattr(logits, "shape", ()), getattr(logits, "dtype", None)
+    shape, dtype = getattr(logits, "shape", ()), getattr(logits, "dtype", "")
     if len(shape) != 2 or shape[0] != count or not jnp.issubdtype(dtype, jnp.floating):
-        found = type(logits).__name__ if dtype is None else f"{dtype}{list(shape)}"
+        found = f"{dtype}{list(shape)}" if dtype else type(logits).__name__
         raise ValueError(
             f"{name} must return float logits [{count}, vocab] for tokens [{len(tokens)}]{asked}, not {found}"
         )

@@ -92,7 +92,7 @@ def generate(
       sampling: how tokens are chosen, for all or one for each prompt. Default: greedy. What a sequence draws
         does not depend on the settings of others.
       stop_tokens: ids that end a sequence.
-      key: for sampling. Default: `jax.random.key(0)`.
+      key: for sampling; another for each turn, or turns draw alike. Default: `jax.random.key(0)`.
       share_prefix: whether to look for a common beginning.
       prefill_chunk: most tokens a prefill step.
       block: decode steps between two calls of `on_tokens`.

@@ -152,3 +152,8 @@ def test_mass_of_another_shape_is_refused():
     jax.tree_util.register_static(Mass)
     with pytest.raises(ValueError, match=r"Mass must return mass \[2, 2, 1, 32\], not \[2, 1, 32\]"):
         jaxkv.generate(Mass(), PROMPTS, CONFIG, policy=jaxkv.policies.HeavyHitter(8, 4))
+
+
+def test_what_a_signature_names_is_exported():
+    assert jaxkv.Policy is jaxkv.policies.Policy
+    assert jaxkv.CausalLM.__call__.__doc__ and jaxkv.Generation.__doc__

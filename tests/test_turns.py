@@ -89,7 +89,12 @@ def test_samples_of_a_turn_go_to_empty_slots_and_share_its_text(run, first, whol
     second = run(REPLIES, cache=first, num_samples=2)
     assert second.tokens == [tokens * 2 for tokens in whole.tokens]
     assert second.slots == [[0, 2], [1, 3]] and second.peak_pages < second.peak_pages_unshared
-    jaxkv.testing.assert_invariants(second.cache)
+    # Two that still share pages go on with different texts.
+    copy = replace(second, cache=jax.tree.map(jnp.copy, second.cache))
+    alike = run([[9], [9]], cache=copy, seqs=[0, 2])
+    third = run([[8], [9]], cache=second, seqs=[0, 2])
+    assert third.tokens[1] == alike.tokens[0] == alike.tokens[1] != third.tokens[0]
+    jaxkv.testing.assert_invariants(third.cache)
 
 
 def test_a_turn_that_is_not_kept_leaves_the_cache(run, first, whole):
