@@ -8,7 +8,8 @@ from jaxkv.models.dense import dense_logits as dense_logits
 from jaxkv.models.loading import KNOWN_MODELS as KNOWN_MODELS
 from jaxkv.models.loading import LoadedModel as LoadedModel
 from jaxkv.models.loading import load as load
-from jaxkv.models.tokenizer import TextStream as TextStream
 from jaxkv.models.tokenizer import Tokenizer as Tokenizer
+from jaxkv.models.text_stream import TextStream as TextStream
+from jaxkv.models.text_stream import TextStreams as TextStreams
 from jaxkv.models.errors import ModelLoadError as ModelLoadError
 from jaxkv.models.errors import TokenizerError as TokenizerError
