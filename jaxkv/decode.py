@@ -235,7 +235,7 @@ def start(
         key=key,
         step=jnp.zeros((), jnp.int32),
         peak_unshared=jnp.zeros((), jnp.int32),
-        logits=jnp.zeros((num_seqs, max_new_tokens, vocab)) if keep_logits else None,
+        logits=jnp.zeros((num_seqs, max_new_tokens, vocab), jnp.float32) if keep_logits else None,
         policy=policy,
         keep=keep,
     )

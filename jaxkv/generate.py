@@ -126,7 +126,7 @@ def generate(
     request.check_vocabulary(vocab, model)
 
     cache = init(turn.config) if turn.cache is None else turn.cache
-    logits, seconds = jnp.zeros((len(request.prompts), vocab)), 0.0
+    logits, seconds = jnp.zeros((len(request.prompts), vocab), jnp.float32), 0.0
     if plan.tokens:
         cache, state, logits, seconds = run_prompts(model, cache, state, plan, warm_up)
     limits = np.repeat(np.array(request.limits, np.int32), request.num_samples)

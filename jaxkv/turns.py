@@ -96,7 +96,7 @@ def _check_cache(cache: object, config: CacheConfig | None) -> None:
         raise ValueError(f"cache={cache!r:.200} must be a jaxkv.KVCache or what generate returned")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(cache)):
         raise ValueError("cache= is traced: generate drives compiled steps itself, call it outside of jit")
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
+    if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
         raise ValueError("the cache was consumed by an earlier call: go on with the one that it returned")
     if config is not None and config != cache.config:
         raise ValueError(f"config={config} is not that of the given cache, {cache.config}; leave it out")

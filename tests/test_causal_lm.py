@@ -157,3 +157,12 @@ def test_mass_of_another_shape_is_refused():
 def test_what_a_signature_names_is_exported():
     assert jaxkv.Policy is jaxkv.policies.Policy
     assert jaxkv.CausalLM.__call__.__doc__ and jaxkv.Generation.__doc__
+
+
+def test_generation_keeps_its_dtypes_under_x64():
+    """This model's logits are then float64."""
+    settings = [jaxkv.Sampling(temperature=0.1, top_k=1), jaxkv.Sampling()]
+    options = dict(max_new_tokens=[3, 2], sampling=settings, keep_logits=True)
+    with jax.enable_x64(True):
+        result = jaxkv.generate(Counts(), PROMPTS, CONFIG, **options)
+    assert result.tokens == [[[6, 7, 0]], [[7, 0]]] and result.logits.dtype == jnp.float32
