@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -37,10 +38,8 @@ def keep_programs(directory: Path | None = None, *, enabled: bool = True) -> Non
     if not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
         return
-    settings = jax.config.values
-    if directory is None and (
-        settings["jax_compilation_cache_dir"] or not settings["jax_enable_compilation_cache"]
-    ):
+    config: Any = jax.config  # its options are unknown to a type checker
+    if directory is None and (config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache):
         return
     try:
         chosen = _private(default_directory()) if directory is None else directory

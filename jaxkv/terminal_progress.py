@@ -26,7 +26,9 @@ def load_with_progress(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
       ValueError: for one without.
     """
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    console = Console(stderr=True)
+    # Elsewhere it would leave an empty line.
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("weights", total=None)
         loaded = load(
             path_or_name,

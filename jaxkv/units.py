@@ -68,6 +68,18 @@ def format_bytes(amount: float, unit: str | None = None) -> str:
     return f"{size:.2f} {unit}" if abs(size) < 100 else f"{size:.1f} {unit}"
 
 
+def format_mebibytes(amount: float) -> str:
+    """In MiB, whatever the size: for tables whose amounts are read beside each other.
+
+    Example:
+      >>> format_mebibytes(3 * 2**40), format_mebibytes(2**20 + 2**19), format_mebibytes(6000)
+      ('3,145,728 MiB', '1.5 MiB', '0.0057 MiB')
+    """
+    if abs(amount) < 2**20:
+        return format_bytes(amount, "MiB")
+    return f"{amount / 2**20:,.1f} MiB".replace(".0 MiB", " MiB")
+
+
 def _number(value: float) -> str:
     """At least two digits that are not zeros in front."""
     if value == int(value) and (value == 0 or abs(value) >= 100):

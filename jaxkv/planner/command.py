@@ -11,7 +11,7 @@ from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_l
 from jaxkv.planner.plan import Device, Plan, plan
 from jaxkv.planner.shape import ModelShape
 from jaxkv.planner.suggest import suggestions
-from jaxkv.units import format_bytes, parse_bytes
+from jaxkv.units import format_bytes, format_mebibytes, parse_bytes
 
 _FLAGS = {
     "context": "--context",
@@ -51,7 +51,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     where.add_argument("--memory", metavar="AMOUNT", help=text)
     add("--context", default="8192", metavar="N", help="tokens a sequence (default: 8192)")
     add("--concurrency", default="1", metavar="N", help="sequences at once (default: 1)")
-    text = f"how K and V are stored: {dtypes} (default: auto, in 16 bits)"
+    text = f"how K and V are stored: {dtypes} (default: auto, the model's)"
     add("--kv-dtype", default="auto", metavar="DTYPE", help=text)
     text = f"how weights are stored: {dtypes} (default: auto, as in the files)"
     add("--weights-dtype", default="auto", metavar="DTYPE", help=text)
@@ -150,7 +150,7 @@ def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, opti
         print(f"\n{explain(made)}")
         print(f"\n{made.cache_config or 'no CacheConfig: jaxkv has no such storage'}")
     if has_device and not made.fits:
-        print(f"\nIt does not fit: {_mebibytes(-made.headroom)} too much. What would help:")
+        print(f"\nIt does not fit: {format_mebibytes(-made.headroom)} too much. What would help:")
         found = suggestions(made)
         for suggestion in found:
             flags = " ".join(f"{_FLAGS[name]} {value}" for name, value in suggestion.change.items())
@@ -162,30 +162,31 @@ def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, opti
 def _column(made: Plan, has_device: bool) -> dict[str, str]:
     """The rows of one model, by name."""
     shape, kv = made.shape, made.kv
-    billions = f"{shape.num_parameters / 1e9:.3g} B"
+    billions = f"{shape.num_parameters / 1e9:.3g} billion"
     if shape.active_parameters != shape.num_parameters:
-        billions += f", {shape.active_parameters / 1e9:.3g} B active"
+        billions += f", {shape.active_parameters / 1e9:.3g} of them active"
     rows = {
         "model": shape.name,
         "parameters": billions,
         "K and V of a token and layer": f"{shape.elements_per_token:,} numbers in {made.kv_dtype}",
         "layers": _layers(shape),
         "sequences x context": f"{made.concurrency:,} x {made.context:,} tokens",
-        "KV exact": _mebibytes(kv.exact) + (f" + {_mebibytes(kv.scales)} of scales" if kv.scales else ""),
-        f"KV in pages of {made.page_size}": _mebibytes(kv.paged),
-        "KV reserved in full": f"{_mebibytes(kv.reserved)}, {made.pages:,} pages",
+        "KV exact": format_mebibytes(kv.exact)
+        + (f" + {format_mebibytes(kv.scales)} of scales" if kv.scales else ""),
+        f"KV in pages of {made.page_size}": format_mebibytes(kv.paged),
+        "KV reserved in full": f"{format_mebibytes(kv.reserved)}, {made.pages:,} pages",
     }
     if made.tensor_parallel > 1:
         rows["devices"] = f"{made.tensor_parallel}; bytes are of one of them"
-    rows["weights"] = f"{_mebibytes(made.weights)} {_stored(made)}"
+    rows["weights"] = f"{format_mebibytes(made.weights)} {_stored(made)}"
     if not has_device:
         return rows
     rows |= {
-        "activations": _mebibytes(made.activations),
-        "tables, overhead": f"{_mebibytes(made.tables)}, {_mebibytes(made.overhead)}",
-        "needed": _mebibytes(made.needed),
-        "usable": f"{_mebibytes(made.usable)}, {100 * made.memory_fraction:.0f}% of {made.device.name}",
-        "headroom": _mebibytes(made.headroom),
+        "activations": format_mebibytes(made.activations),
+        "tables, overhead": f"{format_mebibytes(made.tables)}, {format_mebibytes(made.overhead)}",
+        "needed": format_mebibytes(made.needed),
+        "usable": f"{format_mebibytes(made.usable)}, {100 * made.memory_fraction:.0f}% of {made.device.name}",
+        "headroom": format_mebibytes(made.headroom),
         "fits": f"yes, risk: {made.risk}" if made.fits else "no",
         "longest context": f"{made.max_context:,} tokens"
         + (", all it was trained on" if made.max_context == shape.max_context else ""),
@@ -203,13 +204,6 @@ def _layers(shape: ModelShape) -> str:
     return f"{shape.num_layers}, {len(windowed)} of them with a window of {max(windowed):,}"
 
 
-def _mebibytes(amount: float) -> str:
-    """One unit for the whole table, and for models side by side."""
-    if abs(amount) < 2**20:
-        return format_bytes(amount, "MiB")
-    return f"{amount / 2**20:,.1f} MiB".replace(".0 MiB", " MiB")
-
-
 def _table(columns: Sequence[dict[str, str]]) -> str:
     names = list(dict.fromkeys(name for column in columns for name in column))
     widths = [max(map(len, names)), *(max(map(len, column.values())) for column in columns)]
@@ -223,11 +217,11 @@ def _page_sizes(choice: PageSizeChoice, made: Plan) -> str:
     token = kv_cache_bytes(shape, 1, kv_dtype=made.kv_dtype, page_size=1).reserved
     lines = [
         f"page size {choice.page_size}: {choice.reason}",
-        "  size   pages   empty places   their bytes   table bytes",
+        "  size   pages    empty slots   their bytes   table bytes",
     ]
     lines += [
         f"{cost.page_size:>6}{cost.pages:>8.1f}{cost.wasted_tokens:>9.1f} {100 * cost.waste:>4.1f}%"
-        f"{format_bytes(cost.wasted_tokens * token):>14}{format_bytes(cost.table_bytes):>14}"
+        f"{format_bytes(cost.wasted_tokens * token, 'KiB'):>14}{format_bytes(cost.table_bytes, 'KiB'):>14}"
         for cost in choice.costs
     ]
     return "\n".join(lines)
