@@ -58,9 +58,9 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_NAME",
         help="a GGUF file, a Hugging Face folder, or a known name, like smollm2-135m (required)",
     )
-    text = "may be repeated (default: those of --prompts-file alone)"
+    text = "text to continue; may be repeated (default: those of --prompts-file alone)"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
-    text = "UTF-8, one prompt a line, and blank lines count for nothing (default: none)"
+    text = "UTF-8, one prompt a line; blank lines are skipped (default: none)"
     add("--prompts-file", type=Path, metavar="FILE", help=text)
     text = "put each prompt into the model's chat template (default: off)"
     add("--chat", action="store_true", help=text)
@@ -97,7 +97,7 @@ def _add_generate(command: argparse.ArgumentParser) -> None:
 def _add_profile(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     _add_known_model(command)
-    text = "may be repeated (default: the demo's)"
+    text = "text to continue; may be repeated (default: the demo's)"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
     add("--num-samples", type=_count, default=3, metavar="N", help="continuations a prompt (default: 3)")
     text = "0 is greedy; higher is more random (default: 0.8)"

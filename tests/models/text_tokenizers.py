@@ -15,7 +15,7 @@ _PIECES = [*"▁Hiwolrd<>/|_abcnestmu.,\n", *_MERGED, "▁▁", "�", "é", "�
 def byte_level() -> Tokenizer:
     """As GPT-2's: every byte is a token, and some tokens are several bytes that cut a character."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ġ", "a"), ("â", "ĺ"), ("ð", "Ł"), ("ĺ", "ĥ"), ("ï", "¿"), ("ï¿", "½")]
+    merges = [("Ġ", "a"), ("â", "ĺ"), ("ð", "Ł"), ("ĺ", "ĥ"), ("ĥ", "â"), ("ï", "¿"), ("ï¿", "½")]
     texts = [*SPECIAL[1:], *letters, *("".join(pair) for pair in merges)]
     inner = tokenizers.Tokenizer(models.BPE(vocab={text: n for n, text in enumerate(texts)}, merges=merges))
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
