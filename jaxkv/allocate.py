@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, is_first, pages_for, release_pages, rows_of
 from jaxkv.state import Batch, KVCache, KVPool, Status
 from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
 
-@jax.named_scope("jaxkv.allocate")
 def allocate(
     cache: KVCache,
     seqs: Int[Array, " seqs"],
@@ -57,6 +57,12 @@ def allocate(
     """
     seqs, num_tokens = check_vectors(seqs=seqs, num_tokens=num_tokens)
     total = _check_total(total_tokens, seqs.shape[0])
+    return _allocate(cache, seqs, num_tokens, total=total)
+
+
+@operation(results=lambda cache, *_: (as_given(cache), REPLICATED), static=("total",))
+@jax.named_scope("jaxkv.allocate")
+def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> tuple[KVCache, Batch]:
     table, num_pages, max_seqs = cache.table, cache.config.num_pages, cache.config.max_seqs
     grant = _decide(cache, *_at_least_two(seqs, num_tokens), total)
     tokens = _place_tokens(cache, grant, total)

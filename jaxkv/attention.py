@@ -6,11 +6,14 @@ from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxkv.fingerprint import layer_for
+from jaxkv.operation import axis_of, operation
 from jaxkv.state import Batch, KVCache
 from pallas_kernels import attention_mass, paged_attention
+from pallas_kernels.checks import check_options
 from pallas_kernels.ordering import after
 
 
@@ -86,7 +89,6 @@ def attend(
 ) -> tuple[Array, Array, Array]: ...
 
 
-@jax.named_scope("jaxkv.attend")
 def attend(
     cache: KVCache,
     layer: int | Int[Array, ""],
@@ -154,27 +156,51 @@ def attend(
         raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
     if batch.window is not None and (window is None or batch.window < window):
         window, sink_tokens = batch.window, max(sink_tokens, batch.sink_tokens)
+    check_options(scale, window, sink_tokens, softcap)
+    sinks = None if sinks is None else jnp.asarray(sinks)
+    options = dict(scale=scale, window=window, sink_tokens=sink_tokens, softcap=softcap, backend=backend)
+    out, lse, mass = _attend(cache, layer, batch, q, sinks, with_mass=return_mass, **options)
+    results = (out, *((lse,) if return_lse else ()), *((mass,) if return_mass else ()))
+    return results if len(results) > 1 else out
+
+
+def _specs(cache: KVCache, _layer, _batch, q: Array, _sinks) -> tuple[PartitionSpec, ...]:
+    """A result for each query is sharded as they are; the mass has the cache's heads."""
+    like_q = PartitionSpec(axis_of(q, 0), axis_of(q, 1))
+    return like_q, like_q, PartitionSpec(None, axis_of(cache.pool.k, 2))
+
+
+@operation(results=_specs, static=("with_mass", "scale", "window", "sink_tokens", "softcap", "backend"))
+@jax.named_scope("jaxkv.attend")
+def _attend(
+    cache: KVCache,
+    layer: Array,
+    batch: Batch,
+    q: Array,
+    sinks: Array | None,
+    *,
+    with_mass: bool,
+    backend: str,
+    **options: Any,
+) -> tuple[Array, Array, Array | None]:
+    """The output, the log-sum-exp and, if asked for, the mass."""
     paged: dict[str, Any] = dict(
         # The row of padding and of a refused entry is never read: they see nothing.
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
-        scale=scale,
-        window=window,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
         k_scales=cache.pool.k_scale,
         backend=backend,
+        **options,
     )
     rows = cache.table.pages, batch.kv_lengths, batch.query_starts
-    with _naming_both_sides(backend) if return_mass else nullcontext():
+    with _naming_both_sides(backend) if with_mass else nullcontext():
         k, v, v_scales = cache.pool.k, cache.pool.v, cache.pool.v_scale
         out, lse = paged_attention(q, k, v, *rows, sinks=sinks, v_scales=v_scales, return_lse=True, **paged)
-        results = (out, lse) if return_lse else (out,)
-        if return_mass:
-            mass = attention_mass(q, k, *rows, lse, **paged)
-            # The next layer's append waits for the output, and so for this pass over K.
-            results = after(out, mass), *results[1:], mass
-    return results if len(results) > 1 else results[0]
+        if not with_mass:
+            return out, lse, None
+        mass = attention_mass(q, k, *rows, lse, **paged)
+        # The next layer's append waits for the output, and so for this pass over K.
+        return after(out, mass), lse, mass
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import count, num_spanned, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable
 from pallas_kernels import control_flow
@@ -20,6 +21,11 @@ def should_compact(cache: KVCache) -> Bool[Array, ""]:
     Returns:
       A boolean scalar, for the host; inside `jit`, `maybe_compact` asks it. It looks at every page once.
     """
+    return _should_compact(cache)
+
+
+@operation(results=lambda cache: REPLICATED)
+def _should_compact(cache: KVCache) -> Array:
     used = num_spanned(cache.table)
     holes = used - jnp.sum(cache.table.refcounts > 0, dtype=jnp.int32)
     return holes.astype(jnp.float32) > cache.config.compaction_threshold * used.astype(jnp.float32)
@@ -47,6 +53,11 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
       >>> int(num_moved), int(cache.table.pages[1, 0])
       (1, 0)
     """
+    return _compact(cache)
+
+
+@operation(results=lambda cache: (as_given(cache), REPLICATED))
+def _compact(cache: KVCache) -> tuple[KVCache, Array]:
     table, num_pages = cache.table, cache.config.num_pages
     target = _target_ids(table)
     pool = cache.pool
@@ -80,10 +91,15 @@ def maybe_compact(cache: KVCache) -> KVCache:
       >>> int(cache.table.pages[1, 0]), int(jaxkv.maybe_compact(cache).stats.compactions)
       (0, 1)
     """
+    return _maybe_compact(cache)
+
+
+@operation(results=as_given)
+def _maybe_compact(cache: KVCache) -> KVCache:
     # A loop of no trip or one. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
     # temporary memory for a pool of 4 GiB (benchmarks/check_aot.py); a loop's carry stays where it is.
     trips = should_compact(cache).astype(jnp.int32)
-    return control_flow.fori_loop(0, trips, lambda _, cache: compact(cache)[0], cache)
+    return control_flow.fori_loop(0, trips, lambda _, cache: _compact(cache)[0], cache)
 
 
 def _target_ids(table: PageTable) -> Int[Array, " pages"]:

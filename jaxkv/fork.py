@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, for_each_page, is_first, pages_for, rows_of
 from jaxkv.state import KVCache, PageTable, Status
 
@@ -41,7 +42,11 @@ def fork(
       >>> [jaxkv.Status(int(s)).name for s in status], int(cache.table.refcounts[0])
       (['OK', 'OCCUPIED'], 2)
     """
-    parents, children = check_vectors(parents=parents, children=children)
+    return _fork(cache, *check_vectors(parents=parents, children=children))
+
+
+@operation(results=lambda cache, *_: (as_given(cache), REPLICATED))
+def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[KVCache, Array]:
     config, table = cache.config, cache.table
     max_seqs, num_pages = config.max_seqs, config.num_pages
     padding = (parents < 0) | (children < 0)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import as_given, operation
 from jaxkv.state import AllocationStats, KVCache, PageTable
 from pallas_kernels import control_flow
 from pallas_kernels.checks import as_int32
@@ -69,7 +70,11 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
       >>> int(cache.table.lengths[0]), int(cache.table.num_free)
       (3, 1)
     """
-    seqs, lengths = check_vectors(seqs=seqs, lengths=lengths)
+    return _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
+
+
+@operation(results=lambda cache, *_: as_given(cache))
+def _truncate(cache: KVCache, seqs: Array, lengths: Array) -> KVCache:
     config, table = cache.config, cache.table
     slot = jnp.where((seqs < 0) | (lengths < 0), config.max_seqs, seqs)
     old = rows_of(table.lengths, slot)

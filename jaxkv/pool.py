@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxkv.fingerprint import layer_for
+from jaxkv.operation import REPLICATED, as_given, axis_of, operation
 from jaxkv.pages import check_vectors, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
@@ -14,7 +16,6 @@ from pallas_kernels.checks import as_layer, check_layer, is_layer
 from pallas_kernels.quantization import decode
 
 
-@jax.named_scope("jaxkv.append")
 def append(
     cache: KVCache,
     layer: int | Int[Array, ""],
@@ -51,7 +52,13 @@ def append(
       >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
       >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)))
     """
-    layer, pool = layer_for(cache, layer, batch), cache.pool
+    return _append(cache, layer_for(cache, layer, batch), batch, jnp.asarray(k), jnp.asarray(v))
+
+
+@operation(results=lambda cache, *_: as_given(cache))
+@jax.named_scope("jaxkv.append")
+def _append(cache: KVCache, layer: Array, batch: Batch, k: Array, v: Array) -> KVCache:
+    pool = cache.pool
     written = append_kv(
         pool.k,
         pool.v,
@@ -94,6 +101,17 @@ def gather(
     (seqs,) = check_vectors(seqs=seqs)
     config = cache.config
     check_layer(layer, config.num_layers)
+    return _gather(cache, as_layer(layer), seqs)
+
+
+def _gathered_specs(cache: KVCache, *_):
+    dense = PartitionSpec(None, None, axis_of(cache.pool.k, 2), None)
+    return dense, dense, REPLICATED
+
+
+@operation(results=_gathered_specs)
+def _gather(cache: KVCache, layer: Array, seqs: Array) -> tuple[Array, Array, Array]:
+    config = cache.config
     slot = jnp.where(seqs < 0, config.max_seqs, seqs)
     lengths = rows_of(cache.table.lengths, slot)
     pages = rows_of(cache.table.pages, slot, config.num_pages)
@@ -104,7 +122,7 @@ def gather(
         return jnp.where(exists, jnp.where(real[..., None, None], tokens, 0), jnp.nan)
 
     exists = is_layer(layer, config.num_layers)
-    layer = jnp.clip(as_layer(layer), 0, config.num_layers - 1)
+    layer = jnp.clip(layer, 0, config.num_layers - 1)
     rows = [leaf.at[layer, pages].get(mode="fill", fill_value=0) for leaf in jax.tree.leaves(cache.pool)]
     k, v = decode(rows, config.dtype)
     return dense(k), dense(v), lengths

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
 from jaxkv.rewrite import numbers, own_pages, stored_as
 from jaxkv.rope import Rope
@@ -65,6 +66,14 @@ def shift_positions(
     check_rope(rope, config.head_dim)
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise ValueError(f"first={first!r} must be a Python integer, 0 or more (it is static)")
+    return _shift_positions(cache, seqs, by, rope=rope, first=first)
+
+
+@operation(results=lambda cache, *_: (as_given(cache), REPLICATED), static=("rope", "first"))
+def _shift_positions(
+    cache: KVCache, seqs: Array, by: Array, *, rope: Rope, first: int
+) -> tuple[KVCache, Array]:
+    config = cache.config
     slot = jnp.where(seqs < 0, config.max_seqs, seqs)
     length, position = rows_of(cache.table.lengths, slot), rows_of(cache.table.positions, slot)
     status = jnp.select(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
+from jaxkv.operation import REPLICATED, operation
 from jaxkv.pages import num_spanned
 from jaxkv.state import AllocationStats, KVCache, PageTable
 from jaxkv.units import common_unit, format_bytes
@@ -231,6 +232,11 @@ def memory_profile(cache: KVCache) -> MemoryProfile:
       >>> profile.physical_pages, profile.logical_pages, profile.fragmentation
       (2, 4, 0.25)
     """
+    return _memory_profile(cache)
+
+
+@operation(results=lambda cache: REPLICATED)
+def _memory_profile(cache: KVCache) -> MemoryProfile:
     table = cache.table
     return MemoryProfile(
         # Copies: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.

@@ -84,8 +84,10 @@ def test_an_empty_cache_is_zero_and_all_free(dtype):
     cache = jaxkv.init(config)
     for pool in (cache.pool.k, cache.pool.v):
         assert pool.shape == config.pool_shape
-        assert pool.dtype == dtype
+        assert pool.dtype == config.storage_dtype
         assert not np.asarray(pool).any()
+    k, v, _ = jaxkv.gather(cache, 0, jnp.array([0]))
+    assert k.dtype == v.dtype == dtype
     assert cache.pool.k_scale is None
     assert cache.table.num_free == 128
     assert cache.table.free_pages[::-1].tolist() == list(range(128))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import is_current
+from jaxkv.operation import as_given, operation
 from jaxkv.pages import rows_of
 from jaxkv.policies.base import check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
@@ -37,12 +38,13 @@ def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
     return jnp.zeros(shape, dtype)
 
 
-def step_of(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None) -> Step:
-    """Checks what `observe` was given. Of a stale batch nothing is noted.
+def observed(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None) -> PolicyState:
+    """The state after a step, by its policy's `note`. Of a stale batch nothing is noted.
 
     Raises:
-      ValueError: without a mass, or for one of another shape.
+      ValueError: for the state of another cache; without a mass, or for one of another shape.
     """
+    state.policy.check_state(state, cache.config)
     config, entries = cache.config, batch.seqs.shape[0]
     shape = config.num_layers, entries, config.num_kv_heads, config.max_tokens_per_seq
     if mass is None:
@@ -55,6 +57,16 @@ def step_of(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None
         raise ValueError(
             f"mass must be [layers, entries, kv_heads, max_tokens] = {list(shape)}, not {list(mass.shape)}"
         )
+    return _observed(state, cache, batch, mass)
+
+
+@operation(results=lambda state, *_: as_given(state))
+def _observed(state: PolicyState, cache: KVCache, batch: Batch, mass: Array) -> PolicyState:
+    return replace(state, values=state.policy.note(state.values, _step_of(cache, batch, mass), batch))
+
+
+def _step_of(cache: KVCache, batch: Batch, mass: Array) -> Step:
+    config = cache.config
     ran = (batch.status == Status.OK) & (batch.num_tokens > 0) & is_current(cache.table, batch)
     place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)
     ends = batch.kv_lengths[:, None, None, None]
@@ -85,10 +97,13 @@ class MassPolicy(TokenPolicy):
     ) -> PolicyState:
         """Adds a step's attention; see `Policy.observe`."""
         self.check_state(state, cache.config)
-        step, held = step_of(state, cache, batch, mass), state.values["mass"]
+        return observed(state, cache, batch, mass)
+
+    def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
+        """The values, with a step's attention added."""
+        held = values["mass"]
         before = jnp.where(step.is_old, rows_of(held, step.slot), 0.0)
-        held = held.at[step.slot].set(before + step.mass, mode="drop")
-        return replace(state, values={"mass": held})
+        return {"mass": held.at[step.slot].set(before + step.mass, mode="drop")}
 
     def spare_recent(self, rank: Array, tokens: Tokens) -> Array:
         """The rank, with the recent tokens above all."""

@@ -1,6 +1,6 @@
 """The tokens that were attended to most recently."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import inf
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
-from jaxkv.policies.attention_mass import step_of, zeros
+from jaxkv.policies.attention_mass import Step, observed, zeros
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
 from jaxkv.state import Batch, KVCache, PolicyState
 
@@ -54,7 +54,10 @@ class LeastRecentlyUsed(TokenPolicy):
     ) -> PolicyState:
         """Notes which tokens a step used; see `Policy.observe`."""
         self.check_state(state, cache.config)
-        step, values = step_of(state, cache, batch, mass), state.values
+        return observed(state, cache, batch, mass)
+
+    def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
+        """The values, with the tokens that a step used."""
         # A clock of its own: positions may be counted anew. One that starts has all its tokens in this step.
         before = batch.kv_lengths - batch.num_tokens
         began = jnp.where(before > 0, rows_of(values["clock"], step.slot), 0)
@@ -62,13 +65,10 @@ class LeastRecentlyUsed(TokenPolicy):
         came_in = began[:, None, None, None] + step.place - before[:, None, None, None] + 1
         used = jnp.where(step.is_new, came_in, rows_of(values["used"], step.slot))
         used = jnp.where(step.mass > self.threshold, now[:, None, None, None], used)
-        return replace(
-            state,
-            values={
-                "used": values["used"].at[step.slot].set(used, mode="drop"),
-                "clock": values["clock"].at[step.slot].set(now, mode="drop"),
-            },
-        )
+        return {
+            "used": values["used"].at[step.slot].set(used, mode="drop"),
+            "clock": values["clock"].at[step.slot].set(now, mode="drop"),
+        }
 
     def rank(self, tokens: Tokens) -> Array:
         """When it was last used; of those used at the same time the later token is the higher."""

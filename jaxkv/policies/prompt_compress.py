@@ -1,6 +1,6 @@
 """A prompt, cut once to what its end looked at (SnapKV, arXiv:2404.14469)."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
-from jaxkv.policies.attention_mass import step_of, zeros
+from jaxkv.policies.attention_mass import Step, observed, zeros
 from jaxkv.policies.base import check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
 from jaxkv.state import Batch, KVCache, PolicyState
@@ -54,14 +54,14 @@ class PromptCompress(TokenPolicy):
     ) -> PolicyState:
         """Takes note of what the prompt's last tokens looked at; see `Policy.observe`."""
         self.check_state(state, cache.config)
-        step, values = step_of(state, cache, batch, mass), state.values
-        return replace(
-            state,
-            values={
-                "mass": values["mass"].at[step.slot].set(step.mass, mode="drop"),
-                "seen": values["seen"].at[step.slot].set(batch.kv_lengths, mode="drop"),
-            },
-        )
+        return observed(state, cache, batch, mass)
+
+    def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
+        """What this step's tokens looked at, instead of what was noted before."""
+        return {
+            "mass": values["mass"].at[step.slot].set(step.mass, mode="drop"),
+            "seen": values["seen"].at[step.slot].set(batch.kv_lengths, mode="drop"),
+        }
 
     def most_positions(self, config: CacheConfig) -> int | None:
         """As many as tokens: what is generated stays."""

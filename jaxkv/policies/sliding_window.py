@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, drop_pages, rows_of
 from jaxkv.policies.base import (
     Policy,
@@ -19,6 +20,11 @@ from jaxkv.policies.base import (
 from jaxkv.positions import check_rope, shift_positions
 from jaxkv.rope import Rope
 from jaxkv.state import Batch, KVCache, PolicyState
+
+
+@operation(results=lambda cache, _: (as_given(cache), REPLICATED), static=("policy",))
+def _evict(cache: KVCache, seqs: Array, *, policy: "SlidingWindow") -> tuple[KVCache, Array]:
+    return policy._evict_due(cache, seqs)
 
 
 @dataclass(frozen=True)
@@ -91,12 +97,16 @@ class SlidingWindow(Policy):
         """Gives back the pages that no token to come can see; see `Policy.evict`."""
         self.check_state(state, cache.config)
         (seqs,) = check_vectors(seqs=seqs)
+        cache, dropped = _evict(cache, seqs, policy=self)
+        return cache, state, dropped
+
+    def _evict_due(self, cache: KVCache, seqs: Array) -> tuple[KVCache, Array]:
         config = cache.config
         slot, first = named_once(seqs, config), config.pages_for(self.sinks)
         length = rows_of(cache.table.lengths, slot)
         pages = jnp.maximum((length - self._window_kept + 1) // config.page_size - first, 0)
         cache = only_if(jnp.any(pages > 0), lambda cache: self._evict(cache, slot, pages, first), cache)
-        return cache, state, pages * config.page_size
+        return cache, pages * config.page_size
 
     def _evict(self, cache: KVCache, slot: Array, pages: Array, first: int) -> KVCache:
         config, before = cache.config, cache.table.num_free

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, rows_of
 from jaxkv.policies.base import (
     Policy,
@@ -25,6 +26,11 @@ from jaxkv.rewrite import Rewrite, for_each_layer, numbers, own_pages, read_toke
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool, PolicyState
 from pallas_kernels.ordering import after
+
+
+@operation(results=lambda cache, state, _: (as_given(cache), as_given(state), REPLICATED))
+def _evict(cache: KVCache, state: PolicyState, seqs: Array) -> tuple[KVCache, PolicyState, Array]:
+    return state.policy._evict_due(cache, state, seqs)
 
 
 class Tokens(NamedTuple):
@@ -122,6 +128,11 @@ class TokenPolicy(Policy):
         """
         self.check_state(state, cache.config)
         (seqs,) = check_vectors(seqs=seqs)
+        return _evict(cache, state, seqs)
+
+    def _evict_due(
+        self, cache: KVCache, state: PolicyState, seqs: Array
+    ) -> tuple[KVCache, PolicyState, Array]:
         slot = named_once(seqs, cache.config)
         due = self.is_due(cache, state, slot)
         slot = jnp.where(due, slot, cache.config.max_seqs)
