@@ -42,11 +42,12 @@ def fork(
       >>> [jaxkv.Status(int(s)).name for s in status], int(cache.table.refcounts[0])
       (['OK', 'OCCUPIED'], 2)
     """
-    return _fork(cache, *check_vectors(parents=parents, children=children))
+    table, status = _fork(cache, *check_vectors(parents=parents, children=children))
+    return replace(cache, table=table), status
 
 
-@operation(results=lambda cache, *_: (as_given(cache), REPLICATED))
-def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[KVCache, Array]:
+@operation(results=lambda cache, *_: (as_given(cache.table), REPLICATED))
+def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, Array]:
     config, table = cache.config, cache.table
     max_seqs, num_pages = config.max_seqs, config.num_pages
     padding = (parents < 0) | (children < 0)
@@ -88,4 +89,4 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[KVCache, Arr
         lengths=table.lengths.at[child].set(lengths, mode="drop"),
         positions=table.positions.at[child].set(positions, mode="drop"),
     )
-    return replace(cache, table=table), status
+    return table, status

@@ -70,11 +70,12 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
       >>> int(cache.table.lengths[0]), int(cache.table.num_free)
       (3, 1)
     """
-    return _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
+    table, stats = _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
+    return replace(cache, table=table, stats=stats)
 
 
-@operation(results=lambda cache, *_: as_given(cache))
-def _truncate(cache: KVCache, seqs: Array, lengths: Array) -> KVCache:
+@operation(results=lambda cache, *_: as_given((cache.table, cache.stats)))
+def _truncate(cache: KVCache, seqs: Array, lengths: Array) -> tuple[PageTable, AllocationStats]:
     config, table = cache.config, cache.table
     slot = jnp.where((seqs < 0) | (lengths < 0), config.max_seqs, seqs)
     old = rows_of(table.lengths, slot)
@@ -99,8 +100,7 @@ def _truncate(cache: KVCache, seqs: Array, lengths: Array) -> KVCache:
     emptied = jnp.where(new == 0, slot, config.max_seqs)
     table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
     table = stamp(table, Operation.TRUNCATE, cut > 0, slot, new)
-    stats = count(cache.stats, num_released=table.num_free - num_free)
-    return replace(cache, table=table, stats=stats)
+    return table, count(cache.stats, num_released=table.num_free - num_free)
 
 
 def release_pages(table: PageTable, page_ids: Int[Array, " entries"]) -> PageTable:

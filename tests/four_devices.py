@@ -1,0 +1,140 @@
+"""Every operation on four host devices; run in a process of its own, which has four.
+
+`python -m tests.four_devices none` (or `int8`) prints a line for each that is as on one device, and fails at
+the first that is not.
+"""
+
+import sys
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+
+import jaxkv
+from jaxkv.policies import HeavyHitter, LeastRecentlyUsed, PromptCompress, SemanticMerge, SlidingWindow
+
+LAYERS, TOKENS = 2, 4
+SEQS = jnp.arange(4, dtype=jnp.int32)
+ROPE = jaxkv.Rope.of(head_dim=16, theta=10000.0)
+POLICIES = [
+    SlidingWindow(4, sinks=1, positions="cache", rope=ROPE),
+    HeavyHitter(6, 3),
+    LeastRecentlyUsed(6),
+    SemanticMerge(6, 3),
+    PromptCompress(6, observe_last=2),
+]
+
+
+def decode(cache, seqs, x):
+    cache = jaxkv.maybe_compact(cache)
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.full_like(seqs, x.shape[0] // 4), total_tokens=x.shape[0])
+
+    def layer(carry, number):
+        cache, x = carry
+        cache = jaxkv.append(cache, number, batch, x[:, :2], x[:, :2])
+        return (cache, x + jaxkv.attend(cache, number, batch, x)), None
+
+    (cache, x), _ = jax.lax.scan(layer, (cache, x), jnp.arange(LAYERS, dtype=jnp.int32))
+    return cache, x
+
+
+def options(cache, seqs, x):
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    cache = jaxkv.append(cache, 0, batch, x[:, :2], x[:, :2])
+    seen = {"window": 4, "sink_tokens": 2, "softcap": 3.0, "sinks": jnp.ones(4)}
+    return cache, jaxkv.attend(cache, 0, batch, x, return_lse=True, return_mass=True, **seen)
+
+
+def evicting(policy, cache, seqs, x):
+    state = policy.init(cache.config)
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    batch, mass = policy.view(batch), None
+    if policy.needs_mass:
+        mass = jnp.stack([jaxkv.attend(cache, n, batch, x, return_mass=True)[1] for n in range(LAYERS)])
+    state = policy.observe(state, cache, batch, mass)
+    cache, state, dropped = policy.evict(cache, state, seqs)
+    return cache, (dropped, policy.fork(state, jnp.array([0]), jnp.array([1])).values)
+
+
+def table_operations(cache, seqs, x):
+    """Those that move no K or V, one after the other, then compaction."""
+    cache = jaxkv.truncate(cache, seqs, seqs + 2)
+    cache = jaxkv.free(cache, jnp.array([2, 3]))
+    cache, status = jaxkv.fork(cache, jnp.array([0, 1]), jnp.array([2, 3]))
+    cache, shifted = jaxkv.shift_positions(cache, seqs, seqs, rope=ROPE)
+    cache, moved = jaxkv.compact(jaxkv.free(cache, jnp.array([0])))
+    return cache, (status, shifted, moved, jaxkv.gather(cache, 1, seqs), jaxkv.memory_profile(cache))
+
+
+OPERATIONS = {f.__name__: f for f in (decode, options, table_operations)}
+OPERATIONS |= {type(policy).__name__: partial(evicting, policy) for policy in POLICIES}
+
+
+def assert_same(got, want):
+    for one, other in zip(*map(jax.tree.leaves, jax.device_get((got, want))), strict=True):
+        one, other = (np.asarray(array).astype(np.float64) for array in (one, other))
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def in_shard_map(operation, cache, x):
+    """A cache for each of four devices, with the default checks."""
+    mesh = jax.make_mesh((4,), ("data",))
+    sharded = PartitionSpec("data")
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=sharded, out_specs=sharded)
+    def run(arrays):
+        results = operation(*jax.tree.map(lambda array: array[0], arrays))
+        return jax.tree.map(lambda array: jnp.asarray(array)[None], results)
+
+    four = jax.tree.map(lambda array: jnp.stack([array] * 4), (cache, SEQS, x))
+    results = jax.jit(run)(jax.device_put(four, NamedSharding(mesh, sharded)))
+    return [jax.tree.map(lambda array, n=n: array[n], jax.device_get(results)) for n in range(4)]
+
+
+def over_explicit_axes(operation, cache, x):
+    """One cache, its K and V sharded by head, and the batch sharded over the other axis."""
+    mesh = jax.make_mesh((2, 2), ("data", "model"))
+
+    def put(tree, *axes):
+        return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
+
+    pool = put(cache.pool, None, None, "model")
+    arguments = replace(put(cache), pool=pool), put(SEQS, "data"), put(x, "data", "model")
+    with jax.set_mesh(mesh):
+        results = jax.jit(operation)(*arguments)
+    for after, before in zip(*map(jax.tree.leaves, (results[0], arguments[0])), strict=True):
+        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+    return [results]
+
+
+def main(quantization):
+    config = jaxkv.CacheConfig(
+        num_layers=LAYERS,
+        num_kv_heads=2,
+        head_dim=16,
+        num_pages=16,
+        page_size=4,
+        max_seqs=4,
+        max_pages_per_seq=8,
+        dtype="float32",
+        quantization=None if quantization == "none" else quantization,
+    )
+    normal = partial(jax.random.normal, dtype=jnp.float32)
+    cache, _ = jax.jit(decode)(jaxkv.init(config), SEQS, normal(jax.random.key(0), (20, 4, 16)))
+    x = normal(jax.random.key(1), (TOKENS, 4, 16))
+    # What a policy does with codes is what it does with numbers.
+    names = OPERATIONS if config.quantization is None else ("decode", "options", "table_operations")
+    for name in names:
+        operation = OPERATIONS[name]
+        want = jax.jit(operation)(cache, SEQS, x)
+        for way in (in_shard_map, over_explicit_axes):
+            for got in way(operation, cache, x):
+                assert_same(got, want)
+            print(f"{name} {way.__name__}: as on one device", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

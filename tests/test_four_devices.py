@@ -1,0 +1,24 @@
+"""Each operation within `shard_map` with its default checks, and over a mesh with explicit axes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.four_devices import OPERATIONS
+
+
+@pytest.mark.parametrize(("quantization", "operations"), [("none", len(OPERATIONS)), ("int8", 3)])
+def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, operations):
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.four_devices", quantization],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("as on one device") == 2 * operations
