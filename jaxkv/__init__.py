@@ -16,7 +16,9 @@ from jaxkv.state import init as init
 from jaxkv.allocate import allocate as allocate
 from jaxkv.pages import free as free
 from jaxkv.pages import truncate as truncate
+from jaxkv.pages import lengths as lengths
 from jaxkv.fork import fork as fork
+from jaxkv.reorder import reorder as reorder
 from jaxkv.pool import append as append
 from jaxkv.pool import gather as gather
 from jaxkv.pool import keys as keys

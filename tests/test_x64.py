@@ -35,6 +35,8 @@ def test_every_operation_keeps_its_dtypes_under_x64(page_size):
         assert {leaf.dtype for leaf in jax.tree.leaves(batch)} == {jnp.dtype("int32")}
         cache, status = jax.jit(jaxkv.fork)(cache, seqs[:1], seqs[:1] + 2)
         assert status.dtype == jnp.int32
+        cache, status = jax.jit(jaxkv.reorder)(cache, seqs, seqs[::-1])
+        assert status.dtype == jnp.int32
         cache, _ = jax.jit(jaxkv.allocate)(cache, seqs + 1, ones)
         cache = jax.jit(jaxkv.truncate)(cache, seqs, 3 * ones)
         cache = jax.jit(jaxkv.free)(cache, seqs[:1])
