@@ -13,6 +13,7 @@ from jaxkv.state import Batch as Batch
 from jaxkv.state import Status as Status
 from jaxkv.state import PolicyState as PolicyState
 from jaxkv.state import init as init
+from jaxkv.packing import pack as pack
 from jaxkv.allocate import allocate as allocate
 from jaxkv.pages import free as free
 from jaxkv.pages import truncate as truncate
@@ -24,6 +25,8 @@ from jaxkv.pool import gather as gather
 from jaxkv.pool import keys as keys
 from jaxkv.pool import values as values
 from jaxkv.attention import attend as attend
+from jaxkv.merge import merge_attention as merge_attention
+from pallas_kernels import use_backend as use_backend
 from jaxkv.rope import Rope as Rope
 from jaxkv.positions import shift_positions as shift_positions
 from jaxkv import policies as policies
