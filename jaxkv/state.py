@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Int, Shaped, UInt32
 
 from jaxkv.config import CacheConfig
@@ -127,17 +128,17 @@ class AllocationStats:
     def __repr__(self) -> str:
         # A transformation may have put anything in the place of the vector, and a donated one is gone.
         counters = self.counters
-        if getattr(counters, "is_deleted", bool)():
-            return f"{type(self).__name__}(counters=<deleted>)"
-        if isinstance(counters, jax.core.Tracer) or not isinstance(counters, (jax.Array, np.ndarray)):
+        if isinstance(counters, Tracer) or not isinstance(counters, (jax.Array, np.ndarray)):
             return f"{type(self).__name__}(counters={counters!r})"
+        if isinstance(counters, jax.Array) and counters.is_deleted():
+            return f"{type(self).__name__}(counters=<deleted>)"
         numbers = ", ".join(f"{name}={np.asarray(x).tolist()}" for name, x in self.as_dict().items())
         return f"{type(self).__name__}({numbers})"
 
 
 def on_host(value: Any) -> Any:
     """A traced array as it is; of others a Python number, or NumPy's array where there are several."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         return value
     array = np.asarray(value)
     return array if array.ndim else array.item()
