@@ -166,7 +166,7 @@ class MemoryProfile:
         names = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
         numbers = {name: getattr(self, name) for name in names if name[0] != "_"}
         if isinstance(self.lengths, Tracer):
-            # What follows from the config alone is a Python integer, and may be too large for `jit` to return.
+            # What the config alone says is a Python integer, which may be too large for `jit` to return.
             numbers = {name: float(x) if isinstance(x, int) else x for name, x in numbers.items()}
         return numbers | self.stats.as_dict()
 
