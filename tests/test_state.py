@@ -70,3 +70,8 @@ def test_statistics_print_within_jit_after_donation_and_of_shapes():
     gone = replace(stats, counters=jnp.zeros(10, jnp.int32))
     gone.counters.delete()
     assert repr(gone) == "AllocationStats(counters=<deleted>)"
+
+
+def test_what_programs_need_is_exported():
+    names = "reorder lengths pack merge_attention use_backend CausalLM Policy"
+    assert all(callable(getattr(jaxkv, name)) for name in names.split())
