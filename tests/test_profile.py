@@ -125,9 +125,9 @@ def test_stacked_profiles_give_a_number_for_each():
 
 def test_bytes_and_tokens_within_jit_may_pass_int32():
     config = CacheConfig(num_layers=80, num_kv_heads=8, head_dim=128, num_pages=2**17, page_size=2**12)
-    one = np.int32(2**16)
+    one = jnp.int32(2**16)
     stats = jaxkv.AllocationStats(jnp.zeros(10, jnp.int32))
-    profile = MemoryProfile(np.full(4096, 2**20, np.int32), one, one, one, np.int32(2**28), stats, config)
+    profile = MemoryProfile(jnp.full(4096, 2**20, jnp.int32), one, one, one, jnp.int32(2**28), stats, config)
     got = jax.jit(lambda profile: profile.as_dict())(profile)
     for name in ("tokens", "unused_places", "used_bytes", "free_bytes", "efficiency", "fragmentation"):
         np.testing.assert_allclose(got[name], getattr(profile, name), rtol=1e-6, err_msg=name)
