@@ -264,6 +264,7 @@ def programs() -> list[Program]:
         ),
         Program("allocate, with copy-on-write", jaxkv.allocate, lambda: (seqs, seqs)),
         Program("fork", jaxkv.fork, lambda: (seqs, seqs)),
+        Program("reorder", jaxkv.reorder, lambda: (seqs, seqs)),
         Program("free", jaxkv.free, lambda: (seqs,)),
         Program("truncate", jaxkv.truncate, lambda: (seqs, seqs)),
         Program("compact", jaxkv.compact, lambda: ()),

@@ -31,6 +31,7 @@ class Operation(IntEnum):
     OWN_PAGES = 5
     SHIFT_POSITIONS = 6
     COMPACT = 7
+    REORDER = 8
 
 
 def stamp(

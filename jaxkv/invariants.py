@@ -53,7 +53,8 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     """Raises for the first entry that is neither OK nor PADDING. Host side: it waits for the device.
 
     Args:
-      batch_or_status: what `allocate` or `fork` returned, or a vector of `Status`.
+      batch_or_status: what `allocate`, `fork` or `reorder` returned, or an array of `Status`. They may be
+        stacked, as `scan` and `vmap` do; an entry is then named by its whole index, the step first.
 
     Raises:
       OutOfPagesError, SequenceTooLongError, InvalidSequenceError, SlotOccupiedError,
@@ -69,32 +70,33 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     """
     batch = batch_or_status if isinstance(batch_or_status, Batch) else None
     status = np.asarray(batch.status if batch is not None else batch_or_status)
-    if status.ndim > 1 or not np.issubdtype(status.dtype, np.integer):
-        raise ValueError(f"expected a Batch or a vector of Status, not {status.dtype}{list(status.shape)}")
-    status = status.reshape(-1)
-    failed = np.flatnonzero((status != Status.OK) & (status != Status.PADDING))
-    if not failed.size:
+    if not np.issubdtype(status.dtype, np.integer):
+        raise ValueError(f"expected a Batch or an array of Status, not {status.dtype}{list(status.shape)}")
+    status = np.atleast_1d(status)
+    failed = np.argwhere((status != Status.OK) & (status != Status.PADDING))
+    if not len(failed):
         return
-    entry = int(failed[0])
+    entry = tuple(failed[0].tolist())
     error, reason = _ERRORS[Status(int(status[entry]))]
-    where = f"entry {entry}"
+    where = f"entry {entry[0] if len(entry) == 1 else entry}"
     if batch is not None:
         where += f" (slot {int(batch.seqs[entry])}, {int(batch.num_tokens[entry])} more tokens)"
-        reason += _numbers(batch, error)
-    others = f"; {failed.size - 1} more entries failed" if failed.size > 1 else ""
+        reason += _numbers(batch, entry, error)
+    others = f"; {len(failed) - 1} more entries failed" if len(failed) > 1 else ""
     raise error(f"{where}: {reason}{others}")
 
 
-def _numbers(batch: Batch, error: type[JaxKVError]) -> str:
+def _numbers(batch: Batch, entry: tuple[int, ...], error: type[JaxKVError]) -> str:
     config = batch.config
     if error is OutOfPagesError:
-        return f": {int(batch.num_free)} of {config.num_pages} are left, of {config.page_size} tokens each"
+        left = int(batch.num_free[entry[:-1]])
+        return f": {left} of {config.num_pages} are left, of {config.page_size} tokens each"
     if error is SequenceTooLongError:
         return f": at most {config.max_tokens_per_seq} tokens"
     if error is InvalidSequenceError:
         return f" (max_seqs is {config.max_seqs})"
     if error is InvalidLengthError:
-        return f" ({batch.positions.shape[0]})"
+        return f" ({batch.positions.shape[-1]})"
     return ""
 
 

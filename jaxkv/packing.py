@@ -1,14 +1,69 @@
 """How prompts are packed into prefill steps: what they share, in what order, so many tokens at a time."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Int
 
+from jaxkv.arguments import integer
 from jaxkv.config import CacheConfig
 from jaxkv.policies import Policy, SlidingWindow
 from jaxkv.state import PolicyState
+
+
+def pack(
+    token_lists: Sequence[Sequence[int] | np.ndarray], *, total_tokens: int | None = None
+) -> tuple[Int[Array, " tokens"], Int[Array, " seqs"]]:
+    """Token ids of several sequences on one axis, one sequence after the other, zeros behind. Host side.
+
+    Args:
+      token_lists: token ids of each entry, from 0 up to the largest int32; an entry may have none.
+      total_tokens: length of the token axis, which `allocate` must be given too. With one length for all
+        calls a step compiles once. Default: the number of tokens.
+
+    Returns:
+      `tokens`, int32 `[total_tokens]`, for the model; and `num_tokens`, int32 `[entries]`, for `allocate`.
+
+    Raises:
+      ValueError: for more tokens than `total_tokens`, no entries, no tokens without a `total_tokens`, or what
+        is no token id; naming the entry.
+
+    Example:
+      >>> import jaxkv
+      >>> tokens, num_tokens = jaxkv.pack([[5, 6, 7], [], [8]], total_tokens=6)
+      >>> tokens.tolist(), num_tokens.tolist()
+      ([5, 6, 7, 8, 0, 0], [3, 0, 1])
+    """
+    rows = [_token_ids(entry, ids) for entry, ids in enumerate(token_lists)]
+    if not rows:
+        raise ValueError("token_lists is empty; it must have an entry or more")
+    count = sum(len(row) for row in rows)
+    if total_tokens is None and not count:
+        raise ValueError("token_lists has no tokens; say how long the token axis is in total_tokens")
+    total = count if total_tokens is None else integer("total_tokens", total_tokens)
+    if count > total:
+        raise ValueError(f"token_lists has {count} tokens in all, more than total_tokens={total}")
+    tokens = np.concatenate([*rows, np.zeros(total - count, np.int32)])
+    return jnp.asarray(tokens), jnp.asarray([len(row) for row in rows], jnp.int32)
+
+
+def _token_ids(entry: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
+    array = np.asarray(ids)
+    if array.shape == (0,):
+        return np.zeros(0, np.int32)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(
+            f"token_lists[{entry}] must be a list of integers, not {array.dtype}{list(array.shape)}"
+        )
+    wrong = array[(array < 0) | (array > np.iinfo(np.int32).max)]
+    if wrong.size:
+        raise ValueError(
+            f"token_lists[{entry}] has {wrong[0]}; a token id is from 0 to {np.iinfo(np.int32).max}"
+        )
+    return array.astype(np.int32)
 
 
 class Stage(NamedTuple):
@@ -54,20 +109,17 @@ def chunks(prompts: list[list[int]], size: int, most: int, whole: bool):
     """Packs prompts into chunks of `size` tokens: `(num_tokens, tokens, which prompts end here)`."""
     done = [0] * len(prompts)
     while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
-        num_tokens, tokens = np.zeros(len(prompts), np.int32), []
+        parts, room = [], size
         for entry, prompt in enumerate(prompts):
-            room = size - len(tokens)
             part = prompt[done[entry] : done[entry] + (most if whole else min(most, room))]
-            if len(part) > room:
-                continue
-            num_tokens[entry] = len(part)
-            done[entry] += len(part)
-            tokens += part
-        lengths = np.array([len(prompt) for prompt in prompts])
-        ends = (num_tokens > 0) & (np.array(done) == lengths)
-        padded = np.zeros(size, np.int32)
-        padded[: len(tokens)] = tokens
-        yield jnp.asarray(num_tokens), jnp.asarray(padded), ends
+            parts.append(part if len(part) <= room else [])
+            done[entry] += len(parts[-1])
+            room -= len(parts[-1])
+        tokens, num_tokens = pack(parts, total_tokens=size)
+        ends = np.array(
+            [bool(part) and at == len(prompt) for part, at, prompt in zip(parts, done, prompts, strict=True)]
+        )
+        yield num_tokens, tokens, ends
 
 
 def most_at_once(policy: Policy, config: CacheConfig, largest: int) -> int:

@@ -184,6 +184,26 @@ def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: in
     )
 
 
+def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries: int) -> PageTable:
+    """Folds `body(table, columns)` over the first columns of the table, some at a time.
+
+    In contrast to `for_each_page` all rows are at the same columns at once, so that rows may trade pages.
+
+    Args:
+      body: takes the table and an int32 vector of columns; those past the table's last do nothing.
+      table: the page table.
+      num_columns: how many, counted from the first. At most one step: no loop is compiled.
+      entries: rows that the body visits in a column, which say how many columns a step takes.
+    """
+    most = table.pages.shape[1]
+    size = min(most, max(1, _CHUNK // entries))
+    columns = jnp.arange(size, dtype=jnp.int32)
+    if size == most:
+        return body(table, columns)
+    steps = (num_columns + size - 1) // size
+    return control_flow.fori_loop(0, steps, lambda step, table: body(table, columns + step * size), table)
+
+
 def rows_of(values: Array, index: Int[Array, "..."] | tuple[Array, ...], fill: int = 0) -> Array:
     """`values[index]`, `fill` where the index is past the end."""
     return values.at[index].get(mode="fill", fill_value=fill)
@@ -233,6 +253,26 @@ def count(
     # A counter that has grown past the largest int32 stays there instead of turning negative.
     overflow = (amounts > 0) & (counters < stats.counters)
     return AllocationStats(jnp.where(overflow, jnp.iinfo(jnp.int32).max, counters))
+
+
+def lengths(cache: KVCache) -> Int[Array, " seqs"]:
+    """Token slots in use of each sequence, 0 for an empty one.
+
+    Args:
+      cache: the cache. It may be donated to a later call while the lengths are still wanted.
+
+    Returns:
+      int32 `[max_seqs]`, in tokens. After an eviction this is less than the sequence's position.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2, max_seqs=2)
+      >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([1]), jnp.array([3]), total_tokens=3)
+      >>> jaxkv.lengths(cache).tolist()
+      [0, 3]
+    """
+    # A copy: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
+    return jnp.copy(cache.table.lengths)
 
 
 def num_spanned(table: PageTable) -> Int[Array, ""]:

@@ -2,26 +2,30 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.operation import REPLICATED, operation
 from jaxkv.pages import num_spanned
-from jaxkv.state import AllocationStats, KVCache, PageTable
+from jaxkv.state import AllocationStats, KVCache, PageTable, on_host
 from jaxkv.units import common_unit, format_bytes
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class MemoryProfile:
-    """What `memory_profile` counts: int32 from the device. The properties are Python numbers, on the host.
+    """What `memory_profile` counts: int32 from the device. The properties work out the rest.
 
-    Bytes may be more than int32 holds, and so may the tokens of many sequences that share pages: both
-    are worked out by the properties, which wait for the device.
+    On the host they are Python numbers, and wait for the device. Of stacked profiles, as a scan or `vmap`
+    returns them, they are NumPy arrays of one number a profile. Within `jit` they are traced: pages and
+    sequences int32, shares float32. What may pass int32 there (`tokens`, `unused_places`, bytes) is float32
+    too, so right to seven digits, or int64 with JAX's 64-bit types on.
 
     Attributes:
       lengths: token places of each sequence.
@@ -44,32 +48,32 @@ class MemoryProfile:
     @property
     def active_seqs(self) -> int:
         """Sequences with tokens."""
-        return int(np.count_nonzero(self.lengths))
+        return _total(_number(self.lengths) > 0)
 
     @property
     def tokens(self) -> int:
         """Of all sequences; a shared one counts for each that reads it."""
-        return int(np.asarray(self.lengths).sum(dtype=np.int64))
+        return _total(_wide(_number(self.lengths)))
 
     @property
     def stored_tokens(self) -> int:
         """Token places in use; a shared one counts once."""
-        return int(self.num_stored)
+        return _number(self.num_stored)
 
     @property
     def physical_pages(self) -> int:
         """Pages in use; a shared one counts once."""
-        return int(self.num_used)
+        return _number(self.num_used)
 
     @property
     def logical_pages(self) -> int:
         """Page table entries in use: a shared page counts once for each owner."""
-        return int((-(-np.asarray(self.lengths, np.int64) // self.config.page_size)).sum())
+        return _total(-(-_number(self.lengths) // self.config.page_size))
 
     @property
     def shared_pages(self) -> int:
         """Pages with more than one owner."""
-        return int(self.num_shared)
+        return _number(self.num_shared)
 
     @property
     def free_pages(self) -> int:
@@ -79,22 +83,22 @@ class MemoryProfile:
     @property
     def holes(self) -> int:
         """Free pages below the highest one in use."""
-        return int(self.num_spanned) - self.physical_pages
+        return _number(self.num_spanned) - self.physical_pages
 
     @property
     def unused_places(self) -> int:
         """Token places of owned pages that hold no token."""
-        return self.physical_pages * self.config.page_size - self.stored_tokens
+        return self._owned_places - _wide(self.stored_tokens)
 
     @property
     def fragmentation(self) -> float:
         """Share of owned pages' token places that hold no token."""
-        return _share(self.unused_places, self.physical_pages * self.config.page_size)
+        return _share(self.unused_places, self._owned_places)
 
     @property
     def scatter(self) -> float:
         """Share of holes in the pool up to its highest page in use: what `compact` closes."""
-        return _share(self.holes, int(self.num_spanned))
+        return _share(self.holes, _number(self.num_spanned))
 
     @property
     def usage(self) -> float:
@@ -107,8 +111,7 @@ class MemoryProfile:
 
         1 is no waste; part-full pages lower it, sharing lifts it above 1. 1 for an empty cache.
         """
-        places = self.physical_pages * self.config.page_size
-        return self.tokens / places if places else 1.0
+        return _share(self.tokens, self._owned_places, of_nothing=1.0)
 
     @property
     def bytes_per_token(self) -> int:
@@ -123,12 +126,12 @@ class MemoryProfile:
     @property
     def used_bytes(self) -> int:
         """Of the pool, pages in use."""
-        return self.physical_pages * self.config.page_bytes
+        return _times(self.physical_pages, self.config.page_bytes)
 
     @property
     def free_bytes(self) -> int:
         """Of the pool, free pages."""
-        return self.free_pages * self.config.page_bytes
+        return _times(self.free_pages, self.config.page_bytes)
 
     @property
     def page_table_bytes(self) -> int:
@@ -153,19 +156,34 @@ class MemoryProfile:
     @property
     def saved_bytes(self) -> int:
         """The same in bytes."""
-        return self.saved_pages * self.config.page_bytes
+        return _times(self.saved_pages, self.config.page_bytes)
 
-    def as_dict(self) -> dict[str, int | float]:
-        """Every number by its name, the counters among them. Waits for the device."""
+    @property
+    def _owned_places(self) -> int:
+        return _times(self.physical_pages, self.config.page_size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every number by its name, the counters among them: as the properties give them."""
         names = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
-        counters = np.asarray(self.stats.counters).tolist()
-        return {name: getattr(self, name) for name in names} | dict(
-            zip(self.stats.names(), counters, strict=True)
-        )
+        numbers = {name: getattr(self, name) for name in names if name[0] != "_"}
+        if isinstance(self.lengths, Tracer):
+            # What the config alone says is a Python integer, which may be too large for `jit` to return.
+            numbers = {name: float(x) if isinstance(x, int) else x for name, x in numbers.items()}
+        return numbers | self.stats.as_dict()
 
     def report(self) -> str:
-        """The numbers as text: what, how much, and what that means, in aligned columns."""
-        config, places = self.config, self.physical_pages * self.config.page_size
+        """The numbers as text: what, how much, and what that means, in aligned columns.
+
+        Raises:
+          ValueError: for stacked profiles, and within `jit`.
+        """
+        if isinstance(self.lengths, Tracer) or np.ndim(self.lengths) != 1:
+            raise ValueError(
+                f"report() takes one profile, on the host; here lengths are {jax.typeof(self.lengths)}. "
+                "Return the profile from jit, and take one of a stack with "
+                "jax.tree.map(lambda x: x[i], profiles)"
+            )
+        config, places = self.config, self._owned_places
         unit = common_unit([self.total_bytes, self.saved_bytes])
         rows = [
             ("pool", f"{config.num_pages:,} pages", format_bytes(self.pool_bytes, unit)),
@@ -197,7 +215,7 @@ class MemoryProfile:
             (
                 "scatter",
                 f"{self.scatter:.1%}",
-                f"{self.holes:,} holes among the first {int(self.num_spanned):,} pages",
+                f"{self.holes:,} holes among the first {_number(self.num_spanned):,} pages",
             ),
             (
                 "sharing saved",
@@ -206,10 +224,9 @@ class MemoryProfile:
             ),
             ("efficiency", f"{self.efficiency:.2f}", "tokens for each place in owned pages"),
         ]
-        counters = np.asarray(self.stats.counters).tolist()
         rows += [
             (name.replace("_", " "), f"{value:,}", "since init")
-            for name, value in zip(self.stats.names(), counters, strict=True)
+            for name, value in self.stats.as_dict().items()
         ]
         return align(rows)
 
@@ -275,5 +292,35 @@ def align(rows: list[tuple[str, str, str]]) -> str:
     return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}" for name, figure, remark in rows)
 
 
-def _share(part: int, whole: int) -> float:
-    return part / whole if whole else 0.0
+def _number(value: Any) -> Any:
+    """A count: traced as it is; else a Python integer, or NumPy's int64 array for stacked profiles."""
+    return value if isinstance(value, Tracer) else on_host(np.asarray(value, np.int64))
+
+
+def _wide(value: Any) -> Any:
+    """Room for what may pass int32. Python's integers and NumPy's int64 have it, traced int32 has not."""
+    if not isinstance(value, Tracer):
+        return value
+    return value.astype(jnp.int64 if jnp.result_type(int) == jnp.int64 else jnp.float32)
+
+
+def _times(count: Any, factor: int) -> Any:
+    wide = _wide(count)
+    # A Python integer beside a float32 would have to fit int32.
+    traced_float = isinstance(wide, Tracer) and jnp.issubdtype(wide.dtype, jnp.floating)
+    return wide * (float(factor) if traced_float else factor)
+
+
+def _total(per_seq: Any) -> Any:
+    """The sum over sequences."""
+    if not isinstance(per_seq, Tracer):
+        return on_host(np.sum(per_seq, axis=-1, dtype=np.int64))
+    return jnp.sum(per_seq, axis=-1, dtype=jnp.int32 if per_seq.dtype == bool else per_seq.dtype)
+
+
+def _share(part: Any, whole: Any, of_nothing: float = 0.0) -> Any:
+    if isinstance(whole, Tracer):
+        return jnp.where(whole == 0, of_nothing, part / jnp.maximum(whole, 1))
+    if np.ndim(whole):
+        return np.where(whole == 0, of_nothing, part / np.maximum(whole, 1))
+    return part / whole if whole else of_nothing

@@ -10,13 +10,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped, UInt32
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Int, Shaped, UInt32
 
 from jaxkv.config import CacheConfig
 
 
 class Status(IntEnum):
-    """What became of one entry of a call. Failure is a value; `raise_for_status` makes it an error."""
+    """What became of one entry of a call. Failure is a value; `raise_for_status` makes it an error.
+
+    Attributes:
+      OK: done; also an entry that asked for no tokens.
+      OUT_OF_PAGES: refused by `allocate`: the pool has too few free pages for it, or for an entry before it.
+      SEQUENCE_TOO_LONG: refused by `allocate`: the sequence would outgrow its row of the page table.
+      INVALID_SEQ: refused: a slot beyond `max_seqs`, one that an earlier entry names, or an empty parent.
+      OCCUPIED: refused by `fork`: the child is in use, taken by an earlier entry, or its own parent.
+      PADDING: a negative slot: nothing was asked.
+      INVALID_LENGTH: refused by `allocate`: `num_tokens` is negative, or reaches past `total_tokens`.
+    """
 
     OK = 0
     OUT_OF_PAGES = 1
@@ -98,6 +110,39 @@ class AllocationStats:
         """Of the counters, in their order."""
         return tuple(name for name, value in vars(cls).items() if isinstance(value, property))
 
+    def as_dict(self) -> dict[str, Any]:
+        """Every counter by its name.
+
+        Returns:
+          Python integers, for which it waits for the device. Of stacked statistics, as from a scan, NumPy
+          arrays; within `jit` traced int32.
+
+        Example:
+          >>> import jaxkv
+          >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4)
+          >>> jaxkv.init(config).stats.as_dict()["peak_pages"]
+          0
+        """
+        return {name: on_host(getattr(self, name)) for name in self.names()}
+
+    def __repr__(self) -> str:
+        # A transformation may have put anything in the place of the vector, and a donated one is gone.
+        counters = self.counters
+        if isinstance(counters, Tracer) or not isinstance(counters, (jax.Array, np.ndarray)):
+            return f"{type(self).__name__}(counters={counters!r})"
+        if isinstance(counters, jax.Array) and counters.is_deleted():
+            return f"{type(self).__name__}(counters=<deleted>)"
+        numbers = ", ".join(f"{name}={np.asarray(x).tolist()}" for name, x in self.as_dict().items())
+        return f"{type(self).__name__}({numbers})"
+
+
+def on_host(value: Any) -> Any:
+    """A traced array as it is; of others a Python number, or NumPy's array where there are several."""
+    if isinstance(value, Tracer):
+        return value
+    array = np.asarray(value)
+    return array if array.ndim else array.item()
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
@@ -162,6 +207,20 @@ class Batch:
     config: CacheConfig = field(metadata={"static": True})
     window: int | None = field(default=None, metadata={"static": True})
     sink_tokens: int = field(default=0, metadata={"static": True})
+
+    @property
+    def ok(self) -> Bool[Array, " seqs"]:
+        """Which entries got what they asked for: False for refused ones and for padding."""
+        return self.status == Status.OK
+
+    @property
+    def last_rows(self) -> Int[Array, " seqs"]:
+        """Row of each entry's last token, whose logits choose the next one: `logits[batch.last_rows]`.
+
+        Always a row of the token axis. It means something where `ok & (num_tokens > 0)`: what `attend` gives
+        in the rows of a refused entry is zeros, and an entry without tokens gets another entry's row, or 0.
+        """
+        return jnp.clip(self.query_starts[..., 1:] - 1, 0, self.positions.shape[-1] - 1)
 
 
 def init(config: CacheConfig) -> KVCache:

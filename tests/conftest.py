@@ -22,7 +22,18 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)
 
 # Function modules only: JAX unflattens the pytrees of jaxkv.state with things that are not arrays.
-CHECKED = ("allocate", "pages", "fork", "pool", "attention", "compact", "invariants", "testing")
+CHECKED = (
+    "allocate",
+    "pages",
+    "fork",
+    "reorder",
+    "merge",
+    "pool",
+    "attention",
+    "compact",
+    "invariants",
+    "testing",
+)
 jaxtyping.install_import_hook(
     [f"jaxkv.{module}" for module in CHECKED] + ["pallas_kernels"], "beartype.beartype"
 )

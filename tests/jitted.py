@@ -13,6 +13,7 @@ attend = jax.jit(
 )
 gather = jax.jit(jaxkv.gather)
 fork = jax.jit(jaxkv.fork)
+reorder = jax.jit(jaxkv.reorder)
 free = jax.jit(jaxkv.free)
 truncate = jax.jit(jaxkv.truncate)
 compact = jax.jit(jaxkv.compact)

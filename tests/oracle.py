@@ -163,6 +163,23 @@ class Oracle:
                 self.sequences[child] = Sequence(source.tokens.copy(), list(source.pages), source.position)
         return status
 
+    def reorder(self, seqs, parents) -> list[Status]:
+        used, before, named, status = self.num_used, list(self.sequences), set(), []
+        for slot, parent in zip(map(int, seqs), map(int, parents), strict=True):
+            if slot < 0 or parent < 0:
+                status.append(Status.PADDING)
+                continue
+            beyond = max(slot, parent) >= self.config.max_seqs
+            if beyond or slot in named or (slot != parent and before[parent].length == 0):
+                status.append(Status.INVALID_SEQ)
+            else:
+                status.append(Status.OK)
+                named.add(slot)
+                source = before[parent]
+                self.sequences[slot] = Sequence(source.tokens.copy(), list(source.pages), source.position)
+        self.stats["total_deallocations"] += used - self.num_used
+        return status
+
     def truncate(self, seqs, lengths):
         used = self.num_used
         for slot, length in zip(map(int, seqs), map(int, lengths), strict=True):

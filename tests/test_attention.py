@@ -323,6 +323,7 @@ def test_forks_attend_once_to_what_they_share(backend, monkeypatch):
         monkeypatch.setattr(prefixes, "_LEAST_BYTES", 0)
         found = []
         monkeypatch.setattr(prefixes, "find", noting(found, prefixes.find))
+        jax.clear_caches()
         shared = jax.jit(lambda cache, batch, q: jaxkv.attend(cache, 1, batch, q))(cache, batch, q)
     jax.effects_barrier()
     assert found

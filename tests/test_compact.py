@@ -99,6 +99,7 @@ def test_any_arrangement_in_chunks_of_any_size(monkeypatch):
         results = []
         for chunk in (1, 2, 7, 100):
             monkeypatch.setattr(module, "_CHUNK_BYTES", chunk * 2 * PACKED.page_bytes)
+            jax.clear_caches()
             cache, num_moved = compact_in_chunks(twin.cache, chunk)
             assert num_moved > 7
             jaxkv.check_invariants(cache)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -162,3 +163,25 @@ def test_a_forks_status_is_taken_too():
     _, status = jitted.fork(sound(), ints(0, 0), ints(-1, 1))
     with pytest.raises(SlotOccupiedError, match="entry 1"):
         jaxkv.raise_for_status(status)
+
+
+def test_statuses_stacked_by_a_scan_name_step_and_entry():
+    stacked = np.full((3, 2), Status.OK)
+    jaxkv.raise_for_status(stacked)
+    stacked[2, 1], stacked[2, 0] = Status.OUT_OF_PAGES, Status.PADDING
+    with pytest.raises(OutOfPagesError, match=r"entry \(2, 1\): the pool has too few"):
+        jaxkv.raise_for_status(stacked)
+
+
+def test_a_stacked_batch_names_slot_and_free_pages_of_the_step_that_failed():
+    def step(cache, seqs):
+        return jaxkv.allocate(cache, seqs, ints(16, 16), total_tokens=32)
+
+    _, batches = jax.jit(lambda cache, seqs: jax.lax.scan(step, cache, seqs))(
+        jaxkv.init(SMALL), jnp.stack([ints(-1, 3), ints(1, 2)])
+    )
+    message = r"entry \(1, 1\) \(slot 2, 16 more tokens\).*: 0 of 8 are left, of 4 tokens each"
+    with pytest.raises(OutOfPagesError, match=message):
+        jaxkv.raise_for_status(batches)
+    assert batches.ok.tolist() == [[False, True], [True, False]]
+    assert batches.last_rows.tolist() == [[15, 31], [15, 31]]

@@ -96,6 +96,51 @@ def test_bytes_and_tokens_may_pass_int32():
     assert profile.bytes_per_token == 2 * 80 * 8 * 128 * 2
 
 
+def two_profiles():
+    """Of an empty cache, and of one with 7 tokens that a fork shares."""
+    cache, _ = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(7), total_tokens=8)
+    cache, _ = jitted.fork(cache, ints(0), ints(1))
+    return [profile_of(one) for one in (jaxkv.init(SMALL), cache)]
+
+
+def test_every_number_may_be_asked_for_within_jit():
+    numbers = jax.jit(lambda profile: profile.as_dict())
+    for profile in two_profiles():
+        want, got = profile.as_dict(), numbers(profile)
+        assert got.keys() == want.keys()
+        for name, value in want.items():
+            np.testing.assert_allclose(got[name], value, rtol=1e-6, err_msg=name)
+        assert (got["free_pages"].dtype, got["usage"].dtype) == ("int32", "float32")
+
+
+def test_stacked_profiles_give_a_number_for_each():
+    profiles = two_profiles()
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *profiles)
+    for name, got in stacked.as_dict().items():
+        want = [profile.as_dict()[name] for profile in profiles]
+        np.testing.assert_array_equal(np.broadcast_to(got, 2), want, err_msg=name)
+    for name, got in jax.jit(jax.vmap(lambda profile: profile.as_dict()))(stacked).items():
+        np.testing.assert_allclose(got, np.broadcast_to(stacked.as_dict()[name], 2), rtol=1e-6, err_msg=name)
+
+
+def test_bytes_and_tokens_within_jit_may_pass_int32():
+    config = CacheConfig(num_layers=80, num_kv_heads=8, head_dim=128, num_pages=2**17, page_size=2**12)
+    one = jnp.int32(2**16)
+    stats = jaxkv.AllocationStats(jnp.zeros(10, jnp.int32))
+    profile = MemoryProfile(jnp.full(4096, 2**20, jnp.int32), one, one, one, jnp.int32(2**28), stats, config)
+    got = jax.jit(lambda profile: profile.as_dict())(profile)
+    for name in ("tokens", "unused_places", "used_bytes", "free_bytes", "efficiency", "fragmentation"):
+        np.testing.assert_allclose(got[name], getattr(profile, name), rtol=1e-6, err_msg=name)
+
+
+def test_a_report_of_stacked_or_traced_profiles_says_how_to_get_one():
+    profile, _ = two_profiles()
+    with pytest.raises(ValueError, match=r"report\(\) takes one profile.*int32\[2,4\]"):
+        jax.tree.map(lambda x: jnp.stack([x, x]), profile).report()
+    with pytest.raises(ValueError, match="Return the profile from jit"):
+        jax.jit(lambda profile: profile.report())(profile)
+
+
 def test_the_report_has_aligned_columns_and_the_numbers():
     cache, _ = jitted.allocate(jaxkv.init(SMALL), ints(0, 1), ints(7, 1), total_tokens=8)
     lines = profile_of(cache).report().splitlines()

@@ -39,6 +39,7 @@ CHANGES = {
     "truncate": lambda cache: jitted.truncate(cache, ints(1), ints(9)),
     "allocate": lambda cache: jitted.allocate(cache, ints(0), ints(1))[0],
     "fork": lambda cache: jitted.fork(cache, ints(1), ints(3))[0],
+    "reorder": lambda cache: jitted.reorder(cache, ints(0, 1), ints(1, 0))[0],
     "compact": lambda cache: jitted.compact(cache)[0],
     "shift_positions": lambda cache: jax.jit(partial(jaxkv.shift_positions, rope=ROPE))(
         cache, ints(1), ints(3)

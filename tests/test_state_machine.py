@@ -121,6 +121,19 @@ class Machine(RuleBasedStateMachine):
             pair = st.tuples(st.sampled_from(live), st.sampled_from(empty))
             self.twin.fork(*columns(data.draw(entries(self.twin, pair))))
 
+    @rule(data=st.data())
+    def reorder(self, data):
+        self.twin.reorder(*columns(data.draw(self.forks)))
+
+    @rule(data=st.data())
+    def reorder_live_ones(self, data):
+        """As beam search does: every slot named once, parents in use."""
+        live = self.slots_by(lambda length: length > 0)
+        if live:
+            seqs = data.draw(self.decode)[: self.twin.entries]
+            parents = st.lists(st.sampled_from(live), min_size=len(seqs), max_size=len(seqs))
+            self.twin.reorder(seqs, data.draw(parents))
+
     @rule(data=st.data(), tokens=st.integers(1, 2))
     def write_to_shared_tails(self, data, tokens):
         """Where the first write copies the page, several owners at once."""

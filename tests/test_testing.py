@@ -137,6 +137,7 @@ Q = jax.ShapeDtypeStruct((8, 4, 64), jnp.float32)
     [
         (jaxkv.allocate, (SLOTS, SLOTS)),
         (jaxkv.fork, (SLOTS, SLOTS)),
+        (jaxkv.reorder, (SLOTS, SLOTS)),
         (jaxkv.free, (SLOTS,)),
         (jaxkv.truncate, (SLOTS, SLOTS)),
         (decode, (SLOTS, Q)),

@@ -88,6 +88,7 @@ def look(cache, q, sinks) -> View:
 class Programs(NamedTuple):
     extend: ...
     fork: ...
+    reorder: ...
     free: ...
     truncate: ...
     compact: ...
@@ -102,6 +103,7 @@ def programs() -> Programs:
     return Programs(
         extend=donated(extend),
         fork=donated(jaxkv.fork),
+        reorder=donated(jaxkv.reorder),
         free=donated(lambda cache, seqs: (jaxkv.free(cache, seqs),)),
         truncate=donated(lambda cache, seqs, lengths: (jaxkv.truncate(cache, seqs, lengths),)),
         compact=donated(jaxkv.compact),
@@ -150,6 +152,15 @@ class Twin:
         parents, children = self._padded(parents), self._padded(children)
         self.cache, status = programs().fork(self.cache, parents, children)
         want = self.oracle.fork(parents, children)
+        assert [Status(s) for s in status.tolist()] == want
+        self.check()
+        return want[:count]
+
+    def reorder(self, seqs, parents) -> list[Status]:
+        count = len(seqs)
+        seqs, parents = self._padded(seqs), self._padded(parents)
+        self.cache, status = programs().reorder(self.cache, seqs, parents)
+        want = self.oracle.reorder(seqs, parents)
         assert [Status(s) for s in status.tolist()] == want
         self.check()
         return want[:count]

@@ -1,0 +1,104 @@
+"""Every slot becomes a fork of another at once, as a step of beam search needs. No K or V moves."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from jaxkv.fingerprint import Operation, stamp
+from jaxkv.pages import check_vectors, count, for_each_column, is_first, pages_for, release_pages, rows_of
+from jaxkv.state import KVCache, PageTable, Status
+
+
+@jax.named_scope("jaxkv.reorder")
+def reorder(
+    cache: KVCache, seqs: Int[Array, " seqs"], parents: Int[Array, " seqs"]
+) -> tuple[KVCache, Int[Array, " seqs"]]:
+    """Lets each slot continue another's sequence: beam search, with one slot a beam.
+
+        before   0 [a b c d][e f . .]    1 [a b c d][g h . .]    2 [i j k .]
+        reorder seqs [0, 1, 2], parents [1, 1, 0]
+        after    0 [a b c d][g h . .]    1 [a b c d][g h . .]    2 [a b c d][e f . .]
+
+    Parents are read as before the call, so slots may trade places. A slot that is its own parent stays as it
+    is. No free page is needed: pages are shared, as after `fork`, and those that no slot continues are given
+    back. The first writer of a shared tail page gets a copy of it from `allocate`, which needs a free page.
+    An eviction policy's state follows with `policy.fork(state, parents, seqs)`, which also reads parents as
+    before the call; give it -1 for the entries whose status is not OK.
+
+    Args:
+      cache: the cache.
+      seqs: slots that change, in use or empty.
+      parents: the slot whose sequence each of them continues. A negative slot or parent makes the entry
+        padding.
+
+    Returns:
+      The cache and a `Status` for each entry: INVALID_SEQ for a slot or parent beyond `max_seqs`, for an
+      empty parent, and for a slot that an earlier accepted entry names. Such an entry changes nothing.
+
+    Raises:
+      ValueError: for wrong shapes or dtypes, at trace time.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2)
+      >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0, 1]), jnp.array([1, 1]))
+      >>> cache, status = jaxkv.reorder(cache, jnp.array([0, 1]), jnp.array([1, 1]))
+      >>> jaxkv.raise_for_status(status)
+      >>> cache.table.refcounts.tolist(), int(cache.table.num_free)
+      ([0, 2], 1)
+    """
+    seqs, parents = check_vectors(seqs=seqs, parents=parents)
+    table, max_seqs = cache.table, cache.config.max_seqs
+    status = _decide(table, seqs, parents)
+    changes = (status == Status.OK) & (seqs != parents)
+    slot, parent = jnp.where(changes, seqs, max_seqs), jnp.where(changes, parents, max_seqs)
+    lengths, positions = rows_of(table.lengths, parent), rows_of(table.positions, parent)
+    owned, old = (
+        pages_for(length, cache.config.page_size) for length in (lengths, rows_of(table.lengths, slot))
+    )
+    num_free = table.num_free
+    # A page may stand in another column of its next owner's row, so all are kept before any is released.
+    table = for_each_column(_keep(parent), table, jnp.max(owned), seqs.shape[0])
+    table = for_each_column(_hand_over(slot, parent), table, jnp.max(jnp.maximum(owned, old)), seqs.shape[0])
+    table = stamp(table, Operation.REORDER, changes, slot, parent)
+    table = replace(
+        table,
+        lengths=table.lengths.at[slot].set(lengths, mode="drop"),
+        positions=table.positions.at[slot].set(positions, mode="drop"),
+    )
+    stats = count(cache.stats, num_released=table.num_free - num_free)
+    return replace(cache, table=table, stats=stats), status
+
+
+def _decide(table: PageTable, seqs: Array, parents: Array) -> Array:
+    max_seqs = table.lengths.shape[0]
+    padding = (seqs < 0) | (parents < 0)
+    empty = rows_of(table.lengths, jnp.where(padding, max_seqs, parents)) == 0
+    status = jnp.select(
+        [padding, (seqs >= max_seqs) | (parents >= max_seqs) | empty & (seqs != parents)],
+        [Status.PADDING, Status.INVALID_SEQ],
+        Status.OK,
+    ).astype(jnp.int32)
+    again = (status == Status.OK) & ~is_first(jnp.where(status == Status.OK, seqs, max_seqs), max_seqs)
+    return jnp.where(again, Status.INVALID_SEQ, status)
+
+
+def _keep(parent: Array):
+    def keep(table: PageTable, columns: Array) -> PageTable:
+        pages = rows_of(table.pages, (parent[:, None], columns[None, :]), table.refcounts.shape[0])
+        return replace(table, refcounts=table.refcounts.at[pages].add(1, mode="drop"))
+
+    return keep
+
+
+def _hand_over(slot: Array, parent: Array):
+    def hand_over(table: PageTable, columns: Array) -> PageTable:
+        # One read of both: the write depends on it, which orders the two and spares a copy of the table.
+        rows = jnp.concatenate([slot, parent])[:, None]
+        old, new = jnp.split(rows_of(table.pages, (rows, columns[None, :]), table.refcounts.shape[0]), 2)
+        pages = table.pages.at[slot[:, None], columns[None, :]].set(new, mode="drop")
+        return release_pages(replace(table, pages=pages), old.reshape(-1))
+
+    return hand_over
