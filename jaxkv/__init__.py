@@ -30,9 +30,11 @@ from jaxkv.compact import should_compact as should_compact
 from jaxkv.compact import maybe_compact as maybe_compact
 from jaxkv.profile import MemoryProfile as MemoryProfile
 from jaxkv.profile import memory_profile as memory_profile
+from jaxkv.policies import Policy as Policy
 from jaxkv.sampling import Sampling as Sampling
+from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.decode import Finish as Finish
-from jaxkv.generate import Generation as Generation
+from jaxkv.generation import Generation as Generation
 from jaxkv.generate import generate as generate
 from jaxkv.invariants import check_invariants as check_invariants
 from jaxkv.invariants import raise_for_status as raise_for_status

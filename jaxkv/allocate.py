@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import check_vectors, count, is_first, pages_for, release_pages, rows_of
 from jaxkv.state import Batch, KVCache, KVPool, Status
 from pallas_kernels.copy_pages import copy_pages
@@ -70,8 +71,12 @@ def allocate(
         num_free=table.num_free - num_taken,
     )
     # What is pushed depends on what was taken: that orders the two, and spares a copy of the stack.
-    copied_to = jnp.where(grant.copies, rows_of(table.free_pages, grant.top), num_pages)
+    top_page = rows_of(table.free_pages, grant.top)
+    copied_to = jnp.where(grant.copies, top_page, num_pages)
     table = release_pages(taken, jnp.where(copied_to < num_pages, grant.tail, num_pages))
+    first_page = jnp.where(grant.num_pages > 0, top_page, num_pages)
+    facts = grant.slot, grant.num_tokens, first_page, grant.tail
+    table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
     pool = cache.pool
     pages = copy_pages(pool.k, pool.v, grant.tail, copied_to, k_scales=pool.k_scale, v_scales=pool.v_scale)
     refused = (grant.status != Status.OK) & (grant.status != Status.PADDING)
@@ -200,6 +205,7 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
         page_ids=tokens.page_ids,
         offsets=jnp.where(tokens.real, tokens.place % config.page_size, 0),
         num_free=table.num_free,
+        fingerprint=table.fingerprint,
         config=config,
     )
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.pool import check_batch
+from jaxkv.fingerprint import layer_for
 from jaxkv.state import Batch, KVCache
 from pallas_kernels import attention_mass, paged_attention
 from pallas_kernels.ordering import after
@@ -113,8 +113,8 @@ def attend(
 
     Args:
       cache: the cache after this layer's `append`.
-      layer: Python int or traced int32.
-      batch: of this step.
+      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN.
+      batch: of this step. Once the page table has changed it is stale, and every result is NaN.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` places before it. The batch's own holds, with its
@@ -147,7 +147,7 @@ def attend(
       >>> float(jaxkv.attend(cache, 0, batch, jnp.ones((1, 2, 8)))[0, 1, 0])
       3.0
     """
-    check_batch(cache, batch)
+    layer = layer_for(cache, layer, batch)
     q = jnp.asarray(q)
     tokens = batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:

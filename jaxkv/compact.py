@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, num_spanned, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable
+from pallas_kernels import control_flow
 from pallas_kernels.move_pages import move_pages
 
 
@@ -58,6 +59,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
         refcounts=jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop"),
         free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
     )
+    table = stamp(table, Operation.COMPACT, jnp.ones(1, bool), num_moved[None])
     stats = count(cache.stats, compactions=1, pages_moved=num_moved)
     return replace(cache, pool=KVPool(*pages), table=table, stats=stats), num_moved
 
@@ -81,7 +83,7 @@ def maybe_compact(cache: KVCache) -> KVCache:
     # A loop of no trip or one. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
     # temporary memory for a pool of 4 GiB (benchmarks/check_aot.py); a loop's carry stays where it is.
     trips = should_compact(cache).astype(jnp.int32)
-    return jax.lax.fori_loop(0, trips, lambda _, cache: compact(cache)[0], cache)
+    return control_flow.fori_loop(0, trips, lambda _, cache: compact(cache)[0], cache)
 
 
 def _target_ids(table: PageTable) -> Int[Array, " pages"]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxkv import catalog
 from jaxkv.units import format_bytes, parse_bytes
 from pallas_kernels import int4
-from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, token_bytes
+from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, stored_dtype, token_bytes
 
 DTYPES = ("float32", "bfloat16", "float16")
 # The dtype of the pool's arrays says what the codes are: see `pallas_kernels.quantization`.
@@ -19,6 +19,8 @@ QUANTIZATIONS = {"int8": "int8", "fp8": "uint8", "int4": "int32"}
 MAX_TOKENS = 2**30
 # Of `AllocationStats`.
 _COUNTER_BYTES = 40
+# Of `PageTable`.
+_FINGERPRINT_BYTES = 8
 # Numbers of a head, beyond which a place in a group of four-bit codes has no room.
 _MOST_INT4 = 512
 
@@ -213,8 +215,8 @@ class CacheConfig:
 
     @property
     def storage_dtype(self) -> str:
-        """Of the pool's arrays: `dtype`, or that of the codes."""
-        return self.dtype if self.quantization is None else QUANTIZATIONS[self.quantization]
+        """Of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16's bits."""
+        return stored_dtype(self.dtype) if self.quantization is None else QUANTIZATIONS[self.quantization]
 
     @property
     def page_bytes(self) -> int:
@@ -229,8 +231,8 @@ class CacheConfig:
 
     @property
     def page_table_bytes(self) -> int:
-        """Bytes of the page table's rows, lengths and positions."""
-        return 4 * self.max_seqs * (self.max_pages_per_seq + 2)
+        """Bytes of the page table's rows, lengths, positions and fingerprint."""
+        return 4 * self.max_seqs * (self.max_pages_per_seq + 2) + _FINGERPRINT_BYTES
 
     @property
     def allocator_bytes(self) -> int:

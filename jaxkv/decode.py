@@ -1,33 +1,21 @@
-"""The parts of text generation, pure functions for a caller's own `jit`: prefill, start, decode."""
+"""Text generation after `prefill`, as pure functions for a caller's own `jit`: start, decode, end."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
-from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxkv.allocate import allocate
-from jaxkv.compact import maybe_compact
+from jaxkv.causal_lm import CausalLM as CausalLM
+from jaxkv.causal_lm import run_model
 from jaxkv.pages import free, rows_of
-from jaxkv.sampling import Sampling, sample
-from jaxkv.state import Batch, KVCache, PolicyState, Status
-
-
-class CausalLM(Protocol):
-    """A model that threads the cache, and is a pytree (an NNX or Equinox module, say)."""
-
-    def __call__(
-        self, tokens: Int[Array, " tokens"], cache: KVCache, batch: Batch, *, rows: Array | None = None
-    ) -> tuple[Float[Array, "rows vocab"], KVCache]:
-        """Logits of the tokens at `rows` (all when None), and the cache.
-
-        A model that a policy can be told of takes `return_mass=True` too. Then it also returns what
-        `attend(..., return_mass=True)` gave in each layer, stacked.
-        """
-        ...
+from jaxkv.prefill import prefill as prefill
+from jaxkv.prefill import tidied
+from jaxkv.sampling import Sampling, SamplingBatch, sample_each
+from jaxkv.state import KVCache, PolicyState, Status
 
 
 class Finish(IntEnum):
@@ -50,12 +38,14 @@ class Decoding:
       next_tokens: the newest token of each, not yet in the cache.
       output: tokens generated so far.
       num_generated: how many of them.
+      limits: how many there may be.
       finish: a `Finish` for each.
       key: for sampling.
       step: steps taken.
       peak_unshared: most pages that the sequences would have held at once without sharing.
       logits: those each output token was drawn from, where they are wanted; else None.
       policy: what the eviction policy remembers, if there is one.
+      keep: whether sequences stay in the cache when they end.
     """
 
     cache: KVCache
@@ -63,54 +53,14 @@ class Decoding:
     next_tokens: Int[Array, " seqs"]
     output: Int[Array, "seqs max_new_tokens"]
     num_generated: Int[Array, " seqs"]
+    limits: Int[Array, " seqs"]
     finish: Int[Array, " seqs"]
     key: PRNGKeyArray
     step: Int[Array, ""]
     peak_unshared: Int[Array, ""]
     logits: Float[Array, "seqs max_new_tokens vocab"] | None = None
     policy: PolicyState | None = None
-
-
-def prefill(
-    model: CausalLM,
-    cache: KVCache,
-    seqs: Int[Array, " seqs"],
-    num_tokens: Int[Array, " seqs"],
-    tokens: Int[Array, " tokens"],
-    policy: PolicyState | None = None,
-) -> tuple[Float[Array, "seqs vocab"], KVCache, PolicyState | None, Int[Array, " seqs"]]:
-    """Runs one ragged chunk of prompts through the model; afterwards a policy evicts what is too much.
-
-    Args:
-      model: the model.
-      cache: the cache.
-      seqs: slots; a negative one is padding.
-      num_tokens: tokens of each in this chunk.
-      tokens: their ids, one sequence after the other, padded at the end.
-      policy: the state of an eviction policy.
-
-    Returns:
-      The logits after each sequence's last token of the chunk, the cache, the policy's state, and the
-      statuses of `allocate`.
-    """
-    cache, batch = allocate(_tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
-    rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
-    logits, cache, policy = _run(model, tokens, cache, batch, policy, rows=rows)
-    if policy is not None:
-        cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(num_tokens > 0, seqs, -1))
-    return logits, cache, policy, batch.status
-
-
-def _run(model: CausalLM, tokens, cache: KVCache, batch: Batch, policy: PolicyState | None, rows=None):
-    """The model, with what a policy lets the tokens see; and the policy is told what they looked at."""
-    if policy is None:
-        return *model(tokens, cache, batch, rows=rows), None
-    batch, mass = policy.policy.view(batch), None
-    if policy.policy.needs_mass:
-        logits, cache, mass = cast(Any, model)(tokens, cache, batch, rows=rows, return_mass=True)
-    else:
-        logits, cache = model(tokens, cache, batch, rows=rows)
-    return logits, cache, policy.policy.observe(policy, cache, batch, mass)
+    keep: bool = field(default=False, metadata={"static": True})
 
 
 def decode(
@@ -118,25 +68,28 @@ def decode(
     state: Decoding,
     until: Int[Array, ""] | int,
     *,
-    sampling: Sampling,
+    sampling: Sampling | SamplingBatch,
     stop_tokens: tuple[int, ...] = (),
 ) -> Decoding:
     """Decodes until every sequence has finished or `until` steps are taken: one `lax.while_loop`.
 
-    A sequence that finishes gives its pages back at once. One that finds no free page waits for
-    that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room. With
-    `CacheConfig.compact_automatically` a step begins with `maybe_compact`. A policy evicts from the sequences
-    that have filled a page, before they are given another.
+    A sequence that finishes gives its pages back at once, unless the state says to keep it. One that finds no
+    free page waits for that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room.
+    With `CacheConfig.compact_automatically` a step begins with `maybe_compact`. A policy evicts from the
+    sequences that have filled a page, before they are given another.
 
     Args:
       model: the model.
       state: where the loop stands.
       until: total steps after which to return; may be traced, so blocks share one program.
-      sampling: how tokens are chosen.
+      sampling: how tokens are chosen, for all sequences or for each.
       stop_tokens: ids that end a sequence.
 
     Returns:
       The state after the last step.
+
+    Raises:
+      ValueError: at trace time, for a model that returns something else than `CausalLM` says.
     """
 
     def unfinished(state: Decoding):
@@ -146,12 +99,14 @@ def decode(
     return jax.lax.while_loop(unfinished, step, state)
 
 
-def _decode_step(model, state: Decoding, *, sampling: Sampling, stop_tokens: tuple[int, ...]) -> Decoding:
+def _decode_step(
+    model, state: Decoding, *, sampling: Sampling | SamplingBatch, stop_tokens: tuple[int, ...]
+) -> Decoding:
     running = state.finish == Finish.RUNNING
     seqs = jnp.where(running, state.seqs, -1)
     cache, policy, blocked = _evict_full(state, seqs)
-    cache, batch = allocate(_tidied(cache), jnp.where(blocked, -1, seqs), jnp.ones_like(seqs))
-    logits, cache, policy = _run(model, state.next_tokens, cache, batch, policy)
+    cache, batch = allocate(tidied(cache), jnp.where(blocked, -1, seqs), jnp.ones_like(seqs))
+    logits, cache, policy = run_model(model, state.next_tokens, cache, batch, policy)
     status = jnp.where(blocked, Status.OUT_OF_PAGES, batch.status)
     state = replace(
         state,
@@ -179,22 +134,17 @@ def _evict_full(state: Decoding, seqs) -> tuple[KVCache, PolicyState | None, Boo
     return cache, policy, fills_page & full & (seqs >= 0)
 
 
-def _tidied(cache: KVCache) -> KVCache:
-    """Compacted when due, if the config wants that: before the step's batch says where pages lie."""
-    return maybe_compact(cache) if cache.config.compact_automatically else cache
-
-
 def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:
     """Draws a token for each sequence that ran, notes it, and lets the finished ones go."""
     ran = running & (status == Status.OK)
     entry = jnp.arange(state.seqs.shape[0], dtype=jnp.int32)
-    tokens = jax.vmap(lambda key, row: sample(key, row[None], sampling)[0])(_draw_keys(state, entry), logits)
-    room = state.output.shape[1]
-    column = jnp.where(ran, state.num_generated, room)
+    logits = logits.astype(jnp.float32)
+    tokens = sample_each(_draw_keys(state, entry), logits, sampling)
+    column = jnp.where(ran, state.num_generated, state.output.shape[1])
     num_generated = state.num_generated + ran.astype(jnp.int32)
 
     stopped = ran & jnp.isin(tokens, jnp.asarray(stop_tokens, jnp.int32))
-    full = (num_generated == room) | (status == Status.SEQUENCE_TOO_LONG)
+    full = (num_generated >= state.limits) | (status == Status.SEQUENCE_TOO_LONG)
     waiting = running & (status == Status.OUT_OF_PAGES)
     stuck = waiting & (entry == jnp.max(jnp.where(waiting, entry, -1))) & ~jnp.any(ran)
     finish = jnp.select(
@@ -203,13 +153,30 @@ def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampli
     ended = running & (finish != Finish.RUNNING)
     return replace(
         state,
-        cache=free(state.cache, jnp.where(ended, state.seqs, -1)),
+        cache=_let_go(state, ended),
         next_tokens=jnp.where(ran, tokens, state.next_tokens),
         output=state.output.at[entry, column].set(tokens, mode="drop"),
         num_generated=num_generated,
         finish=finish,
         logits=None if state.logits is None else state.logits.at[entry, column].set(logits, mode="drop"),
     )
+
+
+def end(state: Decoding, ends: Bool[Array, " seqs"]) -> Decoding:
+    """Ends sequences with `Finish.STOP`, and frees their pages unless the state says to keep them.
+
+    One that has ended by itself keeps its tokens, and `STOP` is its reason from now on.
+
+    Args:
+      state: between two steps.
+      ends: which sequences.
+    """
+    finish = jnp.where(ends, Finish.STOP, state.finish).astype(jnp.int32)
+    return replace(state, cache=_let_go(state, ends), finish=finish)
+
+
+def _let_go(state: Decoding, ended: Bool[Array, " seqs"]) -> KVCache:
+    return state.cache if state.keep else free(state.cache, jnp.where(ended, state.seqs, -1))
 
 
 def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
@@ -231,10 +198,12 @@ def start(
     key: PRNGKeyArray,
     *,
     max_new_tokens: int,
-    sampling: Sampling,
+    limits: Int[Array, " seqs"] | None = None,
+    sampling: Sampling | SamplingBatch,
     stop_tokens: tuple[int, ...] = (),
     keep_logits: bool = False,
     policy: PolicyState | None = None,
+    keep: bool = False,
 ) -> Decoding:
     """The state of a decode loop after prefill, with each sequence's first token drawn.
 
@@ -244,25 +213,31 @@ def start(
       logits: after each prompt's last token.
       key: for sampling.
       max_new_tokens: hard cap, for every sequence.
-      sampling: how tokens are chosen.
+      limits: a cap for each, no more than that; one of 0 has ended already. Default: all alike.
+      sampling: how tokens are chosen, for all sequences or for each.
       stop_tokens: ids that end a sequence.
       keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
       policy: the state of an eviction policy, after prefill.
+      keep: leave sequences in the cache when they end. All of their tokens but the newest are there then.
     """
     num_seqs, vocab = logits.shape
     zeros = jnp.zeros(num_seqs, jnp.int32)
+    limits = jnp.full(num_seqs, max_new_tokens, jnp.int32) if limits is None else limits
+    wanted = limits > 0
     state = Decoding(
         cache=cache,
         seqs=seqs,
         next_tokens=zeros,
         output=jnp.zeros((num_seqs, max_new_tokens), jnp.int32),
         num_generated=zeros,
-        finish=zeros,
+        limits=limits,
+        finish=jnp.where(wanted, Finish.RUNNING, Finish.LENGTH).astype(jnp.int32),
         key=key,
         step=jnp.zeros((), jnp.int32),
         peak_unshared=jnp.zeros((), jnp.int32),
-        logits=jnp.zeros((num_seqs, max_new_tokens, vocab)) if keep_logits else None,
+        logits=jnp.zeros((num_seqs, max_new_tokens, vocab), jnp.float32) if keep_logits else None,
         policy=policy,
+        keep=keep,
     )
-    state = replace(state, peak_unshared=_peak_unshared(state, cache))
-    return _take(state, logits, jnp.ones(num_seqs, bool), zeros, sampling, stop_tokens)
+    state = replace(state, peak_unshared=_peak_unshared(state, cache), cache=_let_go(state, ~wanted))
+    return _take(state, logits, wanted, zeros, sampling, stop_tokens)

@@ -8,7 +8,7 @@ import jax
 
 from jaxkv.profile import align
 from jaxkv.state import KVCache
-from jaxkv.units import format_bytes
+from jaxkv.units import common_unit, format_bytes
 
 # `jax.Device` is a variable to a type checker.
 Device: TypeAlias = Any
@@ -45,12 +45,13 @@ class DeviceMemory:
 
     def report(self) -> str:
         """The bytes by purpose, in aligned columns."""
-        limit = "" if self.limit is None else f" of {format_bytes(self.limit)}"
-        rows = [("device memory", format_bytes(self.in_use), f"in use{limit}, by {self.source}")]
-        for name in ("weights", "kv_pool", "tables", "other"):
-            part = getattr(self, name)
+        parts = {name: getattr(self, name) for name in ("weights", "kv_pool", "tables", "other")}
+        unit = common_unit([self.in_use, *parts.values()])
+        limit = "" if self.limit is None else f" of {format_bytes(self.limit, unit)}"
+        rows = [("device memory", format_bytes(self.in_use, unit), f"in use{limit}, by {self.source}")]
+        for name, part in parts.items():
             share = part / self.in_use if self.in_use else 0.0
-            rows.append((f"  {name.replace('_', ' ')}", format_bytes(part), f"{share:.1%}"))
+            rows.append((f"  {name.replace('_', ' ')}", format_bytes(part, unit), f"{share:.1%}"))
         return align(rows)
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import check_vectors, for_each_page, is_first, pages_for, rows_of
 from jaxkv.state import KVCache, PageTable, Status
 
@@ -75,6 +76,7 @@ def fork(
     table = for_each_page(
         share, table, jnp.cumsum(owned, dtype=jnp.int32), parents.shape[0] * config.max_pages_per_seq
     )
+    table = stamp(table, Operation.FORK, status == Status.OK, parent, child)
     positions = rows_of(table.positions, parent)
     table = replace(
         table,

@@ -128,6 +128,7 @@ def _check_shapes(cache: KVCache) -> None:
         "table.refcounts": (table.refcounts, (config.num_pages,), "int32"),
         "table.free_pages": (table.free_pages, (config.num_pages,), "int32"),
         "table.num_free": (table.num_free, (), "int32"),
+        "table.fingerprint": (table.fingerprint, (2,), "uint32"),
         "stats.counters": (cache.stats.counters, (len(cache.stats.names()),), "int32"),
     }
     if config.quantization is not None:

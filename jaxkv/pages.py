@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.state import AllocationStats, KVCache, PageTable
+from pallas_kernels import control_flow
 from pallas_kernels.checks import as_int32
 from pallas_kernels.ragged import ragged_rows
 
@@ -91,6 +93,7 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
     positions = table.positions.at[slot].add(-cut, mode="drop")
     emptied = jnp.where(new == 0, slot, config.max_seqs)
     table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
+    table = stamp(table, Operation.TRUNCATE, cut > 0, slot, new)
     stats = count(cache.stats, num_released=table.num_free - num_free)
     return replace(cache, table=table, stats=stats)
 
@@ -154,6 +157,7 @@ def drop_pages(
     moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, slot), page_size) - first, 0)
     table = for_each_page(give_back, table, jnp.cumsum(dropped, dtype=jnp.int32), most)
     table = for_each_page(move_up, table, jnp.cumsum(moved, dtype=jnp.int32), most)
+    table = stamp(table, Operation.DROP_PAGES, dropped > 0, slot, first, dropped)
     return replace(table, lengths=table.lengths.at[slot].add(-dropped * page_size, mode="drop"))
 
 
@@ -170,7 +174,7 @@ def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: in
     if most <= size:
         return body(table, *ragged_rows(ends, size))
     chunks = (ends[-1] + size - 1) // size
-    return jax.lax.fori_loop(
+    return control_flow.fori_loop(
         0, chunks, lambda chunk, table: body(table, *ragged_rows(ends, size, chunk * size)), table
     )
 

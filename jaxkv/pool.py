@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxkv.fingerprint import layer_for
 from jaxkv.pages import check_vectors, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
-from pallas_kernels.checks import check_layer
+from pallas_kernels.checks import as_layer, check_layer, is_layer
 from pallas_kernels.quantization import decode
 
 
@@ -33,8 +34,8 @@ def append(
 
     Args:
       cache: the cache that `allocate` returned with `batch`.
-      layer: Python int or traced int32.
-      batch: of this step.
+      layer: Python int or traced int32. Of a traced one that is no layer nothing is written.
+      batch: of this step. Once the page table has changed it is stale, and nothing is written.
       k, v: new keys (after RoPE) and values, converted to the pool's dtype or quantized. Rows of
         padding and of refused sequences are not written.
 
@@ -50,8 +51,7 @@ def append(
       >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
       >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)))
     """
-    check_batch(cache, batch)
-    pool = cache.pool
+    layer, pool = layer_for(cache, layer, batch), cache.pool
     written = append_kv(
         pool.k,
         pool.v,
@@ -66,12 +66,6 @@ def append(
     return replace(cache, pool=KVPool(*written))
 
 
-def check_batch(cache: KVCache, batch: Batch) -> None:
-    """A batch of another cache would name pages that its sequences do not own."""
-    if batch.config != cache.config:
-        raise ValueError(f"the batch is of another cache: {batch.config}, not {cache.config}")
-
-
 def gather(
     cache: KVCache, layer: int | Int[Array, ""], seqs: Int[Array, " seqs"]
 ) -> tuple[
@@ -83,7 +77,7 @@ def gather(
 
     Args:
       cache: the cache.
-      layer: Python int or traced int32.
+      layer: Python int or traced int32; of a traced one that is no layer all is NaN.
       seqs: slots. Padding, empty slots and slots beyond `max_seqs` give zeros and length 0.
 
     Returns:
@@ -107,8 +101,10 @@ def gather(
 
     def dense(tiles):
         tokens = jnp.swapaxes(tiles, 2, 3).reshape(*real.shape, config.num_kv_heads, config.head_dim)
-        return jnp.where(real[..., None, None], tokens, 0)
+        return jnp.where(exists, jnp.where(real[..., None, None], tokens, 0), jnp.nan)
 
+    exists = is_layer(layer, config.num_layers)
+    layer = jnp.clip(as_layer(layer), 0, config.num_layers - 1)
     rows = [leaf.at[layer, pages].get(mode="fill", fill_value=0) for leaf in jax.tree.leaves(cache.pool)]
     k, v = decode(rows, config.dtype)
     return dense(k), dense(v), lengths

@@ -2,14 +2,15 @@
 
 from dataclasses import replace
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
 from jaxkv.rewrite import numbers, own_pages, stored_as
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool, Status
+from pallas_kernels import control_flow
 from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
@@ -94,6 +95,8 @@ def shift_positions(
     owned = jnp.where(plan.slot < config.max_seqs, pages_for(length, config.page_size) - column, 0)
     pool = _turn_keys(pool, config, plan.new, column, owned, by, rope, first)
     table = replace(cache.table, positions=cache.table.positions.at[plan.slot].add(by, mode="drop"))
+    shifted = plan.slot < config.max_seqs
+    table = stamp(table, Operation.SHIFT_POSITIONS, shifted, plan.slot, by, jnp.full_like(by, first))
     return replace(cache, pool=pool, table=table), jnp.where(moves, plan.status, status)
 
 
@@ -130,7 +133,7 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         )
 
     trips = (ends[-1] + size - 1) // size * config.num_layers
-    k, k_scale = jax.lax.fori_loop(0, trips, visit, (pool.k, pool.k_scale))
+    k, k_scale = control_flow.fori_loop(0, trips, visit, (pool.k, pool.k_scale))
     return replace(pool, k=k, k_scale=k_scale)
 
 

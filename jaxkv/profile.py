@@ -11,7 +11,7 @@ from jaxtyping import Array, Int
 from jaxkv.config import CacheConfig
 from jaxkv.pages import num_spanned
 from jaxkv.state import AllocationStats, KVCache, PageTable
-from jaxkv.units import format_bytes
+from jaxkv.units import common_unit, format_bytes
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +131,7 @@ class MemoryProfile:
 
     @property
     def page_table_bytes(self) -> int:
-        """Rows of the page table, lengths and positions."""
+        """Rows of the page table, lengths, positions and its fingerprint."""
         return self.config.page_table_bytes
 
     @property
@@ -165,20 +165,29 @@ class MemoryProfile:
     def report(self) -> str:
         """The numbers as text: what, how much, and what that means, in aligned columns."""
         config, places = self.config, self.physical_pages * self.config.page_size
+        unit = common_unit([self.total_bytes, self.saved_bytes])
         rows = [
-            ("pool", f"{config.num_pages:,} pages", format_bytes(self.pool_bytes)),
+            ("pool", f"{config.num_pages:,} pages", format_bytes(self.pool_bytes, unit)),
             (
                 "  used",
                 f"{self.physical_pages:,} pages",
-                f"{format_bytes(self.used_bytes)}, {self.usage:.1%}",
+                f"{format_bytes(self.used_bytes, unit)}, {self.usage:.1%}",
             ),
-            ("  free", f"{self.free_pages:,} pages", format_bytes(self.free_bytes)),
-            ("page table", format_bytes(self.page_table_bytes), f"{self.logical_pages:,} entries in use"),
-            ("allocator", format_bytes(self.allocator_bytes), "refcounts and the free stack"),
-            ("on the device", format_bytes(self.total_bytes), "all of the above and the counters"),
+            ("  free", f"{self.free_pages:,} pages", format_bytes(self.free_bytes, unit)),
+            (
+                "page table",
+                format_bytes(self.page_table_bytes, unit),
+                f"{self.logical_pages:,} entries in use",
+            ),
+            ("allocator", format_bytes(self.allocator_bytes, unit), "refcounts and the free stack"),
+            ("on the device", format_bytes(self.total_bytes, unit), "all of the above and the counters"),
             ("sequences", f"{self.active_seqs:,}", f"of {config.max_seqs:,} slots"),
             ("tokens", f"{self.tokens:,}", f"{self.stored_tokens:,} stored"),
-            ("a token", format_bytes(self.bytes_per_token), f"in {config.quantization or config.dtype}"),
+            (
+                "a token",
+                format_bytes(self.bytes_per_token, unit),
+                f"in {config.quantization or config.dtype}",
+            ),
             (
                 "fragmentation",
                 f"{self.fragmentation:.1%}",
@@ -192,7 +201,7 @@ class MemoryProfile:
             (
                 "sharing saved",
                 f"{self.saved_pages:,} pages",
-                f"{format_bytes(self.saved_bytes)}; {self.shared_pages:,} pages are shared",
+                f"{format_bytes(self.saved_bytes, unit)}; {self.shared_pages:,} pages are shared",
             ),
             ("efficiency", f"{self.efficiency:.2f}", "tokens for each place in owned pages"),
         ]

@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxkv.config import CacheConfig
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, pages_for, release_pages, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable, Status
-from pallas_kernels import int4
-from pallas_kernels.quantization import dequantize, is_int4, quantize
+from pallas_kernels import control_flow, int4
+from pallas_kernels.quantization import as_float32, as_stored, dequantize, is_int4, quantize
 
 # Of the tokens that are held beside the pool at a time.
 _VISIT_BYTES = 16 * 2**20
@@ -77,6 +78,7 @@ def own_pages(
     # of the stack.
     let_go = row.let_go & (row.new[:, :1] <= config.num_pages)
     table = release_pages(taken, jnp.where(let_go, row.old, config.num_pages).reshape(-1))
+    table = stamp(table, Operation.OWN_PAGES, slot < config.max_seqs, slot, first, lengths)
     stats = count(cache.stats, num_taken=num_taken, num_released=table.num_free - taken.num_free)
     status = jnp.where(row.granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
     return replace(cache, table=table, stats=stats), Rewrite(slot, row.old, row.new, status)
@@ -151,7 +153,7 @@ def for_each_layer(
         )
         return body(carry, trip % config.num_layers, some)
 
-    return jax.lax.fori_loop(0, visits * config.num_layers, visit, carry)
+    return control_flow.fori_loop(0, visits * config.num_layers, visit, carry)
 
 
 def read_tokens(
@@ -188,14 +190,14 @@ def _locate(pool: KVPool, layer: Array, rows: Array, places: Array) -> tuple[Arr
 
 def numbers(config: CacheConfig, stored: Any, scale: Shaped[Array, "..."] | None) -> Shaped[Array, "..."]:
     """Stored keys (or values) of tokens, in float32."""
-    return stored.astype(jnp.float32) if scale is None else dequantize(stored, scale, jnp.float32)
+    return as_float32(stored) if scale is None else dequantize(stored, scale, jnp.float32)
 
 
 def stored_as(config: CacheConfig, values: Shaped[Array, "..."], *, keys: bool) -> tuple[Any, Any]:
     """Keys or values as the pool stores them, and their scales if it has any."""
     values = values.astype(config.dtype)
     if config.quantization is None:
-        return values, None
+        return as_stored(values, config.storage_dtype), None
     if is_int4(config.storage_dtype):
         return int4.quantize(values, keys=keys)
     return quantize(values, config.storage_dtype)

@@ -1,10 +1,22 @@
 """From logits to the next token."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from jaxkv.arguments import integer, real
+
+# The smallest normal float32. A division by less overflows, or by zero where the hardware flushes it.
+_LEAST_TEMPERATURE = 2.0**-126
+# Its reciprocal: a compiler may multiply by that of a divisor, which must be normal too.
+_MOST_TEMPERATURE = 2.0**126
+# More tokens than any vocabulary has.
+_ALL = 2**31 - 1
 
 
 @jax.tree_util.register_static
@@ -12,11 +24,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 class Sampling:
     """How the next token is chosen; static.
 
+    `top_k` and `top_p` keep the first tokens of the order by logit, of equal ones by index: of logits
+    `log([.4, .2, .2, .2])` a `top_p` of 0.5 keeps two. Numbers may be scalars of NumPy or JAX.
+
     Attributes:
-      temperature: 0 is greedy.
+      temperature: 0 is greedy, and so is everything below `2**-126`, float32's smallest normal number.
       top_k: keep this many of the likeliest tokens. None: all.
-      top_p: keep the likeliest tokens that together reach this probability (nucleus sampling,
-        arXiv:1904.09751). None: all. Applied after `top_k`.
+      top_p: keep the likeliest tokens that together reach this probability, one at least (nucleus sampling,
+        arXiv:1904.09751). None or 1: all. Applied after `top_k`.
 
     Raises:
       ValueError: naming the field and what is allowed.
@@ -27,29 +42,79 @@ class Sampling:
     top_p: float | None = None
 
     def __post_init__(self):
+        temperature = real(self.temperature)
         # Written so that NaN is refused too.
-        if not (_is_number(self.temperature) and 0 <= self.temperature < float("inf")):
+        if temperature is None or not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature!r} must be 0 (greedy) or positive")
-        if self.top_k is not None and (type(self.top_k) is not int or self.top_k < 1):
-            raise ValueError(f"top_k={self.top_k!r} must be a positive integer")
-        if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+        object.__setattr__(self, "temperature", temperature)
+        if self.top_k is not None:
+            object.__setattr__(self, "top_k", integer("top_k", self.top_k, below=2**63))
+        if self.top_p is not None:
+            top_p = real(self.top_p)
+            if top_p is None or not 0 < top_p <= 1:
+                raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1")
+            object.__setattr__(self, "top_p", top_p)
 
 
 GREEDY = Sampling()
 
 
-def sample(key: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling) -> Int[Array, " seqs"]:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """A `Sampling` for each sequence, as arrays.
+
+    A sequence draws the same token, whatever its neighbours' settings.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: the largest int32 for all tokens.
+      top_p: 1 for all tokens.
+      sorts: whether any sequence uses `top_k` or `top_p`; the vocabulary is not sorted for none.
+    """
+
+    temperature: Float[Array, " seqs"]
+    top_k: Int[Array, " seqs"]
+    top_p: Float[Array, " seqs"]
+    sorts: bool = field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, samplings: Sequence[Sampling]) -> "Sampling | SamplingBatch":
+        """Of one `Sampling` a sequence; that one itself where all are alike."""
+        if all(one == samplings[0] for one in samplings):
+            return samplings[0]
+        plain = [_plain(one) for one in samplings]
+        temperature, top_k, top_p = (list(column) for column in zip(*plain, strict=True))
+        return cls(
+            jnp.asarray(temperature, jnp.float32),
+            jnp.asarray(top_k, jnp.int32),
+            jnp.asarray(top_p, jnp.float32),
+            sorts=any(_limits(one) for one in plain),
+        )
+
+
+def _plain(sampling: Sampling) -> tuple[float, int, float]:
+    """Temperature, top_k and top_p as float32 has them, without None; greedy needs no order of tokens."""
+    if sampling.temperature < _LEAST_TEMPERATURE:
+        return 0.0, _ALL, 1.0
+    temperature = min(sampling.temperature, _MOST_TEMPERATURE)
+    top_k = _ALL if sampling.top_k is None else min(sampling.top_k, _ALL)
+    return temperature, top_k, 1.0 if sampling.top_p is None else float(np.float32(sampling.top_p))
+
+
+def _limits(plain: tuple[float, int, float]) -> bool:
+    return plain[1] < _ALL or plain[2] < 1
+
+
+def sample(
+    key: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling | SamplingBatch
+) -> Int[Array, " seqs"]:
     """Draws one token a sequence.
 
     Args:
       key: for the draw; unused when greedy.
       logits: float32.
-      sampling: temperature, top-k, top-p.
+      sampling: temperature, top-k, top-p, for all sequences or for each.
 
     Returns:
       Token ids, int32.
@@ -59,21 +124,62 @@ def sample(key: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Samp
       >>> int(sample(jax.random.key(0), jnp.array([[0.0, 3.0, 1.0]]), Sampling())[0])
       1
     """
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    if sampling.top_k is not None:
-        kth = jax.lax.top_k(logits, min(sampling.top_k, logits.shape[-1]))[0][:, -1:]
-        logits = jnp.where(logits >= kth, logits, -jnp.inf)
-    if sampling.top_p is not None:
-        logits = _nucleus(logits, sampling.top_p)
-    return jax.random.categorical(key, logits).astype(jnp.int32)
+    return _choose(logits, sampling, partial(jax.random.categorical, key))
 
 
-def _nucleus(logits: Float[Array, "seqs vocab"], top_p: float) -> Float[Array, "seqs vocab"]:
-    ordered = jnp.sort(logits, axis=-1, descending=True)
-    p = jax.nn.softmax(ordered, axis=-1)
-    # A token stays while those before it have not reached top_p; so the likeliest always does.
-    stays = jnp.cumsum(p, axis=-1) - p < top_p
-    least = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+def sample_each(
+    keys: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling | SamplingBatch
+) -> Int[Array, " seqs"]:
+    """As `sample`, with a key for each sequence, `[seqs]`: neighbours change no draw."""
+    return _choose(logits, sampling, partial(jax.vmap(jax.random.categorical), keys))
+
+
+def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[Array], Array]) -> Array:
+    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits.astype(jnp.float32)
+    if isinstance(sampling, Sampling):
+        temperature, top_k, top_p = _plain(sampling)
+        if temperature == 0:
+            return likeliest
+        # Kept from the compiler: a division by a constant may be rounded otherwise than one by an array.
+        temperature = jax.lax.optimization_barrier(jnp.float32(temperature))
+        scaled = _scale(logits, temperature)
+        if top_k < logits.shape[1] or top_p < 1:
+            scaled = jnp.where(_kept(logits, temperature, top_k, top_p), scaled, -jnp.inf)
+        return draw(scaled).astype(jnp.int32)
+    temperature = jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
+    scaled = _scale(logits, temperature)
+    if sampling.sorts:
+        kept = _kept(logits, temperature, sampling.top_k[:, None], sampling.top_p[:, None])
+        scaled = jnp.where(kept, scaled, -jnp.inf)
+    return jnp.where(sampling.temperature == 0, likeliest, draw(scaled).astype(jnp.int32))
+
+
+def _scale(logits: Float[Array, "seqs vocab"], temperature: Array) -> Float[Array, "seqs vocab"]:
+    """Logits below the largest by temperature: no division overflows, and the largest stays finite."""
+    largest = jnp.max(logits, axis=-1, keepdims=True)
+    return jnp.where(logits == largest, 0.0, logits - largest) / temperature
+
+
+def _kept(
+    logits: Array, temperature: Array, top_k: int | Array, top_p: float | Array
+) -> Bool[Array, "seqs vocab"]:
+    """The tokens that stand first in the order by logit, then by index, up to the last one kept."""
+    index = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32)[None], logits.shape)
+    if isinstance(top_k, int) and isinstance(top_p, float) and top_p >= 1:
+        last, last_index = (x[:, -1:] for x in jax.lax.top_k(logits, top_k))
+    else:
+        falling, index_of = jax.lax.sort((-logits, index), dimension=1, is_stable=True, num_keys=1)
+        at = _count(_scale(-falling, temperature), index, top_k, top_p) - 1
+        last, last_index = (jnp.take_along_axis(x, at, axis=1) for x in (-falling, index_of))
+    return (logits > last) | ((logits == last) & (index <= last_index))
+
+
+def _count(scaled: Array, rank: Array, top_k: int | Array, top_p: float | Array) -> Int[Array, "seqs 1"]:
+    """How many of the ordered tokens stay; the likeliest always does."""
+    among = rank < top_k
+    reached = jnp.cumsum(jax.nn.softmax(jnp.where(among, scaled, -jnp.inf), axis=1), axis=1)
+    before = jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
+    # A sum may round to one before the last token: a top_p of one asks for no sum at all.
+    stays = among & ((rank == 0) | (before < top_p) | jnp.asarray(top_p >= 1))
+    return jnp.sum(stays, axis=1, keepdims=True, dtype=jnp.int32)

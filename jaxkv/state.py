@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Int, Shaped, UInt32
 
 from jaxkv.config import CacheConfig
 
@@ -30,7 +30,9 @@ class Status(IntEnum):
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """All pages of all layers. Of a quantized pool K and V are codes; else there are no scales.
+    """All pages of all layers, of `config.storage_dtype`; `gather` gives their values.
+
+    Of a quantized pool K and V are codes; else there are no scales.
 
     A row is `head_dim` numbers, or words of eight codes, and then its scales are words too.
     """
@@ -53,6 +55,8 @@ class PageTable:
       refcounts: table entries that name each page.
       free_pages: a stack of page ids, `free_pages[:num_free]`; its top is handed out first.
       num_free: pages on the stack.
+      fingerprint: of the table's history; every operation that changes the table changes it. Equal
+        histories have equal fingerprints.
     """
 
     pages: Int[Array, "seqs pages_per_seq"]
@@ -61,6 +65,7 @@ class PageTable:
     refcounts: Int[Array, " pages"]
     free_pages: Int[Array, " pages"]
     num_free: Int[Array, ""]
+    fingerprint: UInt32[Array, "2"]
 
 
 def _counter(index: int, doc: str) -> Any:
@@ -128,7 +133,8 @@ class Batch:
     """Where this step's tokens go and what they may see.
 
     The tokens of `seqs[i]` are the rows `query_starts[i]:query_starts[i+1]` of the token axis.
-    It describes the cache that `allocate` returned with it, until the page table changes again.
+    It describes the cache that `allocate` returned with it, until the page table changes again. Then it is
+    stale: `append` writes nothing for it, and `attend` gives NaN.
 
     Attributes:
       seqs, num_tokens: as given to `allocate`.
@@ -138,6 +144,7 @@ class Batch:
       positions: of each token, for RoPE; 0 for padding.
       page_ids, offsets: the place of each token; page id `num_pages` for padding.
       num_free: pages free after the call.
+      fingerprint: of the page table after the call.
       config: of the cache.
       window, sink_tokens: what a policy lets every token see, whatever the model lets it: see `attend`.
     """
@@ -151,6 +158,7 @@ class Batch:
     page_ids: Int[Array, " tokens"]
     offsets: Int[Array, " tokens"]
     num_free: Int[Array, ""]
+    fingerprint: UInt32[Array, "2"]
     config: CacheConfig = field(metadata={"static": True})
     window: int | None = field(default=None, metadata={"static": True})
     sink_tokens: int = field(default=0, metadata={"static": True})
@@ -187,6 +195,7 @@ def init(config: CacheConfig) -> KVCache:
             refcounts=jnp.zeros(pages, jnp.int32),
             free_pages=jnp.arange(pages - 1, -1, -1, dtype=jnp.int32),
             num_free=jnp.asarray(pages, jnp.int32),
+            fingerprint=jnp.zeros(2, jnp.uint32),
         ),
         stats=AllocationStats(jnp.zeros(len(AllocationStats.names()), jnp.int32)),
         config=config,

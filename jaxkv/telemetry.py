@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
+from jaxkv.extras import needs_extra
 from jaxkv.profile import MemoryProfile, memory_profile
 from jaxkv.state import AllocationStats, KVCache
 
@@ -105,7 +106,8 @@ class Telemetry:
           ValueError: for a bad `every`, or a registry that has these metrics already.
           ModuleNotFoundError: without prometheus-client.
         """
-        from prometheus_client import CollectorRegistry, Counter, Gauge
+        with needs_extra():
+            from prometheus_client import CollectorRegistry, Counter, Gauge
 
         if type(every) is not int or every < 1:
             raise ValueError(f"every={every!r} must be a positive integer")
@@ -185,7 +187,8 @@ class Server:
     """
 
     def __init__(self, registry: "CollectorRegistry", port: int, host: str = "127.0.0.1"):
-        from prometheus_client import start_http_server
+        with needs_extra():
+            from prometheus_client import start_http_server
 
         if type(port) is not int or not 0 <= port < 2**16:
             raise ValueError(f"port={port!r} must be from 0 to {2**16 - 1}")

@@ -18,14 +18,10 @@ from jaxkv.page_map import FREE, LEVELS, SHARED, PageMap, page_map
 from jaxkv.pictures import PAGE_SIZES
 from jaxkv.profile import MemoryProfile, memory_profile, unused_share
 from jaxkv.sampling import Sampling
-from jaxkv.terminal import (
-    QUESTIONS,
-    SYSTEM_PROMPT,
-    demo_prompts,
-    fitting_config,
-    load_with_progress,
-    status_line,
-)
+from jaxkv.terminal import fitting_config
+from jaxkv.terminal_demo import QUESTIONS, SYSTEM_PROMPT, demo_prompts
+from jaxkv.terminal_progress import Status, load_with_progress
+from jaxkv.units import common_unit, format_bytes
 
 _STEPS_A_BLOCK = 4
 
@@ -53,12 +49,16 @@ class _Recorder:
 
     model: object
     memory: PeakMemory
+    status: Status
     steps: list[int] = field(default_factory=list)
     profiles: list[MemoryProfile] = field(default_factory=list)
     moment: _Moment | None = None
 
     def see(self, state: Decoding) -> None:
         """Called after each block of steps."""
+        if not self.steps:
+            self.status.say_compiled()
+            self.status.next("generating")
         self.memory.sample()
         profile = jax.device_get(_profile(state.cache))
         self.steps.append(int(state.step))
@@ -93,8 +93,8 @@ def run_profile(options: argparse.Namespace) -> int:
     loaded, tokenizer = load_with_progress(options.model)
     ids = _token_ids(tokenizer, options.prompt)
     config = fitting_config(loaded, ids, options, options.num_samples, options.num_pages)
-    with PeakMemory() as memory, status_line("generating"):
-        recorder = _Recorder(loaded.model, memory)
+    with PeakMemory() as memory, Status("compiling") as status:
+        recorder = _Recorder(loaded.model, memory, status)
         result = generate(
             loaded.model,
             config,
@@ -146,13 +146,14 @@ def _token_ids(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
 
 
 def _text(loaded: LoadedModel, moment: _Moment, lengths: list[int], memory: PeakMemory, width: int) -> str:
+    unit = common_unit([moment.device.in_use])
     peak = "at its peak" if memory.is_exact else "at the most, of what was sampled"
     ascii_only = not _can_print(FREE + SHARED + LEVELS)
     parts = [
         f"{loaded.name}, step {moment.step}: {moment.running} of {len(lengths)} sequences still running",
         moment.profile.report(),
         moment.device.report(),
-        f"the device held {memory.peak / 2**20:,.1f} MiB {peak}",
+        f"the device held {format_bytes(memory.peak, unit)} {peak}",
         f"pages before compaction, {moment.before.holes.sum()} holes",
         moment.before.text(width, ascii_only=ascii_only),
         f"after it, {moment.num_moved} pages moved",

@@ -1,6 +1,8 @@
 """Amounts of memory, read and written as people write them."""
 
 import re
+from collections.abc import Iterable
+from math import floor, log10
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
@@ -29,13 +31,33 @@ def parse_bytes(text: str | int) -> int:
     return round(amount)
 
 
-def format_bytes(amount: float) -> str:
+_BINARY = {"B": 1} | {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", start=1)}
+
+
+def common_unit(amounts: Iterable[float]) -> str:
+    """The unit for amounts that stand in one table: the largest's own.
+
+    Example:
+      >>> unit = common_unit([2**30, 3 * 2**20])
+      >>> format_bytes(2**30, unit), format_bytes(3 * 2**20, unit), format_bytes(0, unit)
+      ('1.00 GiB', '0.0029 GiB', '0 GiB')
+    """
+    return format_bytes(max(map(abs, amounts), default=0)).rpartition(" ")[2]
+
+
+def format_bytes(amount: float, unit: str | None = None) -> str:
     """Three or four digits and a binary unit.
+
+    Args:
+      amount: bytes.
+      unit: B, KiB, MiB, GiB or TiB. Default: the one in which the number is short.
 
     Example:
       >>> format_bytes(2**30), format_bytes(1536), format_bytes(-3 * 2**20)
       ('1.00 GiB', '1.50 KiB', '-3.00 MiB')
     """
+    if unit is not None:
+        return f"{_number(amount / _BINARY[unit])} {unit}"
     size, unit = float(amount), "B"
     for larger in ("KiB", "MiB", "GiB", "TiB"):
         if abs(size) < 1023.5:
@@ -44,3 +66,24 @@ def format_bytes(amount: float) -> str:
     if unit == "B":
         return f"{size:.0f} B"
     return f"{size:.2f} {unit}" if abs(size) < 100 else f"{size:.1f} {unit}"
+
+
+def format_mebibytes(amount: float) -> str:
+    """In MiB, whatever the size: for tables whose amounts are read beside each other.
+
+    Example:
+      >>> format_mebibytes(3 * 2**40), format_mebibytes(2**20 + 2**19), format_mebibytes(6000)
+      ('3,145,728 MiB', '1.5 MiB', '0.0057 MiB')
+    """
+    if abs(amount) < 2**20:
+        return format_bytes(amount, "MiB")
+    return f"{amount / 2**20:,.1f} MiB".replace(".0 MiB", " MiB")
+
+
+def _number(value: float) -> str:
+    """At least two digits that are not zeros in front."""
+    if value == int(value) and (value == 0 or abs(value) >= 100):
+        return f"{value:,.0f}"
+    if abs(value) >= 100:
+        return f"{value:,.1f}"
+    return f"{value:.{max(2, 1 - floor(log10(abs(value))))}f}"

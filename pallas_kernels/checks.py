@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
 
@@ -27,7 +27,7 @@ def check_keys(k_pages: Array, k_scales: Array | None) -> None:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
         )
-    if not is_quantized(k_pages.dtype):
+    if not is_quantized(k_pages.dtype) and k_pages.dtype != jnp.uint16:
         check_floating("k_pages", k_pages)
         if k_pages.dtype.itemsize == 1:
             raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")
@@ -76,7 +76,7 @@ def check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:
 
 
 def check_layer(layer: object, num_layers: int) -> None:
-    """A Python int within the pool, or a traced integer scalar (which is trusted)."""
+    """A Python int within the pool, or a traced integer scalar: kernels see whether that is a layer."""
     if isinstance(layer, int) and not isinstance(layer, bool):
         if not 0 <= layer < num_layers:
             raise ValueError(f"layer={layer} must be from 0 to {num_layers - 1}")
@@ -86,6 +86,17 @@ def check_layer(layer: object, num_layers: int) -> None:
         raise ValueError(f"layer={layer!r} must be an integer scalar")
     if not isinstance(layer, Tracer):
         check_layer(int(layer), num_layers)  # type: ignore[call-overload]
+
+
+def as_layer(layer: int | Array) -> Int[Array, ""]:
+    """The number of a layer as int32; one that does not fit becomes one that is no layer."""
+    return jnp.asarray(layer, jnp.int32) if isinstance(layer, int) else as_int32(jnp.asarray(layer))
+
+
+def is_layer(layer: int | Array, num_layers: int) -> Bool[Array, ""]:
+    """Whether a number that may be traced is that of a layer."""
+    layer = as_layer(layer)
+    return (layer >= 0) & (layer < num_layers)
 
 
 def check_queries(

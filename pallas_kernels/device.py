@@ -47,7 +47,7 @@ def lacks_dtype(device: Device, *arrays: Array | jax.ShapeDtypeStruct, converts:
       arrays: the arguments.
       converts: whether the kernel reads or writes codes as numbers, and does not only move them.
     """
-    served = jnp.float32, jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint8, jnp.int32
+    served = jnp.float32, jnp.bfloat16, jnp.uint16, jnp.float16, jnp.int8, jnp.uint8, jnp.int32
     for array in arrays:
         if array.dtype not in served:
             return str(array.dtype)

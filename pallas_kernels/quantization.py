@@ -2,7 +2,7 @@
 
 The dtype of the pool says what the codes are: int8 is integers, uint8 the bits of float8 E4M3FN, int32 words
 of eight codes (see `int4`). (An array of XLA's own float8 dtype would be converted whole, and copied, by each
-write on a CPU.)
+write on a CPU.) uint16 is not quantized: it is the bits of bfloat16, for the same reason.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -23,6 +23,15 @@ _LARGEST_INT8, _LARGEST_E4M3FN = 127.0, 448.0
 _FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
 # Rows below this are stored as zeros: the inverse of their scale would overflow.
 _LEAST = 1e-30
+
+
+def stored_dtype(dtype: str) -> str:
+    """The dtype of a pool of K and V that are not quantized.
+
+    Before JAX 0.11 XLA converts a whole bfloat16 pool to float32 and back for each write on a CPU, so there
+    the pool holds its bits as uint16.
+    """
+    return "uint16" if dtype == "bfloat16" and jax.__version_info__ < (0, 11) else dtype
 
 
 def is_quantized(dtype: DTypeLike) -> bool:
@@ -77,7 +86,7 @@ def encode(
 ) -> tuple[Array, ...]:
     """Rows of K and V as a pool of this dtype keeps them: what lies in each of its arrays."""
     if not is_quantized(dtype):
-        return k.astype(dtype), v.astype(dtype)
+        return as_stored(k, dtype), as_stored(v, dtype)
     if is_int4(dtype):
         (k, k_scales), (v, v_scales) = int4.quantize(k, keys=True), int4.quantize(v, keys=False)
     else:
@@ -94,7 +103,7 @@ def decode(rows: Sequence[Array], dtype: DTypeLike) -> tuple[Array, Array]:
     """
     k, v, *scales = rows
     if not scales:
-        return k.astype(dtype), v.astype(dtype)
+        return as_floats(k).astype(dtype), as_floats(v).astype(dtype)
     k, v = (dequantize(codes, scale, dtype) for codes, scale in zip((k, v), scales, strict=True))
     return k, v
 
@@ -153,10 +162,25 @@ def as_float32(codes: Array) -> Float[Array, "..."]:
     ten times as fast on a CPU as XLA's own conversion.
     """
     if codes.dtype != jnp.uint8:
-        return codes.astype(jnp.float32)
+        return as_floats(codes).astype(jnp.float32)
     bits = codes.astype(jnp.uint16)
     bits = (bits & 0x80) << 8 | (bits & 0x7F) << 7
     return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256
+
+
+def as_floats(array: Array) -> Array:
+    """The bits of bfloat16 as what they stand for; any other array as it is.
+
+    For a GPU's compiler it is another name of the same memory. On a CPU it is a copy: take a part first.
+    """
+    return lax.bitcast_convert_type(array, jnp.bfloat16) if array.dtype == jnp.uint16 else array
+
+
+def as_stored(values: Float[Array, "..."], dtype: DTypeLike) -> Array:
+    """Values as a pool of this dtype keeps them, where it is not quantized."""
+    if jnp.dtype(dtype) != jnp.uint16:
+        return values.astype(dtype)
+    return lax.bitcast_convert_type(values.astype(jnp.bfloat16), jnp.uint16)
 
 
 def _as_e4m3fn(values: Array, dtype: DTypeLike) -> Array:
@@ -175,24 +199,25 @@ def dequantize(codes: Array, scales: Array, dtype: DTypeLike) -> Float[Array, "*
 
 def as_float8(array: Array) -> Array:
     """Bits as the dtype that a GPU's kernel converts; any other array as it is."""
+    array = as_floats(array)
     return lax.bitcast_convert_type(array, jnp.float8_e4m3fn) if array.dtype == jnp.uint8 else array
 
 
 def as_words(codes: Array) -> Array:
-    """Codes of a byte, four to an int32, the first in the lowest byte; any other array as it is.
+    """Codes of a byte, four to an int32, the first in the lowest byte; any other array as `as_floats`.
 
     For a GPU's compiler it is another name of the same memory. Pallas counts offsets in numbers of an array
     and changes to 64 bits by its bytes: words are few enough where codes would not be.
     """
     if codes.dtype.itemsize > 1:
-        return codes
+        return as_floats(codes)
     return lax.bitcast_convert_type(codes.reshape(*codes.shape[:-1], -1, WORD), jnp.int32)
 
 
 def from_words(words: Array, dtype: DTypeLike) -> Array:
     """What `as_words` was given, of this dtype."""
     if jnp.dtype(dtype).itemsize > 1:
-        return words
+        return words if words.dtype == dtype else lax.bitcast_convert_type(words, dtype)
     return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
 
 

@@ -24,7 +24,7 @@ PAGE_OF_ONE = replace(SMALL, page_size=1, max_pages_per_seq=None)  # rows as wid
 ONE_SEQUENCE = replace(SMALL, max_seqs=1, num_pages=3, max_pages_per_seq=3)
 
 
-WORST_CODE = {"int8": -128, "uint8": 0, "int32": -1}
+WORST_CODE = {"uint16": 0xFFFF, "int8": -128, "uint8": 0, "int32": -1}
 
 
 def ints(*values):

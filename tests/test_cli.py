@@ -122,7 +122,8 @@ def test_a_missing_package_is_named_with_what_brings_it(capsys, monkeypatch, pac
     assert package in line and f"pip install 'jaxkv[{extra}]'" in line
 
 
-def run(*arguments: str) -> subprocess.Popen:
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """A command in a process of its own, which keeps no programs unless the environment says where."""
     # A shell's background job ignores Ctrl-C, and whatever it starts does.
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     return subprocess.Popen(
@@ -130,7 +131,7 @@ def run(*arguments: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"} | (env or {}),
     )
 
 

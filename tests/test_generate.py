@@ -11,7 +11,9 @@ import pytest
 import jaxkv
 from jaxkv.decode import Finish, decode, prefill, start
 from jaxkv.models import ModelConfig, dense_logits, random_model
+from jaxkv.policies import HeavyHitter, PromptCompress, SlidingWindow
 from jaxkv.sampling import GREEDY, Sampling
+from jaxkv.sizing import check_fit, fitting_config
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -156,12 +158,94 @@ def test_blocks_of_tokens_are_shown_as_they_come(model, expected, block):
     assert seen == [1, *range(1 + block, 12, block), 12]
 
 
+def test_on_tokens_ends_the_sequences_it_names_and_only_them(model, expected):
+    def see(state):
+        return np.asarray(state.num_generated) * np.array([1, 0, 0, 0]) >= 5
+
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, block=4, on_tokens=see)
+    assert result.tokens == [[expected[0][:5]], *([tokens] for tokens in expected[1:])]
+    assert result.finish == [[Finish.STOP], *[[Finish.LENGTH]] * 3]
+    jaxkv.check_invariants(result.cache)
+    assert int(result.cache.table.num_free) == 64
+
+
+@pytest.mark.parametrize("ends", [[True], [1, 0, 0, 0], [[True] * 4]])
+def test_on_tokens_must_return_a_boolean_for_each_sequence(model, ends):
+    with pytest.raises(ValueError, match="boolean for each of the 4 sequences"):
+        jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, on_tokens=lambda state: ends)
+
+
 def test_kept_logits_are_those_of_dense_attention(model, expected):
     result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, keep_logits=True)
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, expected, strict=True)):
         whole = jnp.array([prompt + tokens])
         dense = jax.jit(dense_logits)(model, whole, jnp.array([whole.shape[1]]))[0, len(prompt) - 1 : -1]
         np.testing.assert_allclose(result.logits[row], dense, atol=1e-4)
+
+
+def test_each_prompt_has_its_own_limit_and_one_of_zero_is_not_run(model, expected):
+    limits = [3, 0, 12, 1]
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=np.array(limits), keep_logits=True)
+    assert result.tokens == [[whole[:limit]] for whole, limit in zip(expected, limits, strict=True)]
+    assert result.finish == [[Finish.LENGTH]] * 4 and result.logits.shape == (4, 12, 64)
+    assert result.prefill_tokens == 3 + 1 + 5 and int(result.cache.table.num_free) == 64
+
+
+def test_no_new_tokens_run_nothing(model):
+    result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=0, num_samples=2)
+    assert result.tokens == [[[], []]] * 4 and result.finish == [[Finish.LENGTH] * 2] * 4
+    assert (result.prefill_tokens, result.decode_steps, result.peak_pages) == (0, 0, 0)
+
+
+def test_each_prompt_has_its_own_sampling_and_draws_as_if_all_had_it(model, expected):
+    run = partial(jaxkv.generate, model, cache_config(), PROMPTS, max_new_tokens=12, key=jax.random.key(4))
+    drawn = Sampling(temperature=1.5, top_k=20)
+    mixed = run(sampling=[GREEDY, drawn, Sampling(temperature=0.9, top_p=0.8), drawn])
+    alike = run(sampling=drawn)
+    assert mixed.tokens[0] == [expected[0]]
+    assert [mixed.tokens[1], mixed.tokens[3]] == [alike.tokens[1], alike.tokens[3]]
+    assert mixed.tokens[2] not in ([expected[2]], alike.tokens[2])
+
+
+def test_numpy_numbers_are_counts_like_python_s_own(model, expected):
+    counts = dict(
+        num_samples=np.int64(1), prefill_chunk=np.uint8(8), block=np.int32(3), max_new_tokens=np.int32(12)
+    )
+    result = jaxkv.generate(model, cache_config(), PROMPTS, **counts)
+    assert result.tokens == [[whole] for whole in expected]
+
+
+def test_a_model_that_makes_its_cache_s_config_needs_none(model, expected):
+    """It holds every sequence at its longest, in the dtype of the weights; samples need no other pages."""
+    result = jaxkv.generate(model, PROMPTS, max_new_tokens=12, num_samples=2)
+    assert result.tokens == [[whole] * 2 for whole in expected]
+    config = result.cache.config
+    assert (config.max_seqs, config.dtype, config.page_size) == (8, "float32", 16)
+    assert config.max_pages_per_seq == 2 and config.num_pages == 2 * (1 + 2 + 1 + 2) + 4
+
+
+def test_config_and_prompts_may_come_in_either_order(model, expected):
+    for order in ((PROMPTS, cache_config()), (cache_config(), PROMPTS)):
+        assert jaxkv.generate(model, *order, max_new_tokens=12).tokens == [[whole] for whole in expected]
+    with pytest.raises(ValueError, match="config='large' must be"):
+        jaxkv.generate(model, PROMPTS, "large")
+
+
+def test_a_model_without_a_config_must_be_given_one(model):
+    with pytest.raises(ValueError, match=r"Partial has no method cache_config.* give generate"):
+        jaxkv.generate(jax.tree_util.Partial(model), PROMPTS)
+
+
+@pytest.mark.parametrize("policy", [None, HeavyHitter(20, 4), SlidingWindow(24), PromptCompress(24, 8)])
+@pytest.mark.parametrize("num_samples", [1, 3])
+def test_a_pool_sized_for_prompts_holds_them_whatever_they_share(model, policy, num_samples):
+    prompts = {number: [*range(100), number] for number in range(3)}
+    config = fitting_config(model, [101] * 3, [7, 70, 1], num_samples, policy, prefill_chunk=32)
+    if policy is not None:
+        policy.check(config)
+    for shared in range(100 // config.page_size):
+        check_fit(config, None, np.arange(9), prompts, shared, policy, 32)
+    assert config.max_seqs == 3 * num_samples
 
 
 def test_a_hundred_steps_trace_the_model_once(model):
@@ -221,13 +305,21 @@ def test_compacting_by_itself_changes_no_text(model, expected):
         ({}, [[1]] * 9, {}, ValueError, "9 prompts x 1 samples need 9 slots"),
         ({}, [[1]] * 3, dict(num_samples=3), ValueError, "3 prompts x 3 samples"),
         (dict(num_pages=5, max_pages_per_seq=5), [[1] * 12, [2] * 12], {}, jaxkv.OutOfPagesError, "6 pages"),
-        ({}, [[1]], dict(max_new_tokens=0), ValueError, "max_new_tokens=0"),
+        ({}, [[1]], dict(max_new_tokens=-1), ValueError, "max_new_tokens=-1 must be a non-negative integer"),
+        ({}, [[1]], dict(max_new_tokens=True), ValueError, "max_new_tokens=True"),
+        ({}, [[1]] * 2, dict(max_new_tokens=[3, -1]), ValueError, r"max_new_tokens\[1\]=-1"),
+        ({}, [[1]] * 2, dict(max_new_tokens=[3]), ValueError, "one for each of the 2 prompts, not 1 values"),
+        ({}, [[1]] * 2, dict(sampling=[GREEDY]), ValueError, "sampling must be one value or one for each"),
+        ({}, [[1]] * 2, dict(sampling=[GREEDY, 0.7]), ValueError, "sampling=0.7 must be a jaxkv.Sampling"),
+        ({}, [[1]], dict(block=np.bool_(True)), ValueError, "block="),
+        ({}, [[1]], dict(prefill_chunk=0), ValueError, "prefill_chunk=0 must be a positive integer"),
         ({}, [[1]], dict(num_samples=0), ValueError, "num_samples=0"),
         ({}, [[1]], dict(max_new_tokens=1.5), ValueError, "max_new_tokens=1.5"),
         ({}, [[1]], dict(sampling=0.7), ValueError, "sampling=0.7"),
         ({}, [[1]], dict(stop_tokens=[2**40]), ValueError, "stop_tokens: token id"),
         ({}, [1, 2], {}, ValueError, "prompts must be a sequence of sequences"),
         ({}, [[1], [1.7]], {}, ValueError, "prompt 1: 1.7 is not a token id"),
+        ({}, [[1], [True]], {}, ValueError, "prompt 1: True is not a token id"),
         ({}, [[-5]], {}, ValueError, "prompt 0: token id -5 is out of range"),
     ],
 )

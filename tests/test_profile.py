@@ -26,7 +26,8 @@ CODES = replace(SMALL, quantization="int8")
 def assert_bytes(cache, profile):
     pool, table = cache.pool, cache.table
     assert profile.pool_bytes == size(pool) == profile.used_bytes + profile.free_bytes
-    assert profile.page_table_bytes == size((table.pages, table.lengths, table.positions))
+    rows = table.pages, table.lengths, table.positions, table.fingerprint
+    assert profile.page_table_bytes == size(rows)
     assert profile.allocator_bytes == size((table.refcounts, table.free_pages, table.num_free))
     assert profile.total_bytes == size(cache) == cache.config.estimated_memory_bytes()
 

@@ -38,9 +38,16 @@ def poisoning(operation):
     return run
 
 
-def extend(cache, seqs, num_tokens, k, v, q):
-    """Allocate, then append and attend in every layer, as a model does. k, v, q: [layers, tokens, ..]."""
+def extend(cache, old_batch, seqs, num_tokens, k, v, q):
+    """Allocate, then append and attend in every layer, as a model does. k, v, q: [layers, tokens, ..].
+
+    An earlier batch tries to write too, and to attend: once the page table has changed it must do neither.
+    """
     cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q.shape[1])
+    stale = jnp.any(old_batch.fingerprint != cache.table.fingerprint)
+    old_batch = replace(old_batch, page_ids=jnp.where(stale, old_batch.page_ids, cache.config.num_pages))
+    cache = jaxkv.append(cache, 0, old_batch, k[0], v[0])
+    nothing = jnp.isnan(jaxkv.attend(cache, 0, old_batch, q[0])).all() | ~stale
 
     def one_layer(cache, layer):
         layer, k, v, q = layer
@@ -49,7 +56,7 @@ def extend(cache, seqs, num_tokens, k, v, q):
 
     layers = jnp.arange(q.shape[0], dtype=jnp.int32)
     cache, (out, lse) = jax.lax.scan(one_layer, cache, (layers, k, v, q))
-    return cache, batch, out, lse
+    return cache, batch, out, lse, nothing
 
 
 class View(NamedTuple):
@@ -110,6 +117,11 @@ class Twin:
         self.q_heads = q_heads or 2 * config.num_kv_heads
         self.cache, self.oracle = poisoned_init(config), Oracle(config)
         self.options = {}  # of every `attend` in `extend`
+        nobody = np.full(entries, -1, np.int32)
+        _, self.batch = jax.jit(jaxkv.allocate, static_argnames="total_tokens")(
+            self.cache, nobody, np.zeros_like(nobody), total_tokens=total_tokens
+        )
+        self.table_of = {}
         self.random = np.random.default_rng(0)
         self.sinks = self.random.normal(size=self.q_heads).astype(np.float32)
 
@@ -121,10 +133,13 @@ class Twin:
         k, v = (self._normal(*shape, config.num_kv_heads, config.head_dim) for _ in "kv")
         q = self._normal(*shape, self.q_heads, config.head_dim)
         stack = self._stack()
-        self.cache, batch, out, lse = programs().extend(self.cache, seqs, num_tokens, k, v, q)
+        self.cache, self.batch, out, lse, nothing = programs().extend(
+            self.cache, self.batch, seqs, num_tokens, k, v, q
+        )
+        assert nothing, "a stale batch saw something"
         want = self.oracle.allocate(seqs, num_tokens, self.total_tokens)
         self.oracle.append(want, _float64(k), _float64(v))
-        batch, out, lse = jax.device_get((batch, out, lse))
+        batch, out, lse = jax.device_get((self.batch, out, lse))
         self.check()
         self._check_batch(batch, want, stack)
         self._check_attention(out, lse, want, q)
@@ -166,7 +181,11 @@ class Twin:
     def advance_position(self, slot, tokens):
         """What a policy leaves behind that dropped tokens: a position ahead of its length."""
         table = self.cache.table
-        table = replace(table, positions=table.positions.at[slot].add(tokens))
+        table = replace(
+            table,
+            positions=table.positions.at[slot].add(tokens),
+            fingerprint=table.fingerprint + jnp.uint32(1),
+        )
         self.cache = replace(self.cache, table=table)
         self.oracle.sequences[slot].position += tokens
         self.check()
@@ -205,6 +224,10 @@ class Twin:
         assert table.lengths.tolist() == [s.length for s in sequences]
         assert table.positions.tolist() == [s.position for s in sequences]
         assert table.num_free == self.oracle.num_free
+        # What a batch depends on: which pages a sequence has, and where in its text it stands.
+        state = table.pages.tobytes(), table.lengths.tobytes(), table.positions.tobytes()
+        before = self.table_of.setdefault(table.fingerprint.tobytes(), state)
+        assert before == state, "two states of the table have one fingerprint"
         self.id_of = {}
         for slot, sequence in enumerate(sequences):
             ids, beyond = np.split(table.pages[slot], [len(sequence.pages)])

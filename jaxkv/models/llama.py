@@ -9,7 +9,7 @@ model's dtype; vectors (norms, biases), the residual stream and the logits are f
 """
 
 from collections.abc import Callable
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from jaxkv.attention import attend
+from jaxkv.config import CacheConfig
 from jaxkv.models.config import ModelConfig
 from jaxkv.pool import append
 from jaxkv.rope import inverse_frequencies, rotate
@@ -187,6 +188,14 @@ class Llama(nnx.Module):
             x = block.mix(x, attended)
         logits = self.unembed(x if rows is None else x.at[rows].get(mode="clip"))
         return (logits, cache, jnp.stack(masses)) if return_mass else (logits, cache)
+
+    def cache_config(self, **options: Any) -> CacheConfig:
+        """A `jaxkv.CacheConfig` for this model, K and V in the weights' dtype; `options` are other arguments.
+
+        Raises:
+          ValueError: as `CacheConfig` does.
+        """
+        return self.config.cache_config(**{"dtype": self.embedding[...].dtype, **options})
 
     def embed(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
         """The residual stream's float32 start, one row a token."""

@@ -30,6 +30,9 @@ _STARTS_WITH_BOS = ("llama-bpe",)
 
 _CONTROL, _USER_DEFINED = 3, 4
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Tokens that a chat template may name, by their fields (one of which is misspelled in the format).
+_NAMED = {"unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls"}
+_NAMED |= {"mask_token": "mask"}
 
 
 def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
@@ -59,12 +62,14 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
             single=[first[0], "$A"], pair=[first[0], "$A", "$B"], special_tokens=[first]
         )
     ends = [_token(file, tokens, name) for name in _END_FIELDS]
+    named = {name: _token(file, tokens, f"{field}_token_id") for name, field in _NAMED.items()}
     return Tokenizer(
         inner,
         stop_tokens={end[0] for end in ends if end},
-        chat_template=file.get("tokenizer.chat_template"),
+        chat_template=_templates(file),
         bos=bos[1] if bos else "",
         eos=eos[1] if eos else "",
+        special={name: token[1] for name, token in named.items() if token},
     )
 
 
@@ -98,6 +103,21 @@ def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[s
     defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
     inner.add_special_tokens([AddedToken(text, normalized=False) for text in control])
     inner.add_tokens([AddedToken(text, normalized=False) for text in defined])
+
+
+def _templates(file: GGUFFile) -> dict[str, str] | None:
+    """The chat template, and others beside it by their names."""
+    fields = {"default": "tokenizer.chat_template"}
+    if file.get("tokenizer.chat_templates") is not None:
+        names = _strings(file, "tokenizer.chat_templates")
+        fields |= {name: f"tokenizer.chat_template.{name}" for name in names}
+    found = {name: file.get(field) for name, field in fields.items()}
+    for name, template in found.items():
+        if not isinstance(template, str | None):
+            raise ModelLoadError(
+                f"{file.path}: metadata {fields[name]!r} must be a text, not {template!r:.100}"
+            )
+    return {name: template for name, template in found.items() if template is not None} or None
 
 
 def _strings(file: GGUFFile, name: str) -> list[str]:

@@ -11,7 +11,7 @@ from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_l
 from jaxkv.planner.plan import Device, Plan, plan
 from jaxkv.planner.shape import ModelShape
 from jaxkv.planner.suggest import suggestions
-from jaxkv.units import format_bytes, parse_bytes
+from jaxkv.units import format_bytes, format_mebibytes, parse_bytes
 
 _FLAGS = {
     "context": "--context",
@@ -33,34 +33,37 @@ _OF_A_DEVICE += (
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds those of `jaxkv plan`."""
-    command.add_argument(
+    dtypes = "auto, f32, bf16, f16, fp8, int8, int4"
+    add = command.add_argument
+    add(
         "model",
         nargs="?",
         metavar="MODEL",
-        help=f"a config.json or its folder, a GGUF file, or a name: {', '.join(catalog.names('models'))}",
+        help="a config.json or its folder, a GGUF file, or a name: "
+        f"{', '.join(catalog.names('models'))} (required without --compare)",
     )
-    command.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two models side by side")
+    text = "two models side by side (default: one MODEL)"
+    add("--compare", nargs=2, metavar=("A", "B"), help=text)
     where = command.add_mutually_exclusive_group()
-    where.add_argument("--device", metavar="NAME", help=f"one of {', '.join(catalog.names('devices'))}")
-    where.add_argument("--memory", metavar="AMOUNT", help="of each device, like 24GiB")
-    command.add_argument("--context", default="8192", metavar="N", help="tokens a sequence (default: 8192)")
-    command.add_argument("--concurrency", default="1", metavar="N", help="sequences at once (default: 1)")
-    command.add_argument(
-        "--kv-dtype", default="auto", metavar="DTYPE", help="auto, f32, bf16, f16, fp8, int8, int4"
-    )
-    command.add_argument(
-        "--weights-dtype", default="auto", metavar="DTYPE", help="auto, f32, bf16, f16, fp8, int8, int4"
-    )
-    command.add_argument("--tp", default="1", metavar="N", help="devices that share the model (default: 1)")
-    command.add_argument(
-        "--page-size", default="16", metavar="N", help="tokens a page, or auto (default: 16)"
-    )
-    command.add_argument("--lengths", metavar="N,N,...", help="lengths expected, for --page-size auto")
-    command.add_argument(
-        "--memory-fraction", type=float, default=0.9, metavar="F", help="that may be used (default: 0.9)"
-    )
-    command.add_argument("--json", action="store_true", help="one JSON document")
-    command.add_argument("--explain", action="store_true", help="print the formulas with the values in them")
+    text = f"one of {', '.join(catalog.names('devices'))} (default: none, bytes are only counted)"
+    where.add_argument("--device", metavar="NAME", help=text)
+    text = "of each device, like 24GiB (default: that of --device)"
+    where.add_argument("--memory", metavar="AMOUNT", help=text)
+    add("--context", default="8192", metavar="N", help="tokens a sequence (default: 8192)")
+    add("--concurrency", default="1", metavar="N", help="sequences at once (default: 1)")
+    text = f"how K and V are stored: {dtypes} (default: auto, the model's)"
+    add("--kv-dtype", default="auto", metavar="DTYPE", help=text)
+    text = f"how weights are stored: {dtypes} (default: auto, as in the files)"
+    add("--weights-dtype", default="auto", metavar="DTYPE", help=text)
+    add("--tp", default="1", metavar="N", help="devices that share the model (default: 1)")
+    add("--page-size", default="16", metavar="N", help="tokens a page, or auto (default: 16)")
+    text = "lengths expected, for --page-size auto (default: some up to --context)"
+    add("--lengths", metavar="N,N,...", help=text)
+    text = "share of the memory that may be used (default: 0.9)"
+    add("--memory-fraction", type=float, default=0.9, metavar="F", help=text)
+    add("--json", action="store_true", help="one JSON document (default: a table)")
+    text = "print the formulas with the values in them (default: off)"
+    add("--explain", action="store_true", help=text)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -147,7 +150,7 @@ def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, opti
         print(f"\n{explain(made)}")
         print(f"\n{made.cache_config or 'no CacheConfig: jaxkv has no such storage'}")
     if has_device and not made.fits:
-        print(f"\nIt does not fit: {format_bytes(-made.headroom)} too much. What would help:")
+        print(f"\nIt does not fit: {format_mebibytes(-made.headroom)} too much. What would help:")
         found = suggestions(made)
         for suggestion in found:
             flags = " ".join(f"{_FLAGS[name]} {value}" for name, value in suggestion.change.items())
@@ -159,30 +162,31 @@ def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, opti
 def _column(made: Plan, has_device: bool) -> dict[str, str]:
     """The rows of one model, by name."""
     shape, kv = made.shape, made.kv
-    billions = f"{shape.num_parameters / 1e9:.3g} B"
+    billions = f"{shape.num_parameters / 1e9:.3g} billion"
     if shape.active_parameters != shape.num_parameters:
-        billions += f", {shape.active_parameters / 1e9:.3g} B active"
+        billions += f", {shape.active_parameters / 1e9:.3g} of them active"
     rows = {
         "model": shape.name,
         "parameters": billions,
         "K and V of a token and layer": f"{shape.elements_per_token:,} numbers in {made.kv_dtype}",
         "layers": _layers(shape),
         "sequences x context": f"{made.concurrency:,} x {made.context:,} tokens",
-        "KV exact": _mebibytes(kv.exact) + (f" + {_mebibytes(kv.scales)} of scales" if kv.scales else ""),
-        f"KV in pages of {made.page_size}": _mebibytes(kv.paged),
-        "KV reserved in full": f"{_mebibytes(kv.reserved)}, {made.pages:,} pages",
+        "KV exact": format_mebibytes(kv.exact)
+        + (f" + {format_mebibytes(kv.scales)} of scales" if kv.scales else ""),
+        f"KV in pages of {made.page_size}": format_mebibytes(kv.paged),
+        "KV reserved in full": f"{format_mebibytes(kv.reserved)}, {made.pages:,} pages",
     }
     if made.tensor_parallel > 1:
         rows["devices"] = f"{made.tensor_parallel}; bytes are of one of them"
-    rows["weights"] = f"{format_bytes(made.weights)} {_stored(made)}"
+    rows["weights"] = f"{format_mebibytes(made.weights)} {_stored(made)}"
     if not has_device:
         return rows
     rows |= {
-        "activations": format_bytes(made.activations),
-        "tables, overhead": f"{format_bytes(made.tables)}, {format_bytes(made.overhead)}",
-        "needed": format_bytes(made.needed),
-        "usable": f"{format_bytes(made.usable)}, {100 * made.memory_fraction:.0f}% of {made.device.name}",
-        "headroom": format_bytes(made.headroom),
+        "activations": format_mebibytes(made.activations),
+        "tables, overhead": f"{format_mebibytes(made.tables)}, {format_mebibytes(made.overhead)}",
+        "needed": format_mebibytes(made.needed),
+        "usable": f"{format_mebibytes(made.usable)}, {100 * made.memory_fraction:.0f}% of {made.device.name}",
+        "headroom": format_mebibytes(made.headroom),
         "fits": f"yes, risk: {made.risk}" if made.fits else "no",
         "longest context": f"{made.max_context:,} tokens"
         + (", all it was trained on" if made.max_context == shape.max_context else ""),
@@ -200,12 +204,6 @@ def _layers(shape: ModelShape) -> str:
     return f"{shape.num_layers}, {len(windowed)} of them with a window of {max(windowed):,}"
 
 
-def _mebibytes(amount: int) -> str:
-    if amount < 2**20:
-        return format_bytes(amount)
-    return f"{amount / 2**20:,.1f} MiB".replace(".0 MiB", " MiB")
-
-
 def _table(columns: Sequence[dict[str, str]]) -> str:
     names = list(dict.fromkeys(name for column in columns for name in column))
     widths = [max(map(len, names)), *(max(map(len, column.values())) for column in columns)]
@@ -219,11 +217,11 @@ def _page_sizes(choice: PageSizeChoice, made: Plan) -> str:
     token = kv_cache_bytes(shape, 1, kv_dtype=made.kv_dtype, page_size=1).reserved
     lines = [
         f"page size {choice.page_size}: {choice.reason}",
-        "  size   pages   empty places   their bytes   table bytes",
+        "  size   pages    empty slots   their bytes   table bytes",
     ]
     lines += [
         f"{cost.page_size:>6}{cost.pages:>8.1f}{cost.wasted_tokens:>9.1f} {100 * cost.waste:>4.1f}%"
-        f"{format_bytes(cost.wasted_tokens * token):>14}{format_bytes(cost.table_bytes):>14}"
+        f"{format_bytes(cost.wasted_tokens * token, 'KiB'):>14}{format_bytes(cost.table_bytes, 'KiB'):>14}"
         for cost in choice.costs
     ]
     return "\n".join(lines)

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxkv.planner.kv_bytes import KV_BITS
 from jaxkv.planner.plan import Plan
-from jaxkv.units import format_bytes
+from jaxkv.units import format_mebibytes
 
 _MOST_DEVICES, _MOST_SUGGESTIONS = 16, 6
 
@@ -86,14 +86,16 @@ def _narrower_kv(plan: Plan) -> Iterator[Suggestion]:
     for dtype in ("bfloat16", "fp8", "int8", "int4"):
         if KV_BITS[dtype] < KV_BITS[plan.kv_dtype]:
             saved = plan.kv.reserved - replace(plan, kv_dtype=dtype).kv.reserved
-            yield _suggestion(plan, f"keep K and V in {dtype}, {format_bytes(saved)} less", kv_dtype=dtype)
+            yield _suggestion(
+                plan, f"keep K and V in {dtype}, {format_mebibytes(saved)} less", kv_dtype=dtype
+            )
 
 
 def _narrower_weights(plan: Plan) -> Iterator[Suggestion]:
     for dtype in ("bfloat16", "fp8", "int8", "int4"):
         saved = plan.weights - replace(plan, weights_dtype=dtype).weights
         if saved > 0:
-            text = f"keep the weights in {dtype}, {format_bytes(saved)} less"
+            text = f"keep the weights in {dtype}, {format_mebibytes(saved)} less"
             yield _suggestion(plan, text, weights_dtype=dtype)
 
 
@@ -107,7 +109,7 @@ def _more_devices(plan: Plan) -> Iterator[Suggestion]:
         and (shape.is_latent or shape.num_kv_heads % devices == 0 or devices % shape.num_kv_heads == 0)
     ]
     for more in [made for made in even if made.fits][:1] or even[-1:]:
-        text = f"share it among {more.tensor_parallel} devices, {format_bytes(more.needed)} on each"
+        text = f"share it among {more.tensor_parallel} devices, {format_mebibytes(more.needed)} on each"
         yield _suggestion(plan, text, tensor_parallel=more.tensor_parallel)
 
 

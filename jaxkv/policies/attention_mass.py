@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.config import CacheConfig
+from jaxkv.fingerprint import is_current
 from jaxkv.pages import rows_of
 from jaxkv.policies.base import check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
@@ -37,7 +38,7 @@ def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
 
 
 def step_of(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None) -> Step:
-    """Checks what `observe` was given.
+    """Checks what `observe` was given. Of a stale batch nothing is noted.
 
     Raises:
       ValueError: without a mass, or for one of another shape.
@@ -54,7 +55,7 @@ def step_of(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None
         raise ValueError(
             f"mass must be [layers, entries, kv_heads, max_tokens] = {list(shape)}, not {list(mass.shape)}"
         )
-    ran = (batch.status == Status.OK) & (batch.num_tokens > 0)
+    ran = (batch.status == Status.OK) & (batch.num_tokens > 0) & is_current(cache.table, batch)
     place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)
     ends = batch.kv_lengths[:, None, None, None]
     begins = ends - batch.num_tokens[:, None, None, None]

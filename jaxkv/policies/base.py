@@ -22,6 +22,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.pages import check_vectors, count, is_first, rows_of
 from jaxkv.rope import Rope
 from jaxkv.state import AllocationStats, Batch, KVCache, PolicyState
+from pallas_kernels import control_flow
 
 Positions = Literal["original", "cache"]
 _Carry = TypeVar("_Carry")
@@ -150,7 +151,7 @@ class Policy:
 
 def only_if(condition: Bool[Array, ""], operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
     """The operation, or nothing. In a loop of one trip or none: a branch would get a pool of its own."""
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: operation(carry), carry)
+    return control_flow.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: operation(carry), carry)
 
 
 def named_once(seqs: Int[Array, " entries"], config: CacheConfig) -> Int[Array, " entries"]:

@@ -13,6 +13,7 @@ from jaxkv.policies.attention_mass import MassPolicy
 from jaxkv.policies.token_policy import Tokens, where_tokens
 from jaxkv.rewrite import numbers, stored_as
 from jaxkv.state import KVPool
+from pallas_kernels import control_flow
 
 # Of a token that received nothing, beside others.
 _LEAST_WEIGHT = 1e-6
@@ -94,7 +95,7 @@ class SemanticMerge(MassPolicy):
             v = jnp.where(inside, numbers(config, one.v, one.v_scale), first)
             return value + weight * (v - mean), jnp.minimum(least, v), jnp.maximum(most, v)
 
-        joined, least, most = jax.lax.fori_loop(1, longest, join, (first, first, first))
+        joined, least, most = control_flow.fori_loop(1, longest, join, (first, first, first))
         v, v_scale = stored_as(config, jnp.clip(joined, least, most), keys=False)
         merged = replace(stored, v=v, v_scale=v_scale)
         # What was not merged stays as it is stored.

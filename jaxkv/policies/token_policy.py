@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
+from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import check_vectors, rows_of
 from jaxkv.policies.base import (
     Policy,
@@ -146,6 +147,7 @@ class TokenPolicy(Policy):
         table, dropped = cache.table, jnp.where(granted, length - self.budget, 0)
         if self.positions == "cache":
             table = replace(table, positions=table.positions.at[rewrite.slot].add(-dropped, mode="drop"))
+            table = stamp(table, Operation.SHIFT_POSITIONS, dropped > 0, rewrite.slot, -dropped)
         cache = replace(cache, pool=pool, table=table, stats=count_evictions(cache.stats, dropped))
         return cache, replace(state, values=values), dropped
 

@@ -32,7 +32,7 @@ def append_kv(
         `pallas_kernels.quantization`.
       page_ids: page of each token; one that is no page means that nothing is written.
       offsets: place within the page.
-      layer: Python int or int32 scalar.
+      layer: Python int or int32 scalar; of a traced one that is no layer nothing is written.
       k_scales, v_scales: of a pool of codes.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.

@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
-from pallas_kernels.checks import pool_arrays
+from pallas_kernels.checks import as_layer, pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.quantization import WORD, as_words, encode, from_words, is_int4, quantize
 from pallas_kernels.sizes import next_power_of_two
@@ -42,7 +42,7 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
         ),
         aliases={3 + len(rows) + i: i for i in range(len(pool))},
     )
-    written = append(jnp.asarray(layer, jnp.int32).reshape(1), page_ids, offsets, *rows, *pool)
+    written = append(as_layer(layer).reshape(1), page_ids, offsets, *rows, *pool)
     return tuple(from_words(array, k_pages.dtype) for array in written[:2]) + written[2:]
 
 
@@ -54,6 +54,7 @@ def _append(layer_ref, page_ref, offset_ref, *refs, heads: int, rows: int, dtype
     head = block * heads + lax.iota(jnp.int32, heads)
     # A page past the end is padding; so is what a place that is no place would write.
     in_pool = (page >= 0) & (page < pool[0].shape[1]) & (offset >= 0) & (offset < pool[0].shape[3])
+    in_pool &= (layer >= 0) & (layer < pool[0].shape[0])
     for i, (new, pages) in enumerate(zip(refs[:rows], pool, strict=False)):
         dims = next_power_of_two(new.shape[2])
         dim = lax.iota(jnp.int32, dims)

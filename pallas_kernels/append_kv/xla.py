@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from pallas_kernels.checks import pool_arrays
+from pallas_kernels.checks import is_layer, pool_arrays
 from pallas_kernels.quantization import encode
 
 
@@ -10,7 +10,8 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
     """See `api.append_kv`."""
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     # Padding is past the end and dropped. A negative index would count from the end: it is none.
-    page_ids = jnp.where(page_ids < 0, num_pages, page_ids)
+    wanted = (page_ids >= 0) & is_layer(layer, k_pages.shape[0])
+    page_ids = jnp.where(wanted, page_ids, num_pages)
     offsets = jnp.where(offsets < 0, page_size, offsets)
 
     def write(pages, values):

@@ -8,11 +8,11 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels import int4
 from pallas_kernels.attention_mass import xla
-from pallas_kernels.checks import check_keys, check_layer, check_options, check_queries
+from pallas_kernels.checks import as_layer, check_keys, check_layer, check_options, check_queries, is_layer
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import head_dim_of, is_int4
+from pallas_kernels.quantization import as_floats, head_dim_of, is_int4
 
 
 def attention_mass(
@@ -47,7 +47,7 @@ def attention_mass(
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
 
     Returns:
-      float32; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
+      float32; NaN for a traced layer that is none; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
       those past the length, and for empty sequences.
 
     Raises:
@@ -77,17 +77,20 @@ def attention_mass(
         q = jnp.concatenate([int4.rotate_queries(q), q.astype(jnp.float32)], axis=-1)
     arrays = q, k_pages, page_table, table_rows, kv_lengths, query_starts, lse
     options: dict[str, Any] = dict(
-        layer=layer,
+        layer=jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1),
         scale=1 / sqrt(head_dim_of(k_pages)) if scale is None else float(scale),
         window=None if window is None else min(window, 2**30),
         sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
         softcap=None if softcap is None else float(softcap),
         k_scales=k_scales,
     )
+    exists = is_layer(layer, k_pages.shape[0])
     if chosen.name == "xla":
-        return xla.attention_mass(*arrays, **options)
+        return jnp.where(exists, xla.attention_mass(*arrays, **options), jnp.nan)
     from pallas_kernels.attention_mass import triton
 
+    k_pages = as_floats(k_pages)
+    arrays = q, k_pages, *arrays[2:]
     if tuning is None:
         tuning = tuning_table.choose_mass(
             device,
@@ -98,4 +101,5 @@ def attention_mass(
             dtype=k_pages.dtype,
             q_dtype=q.dtype,
         )
-    return triton.attention_mass(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
+    mass = triton.attention_mass(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
+    return jnp.where(exists, mass, jnp.nan)

@@ -6,6 +6,7 @@ The loops are those of `paged_attention`: tiles of queries, and the tiles of key
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import control_flow
 from pallas_kernels.paged_attention.xla import KeyTiles, at, pack, plan, query_tile, score, see
 
 
@@ -56,13 +57,13 @@ def attention_mass(
             return jax.lax.dynamic_update_slice(mass, own + _sum_of_rows(weights), corner)
 
         first = work.first_key_tile[tile]
-        return jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, mass)
+        return control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, mass)
 
     max_tokens = page_table.shape[1] * page_size
     # Room for all of the last tile.
     room = -(-max_tokens // keys.size) * keys.size
     mass = jnp.zeros((num_seqs, kv_heads, room), jnp.float32)
-    return jax.lax.fori_loop(0, work.num_keys.shape[0], visit_tile, mass)[..., :max_tokens]
+    return control_flow.fori_loop(0, work.num_keys.shape[0], visit_tile, mass)[..., :max_tokens]
 
 
 def _sum_of_rows(weights):

@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import control_flow
+
 
 def copy_pages(pool, sources, destinations):
     """See `api.copy_pages`."""
@@ -23,5 +25,5 @@ def copy_pages(pool, sources, destinations):
 
         return next_after(i), tuple(one(pages) for pages in pool)
 
-    _, pool = jax.lax.while_loop(lambda state: state[0] < num_copies, copy, (next_after(-1), pool))
+    _, pool = control_flow.while_loop(lambda state: state[0] < num_copies, copy, (next_after(-1), pool))
     return pool

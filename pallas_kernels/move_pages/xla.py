@@ -1,8 +1,9 @@
 """`move_pages` by gathers and scatters: a chunk of pages is lifted out of the pool at a time."""
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
+
+from pallas_kernels import control_flow
 
 # Bytes of K and V that are lifted out of the pool at a time, at most (one page, if that is more).
 _CHUNK_BYTES = 16 * 2**20
@@ -56,7 +57,7 @@ def move_pages(pool, targets):
 
     holder = jnp.where(targets < num_pages, number, num_pages)
     chunks = (ends[-1] + chunk - 1) // chunk
-    return jax.lax.fori_loop(0, chunks, step, (pool, number, holder))[0]
+    return control_flow.fori_loop(0, chunks, step, (pool, number, holder))[0]
 
 
 def _get(values: Array, index: Int[Array, " moves"], fill: int) -> Array:

@@ -13,7 +13,7 @@ from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import is_int4, token_bytes
+from pallas_kernels.quantization import as_floats, is_int4, token_bytes
 
 
 def paged_attention(
@@ -54,7 +54,7 @@ def paged_attention(
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
         are padding.
       table_rows: row of `page_table` of each sequence. Default: its own number.
-      layer: Python int or int32 scalar.
+      layer: Python int or int32 scalar; of a traced one that is no layer every result is NaN.
       scale: of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
       window: a token sees itself and the `window - 1` tokens before it.
       sink_tokens: and a sequence's first so many, which no window hides (StreamingLLM, arXiv:2309.17453).
@@ -135,12 +135,14 @@ def paged_attention(
     else:
         from pallas_kernels.paged_attention import triton
 
+        k_pages, v_pages, *rest = arrays
+        arrays = as_floats(k_pages), as_floats(v_pages), *rest
         shape: dict[str, Any] = dict(
             tokens=q.shape[0],
             seqs=kv_lengths.shape[0],
             group=q.shape[1] // k_pages.shape[2],
             head_dim=q.shape[2],
-            dtype=k_pages.dtype,
+            dtype=arrays[0].dtype,
             q_dtype=q.dtype,
         )
         out, lse = triton.paged_attention(

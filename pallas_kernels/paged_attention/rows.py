@@ -71,11 +71,13 @@ class Rows:
         mask = self.exists[:, None] & self.in_head
         return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
 
-    def store(self, out, lse, seen: softmax.Partial, sinks):
-        """Writes the rows that exist, when they have seen all."""
+    def store(self, out, lse, seen: softmax.Partial, sinks, is_layer):
+        """Writes the rows that exist, when they have seen all; NaN where the layer was none."""
         sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
         values, log_sum = softmax.finish(seen, sinks * LOG2E, exp=jnp.exp2, log=jnp.log2)
+        log_sum = jnp.where(is_layer, log_sum, jnp.nan)
         for at, part in zip(self._at(out), values, strict=True):
+            part = jnp.where(is_layer, part, jnp.nan)
             plgpu.store(at, part.astype(out.dtype), mask=self.exists[:, None] & self.in_head)
         plgpu.store(lse.at[self.token, self.q_head], log_sum / LOG2E, mask=self.exists)
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
-from pallas_kernels.checks import pool_arrays
+from pallas_kernels.checks import as_layer, pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
@@ -86,7 +86,7 @@ def paged_attention(
 
     words, view = how_read(k_pages, tuning)
     arrays = (
-        jnp.asarray(layer, jnp.int32).reshape(1),
+        as_layer(layer).reshape(1),
         page_table,
         sinks,
         q,
@@ -117,7 +117,7 @@ def paged_attention(
     results = visit(tiles, items, tuning=tuning, split=split, name="paged_attention")
     if not split:
         return results
-    merged = [items.starts, tiles.first_row, tiles.num_rows, tiles.num_keys, sinks, *results]
+    merged = [arrays[0], items.starts, tiles.first_row, tiles.num_rows, tiles.num_keys, sinks, *results]
     if shared is not None:
         size = shared_tuning.query_tile
         runs = shared.lengths, shared.query_starts, shared.table_rows
@@ -133,7 +133,7 @@ def paged_attention(
         merged += [items.starts, tile, row, *results]
     return tuple(
         launch(
-            partial(_merge, rows=rows_like(q, kv_heads, 1, tuning)),
+            partial(_merge, rows=rows_like(q, kv_heads, 1, tuning), num_layers=k_pages.shape[0]),
             grid=(kv_heads, num_tiles),
             out_shape=_outputs(q),
             name="paged_attention_merge",
@@ -231,7 +231,8 @@ def _attend(
     scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
     four_bits = codes is not None and is_int4(codes)
     head, item = pl.program_id(0), pl.program_id(1)
-    layer, tile = layer_ref[0], tile_ref[item]
+    # Of what is no layer nothing is read; its rows become NaN when they are stored.
+    layer, tile = jnp.clip(layer_ref[0], 0, k_ref.shape[0] - 1), tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
     num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
     table_row, page_size = table_row_ref[tile], np.int32(k_ref.shape[3])
@@ -313,10 +314,12 @@ def _attend(
         pl.when(begin < end)(lambda: mine.store_partial(softmax.Partial(*out_refs), item, seen))
     else:
         out_ref, lse_ref = out_refs
-        mine.store(out_ref, lse_ref, seen, sinks_ref)
+        mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, k_ref.shape[0]))
 
 
-def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows):
+def _merge(
+    layer_ref, starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows, num_layers: int
+):
     """The items of a query tile, and those of what its rows share with others, become rows of the output."""
     *refs, out_ref, lse_ref = refs
     head, tile = pl.program_id(0), pl.program_id(1)
@@ -344,4 +347,8 @@ def _merge(starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *re
             return softmax.merge(seen, part, exp=jnp.exp2)
 
         seen = lax.fori_loop(0, jnp.max(end - first), visit_shared, seen)
-    mine.store(out_ref, lse_ref, seen, sinks_ref)
+    mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, num_layers))
+
+
+def _is_layer(layer_ref, num_layers: int):
+    return (layer_ref[0] >= 0) & (layer_ref[0] < num_layers)

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import int4
-from pallas_kernels.checks import pool_arrays
+from pallas_kernels import control_flow, int4
+from pallas_kernels.checks import as_layer, is_layer, pool_arrays
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.quantization import as_float32, head_dim_of, is_int4
@@ -63,7 +63,8 @@ def paged_attention(
     """See `api.paged_attention`. Returns `(out, lse)`."""
     q_dtype = q.dtype
     tokens, q_heads, head_dim = q.shape
-    layer = jnp.asarray(layer, jnp.int32)
+    exists = is_layer(layer, k_pages.shape[0])
+    layer = jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1)
     kv_heads = k_pages.shape[2]
     group = q_heads // kv_heads
     keys = KeyTiles.of_pages(k_pages)
@@ -90,10 +91,10 @@ def paged_attention(
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
             first, own = work.first_key_tile[tile], jax.tree.map(lambda part: at(part, tile), seen)
-            own = jax.lax.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
+            own = control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
             return jax.tree.map(lambda whole, part: whole.at[tile].set(part), done, own)
 
-        return jax.lax.fori_loop(0, work.num_keys.shape[0], visit_tile, seen)
+        return control_flow.fori_loop(0, work.num_keys.shape[0], visit_tile, seen)
 
     def nothing_seen(work: Work) -> softmax.Partial:
         num_tiles, size = work.places.shape
@@ -122,12 +123,12 @@ def paged_attention(
             seen = softmax.Partial(m[..., 0], l[..., 0], o)
             return jax.tree.map(partial(_where_rows, asks), seen, nothing_seen(work))
 
-        seen = jax.lax.cond(jnp.any(shared.lengths > 0), visit_shared, lambda: nothing_seen(work))
+        seen = control_flow.cond(jnp.any(shared.lengths > 0), visit_shared, lambda: nothing_seen(work))
     seen = visit_tiles(work, seen)
     rows = work.rows
     if sinks is not None:
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
-    out, lse = softmax.finish(seen, sinks)
+    out, lse = (jnp.where(exists, part, jnp.nan) for part in softmax.finish(seen, sinks))
     return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
 
@@ -348,7 +349,7 @@ class KeyTiles:
             # the reshape into it, and copies rows as short as `head_dim` one number at a time.
             kind = jnp.int32 if is_int4(pool[0].dtype) else jnp.float32
             zeros = [jnp.zeros(shape, kind) for shape in shapes]
-            tile = jax.lax.cond(where.end > where.skip, copy, lambda: zeros)
+            tile = control_flow.cond(where.end > where.skip, copy, lambda: zeros)
         tile = [part.reshape(kv_heads, self.size, -1) for part in tile]
         if not is_int4(pool[0].dtype):
             return tile

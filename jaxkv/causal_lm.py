@@ -1,0 +1,145 @@
+"""A language model as generation sees it: what it is called with, and checks that it did its part."""
+
+import inspect
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.pages import rows_of
+from jaxkv.state import Batch, KVCache, PolicyState
+
+
+class CausalLM(Protocol):
+    """A model that threads the cache, and is a pytree (an NNX or Equinox module, say).
+
+    It may also have a method `cache_config(**sizes) -> jaxkv.CacheConfig`, which adds its layers, KV heads,
+    head size and dtype to `num_pages`, `page_size`, `max_seqs` and `max_pages_per_seq`. Then `generate` needs
+    no config.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxkv
+      >>> @jax.tree_util.register_static
+      ... class NextToken:
+      ...     "One layer that attends to nothing it wrote: after token t comes t + 1, of 8."
+      ...     def __call__(self, tokens, cache, batch, *, rows=None):
+      ...         zeros = jnp.zeros((tokens.shape[0], 1, 8))
+      ...         cache = jaxkv.append(cache, 0, batch, zeros, zeros)
+      ...         last = tokens if rows is None else tokens[rows]
+      ...         return jax.nn.one_hot((last + 1) % 8, 8), cache
+      ...     def cache_config(self, **sizes):
+      ...         return jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, **sizes)
+      >>> jaxkv.generate(NextToken(), [[3, 4]], max_new_tokens=3).tokens
+      [[[5, 6, 7]]]
+    """
+
+    def __call__(
+        self, tokens: Int[Array, " tokens"], cache: KVCache, batch: Batch, *, rows: Array | None = None
+    ) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache]:
+        """Logits of the tokens at `rows` (all when None), and the cache, each of its layers appended to.
+
+        A model that a policy can be told of takes `return_mass=True` too. Then it also returns what
+        `attend(..., return_mass=True)` gave in each layer, stacked.
+        """
+        ...
+
+
+def takes_mass(model: CausalLM) -> bool:
+    """Whether the model can be called with `return_mass=True`."""
+    parameters = inspect.signature(model).parameters.values()
+    return any(p.name == "return_mass" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+def run_model(
+    model: CausalLM,
+    tokens: Int[Array, " tokens"],
+    cache: KVCache,
+    batch: Batch,
+    policy: PolicyState | None,
+    rows: Int[Array, " rows"] | None = None,
+) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache, PolicyState | None]:
+    """The model, with what a policy lets the tokens see; and the policy is told what they looked at.
+
+    Raises:
+      ValueError: at trace time, where the model returns something else than `CausalLM` says.
+    """
+    if policy is not None:
+        batch = policy.policy.view(batch)
+    needs_mass = policy is not None and policy.policy.needs_mass
+    options = {"return_mass": True} if needs_mass else {}
+    results = cast(Any, model)(tokens, cache, batch, rows=rows, **options)
+    logits, cache, *mass = _checked(model, results, tokens, cache, batch, rows, needs_mass)
+    if policy is not None:
+        policy = policy.policy.observe(policy, cache, batch, *mass)
+    return logits, cache, policy
+
+
+def _checked(model, results: Any, tokens, cache: KVCache, batch: Batch, rows, needs_mass: bool):
+    """What the model returned, or a `ValueError` that names what it should have been and what it is."""
+    name, parts = type(model).__name__, ["logits", "cache"] + ["mass"] * needs_mass
+    if not isinstance(results, (tuple, list)) or len(results) != len(parts):
+        count = f" of {len(results)}" if isinstance(results, (tuple, list)) else ""
+        raise ValueError(
+            f"{name} must return a tuple ({', '.join(parts)}), not a {type(results).__name__}{count}"
+        )
+    logits, returned, *mass = results
+    count, asked = (len(tokens), "") if rows is None else (len(rows), f" with rows [{len(rows)}]")
+    shape, dtype = getattr(logits, "shape", ()), getattr(logits, "dtype", "")
+    if len(shape) != 2 or shape[0] != count or not jnp.issubdtype(dtype, jnp.floating):
+        found = f"{dtype}{list(shape)}" if dtype else type(logits).__name__
+        raise ValueError(
+            f"{name} must return float logits [{count}, vocab] for tokens [{len(tokens)}]{asked}, not {found}"
+        )
+    if not isinstance(returned, KVCache) or returned.config != cache.config:
+        raise ValueError(f"{name} must return the cache that append returned, not {returned!r:.200}")
+    config = cache.config
+    shape = (config.num_layers, len(batch.seqs), config.num_kv_heads, config.max_tokens_per_seq)
+    if needs_mass and getattr(mass[0], "shape", None) != shape:
+        found = list(getattr(mass[0], "shape", [type(mass[0]).__name__]))
+        raise ValueError(f"{name} must return mass {list(shape)}, not {found}")
+    return logits, returned, *mass
+
+
+def mark_layers(cache: KVCache, batch: Batch) -> KVCache:
+    """Fills one new token slot of each layer with what `append` never writes, to see who writes there.
+
+    Floats become the most negative number, also in all scales; codes the largest integer. No model's K and V
+    are that in every element, and a scale is never negative.
+
+    Args:
+      cache: as `allocate` returned it.
+      batch: of the same call. Where it has no tokens nothing is marked.
+    """
+    page, offset = _first_slot(batch)
+
+    def fill(leaf: Array) -> Array:
+        return leaf.at[:, page, :, offset].set(_mark(leaf), mode="drop")
+
+    return replace(cache, pool=jax.tree.map(fill, cache.pool))
+
+
+def unwritten_layers(cache: KVCache, batch: Batch) -> Bool[Array, " layers"]:
+    """Which layers still hold the mark of `mark_layers`."""
+    page, offset = _first_slot(batch)
+
+    def is_marked(leaf: Array) -> Array:
+        slot = leaf.at[:, page, :, offset].get(mode="fill", fill_value=0)
+        return jnp.all(slot.reshape(leaf.shape[0], -1) == _mark(leaf), axis=1)
+
+    marked = jnp.stack([is_marked(leaf) for leaf in jax.tree.leaves(cache.pool)])
+    return jnp.all(marked, axis=0) & (page < cache.config.num_pages)
+
+
+def _mark(leaf: Array) -> Array:
+    # Finite: NaN would lose its bits where a compiler converts bfloat16, and stop a run that looks for NaN.
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return jnp.asarray(jnp.finfo(leaf.dtype).min if floating else jnp.iinfo(leaf.dtype).max, leaf.dtype)
+
+
+def _first_slot(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Page and offset of the batch's first token; page `num_pages` if it has none."""
+    num_pages = batch.config.num_pages
+    first = jnp.argmax(batch.page_ids < num_pages)
+    return rows_of(batch.page_ids, first, num_pages), rows_of(batch.offsets, first)

@@ -1,0 +1,91 @@
+"""What `generate` returns."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Array
+
+from jaxkv.decode import Decoding, Finish
+from jaxkv.state import KVCache, PolicyState
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What `generate` returns, on the host.
+
+    Attributes:
+      tokens: `tokens[prompt][sample]` is the list of new token ids, a stop token included.
+      finish: a `Finish` for each, likewise.
+      slots: the slot of the cache for each, likewise.
+      cache: the cache at the end. Sequences that finished have left it, unless they were to be kept: then it
+        holds each prompt and all of its new tokens but the newest.
+      pending: that newest token of each slot, which the model has not run on. `generate(...,
+        cache=generation)` puts it before the slot's next prompt; a caller who gives a bare
+        `cache=generation.cache` puts it there.
+      policy: what the eviction policy remembers, if there is one.
+      peak_pages: most pages in use at once since the cache was made.
+      peak_pages_unshared: most pages the same sequences would have held at once without sharing.
+      prefill_tokens, prefill_seconds: tokens computed before the first new one, and the time.
+      decode_steps, decode_seconds: of the decode loop. Compilation is in neither with `warm_up`.
+      logits: float32 `[prompts * num_samples, max_new_tokens, vocab]` if asked for.
+    """
+
+    tokens: list[list[list[int]]]
+    finish: list[list[Finish]]
+    slots: list[list[int]]
+    cache: KVCache
+    pending: Mapping[int, int]
+    policy: PolicyState | None
+    peak_pages: int
+    peak_pages_unshared: int
+    prefill_tokens: int
+    prefill_seconds: float
+    decode_steps: int
+    decode_seconds: float
+    logits: Array | None
+
+    @property
+    def num_new_tokens(self) -> int:
+        """New tokens, all prompts and samples together."""
+        return sum(len(sample) for samples in self.tokens for sample in samples)
+
+
+def generation_of(
+    state: Decoding,
+    slots: np.ndarray,
+    pending: Mapping[int, int],
+    *,
+    prefill_tokens: int,
+    prefill_seconds: float,
+    decode_seconds: float,
+) -> Generation:
+    """The result of a decode loop that has ended.
+
+    Args:
+      state: of the loop.
+      slots: int32 `[prompts, num_samples]`.
+      pending: newest tokens of other slots.
+      prefill_tokens, prefill_seconds, decode_seconds: as `Generation` has them.
+    """
+    output, counts, finish = (np.asarray(x) for x in (state.output, state.num_generated, state.finish))
+    tokens = [row[:count].tolist() for row, count in zip(output, counts, strict=True)]
+    newest = {int(slot): row[-1] for slot, row in zip(slots.flat, tokens, strict=True) if row and state.keep}
+    reasons = [Finish(int(reason)) for reason in finish]
+    samples = slots.shape[1]
+    by_prompt = range(0, len(tokens), samples)
+    return Generation(
+        tokens=[tokens[i : i + samples] for i in by_prompt],
+        finish=[reasons[i : i + samples] for i in by_prompt],
+        slots=slots.tolist(),
+        cache=state.cache,
+        pending={**pending, **newest},
+        policy=state.policy,
+        peak_pages=int(state.cache.stats.peak_pages),
+        peak_pages_unshared=int(state.peak_unshared),
+        prefill_tokens=prefill_tokens,
+        prefill_seconds=prefill_seconds,
+        decode_steps=int(state.step),
+        decode_seconds=decode_seconds,
+        logits=state.logits,
+    )

@@ -1,0 +1,126 @@
+"""What `generate` is asked for, checked: before anything is computed, naming the argument that is wrong."""
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from jaxkv.arguments import integer
+from jaxkv.causal_lm import CausalLM, takes_mass
+from jaxkv.config import CacheConfig
+from jaxkv.policies import Policy
+from jaxkv.sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """The arguments of `generate`, one value a prompt where they may differ.
+
+    Attributes:
+      prompts: token ids of each.
+      limits: most new tokens of each.
+      samplings: how its tokens are chosen.
+      stop_tokens: ids that end a sequence, sorted.
+      num_samples: continuations of each prompt.
+      prefill_chunk: most tokens a prefill step.
+      block: decode steps between two calls of `on_tokens`.
+    """
+
+    prompts: list[list[int]]
+    limits: list[int]
+    samplings: list[Sampling]
+    stop_tokens: tuple[int, ...]
+    num_samples: int
+    prefill_chunk: int
+    block: int
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Iterable[Iterable[int]],
+        max_new_tokens: int | Sequence[int],
+        sampling: Sampling | Sequence[Sampling],
+        stop_tokens: Iterable[int],
+        **counts: int,
+    ) -> "Request":
+        """The arguments as users give them, or a `ValueError`."""
+        try:
+            ids = [_token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+        except TypeError:
+            raise ValueError("prompts must be a sequence of sequences of token ids") from None
+        if not ids:
+            raise ValueError("there are no prompts")
+        return cls(
+            prompts=ids,
+            limits=_limits(max_new_tokens, len(ids)),
+            samplings=_samplings(sampling, len(ids)),
+            stop_tokens=tuple(sorted(set(_token_ids(stop_tokens, "stop_tokens")))),
+            **{name: integer(name, value) for name, value in counts.items()},
+        )
+
+    def check_vocabulary(self, vocab: int, model: CausalLM) -> None:
+        """Raises `ValueError` for a token that the model has no logit of, with its number."""
+        for name, ids in (
+            *((f"prompt {number}", prompt) for number, prompt in enumerate(self.prompts)),
+            ("stop_tokens", self.stop_tokens),
+        ):
+            if ids and max(ids) >= vocab:
+                raise ValueError(
+                    f"{name}: token id {max(ids)} is beyond the vocabulary of {type(model).__name__}, which "
+                    f"has {vocab} tokens: 0 to {vocab - 1}"
+                )
+
+
+def _token_ids(tokens: Iterable[int], name: str) -> list[int]:
+    ids = []
+    for token in tokens:
+        try:
+            if isinstance(token, bool):
+                raise TypeError
+            ids.append(operator.index(token))
+        except TypeError:
+            raise ValueError(f"{name}: {token!r} is not a token id") from None
+        if not 0 <= ids[-1] < 2**31:
+            raise ValueError(f"{name}: token id {token} is out of range")
+    return ids
+
+
+def _limits(max_new_tokens: object, count: int) -> list[int]:
+    values = _one_each("max_new_tokens", max_new_tokens, count)
+    if values is None:
+        return [integer("max_new_tokens", max_new_tokens, least=0)] * count
+    return [integer(f"max_new_tokens[{nth}]", value, least=0) for nth, value in enumerate(values)]
+
+
+def _samplings(sampling: object, count: int) -> list[Sampling]:
+    if isinstance(sampling, Sampling):
+        return [sampling] * count
+    values = _one_each("sampling", sampling, count)
+    for value in [sampling] if values is None else values:
+        if not isinstance(value, Sampling):
+            raise ValueError(f"sampling={value!r} must be a jaxkv.Sampling, or a sequence of one per prompt")
+    return [value for value in values or [] if isinstance(value, Sampling)]
+
+
+def _one_each(name: str, value: object, count: int) -> list | None:
+    """The elements of a sequence, which must be as many as there are prompts; None for a single value."""
+    try:
+        elements = list(value)  # type: ignore[call-overload]
+    except TypeError:
+        return None
+    if isinstance(value, (str, bytes)) or len(elements) != count:
+        raise ValueError(
+            f"{name} must be one value or one for each of the {count} prompts, not {len(elements)} values"
+        )
+    return elements
+
+
+def check_policy(policy: object, config: CacheConfig, model: CausalLM) -> None:
+    """Raises `ValueError` for a policy that the cache or the model cannot serve, naming both sides."""
+    if not isinstance(policy, Policy):
+        raise ValueError(f"policy={policy!r} must be a jaxkv.policies.Policy")
+    policy.check(config)
+    if policy.needs_mass and not takes_mass(model):
+        raise ValueError(
+            f"{type(policy).__name__} goes by the attention that tokens received, and calling a "
+            f"{type(model).__name__} takes no return_mass"
+        )

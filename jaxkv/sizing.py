@@ -1,0 +1,159 @@
+"""How much room sequences take in a cache, at most; and whether prompts fit one."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxkv.config import CacheConfig
+from jaxkv.invariants import OutOfPagesError, SequenceTooLongError
+from jaxkv.packing import most_at_once
+from jaxkv.policies import Policy, TokenPolicy
+from jaxkv.state import KVCache
+
+
+def token_slots(
+    config: Callable[..., CacheConfig],
+    page_size: int,
+    num_tokens: int,
+    new_tokens: int,
+    policy: Policy | None,
+    prefill_chunk: int,
+) -> int:
+    """Token slots that a prompt and what it is continued with take at most.
+
+    Args:
+      config: makes the `CacheConfig` of `num_pages`, `page_size` and other sizes.
+      page_size: token slots a page.
+      num_tokens: of the prompt.
+      new_tokens: most tokens to be generated.
+      policy: what is forgotten.
+      prefill_chunk: most tokens a prefill step.
+    """
+    if policy is None:
+        return num_tokens + new_tokens
+    # Of a row that would hold everything: what a policy's capacity is a share of.
+    whole = config(num_pages=-(-(num_tokens + new_tokens) // page_size), page_size=page_size)
+    capacity = policy.capacity(whole)
+    if policy.observe_last is not None:
+        return max(num_tokens, capacity + new_tokens)
+    most = policy.most_kept(whole) + min(num_tokens, prefill_chunk)
+    return max(capacity, min(num_tokens + new_tokens, most))
+
+
+def pool_sizes(
+    lengths: Sequence[int], slots: Sequence[int], num_samples: int, page_size: int, policy: Policy | None
+) -> dict[str, int]:
+    """Arguments of `CacheConfig` for a pool that holds every sequence at its longest.
+
+    Args:
+      lengths: tokens of each prompt.
+      slots: token slots of each prompt and a continuation, at most.
+      num_samples: continuations of each prompt.
+      page_size: token slots a page.
+      policy: what is forgotten.
+    """
+    pages = [-(-count // page_size) for count in slots]
+    # Samples of a prompt copy its partly filled last page before the one they share is given back.
+    spare = len(lengths) if num_samples > 1 else 0
+    if isinstance(policy, TokenPolicy) and (num_samples > 1 or len(lengths) > 1):
+        # And what a policy keeps of shared pages goes to pages of each sequence's own.
+        spare += sum(-(-min(length, policy.budget) // page_size) for length in lengths)
+    return dict(
+        num_pages=sum(pages) * num_samples + spare,
+        page_size=page_size,
+        max_seqs=len(lengths) * num_samples,
+        max_pages_per_seq=max(pages),
+    )
+
+
+def fitting_config(
+    model: Any,
+    lengths: Sequence[int],
+    new_tokens: Sequence[int],
+    num_samples: int,
+    policy: Policy | None,
+    prefill_chunk: int,
+) -> CacheConfig:
+    """The config of a pool that holds every sequence at its longest, as the model's `cache_config` makes it.
+
+    Raises:
+      ValueError: for a model that has no such method.
+    """
+    if not callable(getattr(model, "cache_config", None)):
+        raise ValueError(
+            f"{type(model).__name__} has no method cache_config(**sizes) to size a cache with; give "
+            "generate(model, prompts, config) a CacheConfig, or cache="
+        )
+    make = model.cache_config
+    page_size = make(num_pages=1).page_size
+    slots = [
+        max(1, token_slots(make, page_size, length, new, policy, prefill_chunk))
+        for length, new in zip(lengths, new_tokens, strict=True)
+    ]
+    return make(**pool_sizes(lengths, slots, num_samples, page_size, policy))
+
+
+def check_fit(
+    config: CacheConfig,
+    cache: KVCache | None,
+    slots: np.ndarray,
+    prompts: Mapping[int, list[int]],
+    shared: int,
+    policy: Policy | None,
+    prefill_chunk: int,
+) -> None:
+    """Refuses prompts that cannot fit, with the numbers, before anything is computed.
+
+    Args:
+      config: of the cache.
+      cache: what the prompts are appended to; None for an empty one.
+      slots: of all prompts.
+      prompts: token ids by the prompt's number; those that are not run are left out.
+      shared: pages that all of them begin with.
+      policy: what is forgotten.
+      prefill_chunk: most tokens a prefill step.
+
+    Raises:
+      SequenceTooLongError, OutOfPagesError: naming what is needed and what there is.
+    """
+    most = None
+    if policy is not None and policy.observe_last is None:
+        most = policy.most_kept(config) + most_at_once(policy, config, prefill_chunk)
+    lengths = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(cache.table.lengths)
+    held = {number: int(lengths[slots[number]]) for number in prompts}
+    for number, prompt in prompts.items():
+        before = held[number]
+        if before + len(prompt) > config.max_tokens_per_seq and most is None:
+            after = f" after the {before} in its slot" if before else ""
+            raise SequenceTooLongError(
+                f"prompt {number} has {len(prompt)} tokens{after}; a sequence holds "
+                f"{config.max_tokens_per_seq} ({config.max_pages_per_seq} pages of {config.page_size})"
+            )
+    if most is not None:
+        shared = min(shared, config.pages_for(most))
+    pages = shared + copied_pages(cache, [slots[number] for number in prompts])
+    for number, prompt in prompts.items():
+        before = held[number]
+        after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
+        pages += config.pages_for(after) - config.pages_for(before) - shared
+    if isinstance(policy, TokenPolicy) and shared:
+        # What is kept of shared pages goes to pages of each sequence's own, before the others are released.
+        pages += len(prompts) * config.pages_for(policy.budget)
+    free = config.num_pages if cache is None else int(cache.table.num_free)
+    if pages > free:
+        pool = "the pool has" if cache is None else f"of the pool's {config.num_pages} are free:"
+        raise OutOfPagesError(
+            f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "
+            f"{pool} {free}"
+        )
+
+
+def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
+    """Partly filled last pages that others share: the first write to each goes to a copy."""
+    if cache is None:
+        return 0
+    table, size = cache.table, cache.config.page_size
+    lengths, pages, refcounts = (np.asarray(x) for x in (table.lengths, table.pages, table.refcounts))
+    tails = [pages[slot, lengths[slot] // size] for slot in slots if lengths[slot] % size]
+    return sum(int(refcounts[page] > 1) for page in tails)

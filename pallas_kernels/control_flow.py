@@ -1,0 +1,93 @@
+"""Loops and branches that work within `jax.shard_map` too, with its default checks.
+
+There the type of an array says over which mesh axes its values differ. A loop's carry must keep its type, and
+both branches of a `cond` must return the same: a carry that begins with a constant, which differs over no
+axis, is refused once an iteration adds something that does. Here it begins with the type that it ends with.
+Outside `shard_map` these are the functions of `jax.lax`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+from jax import lax
+
+_Carry = TypeVar("_Carry")
+_Axes = list[frozenset[str]]
+
+
+def fori_loop(lower: Any, upper: Any, body: Callable[[Any, _Carry], _Carry], carry: _Carry) -> _Carry:
+    """As `jax.lax.fori_loop`."""
+    if not _in_shard_map():
+        return lax.fori_loop(lower, upper, body, carry)
+    # Where the bounds differ, so do the numbers of steps, and whatever a step changes.
+    bounds = _axes_of((lower, upper))
+    lower = _vary(lower, axes=bounds)
+    axes = _loop_axes(partial(body, lower), carry, bounds)
+    return lax.fori_loop(lower, upper, lambda i, carry: _typed(body(i, carry), axes), _typed(carry, axes))
+
+
+def while_loop(condition: Callable[[_Carry], Any], body: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
+    """As `jax.lax.while_loop`."""
+    if not _in_shard_map():
+        return lax.while_loop(condition, body, carry)
+    axes = _loop_axes(body, carry, frozenset())
+    # The number of steps differs over every axis that the condition does.
+    asked = frozenset().union(*_result_axes(lambda: condition(_typed(carry, axes))))
+    axes = _loop_axes(body, carry, asked)
+    return lax.while_loop(condition, lambda carry: _typed(body(carry), axes), _typed(carry, axes))
+
+
+def cond(predicate: Any, true_branch: Callable[[], Any], false_branch: Callable[[], Any]) -> Any:
+    """As `jax.lax.cond`, of branches without arguments."""
+    if not _in_shard_map():
+        return lax.cond(predicate, true_branch, false_branch)
+    both = zip(_result_axes(true_branch), _result_axes(false_branch), strict=True)
+    axes = [one | other for one, other in both]
+
+    return lax.cond(predicate, lambda: _typed(true_branch(), axes), lambda: _typed(false_branch(), axes))
+
+
+def _in_shard_map() -> bool:
+    return bool(jax.sharding.get_abstract_mesh().manual_axes)
+
+
+def _loop_axes(step: Callable[[_Carry], _Carry], carry: _Carry, steps: frozenset[str]) -> _Axes:
+    """For each part of the carry the axes that it differs over, at the beginning or after any step.
+
+    `steps` are those that the number of steps differs over: what a step changes then differs over them too.
+    """
+    before = [_axes(leaf) | steps for leaf in jax.tree.leaves(carry)]
+    while True:
+        after = _result_axes(lambda: step(_typed(carry, before)))
+        wanted = [old | new for old, new in zip(before, after, strict=True)]
+        if wanted == before:
+            return before
+        before = wanted
+
+
+def _result_axes(function: Callable[[], Any]) -> _Axes:
+    return [_aval_axes(aval) for aval in jax.make_jaxpr(function)().out_avals]
+
+
+def _typed(tree: Any, axes: _Axes) -> Any:
+    leaves, structure = jax.tree.flatten(tree)
+    return structure.unflatten(_vary(leaf, axes=more) for leaf, more in zip(leaves, axes, strict=True))
+
+
+def _vary(leaf: Any, *, axes: frozenset[str]) -> Any:
+    missing = tuple(sorted(axes - _axes(leaf)))
+    return lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+
+def _axes_of(tree: Any) -> frozenset[str]:
+    return frozenset().union(*(_axes(leaf) for leaf in jax.tree.leaves(tree)))
+
+
+def _axes(leaf: Any) -> frozenset[str]:
+    return _aval_axes(jax.typeof(leaf))
+
+
+def _aval_axes(aval: Any) -> frozenset[str]:
+    return frozenset(aval.mat.varying)
