@@ -111,6 +111,12 @@ def original_positions(raw: Mapping[str, Any], settings: Mapping[str, Any], posi
     return value
 
 
+def _of_full_attention(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Models with windows may keep the settings of each kind of layer apart.
+    nested = settings.get("full_attention")
+    return nested if isinstance(nested, Mapping) else settings
+
+
 def trained_context(raw: Mapping[str, Any], positions: int) -> int:
     """Tokens of context that a model is made for, its rotary scaling counted in.
 
@@ -131,10 +137,7 @@ def trained_context(raw: Mapping[str, Any], positions: int) -> int:
       >>> trained_context({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2048)
       8192
     """
-    settings = rotary_settings(raw)
-    # Models with windows may keep the settings of each kind of layer apart.
-    nested = settings.get("full_attention")
-    settings = nested if isinstance(nested, Mapping) else settings
+    settings = _of_full_attention(rotary_settings(raw))
     kind = rotary_type(settings)
     if kind not in _STRETCHES or str(raw.get("model_type")).startswith("gemma3"):
         return positions
@@ -145,6 +148,22 @@ def trained_context(raw: Mapping[str, Any], positions: int) -> int:
         raise ValueError(f"rope_scaling's factor must be a positive number, not {shown(factor)}")
     original = min(original_positions(raw, settings, positions), MOST_POSITIONS)
     return max(positions, int(min(original * factor, MOST_POSITIONS)))
+
+
+def is_extended(raw: Mapping[str, Any], positions: int) -> bool:
+    """Whether rotary scaling makes `trained_context` longer than the context the model was trained on.
+
+    Args:
+      raw: the config.
+      positions: its `max_position_embeddings`, in tokens.
+
+    Raises:
+      ValueError: as `trained_context`.
+    """
+    settings = _of_full_attention(rotary_settings(raw))
+    if rotary_type(settings) not in _STRETCHES:
+        return False
+    return trained_context(raw, positions) > original_positions(raw, settings, positions)
 
 
 def shard_files(folder: Path) -> tuple[list[Path], list[str]]:
@@ -160,7 +179,9 @@ def shard_files(folder: Path) -> tuple[list[Path], list[str]]:
     named = {path: match for path, match in found.items() if match}
     counts = sorted({match[2] for match in named.values()})
     if len(counts) > 1:
-        raise ValueError(f"{folder}: holds shards of different sets: of {' and of '.join(map(shown, counts))}")
+        raise ValueError(
+            f"{folder}: holds shards of different sets: of {' and of '.join(map(shown, counts))}"
+        )
     if not named:
         return [], []
     width, count = len(counts[0]), int(counts[0])

@@ -167,7 +167,9 @@ class ModelConfig:
             head_dim=_field(raw, "head_dim", int, hidden // q_heads),
             intermediate_size=_field(raw, "intermediate_size", int),
             rms_norm_eps=_field(raw, "rms_norm_eps", float, 1e-6),
-            rope_theta=_field(rotary_settings(raw), "rope_theta", float, _field(raw, "rope_theta", float, 1e4)),
+            rope_theta=_field(
+                rotary_settings(raw), "rope_theta", float, _field(raw, "rope_theta", float, 1e4)
+            ),
             rope_scaling=_rope_scaling(raw, positions),
             qkv_bias=raw["model_type"] == "qwen2",
             tied_embeddings=_field(raw, "tie_word_embeddings", bool, False),

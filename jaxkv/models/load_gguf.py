@@ -120,7 +120,9 @@ def _linear_factor(file: GGUFFile, architecture: str) -> float | None:
     As llama.cpp reads it: without a type a factor means linear scaling, under its older name too, and 0 is
     no factor; the type "none" overrules it.
     """
-    names = {name: f"{architecture}.rope.{name}" for name in ("scaling.type", "scaling.factor", "scale_linear")}
+    names = {
+        name: f"{architecture}.rope.{name}" for name in ("scaling.type", "scaling.factor", "scale_linear")
+    }
     kind = file.get(names["scaling.type"])
     if kind not in (None, "none", "linear"):
         raise ModelLoadError(

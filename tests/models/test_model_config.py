@@ -77,7 +77,10 @@ def test_cache_config_takes_the_models_sizes():
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "field 'factor' is missing"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor must be positive, not -1.0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": -1.0}},
+            "factor must be a positive number, not -1.0",
+        ),
         ({"rope_scaling": 3}, "rope_scaling must be an object"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ],
