@@ -153,9 +153,6 @@ class ModelConfig:
         raw = source if isinstance(source, Mapping) else read_json(Path(source))
         _refuse_unsupported(raw)
         hidden, q_heads = _field(raw, "hidden_size", int), _field(raw, "num_attention_heads", int)
-        if hidden < 1 or q_heads < 1:
-            name, value = ("hidden_size", hidden) if hidden < 1 else ("num_attention_heads", q_heads)
-            raise ValueError(f"{name} must be positive, not {shown(value)}")
         layers, positions = _field(raw, "num_hidden_layers", int), _field(raw, "max_position_embeddings", int)
         window, full_attention_layers = _windows(raw, layers)
         return cls(
@@ -180,6 +177,14 @@ class ModelConfig:
 
 
 _MISSING = object()
+# What a `config.json` calls these; other fields have the same names.
+_HF_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_q_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_context",
+    "sliding_window": "window",
+}
 _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -193,6 +198,9 @@ def _field(raw: Mapping[str, Any], name: str, kind: type, default: Any = _MISSIN
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise ValueError(f"{name} must be {_KINDS[kind]}, not {shown(value)}")
+    if kind is int and not 1 <= value <= _LIMITS[_HF_NAMES.get(name, name)]:
+        limit = _LIMITS[_HF_NAMES.get(name, name)]
+        raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
     return value
 
 

@@ -121,7 +121,8 @@ def _is_tied(source: SafetensorsFolder) -> bool:
     names = NAMES.embedding, NAMES.unembedding
     if any(name not in source.shapes for name in names):
         return True
-    return np.array_equal(*map(source.read, names))
+    table, output = map(source.read, names)
+    return np.array_equal(table, output)
 
 
 def _claims(folder: Path) -> dict[Path, set[str] | None]:

@@ -103,3 +103,12 @@ def test_a_wrong_value_is_shown_in_short_beside_its_field(change, message):
     with pytest.raises(ValueError) as raised:
         ModelConfig.from_hf(LLAMA | change)
     assert str(raised.value) == message
+
+
+@pytest.mark.parametrize("read", [ModelConfig.from_hf, ModelShape.from_config])
+@pytest.mark.parametrize("value", ["x", 0, -1, 10**400, 2.5, True, [], {}])
+def test_a_number_out_of_range_or_of_another_kind_is_refused_by_the_name_in_the_file(read, value):
+    for name in [name for name, right in LLAMA.items() if type(right) is int]:
+        with pytest.raises(ValueError) as raised:
+            read(LLAMA | {name: value})
+        assert str(raised.value).startswith(f"{name} must be an integer")
