@@ -107,14 +107,14 @@ def test_the_page_size_can_be_chosen_from_lengths(capsys):
         ("llama-2-7b --device H900", "'H900' is not one of the known devices"),
         ("llama-2-7b --device H100 --memory 1GiB", "not allowed with"),
         ("llama-2-7b --context many", "--context 'many' is not a number"),
-        ("llama-2-7b --context 0", "context=0 must be a positive integer"),
-        ("llama-2-7b --tp 3", "tensor_parallel=3 must divide the 32 query heads"),
-        ("llama-2-7b --kv-dtype f8", "kv_dtype='f8' is not known"),
-        ("llama-2-7b --page-size 0", "page_size=0 must be"),
+        ("llama-2-7b --context 0", "--context=0 must be a positive integer"),
+        ("llama-2-7b --tp 3", "--tp=3 must divide the 32 query heads"),
+        ("llama-2-7b --kv-dtype f8", "--kv-dtype='f8' is not known"),
+        ("llama-2-7b --page-size 0", "--page-size=0 must be"),
         ("llama-2-7b --lengths 5", "--lengths is for --page-size auto"),
         ("llama-2-7b --page-size auto --lengths 5,x", "--lengths 'x' is not a number"),
-        ("llama-2-7b --memory-fraction 2", "memory_fraction=2.0"),
-        ("llama-2-7b --memory-fraction nan", "memory_fraction=nan"),
+        ("llama-2-7b --memory-fraction 2", "--memory-fraction=2.0"),
+        ("llama-2-7b --memory-fraction nan", "--memory-fraction=nan"),
         ("nobody-8b", "'nobody-8b' is not one of the known models"),
         ("", "give one MODEL, or --compare A B"),
         ("llama-2-7b --compare a b", "give one MODEL, or --compare A B"),
@@ -122,8 +122,8 @@ def test_the_page_size_can_be_chosen_from_lengths(capsys):
         ("--compare llama-2-7b llama-2-13b --explain", "--explain is for one MODEL"),
         ("llama-2-7b --context 1,2,3", "--context '1,2,3' is not a number"),
         ("llama-2-7b --context 8k", "--context '8k' is not a number"),
-        ("gemma-3-1b --memory 100TiB --context 32768 --concurrency 40000", "context x concurrency takes"),
-        ("gemma-3-1b --json --context 32768 --concurrency 40000", "context x concurrency takes"),
+        ("gemma-3-1b --memory 100TiB --context 32768 --concurrency 40000", "--context x --concurrency takes"),
+        ("gemma-3-1b --json --context 32768 --concurrency 40000", "--context x --concurrency takes"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(capsys, command, complaint):
@@ -152,3 +152,22 @@ def test_a_bad_config_is_one_line_and_exit_code_2(capsys, tmp_path, config, comp
     assert (code, out) == (2, "")
     assert complaint in err
     assert err.count("\n") == 1
+
+
+def test_weights_kept_in_an_unknown_way_are_planned_with_the_option_that_the_error_names(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(
+        json.dumps(LLAMA | {"quantization_config": {"quant_method": "awq"}})
+    )
+    code, _, err = run(capsys, str(tmp_path))
+    assert code == 2 and "say how with --weights-dtype" in err
+    assert run(capsys, f"{tmp_path} --weights-dtype int4")[0] == 0
+
+
+def test_a_context_that_rotary_scaling_extends_is_not_called_trained_on(capsys, tmp_path):
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2048}
+    for positions in (2048, 8192):
+        config = LLAMA | {"max_position_embeddings": positions, "rope_scaling": yarn}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        _, out, _ = run(capsys, f"{tmp_path} --memory 100GiB --context 9000")
+        assert rows(out)["longest context"] == "8,192 tokens, all its rotary scaling reaches"
+        assert "note: its rotary scaling reaches 8,192 tokens" in out

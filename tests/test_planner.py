@@ -119,6 +119,11 @@ def test_a_window_may_begin_in_the_middle_of_a_page():
         ({"model_type": "llama", "sliding_window": 8}, (None,) * 4),
         ({"model_type": "mistral", "sliding_window": 8}, (8,) * 4),
         ({"model_type": "mistral", "sliding_window": None}, (None,) * 4),
+        ({"model_type": "mistral"}, (4096,) * 4),
+        (
+            {"model_type": "mistral", "layer_types": ["full_attention", "sliding_attention"] * 2},
+            (None, 4096) * 2,
+        ),
         ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": False}, (None,) * 4),
         (
             {"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": 3},
@@ -138,7 +143,7 @@ def test_a_window_may_begin_in_the_middle_of_a_page():
     ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
 )
 def test_windows_are_those_of_the_architecture(fields, windows):
-    assert shape(num_hidden_layers=4, **fields).windows == windows
+    assert ModelShape.from_config(LLAMA | {"num_hidden_layers": 4} | fields).windows == windows
 
 
 def test_traps_of_published_configs():
@@ -228,6 +233,9 @@ def test_weights_beside_a_config_are_counted_as_they_are(tmp_path):
     assert ModelShape.from_config(tmp_path / "other.json").stored_bytes is None
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": half + 7}}))
     made = plan(ModelShape.from_config(tmp_path), GIB)
+    assert (made.weights, made.weights_dtype) == (half, "stored"), "the whole file wins, as it is loaded"
+    (tmp_path / "model.safetensors").unlink()
+    made = plan(ModelShape.from_config(tmp_path), GIB)
     assert (made.weights, made.weights_dtype) == (half + 7, "stored")
     assert plan(made.shape, GIB, weights_dtype="f32").weights == 4 * made.shape.num_parameters
 
@@ -260,6 +268,37 @@ def test_quantized_checkpoints_that_are_not_known_are_refused():
     assert plan(awq, GIB, weights_dtype="int4").fits
     with pytest.raises(ValueError, match="mxfp4"):
         plan(shape(quantization_config={"quant_method": "mxfp4"}), GIB)
+
+
+@pytest.mark.parametrize("field", ["quantization", "quantization_config"])
+def test_weights_quantized_without_a_method_are_counted_with_their_groups_scales(field):
+    mlx = shape(**{field: {"group_size": 64, "bits": 4}})
+    assert plan(mlx, GIB).weights == -(-round(mlx.num_parameters * (4 + 32 / 64)) // 8)
+    # Where layers differ, or the bits are not said, only the user can say.
+    for options in ({"bits": 4}, {}, {"group_size": 64, "bits": 4, "lm_head": {"group_size": 64, "bits": 8}}):
+        unsaid = shape(**{field: options})
+        with pytest.raises(ValueError, match="say how with weights_dtype"):
+            plan(unsaid, GIB)
+        assert plan(unsaid, GIB, weights_dtype="int4").fits
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"type": "dynamic", "factor": 2.0}, 128),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}, 64),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8}, 64),
+        ({"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 8}, 64),
+    ],
+    ids=str,
+)
+def test_the_context_counts_rotary_scaling_in_where_it_stretches(scaling, context):
+    scaled = shape(max_position_embeddings=64, rope_scaling=scaling)
+    assert scaled.max_context == context
+    assert scaled.is_extended == (scaling.get("rope_type") not in ("llama3", "longrope"))
+    assert shape(max_position_embeddings=64, rope_parameters=scaling).max_context == context
 
 
 def test_more_experts_chosen_than_there_are_is_refused():
@@ -313,7 +352,12 @@ def test_a_gguf_file_says_the_same_as_its_config():
         ({"torch_dtype": "float7"}, "dtype 'float7' is not known"),
         ({"layer_types": ["full_attention"]}, "layer_types must be a list of 2"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
-        ({"quantization_config": {"bits": 4}}, "quant_method"),
+        ({"quantization_config": 4}, "quantization_config must be an object, not 4"),
+        ({"quantization_config": {"quant_method": 4}}, "quantization_config's quant_method must be a string"),
+        (
+            {"quantization": {"bits": 99, "group_size": 64}},
+            "quantization: bits must be an integer from 1 to 8",
+        ),
     ],
     ids=str,
 )

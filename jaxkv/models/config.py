@@ -1,7 +1,6 @@
 """What a Llama-family model is, as static numbers, and reading them from a `config.json`."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from os import PathLike
@@ -9,6 +8,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv.config import CacheConfig
+from jaxkv.hf_folder import (
+    KV_HEADS_WHERE_ABSENT,
+    MOST_POSITIONS,
+    WINDOW_WHERE_ABSENT,
+    original_positions,
+    read_json,
+    rotary_settings,
+    rotary_type,
+    shown,
+    trained_context,
+)
 from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")
@@ -22,8 +32,8 @@ _LIMITS = {
     "num_kv_heads": 2**12,
     "head_dim": 2**12,
     "intermediate_size": 2**20,
-    "max_context": 2**27,
-    "window": 2**27,
+    "max_context": MOST_POSITIONS,
+    "window": MOST_POSITIONS,
 }
 
 
@@ -46,7 +56,8 @@ class ModelConfig:
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
       tied_embeddings: whether the output projection is the embedding table.
       window: how many of the latest tokens a token attends to, itself included; None is all.
-      max_context: tokens of context the model was trained for.
+      full_attention_layers: the layers that attend to all tokens although there is a window, in order.
+      max_context: tokens of context the model is made for, its rotary scaling counted in.
 
     Raises:
       ValueError: for a field out of range, naming it.
@@ -66,6 +77,7 @@ class ModelConfig:
     qkv_bias: bool = False
     tied_embeddings: bool = False
     window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     max_context: int
 
     def __post_init__(self) -> None:
@@ -74,7 +86,7 @@ class ModelConfig:
             if name == "window" and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-                raise ValueError(f"{name} must be an integer from 1 to {limit}, not {value!r}")
+                raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_q_heads ({self.num_q_heads}), not {self.num_kv_heads}"
@@ -89,6 +101,18 @@ class ModelConfig:
             raise ValueError(f"rope_pairing must be 'half' or 'interleaved', not {self.rope_pairing!r}")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, self.head_dim)
+        full = self.full_attention_layers
+        if full != () and (self.window is None or not set(full) < set(range(self.num_layers))):
+            raise ValueError(
+                f"full_attention_layers must be some, not all, of {self.num_layers} layers of a model with a "
+                f"window, not {shown(full)}"
+            )
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The window of each layer, in tokens; None is all of them."""
+        full = set(self.full_attention_layers)
+        return tuple(None if layer in full else self.window for layer in range(self.num_layers))
 
     @property
     def q_features(self) -> int:
@@ -126,44 +150,41 @@ class ModelConfig:
           ValueError: when the file cannot be read, the architecture or a feature of it is not
               supported, or a field is missing or out of range; the message names it.
         """
-        raw = source if isinstance(source, Mapping) else _read_json(Path(source))
+        raw = source if isinstance(source, Mapping) else read_json(Path(source))
         _refuse_unsupported(raw)
         hidden, q_heads = _field(raw, "hidden_size", int), _field(raw, "num_attention_heads", int)
-        if hidden < 1 or q_heads < 1:
-            name, value = ("hidden_size", hidden) if hidden < 1 else ("num_attention_heads", q_heads)
-            raise ValueError(f"{name} must be positive, not {value}")
+        layers, positions = _field(raw, "num_hidden_layers", int), _field(raw, "max_position_embeddings", int)
+        window, full_attention_layers = _windows(raw, layers)
         return cls(
             vocab_size=_field(raw, "vocab_size", int),
             hidden_size=hidden,
-            num_layers=_field(raw, "num_hidden_layers", int),
+            num_layers=layers,
             num_q_heads=q_heads,
-            num_kv_heads=_field(raw, "num_key_value_heads", int, q_heads),
+            num_kv_heads=_kv_heads(raw, q_heads),
             head_dim=_field(raw, "head_dim", int, hidden // q_heads),
             intermediate_size=_field(raw, "intermediate_size", int),
             rms_norm_eps=_field(raw, "rms_norm_eps", float, 1e-6),
-            rope_theta=_rope_field(raw, "rope_theta", 10000.0),
-            rope_scaling=_rope_scaling(raw),
+            rope_theta=_field(
+                rotary_settings(raw), "rope_theta", float, _field(raw, "rope_theta", float, 1e4)
+            ),
+            rope_scaling=_rope_scaling(raw, positions),
             qkv_bias=raw["model_type"] == "qwen2",
             tied_embeddings=_field(raw, "tie_word_embeddings", bool, False),
-            window=_window(raw),
-            max_context=_field(raw, "max_position_embeddings", int),
+            window=window,
+            full_attention_layers=full_attention_layers,
+            max_context=trained_context(raw, positions),
         )
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(raw).__name__}")
-    return raw
-
-
 _MISSING = object()
+# What a `config.json` calls these; other fields have the same names.
+_HF_NAMES = {
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_q_heads",
+    "num_key_value_heads": "num_kv_heads",
+    "max_position_embeddings": "max_context",
+    "sliding_window": "window",
+}
 _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 
 
@@ -173,10 +194,13 @@ def _field(raw: Mapping[str, Any], name: str, kind: type, default: Any = _MISSIN
         if default is _MISSING:
             raise ValueError(f"field {name!r} is missing")
         return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
         value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be {_KINDS[kind]}, not {value!r}")
+        raise ValueError(f"{name} must be {_KINDS[kind]}, not {shown(value)}")
+    if kind is int and not 1 <= value <= _LIMITS[_HF_NAMES.get(name, name)]:
+        limit = _LIMITS[_HF_NAMES.get(name, name)]
+        raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
     return value
 
 
@@ -184,7 +208,7 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
     kind = raw.get("model_type")
     if kind not in SUPPORTED_ARCHITECTURES:
         raise ValueError(
-            f"model_type {kind!r} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"model_type {shown(kind)} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
     required: dict[str, tuple[Any, ...]] = {
         "hidden_act": ("silu",),
@@ -192,51 +216,72 @@ def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
         "mlp_bias": (False,),
         "partial_rotary_factor": (1, 1.0),
         "quantization_config": (),
+        "quantization": (),
     }
     if kind == "qwen2":
         required["use_sliding_window"] = (False,)
     for name, allowed in required.items():
-        value = raw.get(name)
-        if value is not None and value not in allowed:
-            only = f"; supported: {', '.join(map(repr, allowed))}" if allowed else ""
-            raise ValueError(f"{name} {value!r} is not supported{only}")
-    unusual = set(raw.get("layer_types") or ()) - {"full_attention"}
-    if unusual and kind != "mistral":
-        raise ValueError(f"layer_types {sorted(unusual)} are not supported")
+        _refuse_all_but(name, raw.get(name), allowed)
+    _refuse_all_but("partial_rotary_factor", rotary_settings(raw).get("partial_rotary_factor"), (1, 1.0))
 
 
-def _window(raw: Mapping[str, Any]) -> int | None:
-    # Llama has no window; Qwen2's configs name one and switch it off.
-    return _field(raw, "sliding_window", int, None) if raw["model_type"] == "mistral" else None
+def _refuse_all_but(name: str, value: object, allowed: tuple[Any, ...]) -> None:
+    if value is None or value in allowed:
+        return
+    only = f"; supported: {', '.join(map(repr, allowed))}" if allowed else ""
+    raise ValueError(f"{name} {shown(value)} is not supported{only}")
 
 
-def _rope(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary settings, from where version 5 of `transformers` or an earlier one puts them."""
-    for name in ("rope_parameters", "rope_scaling"):
-        value = raw.get(name)
-        if value is not None:
-            if not isinstance(value, Mapping):
-                raise ValueError(f"{name} must be an object, not {value!r}")
-            return value
-    return {}
+def _kv_heads(raw: Mapping[str, Any], q_heads: int) -> int:
+    if "num_key_value_heads" in raw:
+        return _field(raw, "num_key_value_heads", int, q_heads)
+    return KV_HEADS_WHERE_ABSENT.get(raw["model_type"], q_heads)
 
 
-def _rope_field(raw: Mapping[str, Any], name: str, default: float) -> float:
-    return _field(_rope(raw), name, float, _field(raw, name, float, default))
+def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[int, ...]]:
+    """The window, and the layers that do not have it."""
+    kinds = _layer_types(raw, layers)
+    if raw["model_type"] != "mistral":
+        # Llama has no window; Qwen2's configs name one and switch it off.
+        return None, ()
+    # A null is no window; a field that is not there is the default of `transformers`.
+    window = _field(raw, "sliding_window", int, None) if "sliding_window" in raw else WINDOW_WHERE_ABSENT
+    full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
+    if window is None and len(full) < len(kinds):
+        raise ValueError("layer_types has sliding_attention, but sliding_window is null")
+    return (None, ()) if kinds and len(full) == len(kinds) else (window, full)
 
 
-def _rope_scaling(raw: Mapping[str, Any]) -> RopeScaling | None:
-    rope = _rope(raw)
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _layer_types(raw: Mapping[str, Any], layers: int) -> list[str]:
+    """The kind of each layer, or an empty list where the config does not say."""
+    kinds = raw.get("layer_types")
+    if kinds is None:
+        return []
+    if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+        raise ValueError(f"layer_types must be a list of strings, not {shown(kinds)}")
+    # Older files call full attention just that.
+    kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]
+    allowed = ["full_attention"] + ["sliding_attention"] * (raw["model_type"] == "mistral")
+    for kind in kinds:
+        if kind not in allowed:
+            raise ValueError(f"layer_types {shown(kind)} is not supported; supported: {', '.join(allowed)}")
+    if len(kinds) != layers:
+        raise ValueError(f"layer_types must name the {shown(layers)} layers' kinds, not {len(kinds)} of them")
+    return kinds
+
+
+def _rope_scaling(raw: Mapping[str, Any], positions: int) -> RopeScaling | None:
+    settings = rotary_settings(raw)
+    kind = rotary_type(settings)
     if kind == "default":
         return None
     if kind == "linear":
-        return LinearScaling(factor=_field(rope, "factor", float))
+        return LinearScaling(factor=_field(settings, "factor", float))
     if kind == "llama3":
         return Llama3Scaling(
-            factor=_field(rope, "factor", float),
-            low_freq_factor=_field(rope, "low_freq_factor", float),
-            high_freq_factor=_field(rope, "high_freq_factor", float),
-            original_max_position=_field(rope, "original_max_position_embeddings", int),
+            factor=_field(settings, "factor", float),
+            low_freq_factor=_field(settings, "low_freq_factor", float),
+            high_freq_factor=_field(settings, "high_freq_factor", float),
+            original_max_position=original_positions(raw, settings, positions),
         )
-    raise ValueError(f"rope_scaling {kind!r} is not supported; supported: default, linear, llama3")
+    raise ValueError(f"rope_scaling {shown(kind)} is not supported; supported: default, linear, llama3")

@@ -25,11 +25,11 @@ def dense_logits(
     """
     seqs, length = tokens.shape
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), seqs)
-    mask = _causal(length, model.config.window)
+    masks = {window: _causal(length, window) for window in set(model.config.windows)}
     x = model.embed(tokens.reshape(-1))
-    for block in model.blocks:
+    for block, window in zip(model.blocks, model.config.windows, strict=True):
         q, k, v = (part.reshape(seqs, length, -1, model.config.head_dim) for part in block.qkv(x, positions))
-        x = block.mix(x, _attention(q, k, v, mask).reshape(seqs * length, -1, q.shape[-1]))
+        x = block.mix(x, _attention(q, k, v, masks[window]).reshape(seqs * length, -1, q.shape[-1]))
     logits = model.unembed(x).reshape(seqs, length, -1)
     counts = jnp.arange(length)[None, :] < lengths[:, None]
     return jnp.where(counts[..., None], logits, jnp.zeros_like(logits))

@@ -7,6 +7,7 @@ from typing import Any
 import gguf
 import numpy as np
 
+from jaxkv.hf_folder import shown
 from jaxkv.models.errors import ModelLoadError
 
 
@@ -52,11 +53,11 @@ class GGUFFile:
         value = self.get(name, default)
         if value is None:
             raise ModelLoadError(f"{self.path}: metadata has no field {name!r}")
-        if isinstance(value, list) and len(set(value)) == 1:
+        if isinstance(value, list) and value and all(one == value[0] for one in value):
             value = value[0]  # a number for each layer, all the same
         if not isinstance(value, kind) or isinstance(value, bool):
             expected = "an integer" if kind is int else "a number"
-            raise ModelLoadError(f"{self.path}: field {name!r} must be {expected}, not {value!r}")
+            raise ModelLoadError(f"{self.path}: field {name!r} must be {expected}, not {shown(value)}")
         return value
 
     def read(self, name: str) -> np.ndarray:

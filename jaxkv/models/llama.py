@@ -177,14 +177,14 @@ class Llama(nnx.Module):
           `[layers, entries, kv_heads, max_tokens]`.
         """
         x, masses = self.embed(tokens), []
-        for layer, block in enumerate(self.blocks):
+        for layer, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
             q, k, v = block.qkv(x, batch.positions)
             cache = append(cache, layer, batch, k, v)
             if return_mass:
-                attended, mass = attend(cache, layer, batch, q, window=self.config.window, return_mass=True)
+                attended, mass = attend(cache, layer, batch, q, window=window, return_mass=True)
                 masses.append(mass)
             else:
-                attended = attend(cache, layer, batch, q, window=self.config.window)
+                attended = attend(cache, layer, batch, q, window=window)
             x = block.mix(x, attended)
         logits = self.unembed(x if rows is None else x.at[rows].get(mode="clip"))
         return (logits, cache, jnp.stack(masses)) if return_mass else (logits, cache)

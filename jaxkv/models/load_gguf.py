@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxkv.hf_folder import shown, trained_context
 from jaxkv.models.config import ModelConfig
 from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.gguf_file import GGUFFile
@@ -61,7 +62,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     architecture = file.get("general.architecture")
     if architecture not in GGUF_ARCHITECTURES:
         raise ModelLoadError(
-            f"{file.path}: architecture {architecture!r} is not supported; "
+            f"{file.path}: architecture {shown(architecture)} is not supported; "
             f"supported: {', '.join(GGUF_ARCHITECTURES)}"
         )
     number = functools.partial(_number, file, architecture)
@@ -90,7 +91,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             rope_scaling=_rope_scaling(file, architecture),
             qkv_bias=architecture == "qwen2",
             tied_embeddings=NAMES.unembedding not in file.shapes,
-            max_context=number("context_length", int),
+            max_context=_trained_context(file, architecture),
         )
     except ModelLoadError:
         raise
@@ -113,13 +114,50 @@ def _refuse_unsupported(file: GGUFFile, architecture: str) -> None:
             raise ModelLoadError(f"{file.path}: field '{architecture}.{name}' = {value} is not supported")
 
 
+def _linear_factor(file: GGUFFile, architecture: str) -> float | None:
+    """The number that linear scaling divides positions by, None where there is none.
+
+    As llama.cpp reads it: without a type a factor means linear scaling, under its older name too, and 0 is
+    no factor; the type "none" overrules it.
+    """
+    names = {
+        name: f"{architecture}.rope.{name}" for name in ("scaling.type", "scaling.factor", "scale_linear")
+    }
+    kind = file.get(names["scaling.type"])
+    if kind not in (None, "none", "linear"):
+        raise ModelLoadError(
+            f"{file.path}: rope scaling {shown(kind)} is not supported; supported: none, linear"
+        )
+    if kind == "none":
+        return None
+    name = "scaling.factor" if file.get(names["scaling.factor"]) is not None else "scale_linear"
+    if file.get(names[name]) is None:
+        if kind is None:
+            return None
+        name = "scaling.factor"  # whose absence is to be named
+    return file.number(names[name], float) or None
+
+
 def _rope_scaling(file: GGUFFile, architecture: str) -> RopeScaling | None:
-    kind = file.get(f"{architecture}.rope.scaling.type", "none")
-    if kind not in ("none", "linear"):
-        raise ModelLoadError(f"{file.path}: rope scaling {kind!r} is not supported; supported: none, linear")
+    attention_factor = file.number(f"{architecture}.rope.scaling.attn_factor", float, 1.0)
+    if attention_factor != 1.0:
+        raise ModelLoadError(
+            f"{file.path}: field '{architecture}.rope.scaling.attn_factor' = {attention_factor} is not "
+            f"supported; supported: 1.0"
+        )
+    linear = _linear_factor(file, architecture)
     if ROPE_FACTORS in file.shapes:
-        factors = np.asarray(file.read(ROPE_FACTORS), np.float32)
+        factors = np.asarray(file.read(ROPE_FACTORS), np.float32) * np.float32(linear or 1.0)
         return FrequencyFactors(factors=tuple(factors.tolist()))
-    if kind == "linear":
-        return LinearScaling(factor=_number(file, architecture, "rope.scaling.factor", float))
-    return None
+    return None if linear is None else LinearScaling(factor=linear)
+
+
+def _trained_context(file: GGUFFile, architecture: str) -> int:
+    """Tokens of context; linear scaling stretches it as it does in a `config.json`."""
+    positions = file.number(f"{architecture}.context_length", int)
+    linear = _linear_factor(file, architecture)
+    if linear is None:
+        return positions
+    original = file.number(f"{architecture}.rope.scaling.original_context_length", int, positions)
+    scaling = {"rope_type": "linear", "factor": linear, "original_max_position_embeddings": original}
+    return trained_context({"rope_scaling": scaling}, positions)

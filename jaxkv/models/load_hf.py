@@ -1,5 +1,6 @@
 """Loading a Hugging Face model folder: `config.json` and one or many `.safetensors`."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,13 +10,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from jaxkv.hf_folder import INDEX_FILE, WHOLE_FILE, shard_files, shown
 from jaxkv.models.config import ModelConfig
 from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.llama import Llama
 from jaxkv.models.weights import Progress, TensorNames, build_model
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
 
 NAMES = TensorNames(
     embedding="model.embed_tokens.weight",
@@ -41,7 +40,14 @@ _DTYPES = {
 
 
 class SafetensorsFolder:
-    """The tensors of all `.safetensors` files of a model folder."""
+    """The tensors of a model folder's `.safetensors` files.
+
+    As `transformers` has it, `model.safetensors` is the whole model where there is one, else the index says
+    which files are. Beyond that, shards without an index are one model if none is missing.
+
+    Raises:
+      ModelLoadError: for a missing or damaged file, and a tensor that is not where it should be.
+    """
 
     def __init__(self, folder: Path):
         self.path = folder
@@ -51,20 +57,22 @@ class SafetensorsFolder:
         for file, claimed in _claims(folder).items():
             self._add(file, claimed)
 
-    def _add(self, file: Path, claimed: set[str]) -> None:
-        """Notes the tensors of one file, all that the index claims to be in it among them."""
+    def _add(self, file: Path, claimed: set[str] | None) -> None:
+        """Notes the tensors of one file, all that the index claims to be in it among them; None: no index."""
         try:
             with safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)
+                    if claimed is None and name in self._files:
+                        raise ModelLoadError(f"{file}: tensor {name!r} is also in {self._files[name].name}")
                     part = opened.get_slice(name)
                     self.shapes[name] = tuple(part.get_shape())
                     self._dtypes[name] = _dtype(file, name, part.get_dtype())
                     self._files[name] = file
         except (SafetensorError, OSError) as error:
             raise ModelLoadError(f"{file}: is not a readable safetensors file: {error}") from None
-        for name in sorted(claimed):
+        for name in sorted(claimed or ()):
             if self._files.get(name) != file:
-                raise ModelLoadError(f"{file}: tensor {name!r} is missing; {INDEX} says it is here")
+                raise ModelLoadError(f"{file}: tensor {name!r} is missing; {INDEX_FILE} says it is here")
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in its own dtype."""
@@ -97,6 +105,8 @@ def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None)
         named = message.startswith(str(folder))
         raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
     source = SafetensorsFolder(folder)
+    if config.tied_embeddings and not _is_tied(source):
+        config = dataclasses.replace(config, tied_embeddings=False)
 
     def ignored(name: str) -> bool:
         # Old checkpoints keep the rotary frequencies; some tied ones keep the table twice.
@@ -106,23 +116,47 @@ def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None)
     return model, config
 
 
-def _claims(folder: Path) -> dict[Path, set[str]]:
-    """The weight files, and for each the tensors that the index says it holds."""
-    if not (folder / INDEX).is_file():
-        if not (folder / WEIGHTS).is_file():
-            raise ModelLoadError(f"{folder}: holds neither {WEIGHTS} nor {INDEX}")
-        return {folder / WEIGHTS: set()}
+def _is_tied(source: SafetensorsFolder) -> bool:
+    """Whether the checkpoint has no output projection of its own. A config may say so although it has."""
+    names = NAMES.embedding, NAMES.unembedding
+    if any(name not in source.shapes for name in names):
+        return True
+    table, output = map(source.read, names)
+    return np.array_equal(table, output)
+
+
+def _claims(folder: Path) -> dict[Path, set[str] | None]:
+    """The weight files, and for each the tensors that the index says it holds; None without an index."""
+    if (folder / WHOLE_FILE).is_file():
+        return {folder / WHOLE_FILE: None}
+    if not (folder / INDEX_FILE).is_file():
+        return dict.fromkeys(_shards(folder))
     try:
-        places = json.loads((folder / INDEX).read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelLoadError(f"{folder / INDEX}: is not a JSON object with a weight_map") from None
+        places = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ModelLoadError(f"{folder / INDEX_FILE}: is not a JSON object with a weight_map") from None
     claims: dict[Path, set[str]] = {}
-    for name, file in _string_items(folder / INDEX, places):
+    for name, file in _string_items(folder / INDEX_FILE, places):
         # A plain file name only: an index must not lead out of its folder.
         if Path(file).name != file:
-            raise ModelLoadError(f"{folder / INDEX}: {file!r} is not a file name")
+            raise ModelLoadError(f"{folder / INDEX_FILE}: {shown(file)} is not a file name")
         claims.setdefault(folder / file, set()).add(name)
     return dict(claims)
+
+
+def _shards(folder: Path) -> list[Path]:
+    """The shards of a folder without an index, all that their names count."""
+    try:
+        files, missing = shard_files(folder)
+    except ValueError as error:
+        raise ModelLoadError(str(error)) from None
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelLoadError(f"{folder}: has {len(files)} of the model's shards; {missing[0]}{more} missing")
+    if not files:
+        shards = "shards like model-00001-of-00002.safetensors"
+        raise ModelLoadError(f"{folder}: holds neither {WHOLE_FILE} nor {INDEX_FILE}, nor {shards}")
+    return files
 
 
 def _string_items(path: Path, places: object) -> list[tuple[str, str]]:

@@ -7,6 +7,7 @@ numbers. An architecture that is not in `ARCHITECTURES` is refused: a guess woul
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxkv.hf_folder import KV_HEADS_WHERE_ABSENT, WINDOW_WHERE_ABSENT, shown
 from jaxkv.planner.fields import Fields
 
 
@@ -66,7 +67,9 @@ def sizes(fields: Fields, *, latent: bool) -> Sizes:
     if fields.raw.get("model_type") == "falcon" and not fields.flag("new_decoder_architecture", False):
         kv_heads = 1 if fields.flag("multi_query", True) else q_heads
     else:
-        kv_heads = fields.integer("num_key_value_heads", "num_kv_heads", default=q_heads)
+        absent = "num_key_value_heads" not in fields.raw
+        usual = KV_HEADS_WHERE_ABSENT.get(fields.raw.get("model_type", ""), q_heads) if absent else q_heads
+        kv_heads = fields.integer("num_key_value_heads", "num_kv_heads", default=usual)
     if q_heads % kv_heads:
         raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={q_heads}")
     if fields.optional("head_dim") is None and hidden % q_heads:
@@ -126,7 +129,7 @@ def _qwen3_moe(fields: Fields, size: Sizes) -> list[Layer]:
     dense = Layer(rest + 3 * size.hidden * fields.integer("intermediate_size"))
     step, only = fields.integer("decoder_sparse_step", default=1), fields.raw.get("mlp_only_layers") or []
     if not isinstance(only, list) or not all(type(layer) is int for layer in only):
-        raise ValueError(f"mlp_only_layers must be a list of layers, not {only!r:.80}")
+        raise ValueError(f"mlp_only_layers must be a list of layers, not {shown(only)}")
     return [sparse if n not in only and (n + 1) % step == 0 else dense for n in range(size.layers)]
 
 
@@ -191,10 +194,19 @@ def _every_layer(fields: Fields, layers: int) -> list[int | None]:
     return [fields.optional("sliding_window")] * layers
 
 
+def _default_window(fields: Fields) -> int | None:
+    # A null is no window; a field that is not there is the default of `transformers`.
+    return fields.optional("sliding_window") if "sliding_window" in fields.raw else WINDOW_WHERE_ABSENT
+
+
+def _every_mistral_layer(fields: Fields, layers: int) -> list[int | None]:
+    return [_default_window(fields)] * layers
+
+
 def _late_layers(fields: Fields, layers: int) -> list[int | None]:
     if not fields.flag("use_sliding_window", False):
         return [None] * layers
-    first, window = fields.integer("max_window_layers", least=0), fields.optional("sliding_window")
+    first, window = fields.integer("max_window_layers", least=0), _default_window(fields)
     return [window if layer >= first else None for layer in range(layers)]
 
 
@@ -211,7 +223,7 @@ def _all_but_every(pattern: int):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_dense(2), _no_window),
-    "mistral": Architecture(_dense(2), _every_layer),
+    "mistral": Architecture(_dense(2), _every_mistral_layer),
     "mixtral": Architecture(_mixtral, _every_layer),
     "phi3": Architecture(_dense(2), _every_layer),
     "qwen2": Architecture(_dense(2, qkv_bias=True), _late_layers),
@@ -247,11 +259,12 @@ def layer_windows(fields: Fields, architecture: Architecture, layers: int) -> li
     if kinds is None:
         return architecture.windows(fields, layers)
     if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ValueError(f"layer_types must be a list of {layers} kinds, one a layer, not {kinds!r:.80}")
-    unknown = sorted({str(kind) for kind in kinds} - {"full_attention", "sliding_attention"})
-    if unknown:
-        raise ValueError(f"layer_types {', '.join(unknown)} are not known; their cache cannot be counted")
+        raise ValueError(f"layer_types must be a list of {layers} kinds, one a layer, not {shown(kinds)}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(f"layer_types {shown(kind)} is not known; its cache cannot be counted")
     if "sliding_attention" not in kinds:
         return [None] * layers
-    window = fields.integer("sliding_window")
+    usual = WINDOW_WHERE_ABSENT if architecture.windows is _every_mistral_layer else None
+    window = fields.integer("sliding_window", default=usual)
     return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -19,6 +19,8 @@ _FLAGS = {
     "kv_dtype": "--kv-dtype",
     "weights_dtype": "--weights-dtype",
     "tensor_parallel": "--tp",
+    "page_size": "--page-size",
+    "memory_fraction": "--memory-fraction",
 }
 
 # What a plan says only of a device that was named.
@@ -110,17 +112,29 @@ def _device(options: argparse.Namespace) -> Device | None:
 
 
 def _plan(shape: ModelShape, device: Device | None, options, choice: PageSizeChoice | int) -> Plan:
-    return plan(
-        shape,
-        device or Device("no device given", 2**60),
+    counts = dict(
         context=_number(options.context, "--context"),
         concurrency=_number(options.concurrency, "--concurrency"),
-        kv_dtype=options.kv_dtype,
-        weights_dtype=options.weights_dtype,
         tensor_parallel=_number(options.tp, "--tp"),
         page_size=choice.page_size if isinstance(choice, PageSizeChoice) else choice,
-        memory_fraction=options.memory_fraction,
     )
+    try:
+        return plan(
+            shape,
+            device or Device("no device given", 2**60),
+            **counts,
+            kv_dtype=options.kv_dtype,
+            weights_dtype=options.weights_dtype,
+            memory_fraction=options.memory_fraction,
+        )
+    except ValueError as error:
+        raise ValueError(_with_options(str(error))) from None
+
+
+def _with_options(message: str) -> str:
+    """A message of `plan` with the command's options for the names of its arguments."""
+    names = "|".join(_FLAGS)
+    return re.sub(rf"\b({names})\b", lambda found: _FLAGS[found[0]], message)
 
 
 def _document(made: Plan, device: Device | None, choice: PageSizeChoice | int) -> dict[str, object]:
@@ -189,12 +203,16 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
         "headroom": format_mebibytes(made.headroom),
         "fits": f"yes, risk: {made.risk}" if made.fits else "no",
         "longest context": f"{made.max_context:,} tokens"
-        + (", all it was trained on" if made.max_context == shape.max_context else ""),
+        + (f", all {_reach(shape)}" if made.max_context == shape.max_context else ""),
         "most sequences": f"{made.max_concurrency:,}",
     }
     if made.decode_tokens_per_second is not None and made.fits:
         rows["decode at most"] = f"{made.decode_tokens_per_second:,.0f} tokens/s, by memory bandwidth"
     return rows
+
+
+def _reach(shape: ModelShape) -> str:
+    return "its rotary scaling reaches" if shape.is_extended else "it was trained on"
 
 
 def _layers(shape: ModelShape) -> str:

@@ -1,37 +1,19 @@
 """Reading the fields of a `config.json`: every number checked, every complaint naming the field."""
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from jaxkv.hf_folder import MOST_POSITIONS, shown
 
 # Far above any published model: beyond these a number is a damaged file, not a large model.
 _MOST = {
     "vocab_size": 2**24,
-    "max_position_embeddings": 2**27,
-    "sliding_window": 2**27,
+    "max_position_embeddings": MOST_POSITIONS,
+    "sliding_window": MOST_POSITIONS,
     "intermediate_size": 2**20,
     "hidden_size": 2**17,
 }
 _MOST_OTHERWISE = 2**16
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A file, or the `config.json` of a folder.
-
-    Raises:
-      ValueError: when it cannot be read or holds no JSON object.
-    """
-    path = path / "config.json" if path.is_dir() else path
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ValueError(f"{path}: must hold a JSON object, not a {type(raw).__name__}")
-    return raw
 
 
 class Fields:
@@ -53,7 +35,7 @@ class Fields:
             return default
         most = _MOST.get(names[0], _MOST_OTHERWISE)
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
+            raise ValueError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")
         return value
 
     def optional(self, *names: str) -> int | None:
@@ -70,7 +52,7 @@ class Fields:
         if value is None:
             return default
         if not isinstance(value, bool):
-            raise ValueError(f"{name} must be true or false, not {value!r}")
+            raise ValueError(f"{name} must be true or false, not {shown(value)}")
         return value
 
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from jaxkv import catalog
 from jaxkv.config import MAX_TOKENS, CacheConfig
+from jaxkv.hf_folder import shown
 from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv_cache_bytes, resolve_dtype
 from jaxkv.planner.shape import ModelShape
 from jaxkv.units import format_bytes, parse_bytes
@@ -90,6 +91,8 @@ class Plan:
             return max(bits, 16.0), bits, bits
         if self.shape.stored_bytes is not None:
             bits = 8 * self.shape.stored_bytes / self.shape.num_parameters
+            return bits, bits, bits
+        if (bits := self.shape.quantized_bits) is not None:
             return bits, bits, bits
         return (16.0, WEIGHT_BITS["int4"], 16.0) if self.shape.quantization == "mxfp4" else (16.0, 8.0, 8.0)
 
@@ -221,7 +224,8 @@ class Plan:
         """What a reader of the numbers should know."""
         notes = self.shape.notes
         if self.context > self.shape.max_context:
-            notes += (f"it was trained on {self.shape.max_context:,} tokens",)
+            reach = "its rotary scaling reaches" if self.shape.is_extended else "it was trained on"
+            notes += (f"{reach} {self.shape.max_context:,} tokens",)
         if self.kv.paged != self.kv.reserved:
             notes += ("jaxkv keeps the tokens that left a window, so it needs K and V reserved in full",)
             windows = set(self.shape.windows)
@@ -337,7 +341,7 @@ def _weights_dtype(shape: ModelShape, name: str) -> str:
         full = SHORT.get(str(name), str(name))
         if full not in WEIGHT_BITS:
             known = ", ".join(["auto", *SHORT, *WEIGHT_BITS])
-            raise ValueError(f"weights_dtype={name!r} is not known; known: {known}")
+            raise ValueError(f"weights_dtype={shown(name)} is not known; known: {known}")
         return full
     if shape.stored_bytes is not None:
         # From under two bits to float32 with some to spare; beyond, the files are not this model's.
@@ -348,9 +352,10 @@ def _weights_dtype(shape: ModelShape, name: str) -> str:
             )
         return "stored"
     known = shape.quantization == "fp8" or (shape.quantization == "mxfp4" and shape.routed_parameters > 0)
+    known = known or shape.quantized_bits is not None
     if shape.quantization is not None and not known:
         raise ValueError(
-            f"weights as {shape.quantization!r} keeps them are not known; say how with weights_dtype"
+            f"weights as {shown(shape.quantization)} keeps them are not known; say how with weights_dtype"
         )
     return "stored" if known else shape.dtype or "bfloat16"
 

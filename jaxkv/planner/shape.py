@@ -8,8 +8,9 @@ from typing import Any, Self
 
 from jaxkv import catalog
 from jaxkv.config import DTYPES
+from jaxkv.hf_folder import is_extended, read_json, shown, trained_context
 from jaxkv.planner.architectures import ARCHITECTURES, layer_windows, mlp_width, sizes
-from jaxkv.planner.fields import Fields, read_json
+from jaxkv.planner.fields import Fields
 from jaxkv.planner.stored import read_gguf, safetensors_bytes
 
 
@@ -28,12 +29,15 @@ class ModelShape:
       hidden_size, vocab_size: widths.
       mlp_width: features of the MLP that a token meets, of all its experts together.
       windows: how many of the latest tokens each layer keeps; None is all.
-      max_context: tokens it was trained on.
+      max_context: tokens it was trained on, or that its rotary scaling extends this to.
+      is_extended: whether it is the rotary scaling that makes `max_context` as long as it is.
       dtype: of its weights as published, None where the config does not say.
       num_parameters, active_parameters: weights, and those a token meets (fewer with experts).
       routed_parameters: those of experts that a router chooses from.
       embedding_parameters: those of the embedding, the output projection and positions.
       quantization: how the published weights are stored, as `quant_method`; None: in `dtype`.
+      quantized_bits: of a weight so stored, the scales of its group counted in; None where the config does
+        not say.
       stored_bytes: of the weights' files, where they lie beside the config.
       notes: what a reader of the numbers should know.
     """
@@ -51,12 +55,14 @@ class ModelShape:
     mlp_width: int
     windows: tuple[int | None, ...]
     max_context: int
+    is_extended: bool = False
     dtype: str | None = None
     num_parameters: int
     active_parameters: int
     routed_parameters: int = 0
     embedding_parameters: int = 0
     quantization: str | None = None
+    quantized_bits: float | None = None
     stored_bytes: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -97,7 +103,9 @@ class ModelShape:
         kind = raw.get("model_type")
         architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
         if architecture is None:
-            raise ValueError(f"model_type {kind!r} is not known; known: {', '.join(sorted(ARCHITECTURES))}")
+            raise ValueError(
+                f"model_type {shown(kind)} is not known; known: {', '.join(sorted(ARCHITECTURES))}"
+            )
         fields = Fields(raw)
         size, vocab = sizes(fields, latent=architecture.latent), fields.integer("vocab_size")
         layers = architecture.layers(fields, size)
@@ -112,6 +120,9 @@ class ModelShape:
             notes += (
                 "MLA keeps one latent vector a token; jaxkv's pool holds K and V, so it has no CacheConfig",
             )
+        quantization, bits = _quantization(outer)
+        if quantization is None:
+            quantization, bits = _quantization(raw)
         return cls(
             name=name or found or str(kind),
             architecture=str(kind),
@@ -125,13 +136,15 @@ class ModelShape:
             vocab_size=vocab,
             mlp_width=mlp_width(fields, size.hidden),
             windows=tuple(layer_windows(fields, architecture, size.layers)),
-            max_context=context,
+            max_context=trained_context(raw, context),
+            is_extended=is_extended(raw, context),
             dtype=_dtype(raw) or _dtype(outer),
             num_parameters=around + sum(layer.total for layer in layers),
             active_parameters=around + sum(layer.active or layer.total for layer in layers),
             routed_parameters=sum(layer.routed for layer in layers),
             embedding_parameters=embeddings,
-            quantization=_quantization(outer) or _quantization(raw),
+            quantization=quantization,
+            quantized_bits=bits,
             stored_bytes=stored,
             notes=notes,
         )
@@ -166,14 +179,40 @@ def _dtype(raw: Mapping[str, Any]) -> str | None:
         return None
     name = str(value).removeprefix("torch.")
     if name not in DTYPES:
-        raise ValueError(f"dtype {value!r} is not known; known: {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {shown(value)} is not known; known: {', '.join(DTYPES)}")
     return name
 
 
-def _quantization(raw: Mapping[str, Any]) -> str | None:
-    options = raw.get("quantization_config")
-    if options is None:
+def _quantization(raw: Mapping[str, Any]) -> tuple[str | None, float | None]:
+    """How weights are stored, and bits of each where the config gives them for all weights alike."""
+    for field in ("quantization_config", "quantization"):
+        options = raw.get(field)
+        if options is None:
+            continue
+        if not isinstance(options, Mapping):
+            raise ValueError(f"{field} must be an object, not {shown(options)}")
+        method = options.get("quant_method")
+        if method is not None and not isinstance(method, str):
+            raise ValueError(f"{field}'s quant_method must be a string, not {shown(method)}")
+        return (method, None) if method else (field, _mlx_bits(field, options))
+    return None, None
+
+
+def _mlx_bits(field: str, options: Mapping[str, Any]) -> float | None:
+    """Bits of a weight as MLX stores it; None where layers differ, or another format is meant.
+
+    A group of weights shares a scale and a bias of 16 bits each. The embedding is stored likewise.
+    """
+    if any(isinstance(value, Mapping) or value is False for value in options.values()):
         return None
-    if not isinstance(options, Mapping) or not isinstance(options.get("quant_method"), str):
-        raise ValueError("quantization_config must be an object with a quant_method")
-    return options["quant_method"]
+    if "bits" not in options or "group_size" not in options or options.get("mode", "affine") != "affine":
+        return None
+    numbers = Fields(options)
+    for name in ("bits", "group_size"):
+        try:
+            numbers.integer(name)
+        except ValueError as error:
+            raise ValueError(f"{field}: {error}") from None
+    if options["bits"] > 8:
+        raise ValueError(f"{field}: bits must be an integer from 1 to 8, not {shown(options['bits'])}")
+    return options["bits"] + 2 * 16 / options["group_size"]

@@ -12,7 +12,7 @@ from jaxkv.models import ModelConfig, abstract_model, dense_logits, load, random
 from jaxkv.rope import Llama3Scaling
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CHECKPOINTS = ("llama_tied_sharded", "llama_untied", "qwen2_bf16", "mistral_window")
+CHECKPOINTS = ("llama_tied_sharded", "llama_untied", "qwen2_bf16", "mistral_window", "mistral_contradictions")
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 

@@ -11,7 +11,8 @@ import pytest
 from jaxkv.models import ModelConfig, ModelLoadError, dense_logits, load
 from jaxkv.models.load_gguf import NAMES
 from jaxkv.models.weights import expected_shapes
-from jaxkv.rope import FrequencyFactors, inverse_frequencies
+from jaxkv.planner import ModelShape
+from jaxkv.rope import FrequencyFactors, LinearScaling, inverse_frequencies
 from tests.models import gguf_files
 from tests.models.gguf_files import Types
 
@@ -95,6 +96,27 @@ def test_half_precision_tensors_are_read(tmp_path, kind):
     path = gguf_files.write(tmp_path / "m.gguf", fields, halves, types)
     expected = gguf.quants.dequantize(halves["output.weight"], kind)
     np.testing.assert_array_equal(load(path).model.unembedding[...], expected)
+
+
+@pytest.mark.parametrize(
+    ("fields", "factor"),
+    [
+        ({"scaling.type": "linear", "scaling.factor": 4.0}, 4.0),
+        ({"scaling.factor": 4.0}, 4.0),
+        ({"scale_linear": 4.0}, 4.0),
+        ({"scaling.factor": 2.0, "scale_linear": 4.0}, 2.0),
+        ({"scaling.type": "none", "scaling.factor": 4.0}, None),
+        ({"scaling.factor": 0.0}, None),
+    ],
+    ids=str,
+)
+def test_a_factor_is_of_linear_scaling_unless_the_type_says_otherwise(tmp_path, fields, factor):
+    replace = {f"llama.rope.{name}": value for name, value in fields.items()}
+    path = gguf_files.write_checkpoint(tmp_path / "m.gguf", UNTIED, replace=replace)
+    config = load(path).config
+    assert config.rope_scaling == (factor and LinearScaling(factor=factor))
+    assert config.max_context == 128 * (factor or 1)
+    assert ModelShape.from_config(path).max_context == config.max_context
 
 
 DOWN = "blk.1.ffn_down.weight"

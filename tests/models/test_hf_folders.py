@@ -135,6 +135,54 @@ def test_a_config_that_does_not_fit_is_refused(folder_of, change, message):
     assert message in refusal(folder)
 
 
+def embeddings(folder):
+    model = load(folder).model
+    output = model.embedding if model.unembedding is None else model.unembedding
+    return np.asarray(model.embedding[...]), np.asarray(output[...])
+
+
+def test_an_output_projection_of_its_own_wins_over_a_config_that_ties_it(folder_of):
+    folder = folder_of(UNTIED)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"tie_word_embeddings": True}))
+    stored = load_file(folder / "model.safetensors")
+    table, output = embeddings(folder)
+    np.testing.assert_array_equal(output, stored["lm_head.weight"])
+    rewrite(
+        folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]})
+    )
+    assert load(folder).config.tied_embeddings and np.any(table != output)
+
+
+def test_the_whole_file_wins_over_an_index_beside_it(folder_of):
+    folder = folder_of(UNTIED)
+    whole = load_file(folder / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in whole.items()}, folder / "other.safetensors")
+    index = {"weight_map": dict.fromkeys(whole, "other.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    np.testing.assert_array_equal(embeddings(folder)[0], whole["model.embed_tokens.weight"])
+
+
+def test_shards_without_an_index_load_when_complete_and_a_missing_one_is_named(folder_of):
+    folder = folder_of(SHARDED)
+    with_index = embeddings(folder)[0]
+    (folder / "model.safetensors.index.json").unlink()
+    np.testing.assert_array_equal(embeddings(folder)[0], with_index)
+    (folder / "model-00001-of-00002.safetensors").rename(folder / "aside")
+    assert "has 1 of the model's shards; model-00001-of-00002.safetensors missing" in refusal(folder)
+    shutil.copy(folder / "aside", folder / "model-00001-of-00003.safetensors")
+    assert "holds shards of different sets: of '00002' and of '00003'" in refusal(folder)
+
+
+def test_a_tensor_in_two_shards_without_an_index_is_named(folder_of):
+    folder = folder_of(SHARDED)
+    (folder / "model.safetensors.index.json").unlink()
+    norm = {"model.norm.weight": np.ones(32, np.float32)}
+    for number in (1, 2):
+        rewrite(folder / f"model-0000{number}-of-00002.safetensors", lambda tensors: tensors.update(norm))
+    assert "'model.norm.weight' is also in model-00001-of-00002.safetensors" in refusal(folder)
+
+
 def test_missing_files_are_named(folder_of):
     folder = folder_of(UNTIED)
     (folder / "model.safetensors").unlink()

@@ -6,7 +6,7 @@ import pytest
 
 import jaxkv
 from jaxkv.models import ModelConfig
-from jaxkv.rope import LinearScaling
+from jaxkv.rope import LinearScaling, Llama3Scaling
 
 LLAMA = {
     "model_type": "llama",
@@ -48,6 +48,41 @@ def test_linear_scaling_is_read(key):
     assert config.rope_scaling == LinearScaling(factor=2.0)
 
 
+def test_an_older_rope_scaling_replaces_rope_parameters_as_a_whole():
+    config = ModelConfig.from_hf(
+        LLAMA
+        | {"rope_scaling": {"type": "linear", "factor": 4.0}}
+        | {"rope_parameters": {"rope_type": "default", "rope_theta": 7.0}}
+    )
+    assert (config.rope_scaling, config.rope_theta) == (LinearScaling(factor=4.0), 500000.0)
+
+
+def test_the_original_positions_of_llama3_scaling_may_lie_outside_or_be_the_trained_ones():
+    scaling = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for outside, original in (({}, 131072), ({"original_max_position_embeddings": 64}, 64)):
+        config = ModelConfig.from_hf(LLAMA | {"rope_scaling": scaling} | outside)
+        assert isinstance(config.rope_scaling, Llama3Scaling)
+        assert (config.rope_scaling.original_max_position, config.max_context) == (original, 131072)
+
+
+def test_linear_scaling_multiplies_the_context():
+    config = ModelConfig.from_hf(LLAMA | {"rope_scaling": {"type": "linear", "factor": 4.0}})
+    assert config.max_context == 4 * 131072
+
+
+def test_mistral_without_a_window_field_has_the_usual_window():
+    assert ModelConfig.from_hf(LLAMA | {"model_type": "mistral"}).window == 4096
+
+
+def test_mistral_has_its_window_only_in_the_layers_that_layer_types_names():
+    kinds = ["full_attention", "sliding_attention"] * 16
+    raw = LLAMA | {"model_type": "mistral", "sliding_window": 7}
+    assert ModelConfig.from_hf(raw | {"layer_types": kinds}).windows == (None, 7) * 16
+    assert ModelConfig.from_hf(raw | {"layer_types": ["full_attention"] * 32}).window is None
+    with pytest.raises(ValueError, match="layer_types has sliding_attention, but sliding_window is null"):
+        ModelConfig.from_hf(raw | {"layer_types": kinds, "sliding_window": None})
+
+
 def test_cache_config_takes_the_models_sizes():
     got = ModelConfig.from_hf(LLAMA).cache_config(num_pages=4, page_size=8, dtype="float32")
     assert got == jaxkv.CacheConfig(
@@ -61,11 +96,11 @@ def test_cache_config_takes_the_models_sizes():
         ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: llama, mistral, qwen2"),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
-        ({"hidden_size": 0}, "hidden_size must be positive, not 0"),
+        ({"hidden_size": 0}, "hidden_size must be an integer from 1 to 131072, not 0"),
         ({"hidden_size": "4096"}, "hidden_size must be an integer, not '4096'"),
-        ({"num_attention_heads": -1}, "num_attention_heads must be positive"),
+        ({"num_attention_heads": -1}, "num_attention_heads must be an integer from 1 to"),
         ({"num_key_value_heads": 5}, "num_kv_heads must divide num_q_heads"),
-        ({"num_hidden_layers": 10**9}, "num_layers must be an integer from 1 to"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be an integer, not True"),
         ({"vocab_size": 0}, "vocab_size must be"),
         ({"head_dim": 7}, "head_dim must be even, not 7"),
@@ -76,8 +111,18 @@ def test_cache_config_takes_the_models_sizes():
         ({"attention_bias": True}, "attention_bias True is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supported"),
+        (
+            {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_type": "default"}},
+            "'yarn' is not",
+        ),
+        ({"rope_scaling": {"factor": 4.0}}, "rope_scaling needs a rope_type beside 'factor'"),
+        ({"rope_parameters": {"factor": 4.0}}, "rope_scaling needs a rope_type beside 'factor'"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "field 'factor' is missing"),
-        ({"rope_scaling": {"rope_type": "linear", "factor": -1.0}}, "factor must be positive, not -1.0"),
+        (
+            {"rope_scaling": {"rope_type": "linear", "factor": -1.0}},
+            "factor must be a positive number, not -1.0",
+        ),
         ({"rope_scaling": 3}, "rope_scaling must be an object"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ],

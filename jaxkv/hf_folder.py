@@ -1,0 +1,192 @@
+"""A Hugging Face model folder, read as `transformers` reads it: `config.json`, rotary settings, weight files.
+
+The model loader and the planner share this, so that both read the same model from the same folder.
+"""
+
+import json
+import math
+import re
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+WHOLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
+
+# Far above any published model.
+MOST_POSITIONS = 2**27
+# How many KV heads `transformers` gives a model whose config does not have the field. Elsewhere: as many as
+# query heads, which is also what a null means everywhere.
+KV_HEADS_WHERE_ABSENT = {"mistral": 8, "qwen2": 32}
+# The window of Mistral, and of Qwen where windows are switched on, whose config does not have the field.
+WINDOW_WHERE_ABSENT = 4096
+
+# Rotary settings that mean the same without a type.
+_UNTYPED = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
+# Scalings that stretch `max_position_embeddings`. Models with llama3 or longrope state it stretched.
+_STRETCHES = ("linear", "dynamic", "yarn")
+
+_SHORT = reprlib.Repr()
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 2
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 50, 50
+_MOST_SHOWN = 80
+
+
+def shown(value: object) -> str:
+    """A value for a message: on one line of at most 80 characters, whatever a file holds.
+
+    Example:
+      >>> shown("4096"), shown({"bits": 4, "group_size": 64, "mode": "affine", "biases": True})
+      ("'4096'", "{'biases': True, 'bits': 4, ...}")
+    """
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length():,} bits"
+    text = " ".join(_SHORT.repr(value).split())
+    return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file, or the `config.json` of a folder.
+
+    Raises:
+      ValueError: when it cannot be read or holds no JSON object.
+    """
+    path = path / "config.json" if path.is_dir() else path
+    try:
+        raw = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"{path}: must hold a JSON object, not a {type(raw).__name__}")
+    return raw
+
+
+def rotary_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary settings of a config. An older `rope_scaling` replaces `rope_parameters` as a whole.
+
+    Raises:
+      ValueError: when either is not an object.
+    """
+    for name in ("rope_scaling", "rope_parameters"):
+        value = raw.get(name)
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{name} must be an object, not {shown(value)}")
+    return raw.get("rope_scaling") or raw.get("rope_parameters") or {}
+
+
+def rotary_type(settings: Mapping[str, Any]) -> str:
+    """The type of rotary settings, "default" where they scale nothing.
+
+    Raises:
+      ValueError: for a type that is not a name, and for settings that only a type gives a meaning.
+    """
+    kind = settings.get("rope_type") or settings.get("type")
+    if kind is None:
+        stray = sorted(str(name) for name, value in settings.items() if value is not None)
+        stray = [name for name in stray if name not in _UNTYPED]
+        if stray:
+            raise ValueError(f"rope_scaling needs a rope_type beside {shown(', '.join(stray))}")
+        return "default"
+    if not isinstance(kind, str):
+        raise ValueError(f"rope_scaling's rope_type must be a string, not {shown(kind)}")
+    return kind
+
+
+def original_positions(raw: Mapping[str, Any], settings: Mapping[str, Any], positions: int) -> int:
+    """Positions a model had before its rotary scaling; `positions` where the config does not say.
+
+    Raises:
+      ValueError: when the config says something else than a positive integer.
+    """
+    name = "original_max_position_embeddings"
+    value = settings.get(name) if raw.get(name) is None else raw[name]
+    if value is None:
+        return positions
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MOST_POSITIONS:
+        raise ValueError(f"{name} must be an integer from 1 to {MOST_POSITIONS}, not {shown(value)}")
+    return value
+
+
+def _of_full_attention(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    # Models with windows may keep the settings of each kind of layer apart.
+    nested = settings.get("full_attention")
+    return nested if isinstance(nested, Mapping) else settings
+
+
+def trained_context(raw: Mapping[str, Any], positions: int) -> int:
+    """Tokens of context that a model is made for, its rotary scaling counted in.
+
+    Linear, dynamic and yarn scaling multiply the original positions. llama3 and longrope do not: their models
+    state `max_position_embeddings` scaled, as Gemma 3 does whatever the type.
+
+    Args:
+      raw: the config.
+      positions: its `max_position_embeddings`, in tokens.
+
+    Returns:
+      Never less than `positions`.
+
+    Raises:
+      ValueError: for settings that cannot be read, and a scaling without a positive factor.
+
+    Example:
+      >>> trained_context({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2048)
+      8192
+    """
+    settings = _of_full_attention(rotary_settings(raw))
+    kind = rotary_type(settings)
+    if kind not in _STRETCHES or str(raw.get("model_type")).startswith("gemma3"):
+        return positions
+    factor = settings.get("factor")
+    if factor is None and kind == "yarn":
+        return positions  # the factor is then the ratio of the positions to the original ones
+    if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ValueError(f"rope_scaling's factor must be a positive number, not {shown(factor)}")
+    original = min(original_positions(raw, settings, positions), MOST_POSITIONS)
+    return max(positions, int(min(original * factor, MOST_POSITIONS)))
+
+
+def is_extended(raw: Mapping[str, Any], positions: int) -> bool:
+    """Whether rotary scaling makes `trained_context` longer than the context the model was trained on.
+
+    Args:
+      raw: the config.
+      positions: its `max_position_embeddings`, in tokens.
+
+    Raises:
+      ValueError: as `trained_context`.
+    """
+    settings = _of_full_attention(rotary_settings(raw))
+    if rotary_type(settings) not in _STRETCHES:
+        return False
+    return trained_context(raw, positions) > original_positions(raw, settings, positions)
+
+
+def shard_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """The shards of a folder without an index, by their names alone.
+
+    Returns:
+      The shards that are there, in order, and the names of those that are missing.
+
+    Raises:
+      ValueError: for shards of different sets.
+    """
+    found = {path: _SHARD.fullmatch(path.name) for path in sorted(folder.glob("model-*.safetensors"))}
+    named = {path: match for path, match in found.items() if match}
+    counts = sorted({match[2] for match in named.values()})
+    if len(counts) > 1:
+        raise ValueError(
+            f"{folder}: holds shards of different sets: of {' and of '.join(map(shown, counts))}"
+        )
+    if not named:
+        return [], []
+    width, count = len(counts[0]), int(counts[0])
+    if count > 10**5:
+        raise ValueError(f"{folder}: has a shard of {counts[0][:20]}, at most {10**5} are supported")
+    wanted = [f"model-{number:0{width}}-of-{counts[0]}.safetensors" for number in range(1, count + 1)]
+    there = [folder / name for name in wanted if folder / name in named]
+    return there, [name for name in wanted if folder / name not in named]
