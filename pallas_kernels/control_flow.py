@@ -60,11 +60,15 @@ def _loop_axes(step: Callable[[_Carry], _Carry], carry: _Carry, steps: frozenset
     """
     before = [_axes(leaf) | steps for leaf in jax.tree.leaves(carry)]
     while True:
-        after = _result_axes(lambda: step(_typed(carry, before)))
+        after = _result_axes(partial(_step_typed, step, carry, before))
         wanted = [old | new for old, new in zip(before, after, strict=True)]
         if wanted == before:
             return before
         before = wanted
+
+
+def _step_typed(step: Callable[[_Carry], _Carry], carry: _Carry, axes: _Axes) -> _Carry:
+    return step(_typed(carry, axes))
 
 
 def _result_axes(function: Callable[[], Any]) -> _Axes:

@@ -47,8 +47,10 @@ def attention_mass(
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
 
     Returns:
-      float32; NaN for a traced layer that is none; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
-      those past the length, and for empty sequences.
+      float32; NaN for a traced layer that is none; `max_tokens` is that of a row of the page table. Zero for
+      places that no query sees, such as those past the length, and for empty sequences. Where scores pass
+      2**24 the log-sum-exp is rounded by more than one: every place within that of the greatest then counts
+      as it.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options.

@@ -74,6 +74,7 @@ def paged_attention(
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype, zero for padding rows and empty sequences;
       with `return_lse` also `lse` float32 `[tokens, q_heads]`, natural log, `-inf` for such rows.
+      A score of -inf, from a product below float32's range, has weight zero; a row of no others sees nothing.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options.
