@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.arguments import whole
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
 from jaxkv.rewrite import numbers, own_pages, stored_as
@@ -63,8 +64,9 @@ def shift_positions(
     seqs, by = check_vectors(seqs=seqs, by=by)
     config = cache.config
     check_rope(rope, config.head_dim)
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ValueError(f"first={first!r} must be a Python integer, 0 or more (it is static)")
+    asked, first = first, -1 if whole(first) is None else int(first)
+    if first < 0:
+        raise ValueError(f"first={asked!r} must be an integer, 0 or more, and known at trace time")
     slot = jnp.where(seqs < 0, config.max_seqs, seqs)
     length, position = rows_of(cache.table.lengths, slot), rows_of(cache.table.positions, slot)
     status = jnp.select(

@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
 
@@ -73,8 +74,10 @@ class ModelConfig:
             value = getattr(self, name)
             if name == "window" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            number = whole(value)
+            if number is None or not 1 <= number <= limit:
                 raise ValueError(f"{name} must be an integer from 1 to {limit}, not {value!r}")
+            object.__setattr__(self, name, number)
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_q_heads ({self.num_q_heads}), not {self.num_kv_heads}"

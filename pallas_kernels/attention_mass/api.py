@@ -67,7 +67,7 @@ def attention_mass(
     if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
         raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
     check_layer(layer, k_pages.shape[0])
-    check_options(scale, window, sink_tokens, softcap)
+    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )

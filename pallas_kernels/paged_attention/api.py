@@ -92,7 +92,7 @@ def paged_attention(
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
-    check_options(scale, window, sink_tokens, softcap)
+    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
