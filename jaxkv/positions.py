@@ -128,7 +128,7 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
         turned = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
         new = stored_as(config, turned, keys=True)
-        moves = (nth[:, None] * config.page_size + offset >= first)[:, None, :]
+        moves = (nth[:, None] * config.page_size + offset[None] >= first)[:, None, :]
         return tuple(
             None if part is None else _write_pages(part, layer, page, moves, was, now)
             for part, was, now in zip(keys, old, new, strict=True)

@@ -123,7 +123,7 @@ def rotate(
 
 def _turn(x: Array, by: Array, frequencies: np.ndarray, pairing: RopePairing) -> Array:
     """`x [..., features]` turned by `by [...]` positions."""
-    angles = by.astype(jnp.float32)[..., None] * frequencies
+    angles = by.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * by.ndim, -1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     wide = x.astype(jnp.float32)
     if pairing == "half":

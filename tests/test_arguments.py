@@ -14,9 +14,7 @@ from pallas_kernels.checks import check_options
 from tests.caches import SMALL, ints
 
 SIZES = dict(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=4, page_size=2, max_seqs=3)
-INTEGERS = pytest.mark.parametrize(
-    "integer", [np.int64, np.int32, np.uint8, np.array], ids=lambda x: x.__name__
-)
+INTEGERS = pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8, np.array], ids=str)
 BOOLS = pytest.mark.parametrize("value", [True, np.True_, np.array(True)], ids=repr)
 
 
@@ -48,8 +46,8 @@ def test_a_policy_of_numpy_numbers_is_that_of_python_numbers(integer):
         (semantic_merge.SemanticMerge(eight, two), semantic_merge.SemanticMerge(8, 2)),
         (prompt_compress.PromptCompress(eight, two, three), prompt_compress.PromptCompress(8, 2, 3)),
         (
-            least_recently_used.LeastRecentlyUsed(eight, two, np.float32(0.5)),
-            least_recently_used.LeastRecentlyUsed(8, 2, 0.5),
+            least_recently_used.LeastRecentlyUsed(eight, np.float32(0.5)),
+            least_recently_used.LeastRecentlyUsed(8, 0.5),
         ),
     ]:
         assert_same(numpys, pythons)
@@ -83,7 +81,7 @@ def test_bools_are_no_numbers(value):
         lambda: CacheConfig(**SIZES | {"page_size": value}),
         lambda: CacheConfig(**SIZES, compaction_threshold=value),
         lambda: sliding_window.SlidingWindow(value),
-        lambda: least_recently_used.LeastRecentlyUsed(8, 2, value),
+        lambda: least_recently_used.LeastRecentlyUsed(8, value),
         lambda: check_options(value, None, 0, None),
         lambda: check_options(None, value, 0, None),
         lambda: check_options(None, 4, value, None),
@@ -91,5 +89,5 @@ def test_bools_are_no_numbers(value):
         lambda: Rope((value,)),
         lambda: jaxkv.allocate(jaxkv.init(SMALL), ints(0), ints(2), total_tokens=value),
     ):
-        with pytest.raises(ValueError, match="must be|must lie"):
+        with pytest.raises(ValueError, match=r"must (be|lie)"):
             call()

@@ -84,7 +84,7 @@ def test_an_empty_cache_is_zero_and_all_free(dtype):
     cache = jaxkv.init(config)
     for pool in (cache.pool.k, cache.pool.v):
         assert pool.shape == config.pool_shape
-        assert pool.dtype == dtype
+        assert pool.dtype == config.storage_dtype
         assert not np.asarray(pool).any()
     assert cache.pool.k_scale is None
     assert cache.table.num_free == 128

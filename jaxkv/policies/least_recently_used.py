@@ -74,7 +74,7 @@ class LeastRecentlyUsed(TokenPolicy):
 
     def rank(self, tokens: Tokens) -> Array:
         """When it was last used; of those used at the same time the later token is the higher."""
-        places = tokens.place.shape[0]
+        places = tokens.place.shape[-1]
         used = jnp.where(tokens.place < tokens.lengths, tokens.values["used"], 0)
         age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // places - 1)
         return tokens.place - age * places
