@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.arguments import whole
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, is_first, pages_for, release_pages, rows_of
@@ -227,8 +228,8 @@ def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:
 
 
 def _check_total(total_tokens: int | None, num_entries: int) -> int:
-    total = num_entries if total_tokens is None else total_tokens
-    if isinstance(total, bool) or not isinstance(total, int) or total < 1:
+    total = num_entries if total_tokens is None else whole(total_tokens)
+    if total is None or total < 1:
         raise ValueError(f"total_tokens={total_tokens!r} must be a positive Python integer (it is static)")
     if num_entries * (total + 1) >= 2**30:
         raise ValueError(f"{num_entries} entries x {total} total_tokens overflow int32; split the call")

@@ -1,47 +1,5 @@
 """Numbers that users give as arguments: of Python, NumPy or JAX, checked and turned into Python's own."""
 
-import operator
+from pallas_kernels.arguments import integer, real, whole
 
-import numpy as np
-
-
-def integer(name: str, value: object, *, least: int = 1, below: int = 2**30) -> int:
-    """The value as a Python integer.
-
-    Args:
-      name: of the argument, for the error.
-      value: an integer, or an integer scalar of NumPy or JAX; not a bool.
-      least: smallest allowed.
-      below: smallest not allowed.
-
-    Raises:
-      ValueError: naming the argument, its value and what is allowed.
-
-    Example:
-      >>> import numpy as np
-      >>> integer("block", np.int32(16))
-      16
-    """
-    try:
-        number = None if _is_bool(value) else operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        number = None
-    if number is None or not least <= number < below:
-        kind = {0: "a non-negative", 1: "a positive"}.get(least, f"at least {least}, an")
-        raise ValueError(f"{name}={value!r} must be {kind} integer below {below}")
-    return number
-
-
-def real(value: object) -> float | None:
-    """The value as a Python float; None for what is not one number: a bool, text, an array of several."""
-    if _is_bool(value) or isinstance(value, (str, bytes, bytearray)) or getattr(value, "ndim", 0):
-        return None
-    try:
-        return float(value)  # type: ignore[arg-type]
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _is_bool(value: object) -> bool:
-    # An array of one bool counts as its element would.
-    return isinstance(value, bool) or getattr(value, "dtype", None) == np.dtype(bool)
+__all__ = ["integer", "real", "whole"]

@@ -13,7 +13,7 @@ from jaxkv.fingerprint import layer_for
 from jaxkv.operation import axis_of, operation
 from jaxkv.state import Batch, KVCache
 from pallas_kernels import attention_mass, paged_attention
-from pallas_kernels.checks import check_options
+from pallas_kernels.checks import Options, check_options
 from pallas_kernels.ordering import after
 
 
@@ -156,10 +156,11 @@ def attend(
         raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
     if batch.window is not None and (window is None or batch.window < window):
         window, sink_tokens = batch.window, max(sink_tokens, batch.sink_tokens)
-    check_options(scale, window, sink_tokens, softcap)
+    options = check_options(scale, window, sink_tokens, softcap)
     sinks = None if sinks is None else jnp.asarray(sinks)
-    options = dict(scale=scale, window=window, sink_tokens=sink_tokens, softcap=softcap, backend=backend)
-    out, lse, mass = _attend(cache, layer, batch, q, sinks, with_mass=return_mass, **options)
+    out, lse, mass = _attend(
+        cache, layer, batch, q, sinks, with_mass=return_mass, backend=backend, options=options
+    )
     results = (out, *((lse,) if return_lse else ()), *((mass,) if return_mass else ()))
     return results if len(results) > 1 else out
 
@@ -170,7 +171,7 @@ def _specs(cache: KVCache, _layer, _batch, q: Array, _sinks) -> tuple[PartitionS
     return like_q, like_q, PartitionSpec(None, axis_of(cache.pool.k, 2))
 
 
-@operation(results=_specs, static=("with_mass", "scale", "window", "sink_tokens", "softcap", "backend"))
+@operation(results=_specs, static=("with_mass", "backend", "options"))
 @jax.named_scope("jaxkv.attend")
 def _attend(
     cache: KVCache,
@@ -181,7 +182,7 @@ def _attend(
     *,
     with_mass: bool,
     backend: str,
-    **options: Any,
+    options: Options,
 ) -> tuple[Array, Array, Array | None]:
     """The output, the log-sum-exp and, if asked for, the mass."""
     paged: dict[str, Any] = dict(
@@ -190,7 +191,7 @@ def _attend(
         layer=layer,
         k_scales=cache.pool.k_scale,
         backend=backend,
-        **options,
+        **options._asdict(),
     )
     rows = cache.table.pages, batch.kv_lengths, batch.query_starts
     with _naming_both_sides(backend) if with_mass else nullcontext():

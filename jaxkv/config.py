@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkv import catalog
+from jaxkv.arguments import real, whole
 from jaxkv.units import format_bytes, parse_bytes
 from pallas_kernels import int4
 from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, stored_dtype, token_bytes
@@ -71,7 +72,8 @@ class CacheConfig:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         for field in fields(self):
             if field.type in (int, "int"):
-                _check_count(field.name, getattr(self, field.name))
+                # As Python's own, so that configs of equal numbers have equal hashes and texts.
+                object.__setattr__(self, field.name, _count(field.name, getattr(self, field.name)))
         if self.max_pages_per_seq > self.num_pages:
             raise ValueError(
                 f"max_pages_per_seq={self.max_pages_per_seq} must not exceed num_pages={self.num_pages}"
@@ -89,9 +91,12 @@ class CacheConfig:
             raise ValueError(
                 f"head_dim={self.head_dim} must be a multiple of {int4.CODES}, at most {_MOST_INT4}, for int4"
             )
-        threshold = self.compaction_threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold <= 1:
-            raise ValueError(f"compaction_threshold={threshold!r} must be a number from 0 to 1")
+        threshold = real(self.compaction_threshold)
+        if threshold is None or not 0 <= threshold <= 1:
+            raise ValueError(
+                f"compaction_threshold={self.compaction_threshold!r} must be a number from 0 to 1"
+            )
+        object.__setattr__(self, "compaction_threshold", threshold)
         if not isinstance(self.compact_automatically, bool):
             raise ValueError(f"compact_automatically={self.compact_automatically!r} must be True or False")
 
@@ -170,7 +175,7 @@ class CacheConfig:
           >>> CacheConfig.for_context_length(8192, memory="4GiB", **sizes).max_context_length()
           8192
         """
-        _check_count("context", context)
+        context = _count("context", context)
         one = cls(**options, num_pages=1, max_pages_per_seq=1)
         row = one.pages_for(context)
         if memory is None:
@@ -253,7 +258,7 @@ class CacheConfig:
         Raises:
           ValueError: for more sequences than `max_seqs`.
         """
-        _check_count("concurrency", concurrency)
+        concurrency = _count("concurrency", concurrency)
         if concurrency > self.max_seqs:
             raise ValueError(f"concurrency={concurrency} is more than max_seqs={self.max_seqs}")
         return min(self.max_pages_per_seq, self.num_pages // concurrency) * self.page_size
@@ -268,9 +273,11 @@ def has_int4(head_dim: int) -> bool:
     return head_dim % int4.CODES == 0 and head_dim <= _MOST_INT4
 
 
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+def _count(name: str, value: object) -> int:
+    number = whole(value)
+    if number is None or number < 1:
         raise ValueError(f"{name}={value!r} must be a positive integer")
+    return number
 
 
 def _dtype_name(dtype: object) -> str:

@@ -16,6 +16,7 @@ from jaxkv.prefill import prefill as prefill
 from jaxkv.prefill import tidied
 from jaxkv.sampling import Sampling, SamplingBatch, sample_each
 from jaxkv.state import KVCache, PolicyState, Status
+from pallas_kernels import control_flow
 
 
 class Finish(IntEnum):
@@ -96,7 +97,7 @@ def decode(
         return (state.step < until) & jnp.any(state.finish == Finish.RUNNING)
 
     step = partial(_decode_step, model, sampling=sampling, stop_tokens=stop_tokens)
-    return jax.lax.while_loop(unfinished, step, state)
+    return control_flow.while_loop(unfinished, step, state)
 
 
 def _decode_step(

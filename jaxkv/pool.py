@@ -115,7 +115,7 @@ def _gather(cache: KVCache, layer: Array, seqs: Array) -> tuple[Array, Array, Ar
     slot = jnp.where(seqs < 0, config.max_seqs, seqs)
     lengths = rows_of(cache.table.lengths, slot)
     pages = rows_of(cache.table.pages, slot, config.num_pages)
-    real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32) < lengths[:, None]
+    real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None] < lengths[:, None]
 
     def dense(tiles):
         tokens = jnp.swapaxes(tiles, 2, 3).reshape(*real.shape, config.num_kv_heads, config.head_dim)

@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.arguments import whole
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
@@ -64,8 +65,9 @@ def shift_positions(
     seqs, by = check_vectors(seqs=seqs, by=by)
     config = cache.config
     check_rope(rope, config.head_dim)
-    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
-        raise ValueError(f"first={first!r} must be a Python integer, 0 or more (it is static)")
+    asked, first = first, -1 if whole(first) is None else int(first)
+    if first < 0:
+        raise ValueError(f"first={asked!r} must be an integer, 0 or more, and known at trace time")
     return _shift_positions(cache, seqs, by, rope=rope, first=first)
 
 
@@ -135,7 +137,7 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
         turned = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
         new = stored_as(config, turned, keys=True)
-        moves = (nth[:, None] * config.page_size + offset >= first)[:, None, :]
+        moves = (nth[:, None] * config.page_size + offset[None] >= first)[:, None, :]
         return tuple(
             None if part is None else _write_pages(part, layer, page, moves, was, now)
             for part, was, now in zip(keys, old, new, strict=True)

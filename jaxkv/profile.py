@@ -270,7 +270,7 @@ def _memory_profile(cache: KVCache) -> MemoryProfile:
 def _tokens_in_pages(table: PageTable, config: CacheConfig) -> Int[Array, " pages"]:
     """Token places in use of each page; of several owners the fullest counts."""
     before = jnp.arange(config.max_pages_per_seq, dtype=jnp.int32) * config.page_size
-    held = jnp.clip(table.lengths[:, None] - before, 0, config.page_size)
+    held = jnp.clip(table.lengths[:, None] - before[None], 0, config.page_size)
     return jnp.zeros(config.num_pages, jnp.int32).at[table.pages].max(held, mode="drop")
 
 

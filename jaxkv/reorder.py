@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, for_each_column, is_first, pages_for, release_pages, rows_of
-from jaxkv.state import KVCache, PageTable, Status
+from jaxkv.state import AllocationStats, KVCache, PageTable, Status
 
 
-@jax.named_scope("jaxkv.reorder")
 def reorder(
     cache: KVCache, seqs: Int[Array, " seqs"], parents: Int[Array, " seqs"]
 ) -> tuple[KVCache, Int[Array, " seqs"]]:
@@ -49,7 +49,13 @@ def reorder(
       >>> cache.table.refcounts.tolist(), int(cache.table.num_free)
       ([0, 2], 1)
     """
-    seqs, parents = check_vectors(seqs=seqs, parents=parents)
+    table, stats, status = _reorder(cache, *check_vectors(seqs=seqs, parents=parents))
+    return replace(cache, table=table, stats=stats), status
+
+
+@operation(results=lambda cache, *_: (*as_given((cache.table, cache.stats)), REPLICATED))
+@jax.named_scope("jaxkv.reorder")
+def _reorder(cache: KVCache, seqs: Array, parents: Array) -> tuple[PageTable, AllocationStats, Array]:
     table, max_seqs = cache.table, cache.config.max_seqs
     status = _decide(table, seqs, parents)
     changes = (status == Status.OK) & (seqs != parents)
@@ -69,7 +75,7 @@ def reorder(
         positions=table.positions.at[slot].set(positions, mode="drop"),
     )
     stats = count(cache.stats, num_released=table.num_free - num_free)
-    return replace(cache, table=table, stats=stats), status
+    return table, stats, status
 
 
 def _decide(table: PageTable, seqs: Array, parents: Array) -> Array:

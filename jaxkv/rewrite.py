@@ -97,7 +97,7 @@ class _OwnRows(NamedTuple):
 def _own_rows(table: PageTable, slot: Array, first: Array, wanted: Array) -> _OwnRows:
     """Own pages stay in their columns, those beyond the length fill holes, then come fresh ones."""
     num_pages, width = table.refcounts.shape[0], table.pages.shape[1]
-    column = jnp.arange(width, dtype=jnp.int32)
+    column = jnp.arange(width, dtype=jnp.int32)[None, :]
     entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None]
     old = rows_of(table.pages, slot, num_pages)
     changes = (column >= first) & (old < num_pages)
@@ -184,7 +184,7 @@ def _locate(pool: KVPool, layer: Array, rows: Array, places: Array) -> tuple[Arr
     column, offset = places // page_size, places % page_size
     entry = jnp.arange(rows.shape[0], dtype=jnp.int32)[:, None, None]
     pages = rows_of(rows, (entry, column), num_pages)
-    head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+    head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
     return tuple(jnp.broadcast_arrays(layer, pages, head, offset))
 
 

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from jaxkv.arguments import real
+
 RopePairing = Literal["half", "interleaved"]
 
 
@@ -121,7 +123,7 @@ def rotate(
 
 def _turn(x: Array, by: Array, frequencies: np.ndarray, pairing: RopePairing) -> Array:
     """`x [..., features]` turned by `by [...]` positions."""
-    angles = by.astype(jnp.float32)[..., None] * frequencies
+    angles = by.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * by.ndim, -1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     wide = x.astype(jnp.float32)
     if pairing == "half":
@@ -157,9 +159,10 @@ class Rope:
     pairing: RopePairing = "half"
 
     def __post_init__(self):
-        numbers = isinstance(self.frequencies, tuple) and all(isinstance(f, float) for f in self.frequencies)
-        if not self.frequencies or not numbers or not all(map(math.isfinite, self.frequencies)):
+        numbers = tuple(map(real, self.frequencies)) if isinstance(self.frequencies, tuple) else ()
+        if not numbers or not all(number is not None and math.isfinite(number) for number in numbers):
             raise ValueError(f"frequencies={self.frequencies!r} must be a tuple of finite floats")
+        object.__setattr__(self, "frequencies", numbers)
         if self.pairing not in get_args(RopePairing):
             raise ValueError(f"pairing={self.pairing!r} must be 'half' or 'interleaved'")
 

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import numpy as np
 
+from jaxkv.arguments import integer
 from jaxkv.extras import needs_extra
 from jaxkv.profile import MemoryProfile, memory_profile
 from jaxkv.state import AllocationStats, KVCache
@@ -109,8 +110,7 @@ class Telemetry:
         with needs_extra():
             from prometheus_client import CollectorRegistry, Counter, Gauge
 
-        if type(every) is not int or every < 1:
-            raise ValueError(f"every={every!r} must be a positive integer")
+        every = integer("every", every)
         self.registry = CollectorRegistry() if registry is None else registry
         self._every, self._on_profile = every, on_profile
         self._gauges = {

@@ -1,10 +1,13 @@
 """Checks of arguments, at trace time, that every operation shares."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels.arguments import real, whole
 from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
 
 
@@ -129,20 +132,38 @@ def check_queries(
     check_integers("query_starts", query_starts, (seqs + 1,))
 
 
-def check_options(scale: float | None, window: int | None, sink_tokens: int, softcap: float | None) -> None:
-    """What attention computes from a product of query and key, and what it lets a token see."""
+class Options(NamedTuple):
+    """Of attention, as Python's own numbers."""
+
+    scale: float | None
+    window: int | None
+    sink_tokens: int
+    softcap: float | None
+
+
+def check_options(scale: object, window: object, sink_tokens: object, softcap: object) -> Options:
+    """What attention computes from a product of query and key, and what it lets a token see.
+
+    Raises:
+      ValueError: for an option that is no such number, naming it; all are static.
+    """
     for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < float("inf")):
+        number = real(value)
+        if value is not None and (number is None or not 0 < number < float("inf")):
             raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
         # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
-        if name != "window" and value is not None and not 1e-6 <= value <= 1e6:
+        if name != "window" and number is not None and not 1e-6 <= number <= 1e6:
             raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
-    if window is not None and not isinstance(window, int):
+    if window is not None and whole(window) is None:
         raise ValueError(f"window={window!r} must be an integer")
-    if isinstance(sink_tokens, bool) or not isinstance(sink_tokens, int) or sink_tokens < 0:
+    sinks = whole(sink_tokens)
+    if sinks is None or sinks < 0:
         raise ValueError(f"sink_tokens={sink_tokens!r} must be a Python integer of at least 0 (it is static)")
-    if sink_tokens and window is None:
-        raise ValueError(
-            f"sink_tokens={sink_tokens} are those that a window does not hide: it needs a window"
-        )
+    if sinks and window is None:
+        raise ValueError(f"sink_tokens={sinks} are those that a window does not hide: it needs a window")
+    return Options(
+        scale=None if scale is None else real(scale),
+        window=None if window is None else whole(window),
+        sink_tokens=sinks,
+        softcap=None if softcap is None else real(softcap),
+    )

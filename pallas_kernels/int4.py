@@ -77,7 +77,7 @@ def quantize(
     turned = _by_group(_rotate_exactly(values))
     codes, step, zero = _codes(turned)
     codes = codes.reshape(*values.shape[:-1], CODES, head_dim // CODES)
-    shifts = BITS * jnp.arange(CODES, dtype=jnp.int32)[:, None]
+    shifts = _column(codes.ndim) * BITS
     words = jnp.sum(codes << shifts, axis=-2, dtype=jnp.int32)
     return words, jnp.concatenate([_pack_scales(step, zero), *spike_words], axis=-1)
 
@@ -96,7 +96,7 @@ def dequantize_rotated(
     """The same as it lies: the rotated rest and, of keys, the spikes, which are not rotated."""
     head_dim = CODES * words.shape[-1]
     pairs = num_groups(head_dim) // 2
-    shifts = BITS * jnp.arange(CODES, dtype=jnp.int32)[:, None]
+    shifts = _column(words.ndim + 1) * BITS
     codes = _by_group(((words[..., None, :] >> shifts) & _LARGEST).reshape(*words.shape[:-1], head_dim))
     step, zero = _of_both(step_of, scales[..., :pairs])
     rotated = (codes.astype(jnp.float32) - 0.5 * zero[..., None].astype(jnp.float32)) * step[..., None]
@@ -104,8 +104,18 @@ def dequantize_rotated(
     if scales.shape[-1] == pairs:
         return (rotated,)
     place, value = _of_both(spike_of, scales[..., pairs:])
-    here = place[..., None] == jnp.arange(codes.shape[-1], dtype=jnp.int32)
+    here = place[..., None] == _row(place.ndim + 1, codes.shape[-1])
     return rotated, jnp.where(here, value[..., None], 0.0).reshape(rotated.shape)
+
+
+def _row(ndim: int, size: int) -> Array:
+    """`0, 1, ...` along the last of `ndim` axes."""
+    return jnp.arange(size, dtype=jnp.int32).reshape(*(1,) * (ndim - 1), size)
+
+
+def _column(ndim: int) -> Array:
+    """`0, 1, ...` for each code of a word, along the last axis but one."""
+    return jnp.arange(CODES, dtype=jnp.int32).reshape(*(1,) * (ndim - 2), CODES, 1)
 
 
 def step_of(word: Array, nth: int | Array) -> tuple[Array, Array]:
@@ -174,7 +184,7 @@ def _pack(unit, fields):
 def _take_spikes(grouped):
     """The largest number of each group as it will be read, where it lies and else zeros; and the words."""
     place = jnp.argmax(jnp.abs(grouped), axis=-1).astype(jnp.int32)
-    here = place[..., None] == jnp.arange(grouped.shape[-1], dtype=jnp.int32)
+    here = place[..., None] == _row(grouped.ndim, grouped.shape[-1])
     largest = jnp.sum(jnp.where(here, grouped, 0.0), axis=-1)
     unit, inverse = _pair_power(jnp.abs(largest), 5)
     value = jnp.clip(jnp.round(largest * inverse), -31, 31)
@@ -216,7 +226,9 @@ def _rotate_exactly(values):
 def _rotate(values, *, stored: bool):
     """A product with the Hadamard matrix and, so that two of them make one, a power of two each."""
     signs, factors = _hadamard(values.shape[-1], stored)
-    return jnp.matmul(values, jnp.asarray(signs), precision="highest") * factors
+    return jnp.matmul(values, jnp.asarray(signs), precision="highest") * factors.reshape(
+        *(1,) * (values.ndim - 1), -1
+    )
 
 
 def _hadamard(head_dim: int, stored: bool) -> tuple[np.ndarray, np.ndarray]:

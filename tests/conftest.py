@@ -1,4 +1,4 @@
-"""Settings for every test: CPU by default, strict promotion, shapes checked as they are annotated."""
+"""Settings for every test: CPU, strict promotion of dtypes, none of ranks, shapes checked as annotated."""
 
 import os
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 # Function modules only: JAX unflattens the pytrees of jaxkv.state with things that are not arrays.

@@ -7,6 +7,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Self
 
+from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.hf_folder import (
     KV_HEADS_WHERE_ABSENT,
@@ -85,8 +86,10 @@ class ModelConfig:
             value = getattr(self, name)
             if name == "window" and value is None:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
+            number = whole(value)
+            if number is None or not 1 <= number <= limit:
                 raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
+            object.__setattr__(self, name, number)
         if self.num_q_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_kv_heads must divide num_q_heads ({self.num_q_heads}), not {self.num_kv_heads}"

@@ -54,7 +54,7 @@ def rms_norm(
     x: Float[Array, "tokens hidden"], weight: Float[Array, " hidden"], eps: float
 ) -> Float[Array, "tokens hidden"]:
     """Scales each token to a root mean square of one, then each feature by `weight`."""
-    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps) * weight[None, :]
 
 
 class Block(nnx.Module):
@@ -87,7 +87,7 @@ class Block(nnx.Module):
         config, dtype = self.config, self.qkv_weight[...].dtype
         fused = project(rms_norm(x, self.attention_norm[...], config.rms_norm_eps), self.qkv_weight[...])
         if self.qkv_bias is not None:
-            fused = fused + self.qkv_bias[...]
+            fused = fused + self.qkv_bias[...][None, :]
         heads = fused.reshape(x.shape[0], -1, config.head_dim)
         q, k, v = jnp.split(heads, [config.num_q_heads, config.num_q_heads + config.num_kv_heads], axis=1)
         frequencies = inverse_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)

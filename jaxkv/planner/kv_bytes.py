@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 
+from jaxkv.arguments import integer, real
 from jaxkv.config import QUANTIZATIONS, CacheConfig, has_int4
 from jaxkv.planner.shape import ModelShape
 from pallas_kernels.quantization import token_bytes
@@ -63,16 +64,18 @@ def kv_cache_bytes(
       >>> kv_cache_bytes(llama, 8192, kv_dtype="bfloat16").exact // 2**20
       1024
     """
-    for name, value in (("context", context), ("concurrency", concurrency), ("page_size", page_size)):
-        check_count(name, value)
-    if not isinstance(fragmentation, (int, float)) or not 1 <= fragmentation < 100:
+    context = check_count("context", context)
+    concurrency = check_count("concurrency", concurrency)
+    page_size = check_count("page_size", page_size)
+    factor = real(fragmentation)
+    if factor is None or not 1 <= factor < 100:
         raise ValueError(f"fragmentation={fragmentation!r} must be a factor from 1 to 100")
     dtype = resolve_dtype(shape, kv_dtype)
     element_bits = KV_BITS[dtype] * shape.elements_per_token
     scale_bytes = _scale_bytes(shape, dtype)
 
     def in_pages(pages: int) -> int:
-        return math.ceil(pages * page_size * (element_bits // 8 + scale_bytes) * concurrency * fragmentation)
+        return math.ceil(pages * page_size * (element_bits // 8 + scale_bytes) * concurrency * factor)
 
     kept = sum(min(context, window or context) for window in shape.windows)
     return KVBytes(
@@ -133,14 +136,13 @@ def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
     return name
 
 
-def check_count(name: str, value: object) -> None:
-    """Refuses what is no positive integer.
+def check_count(name: str, value: object) -> int:
+    """The value as a Python integer; refuses what is no positive one.
 
     Raises:
       ValueError: naming it.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**30:
-        raise ValueError(f"{name}={value!r} must be a positive integer below {2**30}")
+    return integer(name, value)
 
 
 def _scale_bytes(shape: ModelShape, dtype: str) -> int:

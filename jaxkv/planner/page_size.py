@@ -58,7 +58,7 @@ def choose_page_size(lengths: Sequence[int]) -> PageSizeChoice:
     if not lengths:
         raise ValueError("there are no lengths to choose a page size for")
     for length in lengths:
-        check_count("length", length)
+        length = check_count("length", length)
     mean = sum(lengths) / len(lengths)
     by_rule = 16 if mean < 1024 else 32 if mean <= 4096 else 64 if mean <= 16384 else 128
     costs = {size: _cost(lengths, size) for size in CANDIDATES}

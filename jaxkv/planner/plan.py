@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 
 from jaxkv import catalog
+from jaxkv.arguments import real
 from jaxkv.config import MAX_TOKENS, CacheConfig
 from jaxkv.hf_folder import shown
 from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv_cache_bytes, resolve_dtype
@@ -301,9 +302,12 @@ def plan(
       >>> plan(ModelShape.from_config("llama-3.1-8b"), "H100", concurrency=16).fits
       True
     """
-    counts = dict(context=context, concurrency=concurrency, tensor_parallel=tensor_parallel)
-    for name, value in (counts | dict(page_size=page_size, prefill_chunk=prefill_chunk)).items():
-        check_count(name, value)
+    context, concurrency = check_count("context", context), check_count("concurrency", concurrency)
+    tensor_parallel = check_count("tensor_parallel", tensor_parallel)
+    page_size, prefill_chunk = (
+        check_count("page_size", page_size),
+        check_count("prefill_chunk", prefill_chunk),
+    )
     places = -(-context // page_size) * page_size * concurrency
     if places >= MAX_TOKENS:
         raise ValueError(
@@ -311,7 +315,8 @@ def plan(
         )
     if shape.num_q_heads % tensor_parallel:
         raise ValueError(f"tensor_parallel={tensor_parallel} must divide the {shape.num_q_heads} query heads")
-    if not isinstance(memory_fraction, (int, float)) or not 0 < memory_fraction <= 1:
+    share = real(memory_fraction)
+    if share is None or not 0 < share <= 1:
         raise ValueError(f"memory_fraction={memory_fraction!r} must be above 0 and at most 1")
     return Plan(
         shape=shape,
@@ -322,7 +327,7 @@ def plan(
         weights_dtype=_weights_dtype(shape, weights_dtype),
         tensor_parallel=tensor_parallel,
         page_size=page_size,
-        memory_fraction=memory_fraction,
+        memory_fraction=share,
         prefill_chunk=prefill_chunk,
         fragmentation=fragmentation,
     )

@@ -22,14 +22,14 @@ class Step(NamedTuple):
       slot: of each entry, `max_seqs` for padding and for refused ones.
       mass: `[entries, layers, kv_heads, max_tokens]`.
       is_new, is_old: `[entries, 1, 1, max_tokens]`, the step's own tokens and those before them.
-      place: `[max_tokens]`.
+      place: `[1, 1, 1, max_tokens]`.
     """
 
     slot: Int[Array, " entries"]
     mass: Float[Array, "entries layers kv_heads max_tokens"]
     is_new: Bool[Array, "entries 1 1 max_tokens"]
     is_old: Bool[Array, "entries 1 1 max_tokens"]
-    place: Int[Array, " max_tokens"]
+    place: Int[Array, "1 1 1 max_tokens"]
 
 
 def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
@@ -68,7 +68,7 @@ def _observed(state: PolicyState, cache: KVCache, batch: Batch, mass: Array) -> 
 def _step_of(cache: KVCache, batch: Batch, mass: Array) -> Step:
     config = cache.config
     ran = (batch.status == Status.OK) & (batch.num_tokens > 0) & is_current(cache.table, batch)
-    place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)
+    place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None, None, None]
     ends = batch.kv_lengths[:, None, None, None]
     begins = ends - batch.num_tokens[:, None, None, None]
     return Step(

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.pages import check_vectors, count, is_first, rows_of
 from jaxkv.rope import Rope
@@ -170,8 +171,11 @@ def check_counts(policy: Any, least: dict[str, int], budget: str | None = None) 
     """Integer settings, no less than they may be; and a budget that holds what must be kept."""
     for name, smallest in least.items():
         value = getattr(policy, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not smallest <= value < 2**30:
+        number = whole(value)
+        if number is None or not smallest <= number < 2**30:
             raise ValueError(f"{name}={value!r} must be an integer, {smallest} or more and below {2**30}")
+        # As Python's own, so that policies of equal settings have equal hashes and texts.
+        object.__setattr__(policy, name, number)
     if budget is not None and getattr(policy, budget) > policy.budget:
         raise ValueError(f"budget={policy.budget} does not hold {budget}={getattr(policy, budget)} tokens")
 

@@ -7,6 +7,7 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxkv.arguments import real
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
 from jaxkv.policies.attention_mass import Step, observed, zeros
@@ -41,9 +42,10 @@ class LeastRecentlyUsed(TokenPolicy):
 
     def __post_init__(self):
         super().__post_init__()
-        threshold = self.threshold
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < inf:
-            raise ValueError(f"threshold={threshold!r} must be a finite number, 0 or more")
+        threshold = real(self.threshold)
+        if threshold is None or not 0 <= threshold < inf:
+            raise ValueError(f"threshold={self.threshold!r} must be a finite number, 0 or more")
+        object.__setattr__(self, "threshold", threshold)
 
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
         """`used`: what the sequence's clock showed then; `clock`: tokens it has seen."""
@@ -72,7 +74,7 @@ class LeastRecentlyUsed(TokenPolicy):
 
     def rank(self, tokens: Tokens) -> Array:
         """When it was last used; of those used at the same time the later token is the higher."""
-        places = tokens.place.shape[0]
+        places = tokens.place.shape[-1]
         used = jnp.where(tokens.place < tokens.lengths, tokens.values["used"], 0)
         age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // places - 1)
         return tokens.place - age * places

@@ -88,7 +88,7 @@ class SemanticMerge(MassPolicy):
             value, least, most = carry
             place = kept + nth
             inside = (place < end)[..., None]
-            one = read(jnp.where(place < end, place, tokens.place.shape[0]))
+            one = read(jnp.where(place < end, place, tokens.place.shape[-1]))
             share = jnp.take_along_axis(mass, place, axis=-1, mode="clip") / received
             alike = jnp.exp((_cosine(numbers(config, one.k, one.k_scale), key) - 1.0) / _REACH)
             weight = jnp.where(inside, (jnp.minimum(share, 1.0) * alike)[..., None], 0.0)

@@ -39,13 +39,13 @@ class Tokens(NamedTuple):
     Attributes:
       values: of the policy's state, each `[entries, kv_heads, max_tokens]`; past a length they mean nothing.
       keys: float32 `[entries, kv_heads, max_tokens, head_dim]`, for a policy that reads them; else None.
-      place: `[max_tokens]`, 0 for a sequence's oldest.
+      place: `[1, 1, max_tokens]`, 0 for a sequence's oldest.
       lengths: `[entries, 1, 1]`, token places in use.
     """
 
     values: dict[str, Array]
     keys: Float[Array, "entries kv_heads max_tokens head_dim"] | None
-    place: Int[Array, " max_tokens"]
+    place: Int[Array, "1 1 max_tokens"]
     lengths: Int[Array, "entries 1 1"]
 
 
@@ -170,8 +170,8 @@ class TokenPolicy(Policy):
         self, pool: KVPool, values: dict, layer: Array, some: Rewrite, lengths: Array, config: CacheConfig
     ) -> tuple[KVPool, dict]:
         """One layer of some sequences: which tokens stay, and their move to the front."""
-        place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)
-        everywhere = jnp.broadcast_to(place, (some.slot.shape[0], config.num_kv_heads, place.shape[0]))
+        place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None, None]
+        everywhere = jnp.broadcast_to(place, (some.slot.shape[0], config.num_kv_heads, place.shape[-1]))
         own = {name: rows_of(x, (some.slot, layer)) for name, x in values.items() if x.ndim == 4}
 
         def read(places: Array) -> KVPool:
@@ -221,7 +221,7 @@ class TokenPolicy(Policy):
         return read(kept), own, kept
 
     def _renumber(self, config: CacheConfig, stored: KVPool, stood: Array) -> KVPool:
-        by = jnp.arange(self.budget, dtype=jnp.int32) - stood
+        by = jnp.arange(self.budget, dtype=jnp.int32)[None, None] - stood
         assert self.rope is not None
         turned = self.rope.turn(numbers(config, stored.k, stored.k_scale), by)
         k, k_scale = stored_as(config, turned, keys=True)

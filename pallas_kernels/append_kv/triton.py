@@ -77,4 +77,4 @@ def _pack(codes):
     """Rows of codes as rows of words, as `as_words` does it, with what Triton has."""
     heads, dims = codes.shape
     bytes_ = (codes.astype(jnp.int32) & 0xFF).reshape(heads, dims // WORD, WORD)
-    return jnp.sum(bytes_ << (8 * lax.iota(jnp.int32, WORD)), axis=-1, dtype=jnp.int32)
+    return jnp.sum(bytes_ << (8 * lax.iota(jnp.int32, WORD)[None, None, :]), axis=-1, dtype=jnp.int32)

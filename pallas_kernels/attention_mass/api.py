@@ -48,7 +48,9 @@ def attention_mass(
 
     Returns:
       float32; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
-      those past the length, and for empty sequences. NaN for a traced layer that does not exist.
+      those past the length, and for empty sequences; NaN for a traced layer that does not exist. Where scores
+      pass 2**24 the log-sum-exp is rounded by more than one: every place within that of the greatest then
+      counts as it.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options.
@@ -65,7 +67,7 @@ def attention_mass(
     if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
         raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
     check_layer(layer, k_pages.shape[0])
-    check_options(scale, window, sink_tokens, softcap)
+    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )

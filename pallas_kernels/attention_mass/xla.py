@@ -50,11 +50,11 @@ def attention_mass(
             k, *scales = keys.read(pool, layer, where)
             visible = see(row_places, keys.places(where), **hides)
             scores = score(q_tile, k, scales[0] if scales else None, visible, softcap=softcap)
-            weights = jnp.where(visible, jnp.exp(scores - log_sum), 0.0)
+            weights = jnp.where(visible[None], jnp.exp(jnp.minimum(scores - log_sum, 0.0)), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first
             # Of places that it does not own a tile adds zero.
             own = jax.lax.dynamic_slice(mass, corner, (1, kv_heads, keys.size))
-            return jax.lax.dynamic_update_slice(mass, own + _sum_of_rows(weights), corner)
+            return jax.lax.dynamic_update_slice(mass, own + _sum_of_rows(weights)[None], corner)
 
         first = work.first_key_tile[tile]
         return control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, mass)

@@ -74,6 +74,7 @@ def paged_attention(
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype, zero for padding rows and empty sequences;
       with `return_lse` also `lse` float32 `[tokens, q_heads]`, natural log, `-inf` for such rows.
+      A score of -inf, from a product below float32's range, has weight zero; a row of no others sees nothing.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options.
@@ -91,7 +92,7 @@ def paged_attention(
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
-    check_options(scale, window, sink_tokens, softcap)
+    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )

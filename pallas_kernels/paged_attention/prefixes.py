@@ -81,7 +81,7 @@ def find(
     after = jnp.concatenate([next_one[1:], jnp.full(1, num_seqs, jnp.int32)])
     same = page_table[table_rows] == page_table[table_rows[jnp.maximum(before, 0)]]
     column = jnp.arange(width, dtype=jnp.int32)
-    num_pages = jnp.min(jnp.where(same, width, column), axis=1)
+    num_pages = jnp.min(jnp.where(same, width, column[None, :]), axis=1)
     # Every query of both sees what lies before its sequence's first one.
     seen_by_both = jnp.minimum(first_place, first_place[jnp.maximum(before, 0)])
     link = jnp.where(asks & (before >= 0), jnp.minimum(num_pages * page_size, seen_by_both), 0)

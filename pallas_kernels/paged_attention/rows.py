@@ -21,6 +21,14 @@ def rows_like(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callab
     return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
 
 
+def _exp(x):
+    return jnp.exp2(x * LOG2E)
+
+
+def _log(x):
+    return jnp.log2(x) / LOG2E
+
+
 class Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
@@ -71,15 +79,15 @@ class Rows:
         mask = self.exists[:, None] & self.in_head
         return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
 
-    def store(self, out, lse, seen: softmax.Partial, sinks, is_layer):
+    def store(self, out, lse, seen: softmax.Partial, sinks, is_layer, *, scale: float):
         """Writes the rows that exist, when they have seen all; NaN where the layer was none."""
         sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
-        values, log_sum = softmax.finish(seen, sinks * LOG2E, exp=jnp.exp2, log=jnp.log2)
+        values, log_sum = softmax.finish(seen, sinks, scale=scale, exp=_exp, log=_log)
         log_sum = jnp.where(is_layer, log_sum, jnp.nan)
         for at, part in zip(self._at(out), values, strict=True):
             part = jnp.where(is_layer, part, jnp.nan)
             plgpu.store(at, part.astype(out.dtype), mask=self.exists[:, None] & self.in_head)
-        plgpu.store(lse.at[self.token, self.q_head], log_sum / LOG2E, mask=self.exists)
+        plgpu.store(lse.at[self.token, self.q_head], log_sum, mask=self.exists)
 
     def load_partial(self, parts, item, row, mask) -> softmax.Partial:
         """What an item's program left of a row, for each of these rows."""

@@ -1,20 +1,27 @@
 """The online softmax (Milakov and Gimelshein, arXiv:1805.02867), as pure functions.
 
-A partial result is `(m, l, o)`: the greatest score seen, the sum of `exp(score - m)`, and the sum
-of `exp(score - m) * v`. A row that has seen nothing is `(LOWEST, 0, 0)`.
+A partial result is `(m, l, o)`: the greatest score seen, before its scale, the sum of
+`exp((score - m) * scale)`, and the sum of `exp((score - m) * scale) * v`. A row that has seen nothing is
+`(LOWEST, 0, 0)`. A score of -inf, which a product that overflows gives, has weight zero: a row that sees
+nothing else is one that has seen nothing.
 
-With `exp=jnp.exp2`, which is one instruction on a GPU, scores and `m` are in units of log 2.
+With `exp=jnp.exp2`, which is one instruction on a GPU, `scale` holds the factor log2(e) too.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
-# Stands for minus infinity where a difference of two of them must not be NaN.
-LOWEST = -1e30
+# The greatest score of a row that has seen none: finite, so that a score of -inf less it is not NaN, and no
+# more than any finite score.
+LOWEST = float(np.finfo(np.float32).min)
+# Scores beyond it lie further apart than an exponential can tell from zero.
+_FAR = 2.0**30
 
 
 class Partial(NamedTuple):
@@ -58,14 +65,10 @@ def extend(
       product: of `p [*rows, tokens]` and `v`, as `seen.o` is.
     """
     if visible is not None:
-        scores = jnp.where(visible, scores, LOWEST)
-    # After the maximum, so that each score takes one multiplication and addition, in one instruction.
-    m = jnp.maximum(seen.m, jnp.max(scores, axis=-1) * scale)
-    p = exp(scores * scale - m[..., None])
-    if visible is not None:
-        # A row that has seen nothing yet has `m` at LOWEST too, and exp(0) is one.
-        p = jnp.where(visible, p, 0.0)
-    rescale = exp(seen.m - m)
+        scores = jnp.where(visible, scores, -jnp.inf)
+    m = jnp.maximum(seen.m, jnp.max(scores, axis=-1))
+    p = exp(_below(scores, m, scale))
+    rescale = exp((seen.m - m) * scale)
     return Partial(
         m=m,
         l=seen.l * rescale + jnp.sum(p, axis=-1),
@@ -73,10 +76,24 @@ def extend(
     )
 
 
-def merge(one: Partial, other: Partial, exp: Callable[[Array], Array] = jnp.exp) -> Partial:
+def _below(scores: Array, m: Array, scale: float) -> Array:
+    """`(scores - m) * scale`."""
+    if scale >= 1:
+        # A product could overflow where the difference does not.
+        return (scores - m[..., None]) * scale
+    # So each score takes one instruction, which rounds once; but the rounding of `m * scale` grows with it,
+    # and its exponential would be zero or infinite. A power of two rounds nothing, and far out any will do.
+    power = 2.0 ** math.floor(math.log2(scale))
+    factor = jnp.where(jnp.abs(m) > _FAR / power, jnp.float32(power), jnp.float32(scale))
+    return scores * factor[..., None] - (m * factor)[..., None]
+
+
+def merge(
+    one: Partial, other: Partial, *, scale: float = 1.0, exp: Callable[[Array], Array] = jnp.exp
+) -> Partial:
     """What rows have seen in two disjoint sets of tokens."""
     m = jnp.maximum(one.m, other.m)
-    weight, other_weight = exp(one.m - m), exp(other.m - m)
+    weight, other_weight = exp((one.m - m) * scale), exp((other.m - m) * scale)
     return Partial(
         m=m,
         l=one.l * weight + other.l * other_weight,
@@ -87,16 +104,24 @@ def merge(one: Partial, other: Partial, exp: Callable[[Array], Array] = jnp.exp)
 def finish(
     seen: Partial,
     sinks: Float[Array, "*rows"] | None,
+    *,
+    scale: float = 1.0,
     exp: Callable[[Array], Array] = jnp.exp,
     log: Callable[[Array], Array] = jnp.log,
 ) -> tuple[Any, Array]:
-    """The output and the log-sum-exp of rows that have seen all; zero and -inf where that is nothing."""
+    """The output and the log-sum-exp of rows that have seen all; zero and -inf where that is nothing.
+
+    `exp` and `log` are natural here, and so `scale` is without log2(e).
+    """
     m, l, o = seen  # noqa: E741
+    if scale != 1:
+        # A scale above one makes LOWEST -inf, and -inf less a sink of -inf is NaN.
+        m = jnp.maximum(m * scale, LOWEST)
     some = l > 0
     if sinks is not None:
-        top = jnp.maximum(m, sinks)
+        top, start = jnp.maximum(m, sinks), m
         l = l * exp(m - top) + exp(sinks - top)  # noqa: E741
-        o = jax.tree.map(lambda part: part * exp(seen.m - top)[..., None], o)
+        o = jax.tree.map(lambda part: part * exp(start - top)[..., None], o)
         m = top
     l = jnp.where(some, l, 1.0)  # noqa: E741
     return jax.tree.map(lambda part: part / l[..., None], o), jnp.where(some, m + log(l), -jnp.inf)

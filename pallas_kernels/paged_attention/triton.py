@@ -133,7 +133,12 @@ def paged_attention(
         merged += [items.starts, tile, row, *results]
     return tuple(
         launch(
-            partial(_merge, rows=rows_like(q, kv_heads, 1, tuning), num_layers=k_pages.shape[0]),
+            partial(
+                _merge,
+                rows=rows_like(q, kv_heads, 1, tuning),
+                scale=scale,
+                num_layers=k_pages.shape[0],
+            ),
             grid=(kv_heads, num_tiles),
             out_shape=_outputs(q),
             name="paged_attention_merge",
@@ -314,11 +319,20 @@ def _attend(
         pl.when(begin < end)(lambda: mine.store_partial(softmax.Partial(*out_refs), item, seen))
     else:
         out_ref, lse_ref = out_refs
-        mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, k_ref.shape[0]))
+        mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, k_ref.shape[0]), scale=scale)
 
 
 def _merge(
-    layer_ref, starts_ref, first_row_ref, num_rows_ref, num_keys_ref, sinks_ref, *refs, rows, num_layers: int
+    layer_ref,
+    starts_ref,
+    first_row_ref,
+    num_rows_ref,
+    num_keys_ref,
+    sinks_ref,
+    *refs,
+    rows,
+    scale: float,
+    num_layers: int,
 ):
     """The items of a query tile, and those of what its rows share with others, become rows of the output."""
     *refs, out_ref, lse_ref = refs
@@ -327,7 +341,7 @@ def _merge(
 
     def visit(item, seen):
         part = mine.load_partial(softmax.Partial(*refs[:3]), item, mine.row, mine.in_tile)
-        return softmax.merge(seen, part, exp=jnp.exp2)
+        return softmax.merge(seen, part, scale=scale * LOG2E, exp=jnp.exp2)
 
     seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, mine.nothing_seen())
     if refs[3:]:
@@ -344,10 +358,10 @@ def _merge(
             item = first + nth
             row = place * group + mine.in_group
             part = mine.load_partial(softmax.Partial(*shared), item, row, item < end)
-            return softmax.merge(seen, part, exp=jnp.exp2)
+            return softmax.merge(seen, part, scale=scale * LOG2E, exp=jnp.exp2)
 
         seen = lax.fori_loop(0, jnp.max(end - first), visit_shared, seen)
-    mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, num_layers))
+    mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, num_layers), scale=scale)
 
 
 def _is_layer(layer_ref, num_layers: int):

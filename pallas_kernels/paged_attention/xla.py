@@ -127,7 +127,7 @@ def paged_attention(
     seen = visit_tiles(work, seen)
     rows = work.rows
     if sinks is not None:
-        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))[None]
     out, lse = (jnp.where(exists, part, jnp.nan) for part in softmax.finish(seen, sinks))
     return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
@@ -138,7 +138,9 @@ def _where_rows(mask, one, other):
 
 def see(row_places, places, *, window: int | None, sink_tokens: int):
     """Which places `[rows, size]` each row sees. A place of -1 is nobody's, and a row there sees nothing."""
-    return (places >= 0) & sees(row_places[:, None], places, window=window, sink_tokens=sink_tokens)
+    return (places >= 0)[None, :] & sees(
+        row_places[:, None], places[None, :], window=window, sink_tokens=sink_tokens
+    )
 
 
 def score(q_tile, k, k_scale, visible, *, softcap: float | None):
@@ -152,10 +154,10 @@ def score(q_tile, k, k_scale, visible, *, softcap: float | None):
 def _products(q_tile, k, visible):
     """`[kv_heads, rows, size]`, zero where a key is not visible."""
     if q_tile.shape[1] > _FEW_ROWS:
-        return jnp.where(visible, jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), 0.0)
+        return jnp.where(visible[None], jnp.einsum("hrd,htd->hrt", q_tile, k, precision="highest"), 0.0)
     # Masked before it is turned: XLA would move a bare transpose into the product, and transpose K.
     scores = jnp.einsum("htd,hrd->htr", k, q_tile, precision="highest")
-    return jnp.where(visible.T, scores, 0.0).swapaxes(1, 2)
+    return jnp.where(visible.T[None], scores, 0.0).swapaxes(1, 2)
 
 
 _weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
@@ -223,15 +225,15 @@ def plan(
     """For query tiles of `size` tokens; `options` are those of `schedule.query_tiles`."""
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows, **options)
     offset = jnp.arange(size, dtype=jnp.int32)
-    exists = offset < tiles.num_rows[:, None]
+    exists = offset[None, :] < tiles.num_rows[:, None]
     sees_any = tiles.num_keys > 0
     window_key_tile = keys.containing(tiles.first_key)
     num_sinks = keys.containing(sink_tokens - 1) + 1 if sink_tokens else 0
     first_key_tile = schedule.first_visited(window_key_tile, num_sinks)
     last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
     return Work(
-        tokens=jnp.where(exists, tiles.first_row[:, None] + offset, tokens),
-        places=jnp.where(exists & sees_any[:, None], tiles.first_place[:, None] + offset, -1),
+        tokens=jnp.where(exists, tiles.first_row[:, None] + offset[None, :], tokens),
+        places=jnp.where(exists & sees_any[:, None], tiles.first_place[:, None] + offset[None, :], -1),
         rows=ragged_rows(jnp.cumsum(tiles.num_rows, dtype=jnp.int32), tokens),
         table_row=tiles.table_row,
         num_keys=tiles.num_keys,
@@ -338,7 +340,7 @@ class KeyTiles:
                 # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
                 nth = jnp.arange(shapes[i][1] * shapes[i][2], dtype=jnp.int32).reshape(shapes[i][1:])
                 own = (nth >= where.skip * widths[i]) & (nth < where.end * widths[i])
-                tile[i] = jnp.where(own, tile[i], jnp.zeros((), tile[i].dtype))
+                tile[i] = jnp.where(own[None], tile[i], jnp.zeros((), tile[i].dtype))
             return tile
 
         if pool[0].dtype == jnp.float32 and 4 * math.prod(shapes[0]) >= _SPLIT_BYTES:

@@ -453,3 +453,47 @@ def test_any_tuning_is_right(case, tuning):
     want = expected(case, arguments)
     assert_close(got[0], want[0], case.dtype)
     assert_close(got[1], want[1], "float32")
+
+
+@backends
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("score", [-2e30, -3e38], ids=str)
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+def test_the_greatest_score_weighs_one_however_low_it_is(backend, shared, score, scale):
+    """Rows of two sequences with the same 32 keys; an empty one between them sees nothing."""
+    k_pages = np.full((1, 3, 1, 32, 16), 0.0, np.float32)
+    k_pages[..., 0] = score / 1e19
+    k_pages[0, 1, 0, 5, 0] *= 0.875
+    v_pages = np.random.default_rng(0).normal(size=k_pages.shape).astype(np.float32)
+    q = np.zeros((2, 1, 16), np.float32)
+    q[..., 0] = 1e19
+    k_pages, v_pages, q = map(jnp.asarray, (k_pages, v_pages, q))
+    table = jnp.array([[1, 0], [2, 2], [1, 2]], jnp.int32)
+    lengths, starts = jnp.array([64, 0, 64], jnp.int32), jnp.array([0, 1, 1, 2], jnp.int32)
+    rows = table, lengths, starts
+    out, lse = attend(
+        q, k_pages, v_pages, *rows, scale=scale, shared_prefix=shared, return_lse=True, **on(backend)
+    )
+    np.testing.assert_allclose(out[:, 0], jnp.stack([v_pages[0, 1, 0, 5]] * 2), rtol=1e-6)
+    want = float(q[0, 0, 0]) * float(k_pages[0, 1, 0, 5, 0]) * scale
+    np.testing.assert_allclose(lse, jnp.full((2, 1), want), rtol=1e-6)
+    mass = attention_mass(q, k_pages, *rows, lse, scale=scale, **on(backend))
+    np.testing.assert_array_equal(np.flatnonzero(mass), [5, 2 * 64 + 5])
+    np.testing.assert_array_equal(mass.sum(axis=(1, 2)), [1, 0, 1])
+
+
+@backends
+@pytest.mark.parametrize(
+    "tuning",
+    [None, Tuning(query_tile=1, key_tile=16, num_warps=4, num_stages=1, programs=200)],
+    ids=["whole", "cut"],
+)
+def test_a_lone_key_weighs_one_and_scores_of_minus_infinity_weigh_nothing(backend, tuning):
+    k_pages = jnp.zeros((1, 1, 1, 1, 16)).at[..., 0].set(-3e38)
+    v_pages = jnp.ones_like(k_pages)
+    one = jnp.array([[0]]), jnp.array([1]), jnp.array([0, 1])
+    for query, out_want, lse_want in ((1.0, 1.0, -3e38), (1e10, 0.0, -np.inf)):
+        q = jnp.full((1, 1, 16), query)
+        out, lse = attend(q, k_pages, v_pages, *one, scale=1.0, return_lse=True, tuning=tuning, **on(backend))
+        np.testing.assert_array_equal(out, jnp.full_like(out, out_want))
+        np.testing.assert_allclose(lse, jnp.full_like(lse, lse_want), rtol=1e-6)
