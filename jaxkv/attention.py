@@ -161,7 +161,7 @@ def attend(
     out, lse, mass = _attend(
         cache, layer, batch, q, sinks, with_mass=return_mass, backend=backend, options=options
     )
-    results = (out, *((lse,) if return_lse else ()), *((mass,) if return_mass else ()))
+    results = (out, *((lse,) if return_lse else ()), *((mass,) if mass is not None else ()))
     return results if len(results) > 1 else out
 
 
