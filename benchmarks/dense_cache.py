@@ -53,6 +53,6 @@ def _write(buffer, new, lengths):
 def _attend(q, k, v, lengths):
     grouped = q.reshape(q.shape[0], k.shape[1], -1, q.shape[-1]) * q.shape[-1] ** -0.5
     scores = jnp.einsum("shgd,shtd->shgt", grouped, k)
-    seen = jnp.arange(k.shape[2]) <= lengths[:, None]
-    p = jax.nn.softmax(jnp.where(seen[:, None, None], scores, -jnp.inf), axis=-1)
+    seen = jnp.arange(k.shape[2])[None, :] <= lengths[:, None]
+    p = jax.nn.softmax(jnp.where(seen[:, None, None, :], scores, -jnp.inf), axis=-1)
     return jnp.einsum("shgt,shtd->shgd", p, v).reshape(q.shape)

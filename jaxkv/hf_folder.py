@@ -17,11 +17,24 @@ _SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
 
 # Far above any published model.
 MOST_POSITIONS = 2**27
-# How many KV heads `transformers` gives a model whose config does not have the field. Elsewhere: as many as
-# query heads, which is also what a null means everywhere.
-KV_HEADS_WHERE_ABSENT = {"mistral": 8, "qwen2": 32}
-# The window of Mistral, and of Qwen where windows are switched on, whose config does not have the field.
-WINDOW_WHERE_ABSENT = 4096
+# What `transformers` takes where a config does not have a field at all. A null is something else: no window,
+# and as many KV heads as query heads.
+_WHERE_ABSENT: dict[str, dict[str, int]] = {
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "mixtral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+    },
+    "qwen3_moe": {"num_key_value_heads": 4, "sliding_window": 4096},
+    "gemma": {"num_key_value_heads": 16, "head_dim": 256},
+    "gemma2": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
+    "gemma3_text": {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096},
+    "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128},
+}
 
 # Rotary settings that mean the same without a type.
 _UNTYPED = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
@@ -63,6 +76,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ValueError(f"{path}: must hold a JSON object, not a {type(raw).__name__}")
     return raw
+
+
+def with_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A config with the fields that `transformers` fills in where they are absent, by `model_type`.
+
+    Example:
+      >>> with_defaults({"model_type": "mistral", "sliding_window": None})["num_key_value_heads"]
+      8
+    """
+    kind = raw.get("model_type")
+    return {**_WHERE_ABSENT.get(kind, {}), **raw} if isinstance(kind, str) else raw
 
 
 def rotary_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -111,6 +111,8 @@ def test_the_page_size_can_be_chosen_from_lengths(capsys):
         ("llama-2-7b --tp 3", "--tp=3 must divide the 32 query heads"),
         ("llama-2-7b --kv-dtype f8", "--kv-dtype='f8' is not known"),
         ("llama-2-7b --page-size 0", "--page-size=0 must be"),
+        ("llama-2-7b --page-size auto --context 0", "--context=0 must be a positive integer"),
+        ("llama-2-7b --page-size auto --lengths 0", "--lengths=0 must be a positive integer"),
         ("llama-2-7b --lengths 5", "--lengths is for --page-size auto"),
         ("llama-2-7b --page-size auto --lengths 5,x", "--lengths 'x' is not a number"),
         ("llama-2-7b --memory-fraction 2", "--memory-fraction=2.0"),

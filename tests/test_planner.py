@@ -146,6 +146,47 @@ def test_windows_are_those_of_the_architecture(fields, windows):
     assert ModelShape.from_config(LLAMA | {"num_hidden_layers": 4} | fields).windows == windows
 
 
+@pytest.mark.parametrize(
+    ("model_type", "heads", "head_dim", "windows"),
+    [
+        ("llama", 32, 4, (None, None)),
+        ("mistral", 8, 4, (4096, 4096)),
+        ("mixtral", 8, 4, (None, None)),
+        ("qwen2", 32, 4, (None, None)),
+        ("qwen3", 32, 128, (None, None)),
+        ("gemma", 16, 256, (None, None)),
+        ("gemma2", 4, 256, (4096, None)),
+        ("gemma3_text", 4, 256, (4096, 4096)),
+        ("gpt_oss", 8, 64, (128, None)),
+    ],
+)
+def test_fields_that_are_absent_have_the_defaults_of_the_architecture(model_type, heads, head_dim, windows):
+    model = shape(
+        model_type=model_type,
+        hidden_size=128,
+        num_attention_heads=32,
+        num_key_value_heads=None,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+    )
+    assert (model.num_kv_heads, model.head_dim, model.windows) == (heads, head_dim, windows)
+
+
+def test_windows_of_layer_types_need_a_window_and_may_have_older_names():
+    kinds = ["attention", "sliding_attention"]
+    assert shape(model_type="mistral", sliding_window=8, layer_types=kinds).windows == (None, 8)
+    null = LLAMA | {"model_type": "mistral", "sliding_window": None, "layer_types": kinds}
+    with pytest.raises(ValueError, match="field 'sliding_window' is missing"):
+        ModelShape.from_config(null)
+
+
+def test_the_type_of_what_holds_a_text_model_and_a_dtype_are_shown_in_short():
+    nested = ModelShape.from_config({"model_type": {"a": "b" * 999}, "text_config": LLAMA})
+    assert len(nested.notes[0]) < 120
+    with pytest.raises(ValueError, match=r"dtype an integer of .* bits is not known"):
+        shape(dtype=10**5000)
+
+
 def test_traps_of_published_configs():
     assert shape(num_key_value_heads=None).num_kv_heads == 4
     assert shape(head_dim=32).head_dim == 32

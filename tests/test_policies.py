@@ -454,7 +454,8 @@ def test_a_slot_that_was_used_before_ranks_as_a_new_one():
     kept = []
     for clock in (0, 10**9):
         used = jnp.array([[[8, 1, 2, 3, 4, 5, 6, 7, clock, clock]]], jnp.int32)
-        tokens = Tokens({"used": used}, None, jnp.arange(10, dtype=jnp.int32), jnp.full((1, 1, 1), 8))
+        place = jnp.arange(10, dtype=jnp.int32)[None, None, :]
+        tokens = Tokens({"used": used}, None, place, jnp.full((1, 1, 1), 8))
         kept.append(jnp.argsort(policy.rank(tokens)[0, 0, :8]).tolist())
     assert kept[0] == kept[1]
 

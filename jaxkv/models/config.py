@@ -10,15 +10,14 @@ from typing import Any, Self
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.hf_folder import (
-    KV_HEADS_WHERE_ABSENT,
     MOST_POSITIONS,
-    WINDOW_WHERE_ABSENT,
     original_positions,
     read_json,
     rotary_settings,
     rotary_type,
     shown,
     trained_context,
+    with_defaults,
 )
 from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
 
@@ -153,7 +152,7 @@ class ModelConfig:
           ValueError: when the file cannot be read, the architecture or a feature of it is not
               supported, or a field is missing or out of range; the message names it.
         """
-        raw = source if isinstance(source, Mapping) else read_json(Path(source))
+        raw = with_defaults(source if isinstance(source, Mapping) else read_json(Path(source)))
         _refuse_unsupported(raw)
         hidden, q_heads = _field(raw, "hidden_size", int), _field(raw, "num_attention_heads", int)
         layers, positions = _field(raw, "num_hidden_layers", int), _field(raw, "max_position_embeddings", int)
@@ -163,7 +162,7 @@ class ModelConfig:
             hidden_size=hidden,
             num_layers=layers,
             num_q_heads=q_heads,
-            num_kv_heads=_kv_heads(raw, q_heads),
+            num_kv_heads=_field(raw, "num_key_value_heads", int, q_heads),
             head_dim=_field(raw, "head_dim", int, hidden // q_heads),
             intermediate_size=_field(raw, "intermediate_size", int),
             rms_norm_eps=_field(raw, "rms_norm_eps", float, 1e-6),
@@ -235,20 +234,13 @@ def _refuse_all_but(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     raise ValueError(f"{name} {shown(value)} is not supported{only}")
 
 
-def _kv_heads(raw: Mapping[str, Any], q_heads: int) -> int:
-    if "num_key_value_heads" in raw:
-        return _field(raw, "num_key_value_heads", int, q_heads)
-    return KV_HEADS_WHERE_ABSENT.get(raw["model_type"], q_heads)
-
-
 def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and the layers that do not have it."""
     kinds = _layer_types(raw, layers)
     if raw["model_type"] != "mistral":
         # Llama has no window; Qwen2's configs name one and switch it off.
         return None, ()
-    # A null is no window; a field that is not there is the default of `transformers`.
-    window = _field(raw, "sliding_window", int, None) if "sliding_window" in raw else WINDOW_WHERE_ABSENT
+    window = _field(raw, "sliding_window", int, None)
     full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
     if window is None and len(full) < len(kinds):
         raise ValueError("layer_types has sliding_attention, but sliding_window is null")

@@ -7,7 +7,7 @@ numbers. An architecture that is not in `ARCHITECTURES` is refused: a guess woul
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxkv.hf_folder import KV_HEADS_WHERE_ABSENT, WINDOW_WHERE_ABSENT, shown
+from jaxkv.hf_folder import shown
 from jaxkv.planner.fields import Fields
 
 
@@ -67,9 +67,7 @@ def sizes(fields: Fields, *, latent: bool) -> Sizes:
     if fields.raw.get("model_type") == "falcon" and not fields.flag("new_decoder_architecture", False):
         kv_heads = 1 if fields.flag("multi_query", True) else q_heads
     else:
-        absent = "num_key_value_heads" not in fields.raw
-        usual = KV_HEADS_WHERE_ABSENT.get(fields.raw.get("model_type", ""), q_heads) if absent else q_heads
-        kv_heads = fields.integer("num_key_value_heads", "num_kv_heads", default=usual)
+        kv_heads = fields.integer("num_key_value_heads", "num_kv_heads", default=q_heads)
     if q_heads % kv_heads:
         raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={q_heads}")
     if fields.optional("head_dim") is None and hidden % q_heads:
@@ -194,19 +192,10 @@ def _every_layer(fields: Fields, layers: int) -> list[int | None]:
     return [fields.optional("sliding_window")] * layers
 
 
-def _default_window(fields: Fields) -> int | None:
-    # A null is no window; a field that is not there is the default of `transformers`.
-    return fields.optional("sliding_window") if "sliding_window" in fields.raw else WINDOW_WHERE_ABSENT
-
-
-def _every_mistral_layer(fields: Fields, layers: int) -> list[int | None]:
-    return [_default_window(fields)] * layers
-
-
 def _late_layers(fields: Fields, layers: int) -> list[int | None]:
     if not fields.flag("use_sliding_window", False):
         return [None] * layers
-    first, window = fields.integer("max_window_layers", least=0), _default_window(fields)
+    first, window = fields.integer("max_window_layers", least=0), fields.optional("sliding_window")
     return [window if layer >= first else None for layer in range(layers)]
 
 
@@ -223,7 +212,7 @@ def _all_but_every(pattern: int):
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(_dense(2), _no_window),
-    "mistral": Architecture(_dense(2), _every_mistral_layer),
+    "mistral": Architecture(_dense(2), _every_layer),
     "mixtral": Architecture(_mixtral, _every_layer),
     "phi3": Architecture(_dense(2), _every_layer),
     "qwen2": Architecture(_dense(2, qkv_bias=True), _late_layers),
@@ -260,11 +249,12 @@ def layer_windows(fields: Fields, architecture: Architecture, layers: int) -> li
         return architecture.windows(fields, layers)
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise ValueError(f"layer_types must be a list of {layers} kinds, one a layer, not {shown(kinds)}")
+    # Older files call full attention just that.
+    kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types {shown(kind)} is not known; its cache cannot be counted")
     if "sliding_attention" not in kinds:
         return [None] * layers
-    usual = WINDOW_WHERE_ABSENT if architecture.windows is _every_mistral_layer else None
-    window = fields.integer("sliding_window", default=usual)
+    window = fields.integer("sliding_window")
     return [window if kind == "sliding_attention" else None for kind in kinds]

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 
 from jaxkv import catalog
-from jaxkv.planner.kv_bytes import KV_BITS, kv_cache_bytes
+from jaxkv.planner.kv_bytes import KV_BITS, check_count, kv_cache_bytes
 from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
 from jaxkv.planner.plan import Device, Plan, plan
 from jaxkv.planner.shape import ModelShape
@@ -101,8 +101,14 @@ def _page_size(options: argparse.Namespace) -> PageSizeChoice | int:
             raise ValueError("--lengths is for --page-size auto")
         return _number(options.page_size, "--page-size")
     if options.lengths:
-        return choose_page_size([_number(length, "--lengths") for length in options.lengths.split(",")])
-    return choose_page_size(expected_lengths(_number(options.context, "--context")))
+        return choose_page_size([_length(length, "--lengths") for length in options.lengths.split(",")])
+    return choose_page_size(expected_lengths(_length(options.context, "--context")))
+
+
+def _length(text: str, name: str) -> int:
+    tokens = _number(text, name)
+    check_count(name, tokens)
+    return tokens
 
 
 def _device(options: argparse.Namespace) -> Device | None:
@@ -293,4 +299,7 @@ def _weights(made: Plan) -> str:
 def _stored(made: Plan) -> str:
     if made.weights_dtype != "stored":
         return f"in {made.weights_dtype}"
-    return "as stored" if made.shape.stored_bytes else f"in {made.shape.quantization}"
+    if made.shape.stored_bytes:
+        return "as stored"
+    bits = made.shape.quantized_bits
+    return f"in {made.shape.quantization}" if bits is None else f"in {bits:g} bits each, scales included"

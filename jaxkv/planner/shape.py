@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jaxkv import catalog
 from jaxkv.config import DTYPES
-from jaxkv.hf_folder import is_extended, read_json, shown, trained_context
+from jaxkv.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.planner.architectures import ARCHITECTURES, layer_windows, mlp_width, sizes
 from jaxkv.planner.fields import Fields
 from jaxkv.planner.stored import read_gguf, safetensors_bytes
@@ -99,7 +99,8 @@ class ModelShape:
         outer, notes = raw, ()
         if isinstance(raw.get("text_config"), Mapping):
             raw = raw["text_config"]
-            notes = (f"only the text part of {outer.get('model_type')!r} is counted",)
+            notes = (f"only the text part of {shown(outer.get('model_type'))} is counted",)
+        raw = with_defaults(raw)
         kind = raw.get("model_type")
         architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
         if architecture is None:
@@ -177,7 +178,7 @@ def _dtype(raw: Mapping[str, Any]) -> str | None:
     value = raw.get("dtype", raw.get("torch_dtype"))
     if value is None:
         return None
-    name = str(value).removeprefix("torch.")
+    name = "" if isinstance(value, int) else str(value).removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"dtype {shown(value)} is not known; known: {', '.join(DTYPES)}")
     return name
