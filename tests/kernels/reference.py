@@ -19,6 +19,7 @@ def attention(q, k, v, **options):
 
 def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sinks=None):
     """Its weights [tokens, q_heads, length], and lse."""
+    sinks = None if sinks is None else np.asarray(sinks)
     tokens, q_heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
     k = np.repeat(k, q_heads // kv_heads, axis=1)
