@@ -56,6 +56,7 @@ from benchmarks.hlo import launches, new_buffers
 from jaxkv import policies
 from jaxkv.models import ModelConfig, abstract_model
 from pallas_kernels import use_backend
+from pallas_kernels.quantization import as_stored
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256,
@@ -182,7 +183,8 @@ def pool_through_scan(cache, seqs, k):
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
 
     def write(_, own):
-        return None, own.at[batch.page_ids, :, batch.offsets].set(k, mode="drop")
+        new = as_stored(k, own.dtype)
+        return None, own.at[batch.page_ids, :, batch.offsets].set(new, mode="drop")
 
     _, pages = jax.lax.scan(write, None, cache.pool.k)
     return replace(cache, pool=replace(cache.pool, k=pages))
