@@ -10,7 +10,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import int4
 from pallas_kernels.paged_attention import softmax
-from pallas_kernels.paged_attention.scores import LOG2E
+from pallas_kernels.paged_attention.scores import LOG2E, scale_in_two
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.sizes import next_power_of_two
 
@@ -82,7 +82,8 @@ class Rows:
     def store(self, out, lse, seen: softmax.Partial, sinks, is_layer, *, scale: float):
         """Writes the rows that exist, when they have seen all; NaN where the layer was none."""
         sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
-        values, log_sum = softmax.finish(seen, sinks, scale=scale, exp=_exp, log=_log)
+        _, rest = scale_in_two(scale)
+        values, log_sum = softmax.finish(seen, sinks, scale=rest / LOG2E, exp=_exp, log=_log)
         log_sum = jnp.where(is_layer, log_sum, jnp.nan)
         for at, part in zip(self._at(out), values, strict=True):
             part = jnp.where(is_layer, part, jnp.nan)

@@ -35,6 +35,15 @@ def add_up(product: Callable, a, b):
     return reduce(add, (product(*pair, trans_b=True) for pair in zip(a, b, strict=True)))
 
 
+def scale_in_two(scale: float) -> tuple[float, float]:
+    """What scores are multiplied by, so that none overflows, and the rest, of the differences between them.
+
+    Their product is the scale in units of log 2. Most scales are below one, and have no rest.
+    """
+    first = min(scale * LOG2E, 1.0)
+    return first, scale * LOG2E / first
+
+
 def cap(scores, scale: float, softcap: float):
     """Scores before their scale, capped as they are after it."""
     return (softcap / scale) * _tanh(scores * (scale / softcap))

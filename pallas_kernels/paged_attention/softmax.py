@@ -8,7 +8,6 @@ nothing else is one that has seen nothing.
 With `exp=jnp.exp2`, which is one instruction on a GPU, `scale` holds the factor log2(e) too.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,8 +19,6 @@ from jaxtyping import Array, Bool, Float
 # The greatest score of a row that has seen none: finite, so that a score of -inf less it is not NaN, and no
 # more than any finite score.
 LOWEST = float(np.finfo(np.float32).min)
-# Scores beyond it lie further apart than an exponential can tell from zero.
-_FAR = 2.0**30
 
 
 class Partial(NamedTuple):
@@ -67,25 +64,16 @@ def extend(
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
     m = jnp.maximum(seen.m, jnp.max(scores, axis=-1))
-    p = exp(_below(scores, m, scale))
+    p = exp((scores - m[..., None]) * scale)
+    if visible is not None:
+        # It is zero already where this masks; but Triton's compiler spills without.
+        p = jnp.where(visible, p, 0.0)
     rescale = exp((seen.m - m) * scale)
     return Partial(
         m=m,
         l=seen.l * rescale + jnp.sum(p, axis=-1),
         o=jax.tree.map(lambda o, more: o * rescale[..., None] + more, seen.o, product(p, v)),
     )
-
-
-def _below(scores: Array, m: Array, scale: float) -> Array:
-    """`(scores - m) * scale`."""
-    if scale >= 1:
-        # A product could overflow where the difference does not.
-        return (scores - m[..., None]) * scale
-    # So each score takes one instruction, which rounds once; but the rounding of `m * scale` grows with it,
-    # and its exponential would be zero or infinite. A power of two rounds nothing, and far out any will do.
-    power = 2.0 ** math.floor(math.log2(scale))
-    factor = jnp.where(jnp.abs(m) > _FAR / power, jnp.float32(power), jnp.float32(scale))
-    return scores * factor[..., None] - (m * factor)[..., None]
 
 
 def merge(

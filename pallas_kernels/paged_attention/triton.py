@@ -21,12 +21,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
-from pallas_kernels.checks import as_layer, pool_arrays
+from pallas_kernels.checks import as_layer, is_layer, pool_arrays
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
-from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
+from pallas_kernels.paged_attention.scores import add_up, cap, product_for, scale_in_two
 from pallas_kernels.paged_attention.tiles import assembled, how_read, load_words, numbers_of, read_tile
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.quantization import is_int4
@@ -86,7 +86,7 @@ def paged_attention(
 
     words, view = how_read(k_pages, tuning)
     arrays = (
-        as_layer(layer).reshape(1),
+        _layer_and_whether(layer, k_pages.shape[0]),
         page_table,
         sinks,
         q,
@@ -137,7 +137,6 @@ def paged_attention(
                 _merge,
                 rows=rows_like(q, kv_heads, 1, tuning),
                 scale=scale,
-                num_layers=k_pages.shape[0],
             ),
             grid=(kv_heads, num_tiles),
             out_shape=_outputs(q),
@@ -148,6 +147,12 @@ def paged_attention(
             interpret=interpret,
         )(*merged)
     )
+
+
+def _layer_and_whether(layer, num_layers: int):
+    """The layer that is read, and whether it is the one asked for: of what is no layer every row becomes NaN."""
+    asked = as_layer(layer)
+    return jnp.stack([jnp.clip(asked, 0, num_layers - 1), is_layer(layer, num_layers).astype(jnp.int32)])
 
 
 def _outputs(q):
@@ -236,14 +241,14 @@ def _attend(
     scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
     four_bits = codes is not None and is_int4(codes)
     head, item = pl.program_id(0), pl.program_id(1)
-    # Of what is no layer nothing is read; its rows become NaN when they are stored.
-    layer, tile = jnp.clip(layer_ref[0], 0, k_ref.shape[0] - 1), tile_ref[item]
+    layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
     num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
     table_row, page_size = table_row_ref[tile], np.int32(k_ref.shape[3])
     mine = rows(first_row_ref[tile], num_rows, head)
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
+    factor, rest = scale_in_two(scale)
     if four_bits:
         spike_q_ref, *out_refs = out_refs
         q += mine.load(spike_q_ref)
@@ -290,10 +295,11 @@ def _attend(
             scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
         if softcap is not None:
             scores = cap(scores, scale, softcap)
+        scores = scores * factor
         visible = None
         if edge:
             visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
-        seen = softmax.extend(seen, scores, visible, v, scale=scale * LOG2E, product=weigh_tile, exp=jnp.exp2)
+        seen = softmax.extend(seen, scores, visible, v, scale=rest, product=weigh_tile, exp=jnp.exp2)
         return seen, next_ids
 
     seen, start = mine.nothing_seen(), begin
@@ -319,7 +325,7 @@ def _attend(
         pl.when(begin < end)(lambda: mine.store_partial(softmax.Partial(*out_refs), item, seen))
     else:
         out_ref, lse_ref = out_refs
-        mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, k_ref.shape[0]), scale=scale)
+        mine.store(out_ref, lse_ref, seen, sinks_ref, layer_ref[1] > 0, scale=scale)
 
 
 def _merge(
@@ -332,16 +338,16 @@ def _merge(
     *refs,
     rows,
     scale: float,
-    num_layers: int,
 ):
     """The items of a query tile, and those of what its rows share with others, become rows of the output."""
     *refs, out_ref, lse_ref = refs
     head, tile = pl.program_id(0), pl.program_id(1)
     mine = rows(first_row_ref[tile], num_rows_ref[tile], head)
+    _, rest = scale_in_two(scale)
 
     def visit(item, seen):
         part = mine.load_partial(softmax.Partial(*refs[:3]), item, mine.row, mine.in_tile)
-        return softmax.merge(seen, part, scale=scale * LOG2E, exp=jnp.exp2)
+        return softmax.merge(seen, part, scale=rest, exp=jnp.exp2)
 
     seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, mine.nothing_seen())
     if refs[3:]:
@@ -358,11 +364,7 @@ def _merge(
             item = first + nth
             row = place * group + mine.in_group
             part = mine.load_partial(softmax.Partial(*shared), item, row, item < end)
-            return softmax.merge(seen, part, scale=scale * LOG2E, exp=jnp.exp2)
+            return softmax.merge(seen, part, scale=rest, exp=jnp.exp2)
 
         seen = lax.fori_loop(0, jnp.max(end - first), visit_shared, seen)
-    mine.store(out_ref, lse_ref, seen, sinks_ref, _is_layer(layer_ref, num_layers), scale=scale)
-
-
-def _is_layer(layer_ref, num_layers: int):
-    return (layer_ref[0] >= 0) & (layer_ref[0] < num_layers)
+    mine.store(out_ref, lse_ref, seen, sinks_ref, layer_ref[1] > 0, scale=scale)
