@@ -1,4 +1,4 @@
-"""Settings for every test: CPU by default, strict promotion, shapes checked as they are annotated."""
+"""Settings for every test: CPU by default, strict promotion of dtypes and ranks, shapes as annotated."""
 
 import os
 from importlib.metadata import version
@@ -19,6 +19,7 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_enable_compilation_cache", False)
 
 # Function modules only: JAX unflattens the pytrees of jaxkv.state with things that are not arrays.
@@ -64,27 +65,6 @@ def programs_of_one_module():
     """Every compiled program maps memory, and a process that maps 65,530 regions is killed."""
     yield
     jax.clear_caches()
-
-
-# Where arrays of different ranks may not be broadcast implicitly, as in JAX's own tests. Between them these
-# files run every operation in every format, and each policy.
-STRICT_RANKS = (
-    "test_arguments.py",
-    "test_attention.py",
-    "test_causal_lm.py",
-    "test_config.py",
-    "test_paged_attention.py",
-    "test_policies.py",
-    "test_pool.py",
-    "test_sampling.py",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def strict_ranks(request):
-    ranks = "raise" if request.path.name in STRICT_RANKS else "allow"
-    with jax.numpy_rank_promotion(ranks):
-        yield
 
 
 @pytest.fixture

@@ -45,7 +45,8 @@ def options(cache, seqs, x):
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
     cache = jaxkv.append(cache, 0, batch, x[:, :2], x[:, :2])
     seen = {"window": 4, "sink_tokens": 2, "softcap": 3.0, "sinks": jnp.ones(4)}
-    return cache, jaxkv.attend(cache, 0, batch, x, return_lse=True, return_mass=True, **seen)
+    out, lse, mass = jaxkv.attend(cache, 0, batch, x, return_lse=True, return_mass=True, **seen)
+    return cache, (jaxkv.merge_attention([out, out], [lse, lse]), mass)
 
 
 def evicting(policy, cache, seqs, x):
@@ -65,8 +66,10 @@ def table_operations(cache, seqs, x):
     cache = jaxkv.free(cache, jnp.array([2, 3]))
     cache, status = jaxkv.fork(cache, jnp.array([0, 1]), jnp.array([2, 3]))
     cache, shifted = jaxkv.shift_positions(cache, seqs, seqs, rope=ROPE)
+    cache, reordered = jaxkv.reorder(cache, seqs, jnp.array([1, 0, 0, 3]))
     cache, moved = jaxkv.compact(jaxkv.free(cache, jnp.array([0])))
-    return cache, (status, shifted, moved, jaxkv.gather(cache, 1, seqs), jaxkv.memory_profile(cache))
+    seen = jaxkv.gather(cache, 1, seqs), jaxkv.lengths(cache), jaxkv.memory_profile(cache)
+    return cache, (status, shifted, reordered, moved, seen)
 
 
 OPERATIONS = {f.__name__: f for f in (decode, options, table_operations)}
