@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxkv import catalog
 from jaxkv.arguments import real, whole
@@ -97,8 +98,9 @@ class CacheConfig:
                 f"compaction_threshold={self.compaction_threshold!r} must be a number from 0 to 1"
             )
         object.__setattr__(self, "compaction_threshold", threshold)
-        if not isinstance(self.compact_automatically, bool):
+        if not isinstance(self.compact_automatically, (bool, np.bool_)):
             raise ValueError(f"compact_automatically={self.compact_automatically!r} must be True or False")
+        object.__setattr__(self, "compact_automatically", bool(self.compact_automatically))
 
     @classmethod
     def contiguous(

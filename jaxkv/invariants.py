@@ -69,7 +69,12 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
       jaxkv.invariants.OutOfPagesError: entry 1: the pool has too few free pages
     """
     batch = batch_or_status if isinstance(batch_or_status, Batch) else None
-    status = np.asarray(batch.status if batch is not None else batch_or_status)
+    try:
+        status = np.asarray(batch.status if batch is not None else batch_or_status)
+    except jax.errors.TracerArrayConversionError:
+        raise ValueError(
+            "raise_for_status runs on the host: return the status from jit, then call it"
+        ) from None
     if not np.issubdtype(status.dtype, np.integer):
         raise ValueError(f"expected a Batch or an array of Status, not {status.dtype}{list(status.shape)}")
     status = np.atleast_1d(status)

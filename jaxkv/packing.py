@@ -51,7 +51,10 @@ def pack(
 
 
 def _token_ids(entry: int, ids: Sequence[int] | np.ndarray) -> np.ndarray:
-    array = np.asarray(ids)
+    try:
+        array = np.asarray(ids)
+    except ValueError:  # lists in a list
+        raise ValueError(f"token_lists[{entry}] must be a list of integers, not {ids!r:.100}") from None
     if array.shape == (0,):
         return np.zeros(0, np.int32)
     if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):

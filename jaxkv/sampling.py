@@ -7,9 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxkv.arguments import integer, real
+from jaxkv.operation import axis_of, operation
 
 # The smallest normal float32. A division by less overflows, or by zero where the hardware flushes it.
 _LEAST_TEMPERATURE = 2.0**-126
@@ -124,19 +126,35 @@ def sample(
       >>> int(sample(jax.random.key(0), jnp.array([[0.0, 3.0, 1.0]]), Sampling())[0])
       1
     """
-    return _choose(logits, sampling, partial(jax.random.categorical, key))
+    return _draw(key, logits, sampling, each=False)
 
 
 def sample_each(
     keys: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling | SamplingBatch
 ) -> Int[Array, " seqs"]:
     """As `sample`, with a key for each sequence, `[seqs]`: neighbours change no draw."""
-    return _choose(logits, sampling, partial(jax.vmap(jax.random.categorical), keys))
+    return _draw(keys, logits, sampling, each=True)
+
+
+def _draw(keys: Array, logits: Array, sampling: Sampling | SamplingBatch, *, each: bool) -> Array:
+    if isinstance(sampling, Sampling):
+        return _drawn(keys, logits, None, sampling=sampling, each=each)
+    return _drawn(keys, logits, sampling, sampling=None, each=each)
+
+
+@operation(results=lambda _, logits, *__: PartitionSpec(axis_of(logits, 0)), static=("sampling", "each"))
+def _drawn(
+    keys: Array, logits: Array, batch: SamplingBatch | None, *, sampling: Sampling | None, each: bool
+) -> Array:
+    draw = jax.vmap(jax.random.categorical) if each else jax.random.categorical
+    return _choose(logits, batch or sampling, partial(draw, keys))
 
 
 def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[Array], Array]) -> Array:
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
+    # The sorts tell 0 from -0, which are equal logits.
+    logits = jnp.where(logits == 0, 0.0, logits)
     if isinstance(sampling, Sampling):
         temperature, top_k, top_p = _plain(sampling)
         if temperature == 0:

@@ -11,10 +11,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxkv
 from jaxkv.policies import HeavyHitter, LeastRecentlyUsed, PromptCompress, SemanticMerge, SlidingWindow
+from jaxkv.sampling import SamplingBatch, sample, sample_each
 
 LAYERS, TOKENS = 2, 4
 SEQS = jnp.arange(4, dtype=jnp.int32)
@@ -72,7 +73,15 @@ def table_operations(cache, seqs, x):
     return cache, (status, shifted, reordered, moved, seen)
 
 
-OPERATIONS = {f.__name__: f for f in (decode, options, table_operations)}
+def sampled(cache, seqs, x):
+    """Tokens drawn from logits that are sharded as `seqs` are."""
+    settings = [jaxkv.Sampling(temperature=0.5 + n, top_k=9 - n, top_p=0.9) for n in range(4)]
+    keys, logits = jax.random.split(jax.random.key(0), 4), x[:, 0]
+    ways = [*settings[:1], jaxkv.Sampling(temperature=1.0), jaxkv.Sampling(), SamplingBatch.of(settings)]
+    return cache, [(sample(keys[0], logits, way), sample_each(keys, logits, way)) for way in ways]
+
+
+OPERATIONS = {f.__name__: f for f in (decode, options, table_operations, sampled)}
 OPERATIONS |= {type(policy).__name__: partial(evicting, policy) for policy in POLICIES}
 
 
@@ -97,9 +106,9 @@ def in_shard_map(operation, cache, x):
     return [jax.tree.map(lambda array, n=n: array[n], jax.device_get(results)) for n in range(4)]
 
 
-def over_explicit_axes(operation, cache, x):
+def over_axes(kind, operation, cache, x):
     """One cache, its K and V sharded by head, and the batch sharded over the other axis."""
-    mesh = jax.make_mesh((2, 2), ("data", "model"))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind, kind))
 
     def put(tree, *axes):
         return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*axes)))
@@ -108,9 +117,17 @@ def over_explicit_axes(operation, cache, x):
     arguments = replace(put(cache), pool=pool), put(SEQS, "data"), put(x, "data", "model")
     with jax.set_mesh(mesh):
         results = jax.jit(operation)(*arguments)
-    for after, before in zip(*map(jax.tree.leaves, (results[0], arguments[0])), strict=True):
-        assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
+    if kind == AxisType.Explicit:
+        for after, before in zip(*map(jax.tree.leaves, (results[0], arguments[0])), strict=True):
+            assert after.sharding.is_equivalent_to(before.sharding, after.ndim)
     return [results]
+
+
+WAYS = {
+    "in shard_map": in_shard_map,
+    "over explicit axes": partial(over_axes, AxisType.Explicit),
+    "over automatic axes": partial(over_axes, AxisType.Auto),
+}
 
 
 def main(quantization):
@@ -133,10 +150,10 @@ def main(quantization):
     for name in names:
         operation = OPERATIONS[name]
         want = jax.jit(operation)(cache, SEQS, x)
-        for way in (in_shard_map, over_explicit_axes):
+        for way_name, way in WAYS.items():
             for got in way(operation, cache, x):
                 assert_same(got, want)
-            print(f"{name} {way.__name__}: as on one device", flush=True)
+            print(f"{name}, {way_name}: as on one device", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Each operation within `shard_map` with its default checks, and over a mesh with explicit axes."""
+"""Each operation within `shard_map` with its default checks, and over meshes with explicit and automatic axes."""
 
 import os
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.four_devices import OPERATIONS
+from tests.four_devices import OPERATIONS, WAYS
 
 
 @pytest.mark.parametrize(("quantization", "operations"), [("none", len(OPERATIONS)), ("int8", 3)])
@@ -21,4 +21,4 @@ def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, 
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("as on one device") == 2 * operations
+    assert done.stdout.count("as on one device") == len(WAYS) * operations

@@ -185,3 +185,8 @@ def test_a_stacked_batch_names_slot_and_free_pages_of_the_step_that_failed():
         jaxkv.raise_for_status(batches)
     assert batches.ok.tolist() == [[False, True], [True, False]]
     assert batches.last_rows.tolist() == [[15, 31], [15, 31]]
+
+
+def test_within_jit_raise_for_status_says_where_it_belongs():
+    with pytest.raises(ValueError, match="return the status from jit"):
+        jax.jit(jaxkv.raise_for_status)(jnp.zeros(2, jnp.int32))

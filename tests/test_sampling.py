@@ -186,3 +186,13 @@ def test_numpy_numbers_are_settings_like_python_s_own():
     given = Sampling(temperature=np.float32(0.5), top_k=np.int64(7), top_p=jnp.float32(0.25))
     assert given == Sampling(temperature=0.5, top_k=7, top_p=0.25)
     assert hash(given) == hash(Sampling(temperature=0.5, top_k=7, top_p=0.25))
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=1.0, top_k=1), Sampling(temperature=1.0, top_p=0.4)]
+)
+def test_zero_and_minus_zero_are_equal_logits(sampling):
+    logits = jnp.array([[-0.0, 0.0, -5.0]])
+    keys = jax.random.split(jax.random.key(0), 60)
+    drawn = jax.vmap(lambda key: sample(key, logits, sampling)[0])(keys)
+    assert set(drawn.tolist()) == {0}

@@ -43,21 +43,20 @@ def render(template: str, messages: Messages, variables: Mapping[str, Any]) -> s
 def plain_messages(messages: Messages, clean: Callable[[str], str]) -> list[dict[str, Any]]:
     """Messages as plain data, or an error that says which one is malformed.
 
-    A key whose value is None counts as absent: templates would write "None".
-
     Args:
       messages: each a mapping with a `role`, and a `content` that is text or a list of parts. A message with
-        `tool_calls` needs no content.
+        `tool_calls` needs no content, or has None.
       clean: applied to every text.
     """
     plain = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise TokenizerError(f"message {number} must be a role and its content, not {message!r}")
-        message = {key: value for key, value in message.items() if value is not None}
         if not isinstance(message.get("role"), str):
             raise TokenizerError(f"message {number} needs a text 'role'")
-        content = message.get("content", "" if "tool_calls" in message else None)
+        content = message.get("content")
+        if content is None and message.get("tool_calls"):
+            content = ""
         if isinstance(content, list | tuple):
             if not all(isinstance(part, Mapping) for part in content):
                 raise TokenizerError(f"message {number}: each part of 'content' must be a mapping")

@@ -182,9 +182,11 @@ def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, opti
 def _column(made: Plan, has_device: bool) -> dict[str, str]:
     """The rows of one model, by name."""
     shape, kv = made.shape, made.kv
-    billions = f"{shape.num_parameters / 1e9:.3g} billion"
+    few = shape.num_parameters < 1_000_000
+    billions = f"{shape.num_parameters:,}" if few else f"{shape.num_parameters / 1e9:.3g} billion"
     if shape.active_parameters != shape.num_parameters:
-        billions += f", {shape.active_parameters / 1e9:.3g} of them active"
+        active = f"{shape.active_parameters:,}" if few else f"{shape.active_parameters / 1e9:.3g}"
+        billions += f", {active} of them active"
     rows = {
         "model": shape.name,
         "parameters": billions,

@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
+from pallas_kernels.attention_mass.weights import log_weights
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
@@ -31,8 +32,6 @@ from pallas_kernels.paged_attention.tuning import Tuning
 
 # Programs for each that can be resident: more even out what they take, fewer begin less often.
 _WAVES = 8
-# From here on the rounding of a log-sum-exp, a part of it, is more than one.
-_FAR, _ROUNDING = 2.0**24, 2.0**-22
 
 
 def attention_mass(
@@ -160,11 +159,7 @@ def _receive(
             log_sum = plgpu.load(lse_ref.at[mine.token, mine.q_head], mask=mine.exists, other=0.0)
             row_place = first_place + tile * size + mine.offset
             visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
-            # No weight is above one. Of huge scores the log-sum-exp is rounded by more than the exponential
-            # can bear: what lies within that counts as the greatest.
-            slack = jnp.where(jnp.abs(log_sum) > _FAR, jnp.abs(log_sum) * _ROUNDING, 0.0)
-            below = jnp.minimum(scores * scale + (slack - log_sum)[:, None], 0.0)
-            weights = jnp.exp2(below * LOG2E)
+            weights = jnp.exp2(log_weights(scores * scale, log_sum[:, None]) * LOG2E)
             return total + jnp.where(visible & mine.exists[:, None], weights, 0.0)
 
         nothing = jnp.zeros((geometry.row.shape[0], key_tile), jnp.float32)

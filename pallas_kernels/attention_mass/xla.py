@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import control_flow
+from pallas_kernels.attention_mass.weights import log_weights
 from pallas_kernels.paged_attention.xla import KeyTiles, at, pack, plan, query_tile, score, see
 
 
@@ -50,7 +51,7 @@ def attention_mass(
             k, *scales = keys.read(pool, layer, where)
             visible = see(row_places, keys.places(where), **hides)
             scores = score(q_tile, k, scales[0] if scales else None, visible, softcap=softcap)
-            weights = jnp.where(visible[None], jnp.exp(jnp.minimum(scores - log_sum, 0.0)), 0.0)
+            weights = jnp.where(visible[None], jnp.exp(log_weights(scores, log_sum)), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first
             # Of places that it does not own a tile adds zero.
             own = jax.lax.dynamic_slice(mass, corner, (1, kv_heads, keys.size))

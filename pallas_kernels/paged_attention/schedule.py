@@ -87,15 +87,15 @@ def query_tiles(
       causal: the queries stand at the last places of their sequence. Else behind them, and see them all.
     """
     num_seqs = kv_lengths.shape[0]
-    # The rows past the last sequence are those of one more, which is empty.
+    # The rows past the last sequence are those of one more, which is empty. It is not among the ends: a count by
+    # scattering takes no vector longer than a sharded one, whose padding XLA's partitioner would count too.
     starts = jnp.concatenate([query_starts, jnp.full(1, tokens, query_starts.dtype)]).astype(jnp.int32)
     num_queries = starts[1:] - starts[:-1]
     lengths = jnp.concatenate([kv_lengths.astype(jnp.int32), jnp.zeros(1, jnp.int32)])
-    ends = jnp.cumsum((num_queries + size - 1) // size, dtype=jnp.int32)
-    entry, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size))
-    exists, seq = entry <= num_seqs, jnp.minimum(entry, num_seqs)
+    ends = jnp.cumsum((num_queries[:num_seqs] + size - 1) // size, dtype=jnp.int32)
+    seq, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size))
     offset = nth * size
-    num_rows = jnp.where(exists, jnp.clip(num_queries[seq] - offset, 0, size), 0)
+    num_rows = jnp.clip(num_queries[seq] - offset, 0, size)
     first_place = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]
     sees = first_place + num_rows if causal else first_place
     first_key = jnp.zeros_like(first_place)

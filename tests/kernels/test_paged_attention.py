@@ -497,3 +497,17 @@ def test_a_lone_key_weighs_one_and_scores_of_minus_infinity_weigh_nothing(backen
         out, lse = attend(q, k_pages, v_pages, *one, scale=1.0, return_lse=True, tuning=tuning, **on(backend))
         np.testing.assert_array_equal(out, jnp.full_like(out, out_want))
         np.testing.assert_allclose(lse, jnp.full_like(lse, lse_want), rtol=1e-6)
+        mass = attention_mass(q, k_pages, *one, lse, scale=1.0, **on(backend))
+        np.testing.assert_array_equal(mass, jnp.full_like(mass, out_want))
+
+
+@backends
+def test_the_mass_of_a_huge_score_from_codes_is_one(backend):
+    k_pages = jnp.zeros((1, 1, 1, 16, 16), jnp.float32).at[..., 0, :].set(-100).astype(jnp.int8)
+    scales = jnp.full((1, 1, 1, 16), 1e14, jnp.float32)
+    q = jnp.full((1, 2, 16), 1e16, jnp.float32)
+    rows = jnp.array([[0]]), jnp.array([1]), jnp.array([0, 1])
+    codes = {"k_scales": scales}
+    _, lse = attend(q, k_pages, k_pages, *rows, **codes, v_scales=scales, return_lse=True, **on(backend))
+    mass = attention_mass(q, k_pages, *rows, lse, **codes, **on(backend))
+    np.testing.assert_array_equal(mass[0, 0], np.eye(16)[0] * 2)

@@ -45,6 +45,14 @@ def test_what_a_template_sets_in_one_chat_is_not_seen_in_the_next():
     assert ours.chat([USER]) == ours.chat([USER]) == "False1"
 
 
+def test_a_message_keeps_what_is_none_as_transformers_does():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "f"}], "name": None}
+    ours = tokenizer(
+        "{{ messages[0].content is none }} {{ messages[0].name is none }} {{ messages[0].x is defined }}"
+    )
+    assert ours.chat([call]) == "True True False"
+
+
 @pytest.mark.parametrize(
     ("messages", "message"),
     [
