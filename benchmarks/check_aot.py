@@ -158,8 +158,9 @@ def attend_with_mass(cache, seqs, k, q):
     masses = []
     for layer in range(2):
         cache = jaxkv.append(cache, layer, batch, k, k)
-        q, mass = jaxkv.attend(cache, layer, batch, q, return_mass=True)
-        masses.append(mass)
+        out, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
+        masses.append(jaxkv.attention_mass(cache, layer, batch, q, lse))
+        q = jaxkv.after(out, masses[-1])
     return cache, q, jnp.stack(masses)
 
 

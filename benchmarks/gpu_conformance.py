@@ -112,7 +112,7 @@ def _attention_and_mass(q, k_pages, v_pages, page_table, kv_lengths, query_start
     """`(out, lse, mass)`."""
     rows = page_table, kv_lengths, query_starts
     out, lse = _attention(q, k_pages, v_pages, *rows, **options)
-    for name in ("v_scales", "sinks", "shared_prefix"):
+    for name in ("v_scales", "sink_logits", "shared_prefix"):
         options.pop(name, None)
     return out, lse, pallas_kernels.attention_mass(q, k_pages, *rows, lse, **options)
 

@@ -25,8 +25,10 @@ from jaxkv.pool import gather as gather
 from jaxkv.pool import keys as keys
 from jaxkv.pool import values as values
 from jaxkv.attention import attend as attend
+from jaxkv.attention import attention_mass as attention_mass
 from jaxkv.merge import merge_attention as merge_attention
 from pallas_kernels import use_backend as use_backend
+from pallas_kernels.ordering import after as after
 from jaxkv.rope import Rope as Rope
 from jaxkv.positions import shift_positions as shift_positions
 from jaxkv import policies as policies

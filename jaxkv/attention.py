@@ -1,7 +1,7 @@
 """Attention of this step's tokens over their sequences."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import jax
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+import pallas_kernels
 from jaxkv.fingerprint import layer_for
 from jaxkv.operation import axis_of, operation
 from jaxkv.state import Batch, KVCache
-from pallas_kernels import attention_mass, paged_attention
+from pallas_kernels import paged_attention
 from pallas_kernels.checks import Options, check_options
-from pallas_kernels.ordering import after
 
 
 @overload
@@ -28,10 +28,9 @@ def attend(
     window: int | None = ...,
     sink_tokens: int = ...,
     softcap: float | None = ...,
-    sinks: Float[Array, " q_heads"] | None = ...,
+    sink_logits: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
-    return_mass: Literal[False] = ...,
 ) -> Array: ...
 
 
@@ -46,47 +45,10 @@ def attend(
     window: int | None = ...,
     sink_tokens: int = ...,
     softcap: float | None = ...,
-    sinks: Float[Array, " q_heads"] | None = ...,
+    sink_logits: Float[Array, " q_heads"] | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
-    return_mass: Literal[False] = ...,
 ) -> tuple[Array, Array]: ...
-
-
-@overload
-def attend(
-    cache: KVCache,
-    layer: int | Int[Array, ""],
-    batch: Batch,
-    q: Float[Array, "tokens q_heads head_dim"],
-    *,
-    scale: float | None = ...,
-    window: int | None = ...,
-    sink_tokens: int = ...,
-    softcap: float | None = ...,
-    sinks: Float[Array, " q_heads"] | None = ...,
-    backend: str = ...,
-    return_lse: Literal[False] = ...,
-    return_mass: Literal[True],
-) -> tuple[Array, Array]: ...
-
-
-@overload
-def attend(
-    cache: KVCache,
-    layer: int | Int[Array, ""],
-    batch: Batch,
-    q: Float[Array, "tokens q_heads head_dim"],
-    *,
-    scale: float | None = ...,
-    window: int | None = ...,
-    sink_tokens: int = ...,
-    softcap: float | None = ...,
-    sinks: Float[Array, " q_heads"] | None = ...,
-    backend: str = ...,
-    return_lse: Literal[True],
-    return_mass: Literal[True],
-) -> tuple[Array, Array, Array]: ...
 
 
 def attend(
@@ -99,11 +61,10 @@ def attend(
     window: int | None = None,
     sink_tokens: int = 0,
     softcap: float | None = None,
-    sinks: Float[Array, " q_heads"] | None = None,
+    sink_logits: Float[Array, " q_heads"] | None = None,
     backend: str = "auto",
     return_lse: bool = False,
-    return_mass: bool = False,
-) -> Array | tuple[Array, ...]:
+) -> Array | tuple[Array, Array]:
     """Causal attention of each token over its own sequence, up to and with itself.
 
     Neighbours in the batch that begin with the same pages, as forks do, attend to them once, wherever that
@@ -124,21 +85,17 @@ def attend(
       sink_tokens: and its sequence's first so many places, which the window does not hide (StreamingLLM,
         arXiv:2309.17453). Without a `window` here or there it must be 0.
       softcap: scores become `softcap * tanh(scores / softcap)`.
-      sinks: a logit for each query head that joins the softmax's denominator.
+      sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
       backend: "auto", "xla", or "triton" on a GPU.
-      return_lse: also return the log-sum-exp of the scores, for merging partial results.
-      return_mass: also return what attention each place received, which is one more pass over K.
+      return_lse: also return the log-sum-exp of the scores, for merging partial results and for
+        `attention_mass`.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype; zeros for padding and refused sequences.
       With `return_lse` also float32 `[tokens, q_heads]`, `-inf` for those.
-      With `return_mass` also float32 `[entries, kv_heads, max_tokens]`: for each entry of the batch, KV head
-      and place of its row, the softmax weights of all queries and query heads of that KV head, summed; zero
-      for places that none of them sees.
 
     Raises:
-      ValueError: for wrong shapes, dtypes or options, at trace time; for `return_mass` on a backend that has
-        no kernel for it.
+      ValueError: for wrong shapes, dtypes or options, at trace time.
       NotImplementedError: for a backend that cannot serve the call.
 
     Example:
@@ -150,42 +107,131 @@ def attend(
       3.0
     """
     layer = layer_for(cache, layer, batch)
-    q = jnp.asarray(q)
-    tokens = batch.positions.shape[0]
+    q = _queries(q, batch)
+    options = _options(batch, scale, window, sink_tokens, softcap)
+    sink_logits = None if sink_logits is None else jnp.asarray(sink_logits)
+    out, lse = _attend(cache, layer, batch, q, sink_logits, backend=backend, options=options)
+    return (out, lse) if return_lse else out
+
+
+def attention_mass(
+    cache: KVCache,
+    layer: int | Int[Array, ""],
+    batch: Batch,
+    q: Float[Array, "tokens q_heads head_dim"],
+    lse: Float[Array, "tokens q_heads"],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    sink_tokens: int = 0,
+    softcap: float | None = None,
+    backend: str = "auto",
+) -> Float[Array, "entries kv_heads max_tokens"]:
+    """How much attention each token slot received from this step's queries: one more pass over K.
+
+    The next write to the pool must wait for this read, or the compiler keeps a copy of the pool. Between the
+    steps of a `lax.scan` over layers it does. In a Python loop say so: `out = jaxkv.after(out, mass)`.
+
+    Args:
+      cache: as `attend` had it, before the next layer's `append`.
+      layer: likewise.
+      batch: likewise.
+      q: the queries given to `attend`.
+      lse: what that call returned with `return_lse=True`. If it had `sink_logits`, their share of the softmax
+        is in `lse` and goes to no token slot.
+      scale, window, sink_tokens, softcap: as given to that call.
+      backend: "auto", "xla", or "triton" on a GPU.
+
+    Returns:
+      float32: for each entry of the batch, KV head and token slot of the entry's row, the softmax weights of
+      all queries and of all query heads of that KV head, summed. Zero for slots that no query sees, for
+      padding and for refused entries; NaN for a stale batch or a traced layer that does not exist.
+
+    Raises:
+      ValueError: for wrong shapes, dtypes or options, at trace time; for a backend that has no kernel for it.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2, page_size=4)
+      >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([2]), total_tokens=2)
+      >>> cache = jaxkv.append(cache, 0, batch, jnp.zeros((2, 1, 8)), jnp.zeros((2, 1, 8)))
+      >>> q = jnp.ones((2, 1, 8))
+      >>> out, lse = jaxkv.attend(cache, 0, batch, q, return_lse=True)
+      >>> jaxkv.attention_mass(cache, 0, batch, q, lse)[0, 0, :3].tolist()
+      [1.5, 0.5, 0.0]
+    """
+    layer = layer_for(cache, layer, batch)
+    q, lse = _queries(q, batch), jnp.asarray(lse)
+    options = _options(batch, scale, window, sink_tokens, softcap)
+    with _naming_both_sides(backend):
+        return _attention_mass(cache, layer, batch, q, lse, backend=backend, options=options)
+
+
+def _queries(q: Array, batch: Batch) -> Array:
+    q, tokens = jnp.asarray(q), batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:
         raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
+    return q
+
+
+def _options(
+    batch: Batch, scale: float | None, window: int | None, sink_tokens: int, softcap: float | None
+) -> Options:
+    """Of the call, with the batch's own window where it is smaller."""
     if batch.window is not None and (window is None or batch.window < window):
         window, sink_tokens = batch.window, max(sink_tokens, batch.sink_tokens)
-    options = check_options(scale, window, sink_tokens, softcap)
-    sinks = None if sinks is None else jnp.asarray(sinks)
-    out, lse, mass = _attend(
-        cache, layer, batch, q, sinks, with_mass=return_mass, backend=backend, options=options
-    )
-    results = (out, *((lse,) if return_lse else ()), *((mass,) if mass is not None else ()))
-    return results if len(results) > 1 else out
+    return check_options(scale, window, sink_tokens, softcap)
 
 
-def _specs(cache: KVCache, _layer, _batch, q: Array, _sinks) -> tuple[PartitionSpec, ...]:
-    """A result for each query is sharded as they are; the mass has the cache's heads."""
-    like_q = PartitionSpec(axis_of(q, 0), axis_of(q, 1))
-    return like_q, like_q, PartitionSpec(None, axis_of(cache.pool.k, 2))
+def _like_queries(_cache: KVCache, _layer, _batch, q: Array, *_) -> tuple[PartitionSpec, PartitionSpec]:
+    spec = PartitionSpec(axis_of(q, 0), axis_of(q, 1))
+    return spec, spec
 
 
-@operation(results=_specs, static=("with_mass", "backend", "options"))
+def _like_kv_heads(cache: KVCache, *_) -> PartitionSpec:
+    return PartitionSpec(None, axis_of(cache.pool.k, 2))
+
+
+@operation(results=_like_queries, static=("backend", "options"))
 @jax.named_scope("jaxkv.attend")
 def _attend(
     cache: KVCache,
     layer: Array,
     batch: Batch,
     q: Array,
-    sinks: Array | None,
+    sink_logits: Array | None,
     *,
-    with_mass: bool,
     backend: str,
     options: Options,
-) -> tuple[Array, Array, Array | None]:
-    """The output, the log-sum-exp and, if asked for, the mass."""
-    paged: dict[str, Any] = dict(
+) -> tuple[Array, Array]:
+    pool = cache.pool
+    return paged_attention(
+        q,
+        pool.k,
+        pool.v,
+        *_rows(cache, batch),
+        sink_logits=sink_logits,
+        v_scales=pool.v_scale,
+        return_lse=True,
+        **_paged(cache, layer, batch, backend, options),
+    )
+
+
+@operation(results=_like_kv_heads, static=("backend", "options"))
+@jax.named_scope("jaxkv.attention_mass")
+def _attention_mass(
+    cache: KVCache, layer: Array, batch: Batch, q: Array, lse: Array, *, backend: str, options: Options
+) -> Array:
+    paged = _paged(cache, layer, batch, backend, options)
+    return pallas_kernels.attention_mass(q, cache.pool.k, *_rows(cache, batch), lse, **paged)
+
+
+def _rows(cache: KVCache, batch: Batch) -> tuple[Array, Array, Array]:
+    return cache.table.pages, batch.kv_lengths, batch.query_starts
+
+
+def _paged(cache: KVCache, layer: Array, batch: Batch, backend: str, options: Options) -> dict[str, Any]:
+    return dict(
         # The row of padding and of a refused entry is never read: they see nothing.
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
@@ -193,15 +239,6 @@ def _attend(
         backend=backend,
         **options._asdict(),
     )
-    rows = cache.table.pages, batch.kv_lengths, batch.query_starts
-    with _naming_both_sides(backend) if with_mass else nullcontext():
-        k, v, v_scales = cache.pool.k, cache.pool.v, cache.pool.v_scale
-        out, lse = paged_attention(q, k, v, *rows, sinks=sinks, v_scales=v_scales, return_lse=True, **paged)
-        if not with_mass:
-            return out, lse, None
-        mass = attention_mass(q, k, *rows, lse, **paged)
-        # The next layer's append waits for the output, and so for this pass over K.
-        return after(out, mass), lse, mass
 
 
 @contextmanager
@@ -211,5 +248,5 @@ def _naming_both_sides(backend: str) -> Iterator[None]:
         yield
     except NotImplementedError as error:
         raise ValueError(
-            f"backend={backend!r} cannot serve return_mass, nor policies that need attention mass: {error}"
+            f"backend={backend!r} cannot serve attention_mass, nor policies that need it: {error}"
         ) from error

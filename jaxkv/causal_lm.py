@@ -41,7 +41,7 @@ class CausalLM(Protocol):
         """Logits of the tokens at `rows` (all when None), and the cache, each of its layers appended to.
 
         A model that a policy can be told of takes `return_mass=True` too. Then it also returns what
-        `attend(..., return_mass=True)` gave in each layer, stacked.
+        `attention_mass` gave in each layer, stacked.
         """
         ...
 

@@ -14,6 +14,11 @@ def after(array: Array, *others: Array) -> Array:
     Args:
       array: what a later write depends on.
       others: results of the reads; none of them empty.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> after(jnp.arange(3), jnp.ones(2)).tolist()
+      [0, 1, 2]
     """
     corners = [other.reshape(-1)[0] for other in others]
     never = jnp.any(jnp.stack([(corner < 0) & (corner > 0) for corner in corners]))

@@ -45,8 +45,9 @@ def decode(cache, seqs, x):
 def options(cache, seqs, x):
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
     cache = jaxkv.append(cache, 0, batch, x[:, :2], x[:, :2])
-    seen = {"window": 4, "sink_tokens": 2, "softcap": 3.0, "sinks": jnp.ones(4)}
-    out, lse, mass = jaxkv.attend(cache, 0, batch, x, return_lse=True, return_mass=True, **seen)
+    seen = {"window": 4, "sink_tokens": 2, "softcap": 3.0}
+    out, lse = jaxkv.attend(cache, 0, batch, x, return_lse=True, sink_logits=jnp.ones(4), **seen)
+    mass = jaxkv.attention_mass(cache, 0, batch, x, lse, **seen)
     return cache, (jaxkv.merge_attention([out, out], [lse, lse]), mass)
 
 
@@ -55,7 +56,8 @@ def evicting(policy, cache, seqs, x):
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
     batch, mass = policy.view(batch), None
     if policy.needs_mass:
-        mass = jnp.stack([jaxkv.attend(cache, n, batch, x, return_mass=True)[1] for n in range(LAYERS)])
+        lses = [jaxkv.attend(cache, n, batch, x, return_lse=True)[1] for n in range(LAYERS)]
+        mass = jnp.stack([jaxkv.attention_mass(cache, n, batch, x, lse) for n, lse in enumerate(lses)])
     state = policy.observe(state, cache, batch, mass)
     cache, state, dropped = policy.evict(cache, state, seqs)
     return cache, (dropped, policy.fork(state, jnp.array([0]), jnp.array([1])).values)

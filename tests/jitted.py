@@ -9,7 +9,10 @@ allocate = jax.jit(jaxkv.allocate, static_argnames="total_tokens")
 append = jax.jit(jaxkv.append)
 attend = jax.jit(
     jaxkv.attend,
-    static_argnames=("scale", "window", "sink_tokens", "softcap", "backend", "return_lse", "return_mass"),
+    static_argnames=("scale", "window", "sink_tokens", "softcap", "backend", "return_lse"),
+)
+attention_mass = jax.jit(
+    jaxkv.attention_mass, static_argnames=("scale", "window", "sink_tokens", "softcap", "backend")
 )
 gather = jax.jit(jaxkv.gather)
 fork = jax.jit(jaxkv.fork)

@@ -33,7 +33,8 @@ def programs(policy) -> Programs:
         def one_layer(cache, layer):
             layer, k, v, q = layer
             cache = jaxkv.append(cache, layer, batch, k, v)
-            return cache, jaxkv.attend(cache, layer, batch, q, return_lse=True, return_mass=True)
+            out, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
+            return cache, (out, lse, jaxkv.attention_mass(cache, layer, batch, q, lse))
 
         layers = jnp.arange(q.shape[0], dtype=jnp.int32)
         cache, (out, lse, mass) = jax.lax.scan(one_layer, cache, (layers, k, v, q))

@@ -62,7 +62,7 @@ def random_step(config, total, q_heads, seed):
 def check_history(config, q_heads, counts, *, layer=None, sinks=None, **options):
     """Grows sequences 0, 1, .. by `counts[step][slot]` tokens, and holds every step's rows to float64."""
     total = max(map(sum, counts)) + 1
-    run = compiled(layer, **options, **({} if sinks is None else {"sinks": sinks}))
+    run = compiled(layer, **options, **({} if sinks is None else {"sink_logits": sinks}))
     cache = poisoned_init(config)
     kept = [([], []) for _ in counts[0]]
     for number, row in enumerate(counts):
@@ -77,7 +77,7 @@ def check_history(config, q_heads, counts, *, layer=None, sinks=None, **options)
             if count:
                 arguments = float64(q[rows]), np.stack(keys), np.stack(values)
                 sunk = None if sinks is None else float64(sinks)
-                want[rows], _ = reference.attention(*arguments, sinks=sunk, **options)
+                want[rows], _ = reference.attention(*arguments, sink_logits=sunk, **options)
         np.testing.assert_allclose(
             float64(out), want, rtol=TOLERANCE[config.dtype], atol=TOLERANCE[config.dtype]
         )
@@ -235,7 +235,7 @@ def mistakes(cache, batch):
         "sink_tokens=2 .* needs a window": lambda: attend(cache, 0, batch, q, sink_tokens=2),
         "softcap=-1": lambda: attend(cache, 0, batch, q, softcap=-1),
         "scale=1000000000.0 must lie": lambda: attend(cache, 0, batch, q, scale=1e9),
-        "q_heads=4": lambda: attend(cache, 0, batch, q, sinks=jnp.zeros(2)),
+        "q_heads=4": lambda: attend(cache, 0, batch, q, sink_logits=jnp.zeros(2)),
         "backend='cuda'": lambda: attend(cache, 0, batch, q, backend="cuda"),
     }
 
@@ -385,28 +385,47 @@ def test_mass_is_what_each_place_received(options, sinks):
     cache, batch = jitted.allocate(cache, seqs, counts, total_tokens=8)
     k, v, q = random_step(SMALL, 8, 4, 0)
     cache = jitted.append(cache, 1, batch, k, v)
-    options = OPTIONS[options] | ({"sinks": normal(4)} if sinks else {})
-    ask = jax.jit(lambda cache, batch, q: jaxkv.attend(cache, 1, batch, q, return_mass=True, **options))
-    out, mass = ask(cache, batch, q)
+    options, logits = OPTIONS[options], normal(4) if sinks else None
+
+    @jax.jit
+    def ask(cache, batch, q):
+        _, lse = jaxkv.attend(cache, 1, batch, q, sink_logits=logits, return_lse=True, **options)
+        return jaxkv.attention_mass(cache, 1, batch, q, lse, **options)
+
+    mass = ask(cache, batch, q)
     assert mass.shape == (4, 2, 24)
-    assert np.isfinite(out).all()
     want, before = np.zeros(mass.shape), written[1][0]
     for entry, rows, keys in ((0, slice(0, 3), before[9:]), (2, slice(5, 6), before[:9])):
         keys = np.concatenate([keys, k[rows]])
-        weights, _ = reference.softmax(float64(q[rows]), float64(keys), **options)
+        weights, _ = reference.softmax(float64(q[rows]), float64(keys), sink_logits=logits, **options)
         want[entry, :, : len(keys)] = weights.reshape(len(weights), 2, 2, -1).sum(axis=(0, 2))
     np.testing.assert_allclose(mass, want, rtol=1e-5, atol=1e-6)
 
 
-def test_mass_comes_after_lse():
-    cache, batch = jitted.allocate(poisoned_init(SMALL), ints(0), ints(3), total_tokens=3)
-    k, v, q = random_step(SMALL, 3, 4, 0)
+def test_a_batchs_window_holds_for_mass_too():
+    cache, _ = filled(replace(SMALL, num_pages=12, max_pages_per_seq=8), (20,))
+    cache, batch = jitted.allocate(cache, ints(0), ints(1))
+    k, v, q = random_step(SMALL, 1, 4, 0)
     cache = jitted.append(cache, 0, batch, k, v)
-    out, lse, mass = jitted.attend(cache, 0, batch, q, return_lse=True, return_mass=True)
-    assert (out.shape, lse.shape, mass.shape) == ((3, 4, 4), (3, 4), (1, 2, 16))
+    _, lse = jitted.attend(cache, 0, batch, q, window=5, sink_tokens=2, return_lse=True)
+    want = jitted.attention_mass(cache, 0, batch, q, lse, window=5, sink_tokens=2)
+    limited = replace(batch, window=5, sink_tokens=2)
+    np.testing.assert_array_equal(jitted.attention_mass(cache, 0, limited, q, lse), want)
+
+
+def test_mass_of_other_shapes_than_the_batchs_is_refused(no_shape_checks):
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    q, lse = jnp.zeros((1, 4, 4)), jnp.zeros((1, 4))
+    for message, arguments in {
+        "1 tokens, not 2": (jnp.zeros((2, 4, 4)), lse),
+        r"lse must be float32\[1, 4\], not float32\[1, 2\]": (q, lse[:, :2]),
+        r"lse must be float32\[1, 4\], not int32": (q, lse.astype(int)),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            jaxkv.attention_mass(cache, 0, batch, *arguments)
 
 
 def test_a_backend_without_mass_is_a_value_error_that_names_both():
     cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
-    with pytest.raises(ValueError, match=r"'mosaic'.*return_mass.*policies"):
-        jitted.attend(cache, 0, batch, jnp.zeros((1, 4, 4)), backend="mosaic", return_mass=True)
+    with pytest.raises(ValueError, match=r"'mosaic'.*attention_mass.*policies"):
+        jitted.attention_mass(cache, 0, batch, jnp.zeros((1, 4, 4)), jnp.zeros((1, 4)), backend="mosaic")

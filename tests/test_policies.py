@@ -124,8 +124,9 @@ def test_a_hundred_steps_trace_once(policy):
         mass = []
         for layer in range(config.num_layers):
             cache = jaxkv.append(cache, layer, batch, x, x)
-            x, one = jaxkv.attend(cache, layer, policy.view(batch), x, return_mass=True)
-            mass.append(one)
+            out, lse = jaxkv.attend(cache, layer, policy.view(batch), x, return_lse=True)
+            mass.append(jaxkv.attention_mass(cache, layer, policy.view(batch), x, lse))
+            x = jaxkv.after(out, mass[-1])
         return cache, policy.observe(state, cache, batch, jnp.stack(mass)), batch.status
 
     cache, state = jaxkv.init(config), policy.init(config)
@@ -150,7 +151,8 @@ def test_under_x64_dtypes_stay():
     def step(cache, state, policy):
         cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([15, 14]), total_tokens=29)
         x = jnp.ones((29, 2, 4), jnp.float32)
-        _, mass = jaxkv.attend(cache, 0, policy.view(batch), x, return_mass=True)
+        _, lse = jaxkv.attend(cache, 0, policy.view(batch), x, return_lse=True)
+        mass = jaxkv.attention_mass(cache, 0, policy.view(batch), x, lse)
         state = policy.observe(state, cache, batch, jnp.stack([mass, mass]))
         cache, state, dropped = policy.evict(cache, state, jnp.arange(2))
         return cache, policy.fork(state, jnp.arange(2), jnp.arange(2) + 2), mass, dropped
@@ -226,7 +228,7 @@ def test_the_state_of_another_cache_or_policy_names_both():
 def test_a_policy_that_goes_by_attention_must_be_given_it(no_shape_checks):
     policy, cache = HeavyHitter(8, 3), jaxkv.init(CONFIG)
     cache, batch = jaxkv.allocate(cache, ints(0), ints(1))
-    with pytest.raises(ValueError, match=r"HeavyHitter .* return_mass=True"):
+    with pytest.raises(ValueError, match=r"HeavyHitter .* jaxkv.attention_mass"):
         policy.observe(policy.init(CONFIG), cache, batch)
     with pytest.raises(ValueError, match=r"\[2, 1, 2, 24\], not \[1, 2, 24\]"):
         policy.observe(policy.init(CONFIG), cache, batch, jnp.zeros((1, 2, 24)))

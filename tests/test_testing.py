@@ -123,8 +123,9 @@ def decode_with_mass(cache, seqs, q):
     masses = []
     for layer in range(LAYERS):
         cache = jaxkv.append(cache, layer, batch, q[:, :2], q[:, 2:])
-        q, mass = jaxkv.attend(cache, layer, batch, q, return_mass=True)
-        masses.append(mass)
+        out, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
+        masses.append(jaxkv.attention_mass(cache, layer, batch, q, lse))
+        q = jaxkv.after(out, masses[-1])
     return cache, q, jnp.stack(masses)
 
 

@@ -80,7 +80,7 @@ def look(cache, q, sinks) -> View:
     starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
     batch = replace(batch, num_tokens=counts, query_starts=starts)
     out, lse = jaxkv.attend(cache, 0, batch, q, return_lse=True)
-    narrow = jaxkv.attend(cache, num_layers - 1, batch, q, sinks=sinks, **SEEN_THROUGH)
+    narrow = jaxkv.attend(cache, num_layers - 1, batch, q, sink_logits=sinks, **SEEN_THROUGH)
     k, v, lengths = (jnp.stack(parts) for parts in zip(*gathered, strict=True))
     return View(k, v, lengths, starts, out, lse, narrow, jaxkv.memory_profile(cache))
 
@@ -305,7 +305,7 @@ class Twin:
                 asked = _float64(q[rows])
                 out[rows], lse[rows] = self.oracle.attend(0, slot, asked, last)
                 narrow[rows], _ = self.oracle.attend(
-                    last_layer, slot, asked, last, sinks=sinks, **SEEN_THROUGH
+                    last_layer, slot, asked, last, sink_logits=sinks, **SEEN_THROUGH
                 )
         self._close(view.out, out)
         self._close(view.lse, lse)

@@ -18,12 +18,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
-from jaxkv.attention import attend
+from jaxkv.attention import attend, attention_mass
 from jaxkv.config import CacheConfig
 from jaxkv.models.config import ModelConfig
 from jaxkv.pool import append
 from jaxkv.rope import inverse_frequencies, rotate
 from jaxkv.state import Batch, KVCache
+from pallas_kernels.ordering import after
 
 ParameterSource = Callable[[str, tuple[int, ...]], jax.Array]
 """Gives the parameter of a name, such as `blocks.0.qkv`, in the shape asked for."""
@@ -170,7 +171,7 @@ class Llama(nnx.Module):
           batch: where the tokens go, as `allocate` returned it.
           rows: int32 `[rows]`, the places in `tokens` to compute logits for, or None for all. A
               prefill needs only each sequence's last.
-          return_mass: also return the attention that each place received: see `attend`.
+          return_mass: also return the attention that each token slot received: see `attention_mass`.
 
         Returns:
           float32 logits `[rows or tokens, vocab]`, and the cache; with `return_mass` also float32
@@ -180,11 +181,10 @@ class Llama(nnx.Module):
         for layer, (block, window) in enumerate(zip(self.blocks, self.config.windows, strict=True)):
             q, k, v = block.qkv(x, batch.positions)
             cache = append(cache, layer, batch, k, v)
+            attended, lse = attend(cache, layer, batch, q, window=window, return_lse=True)
             if return_mass:
-                attended, mass = attend(cache, layer, batch, q, window=window, return_mass=True)
-                masses.append(mass)
-            else:
-                attended = attend(cache, layer, batch, q, window=window)
+                masses.append(attention_mass(cache, layer, batch, q, lse, window=window))
+                attended = after(attended, masses[-1])
             x = block.mix(x, attended)
         logits = self.unembed(x if rows is None else x.at[rows].get(mode="clip"))
         return (logits, cache, jnp.stack(masses)) if return_mass else (logits, cache)

@@ -50,7 +50,7 @@ def observed(state: PolicyState, cache: KVCache, batch: Batch, mass: Array | Non
     if mass is None:
         raise ValueError(
             f"{type(state.policy).__name__} goes by the attention that tokens received; observe got no mass: "
-            "ask attend for it with return_mass=True"
+            "ask jaxkv.attention_mass for it in each layer"
         )
     mass = jnp.asarray(mass)
     if mass.shape != shape:

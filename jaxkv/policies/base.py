@@ -6,7 +6,7 @@ A policy is a frozen dataclass of static settings with pure functions, to be cal
     cache, state, num_dropped = policy.evict(cache, state, seqs)       # before allocate, on page boundaries
     cache, batch = jaxkv.allocate(cache, seqs, num_tokens)
     batch = policy.view(batch)
-    ... append, attend(..., return_mass=True) in each layer, or no mass where `policy.needs_mass` is False
+    ... append, attend in each layer, and attention_mass where `policy.needs_mass`
     state = policy.observe(state, cache, batch, mass)                  # mass of all layers, stacked
 """
 
@@ -103,7 +103,7 @@ class Policy:
           state: of this policy.
           cache: as `allocate` returned it with `batch`, or after `append`.
           batch: of the step.
-          mass: what `attend(..., return_mass=True)` returned in each layer, stacked.
+          mass: what `attention_mass` returned in each layer, stacked.
         """
         self.check_state(state, cache.config)
         return state

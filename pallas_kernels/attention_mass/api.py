@@ -41,7 +41,7 @@ def attention_mass(
     Args:
       q, k_pages, page_table, kv_lengths, query_starts: as in `paged_attention`.
       table_rows, layer, scale, window, sink_tokens, softcap, k_scales: as there.
-      lse: as `paged_attention` returns it; of a call with `sinks`, their share is nobody's.
+      lse: as `paged_attention` returns it; of a call with `sink_logits`, their share goes to no key.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.

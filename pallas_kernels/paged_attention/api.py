@@ -30,7 +30,7 @@ def paged_attention(
     window: int | None = None,
     sink_tokens: int = 0,
     softcap: float | None = None,
-    sinks: Float[Array, " q_heads"] | None = None,
+    sink_logits: Float[Array, " q_heads"] | None = None,
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     return_lse: bool = False,
@@ -59,9 +59,9 @@ def paged_attention(
       window: a token sees itself and the `window - 1` tokens before it.
       sink_tokens: and a sequence's first so many, which no window hides (StreamingLLM, arXiv:2309.17453).
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
-      sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
+      sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
       k_scales, v_scales: of a pool of codes.
-      return_lse: also return the log-sum-exp of each row's scores, sinks included.
+      return_lse: also return the log-sum-exp of each row's scores, `sink_logits` included.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
       shared_prefix: attend once to the pages that neighbouring sequences begin with (see `prefixes.find`),
@@ -80,7 +80,7 @@ def paged_attention(
       ValueError: for wrong shapes, dtypes or options.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    q, sinks = jnp.asarray(q), None if sinks is None else jnp.asarray(sinks)
+    q, sink_logits = jnp.asarray(q), None if sink_logits is None else jnp.asarray(sink_logits)
     k_pages, v_pages, page_table, kv_lengths, query_starts = (
         jnp.asarray(array) for array in (k_pages, v_pages, page_table, kv_lengths, query_starts)
     )
@@ -89,8 +89,8 @@ def paged_attention(
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
     check_pool(k_pages, v_pages, k_scales, v_scales)
     check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
-    if sinks is not None and sinks.shape != q.shape[1:2]:
-        raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
+    if sink_logits is not None and sink_logits.shape != q.shape[1:2]:
+        raise ValueError(f"sink_logits must be [q_heads={q.shape[1]}], not {list(sink_logits.shape)}")
     check_layer(layer, k_pages.shape[0])
     scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
     page_table, table_rows, kv_lengths, query_starts = (
@@ -108,7 +108,7 @@ def paged_attention(
         window=None if window is None else min(window, 2**30),
         sink_tokens=min(sink_tokens, max_keys),
         softcap=None if softcap is None else float(softcap),
-        sinks=sinks,
+        sinks=sink_logits,
         k_scales=k_scales,
         v_scales=v_scales,
         spike_q=spike_q,

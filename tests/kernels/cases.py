@@ -100,7 +100,7 @@ def make(case: Case, seed: int = 0) -> Arguments:
             codes[nobodys], scales[nobodys] = worst, worst_scale
         options |= {"k_scales": k_scales, "v_scales": v_scales}
     if case.sinks:
-        options["sinks"] = random.normal(size=case.q_heads).astype(np.float32)
+        options["sink_logits"] = random.normal(size=case.q_heads).astype(np.float32)
     lengths = np.array(case.lengths, np.int32)
     return Arguments(q.astype(dtype), k_pages, v_pages, page_table, lengths, query_starts, options)
 

@@ -17,9 +17,9 @@ def attention(q, k, v, **options):
     return np.einsum("tqn,nqd->tqd", weights, v), lse
 
 
-def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sinks=None):
+def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sink_logits=None):
     """Its weights [tokens, q_heads, length], and lse."""
-    sinks = None if sinks is None else np.asarray(sinks)
+    sink_logits = None if sink_logits is None else np.asarray(sink_logits)
     tokens, q_heads, head_dim = q.shape
     length, kv_heads, _ = k.shape
     k = np.repeat(k, q_heads // kv_heads, axis=1)
@@ -31,10 +31,10 @@ def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sinks
     if window is not None:
         visible &= (seen > place - window) | (seen < sink_tokens)
     scores = np.where(visible[:, None, :], scores, -np.inf)
-    top = scores.max(axis=-1) if sinks is None else np.maximum(scores.max(axis=-1), sinks)
+    top = scores.max(axis=-1) if sink_logits is None else np.maximum(scores.max(axis=-1), sink_logits)
     total = np.exp(scores - top[..., None]).sum(axis=-1)
-    if sinks is not None:
-        total += np.exp(sinks - top)
+    if sink_logits is not None:
+        total += np.exp(sink_logits - top)
     lse = top + np.log(total)
     return np.exp(scores - lse[..., None]), lse
 

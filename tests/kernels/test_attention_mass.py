@@ -43,7 +43,7 @@ def received(case, arguments, backend, **tuning):
     pages = arguments.q, arguments.k_pages, arguments.v_pages
     lengths = arguments.page_table, arguments.kv_lengths, arguments.query_starts
     _, lse = reference.paged_attention(*pages, *lengths, layer=case.layer, **arguments.options)
-    others = ("v_scales", "sinks", "shared_prefix")
+    others = ("v_scales", "sink_logits", "shared_prefix")
     options = {name: value for name, value in arguments.options.items() if name not in others}
     interpret = backend != "xla" and jax.default_backend() != "gpu"
     where = {"backend": backend, "interpret": interpret, "layer": jnp.int32(case.layer)}

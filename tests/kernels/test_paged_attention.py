@@ -400,7 +400,7 @@ def test_64_bit_mode_changes_nothing(backend):
     with jax.enable_x64(True):
         out, lse = attend(*arguments.arrays, layer=1, return_lse=True, **on(backend), **arguments.options)
         q, k_pages, v_pages, *rows = arguments.arrays
-        options = {name: value for name, value in arguments.options.items() if name != "sinks"}
+        options = {name: value for name, value in arguments.options.items() if name != "sink_logits"}
         mass = attention_mass(q, k_pages, *rows, lse, layer=1, **options, **on(backend))
         place = jnp.zeros(1, jnp.int32)
         k_new, v_new = append_kv(
