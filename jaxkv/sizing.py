@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxkv.config import CacheConfig
-from jaxkv.invariants import OutOfPagesError, SequenceTooLongError
+from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.packing import most_at_once
 from jaxkv.policies import Policy, TokenPolicy
 from jaxkv.state import KVCache

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import Rope, terminal
+from jaxkv import Rope
+from jaxkv.cli import generate as generate_command
 from jaxkv.decode import Finish
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.policies import (
@@ -272,7 +273,7 @@ def test_a_prompt_that_is_cut_goes_on_to_the_end_of_the_context(positions, most)
 
     def places(new):
         options = Namespace(max_new_tokens=new, page_size=4, policy="prompt-compress:9")
-        return terminal._places(loaded, "prompt 0", 60, options, policy)
+        return generate_command._places(loaded, "prompt 0", 60, options, policy)
 
     assert places(1) == 60 and places(most) == 12 + most
     with pytest.raises(jaxkv.SequenceTooLongError, match=r"reach position 129 .* trained on 128"):
@@ -358,7 +359,7 @@ def test_a_window_moves_over_a_long_text_with_as_many_pages(model):
 
 
 def decode_programs():
-    from jaxkv.generate import _decode
+    from jaxkv.generating import _decode
 
     return _decode._cache_size()
 

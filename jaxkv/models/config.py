@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv.arguments import whole
-from jaxkv.config import CacheConfig
-from jaxkv.hf_folder import (
+from jaxkv.checkpoints.hf_folder import (
     MOST_POSITIONS,
     original_positions,
     read_json,
@@ -19,6 +18,7 @@ from jaxkv.hf_folder import (
     trained_context,
     with_defaults,
 )
+from jaxkv.config import CacheConfig
 from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")

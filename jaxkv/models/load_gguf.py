@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxkv.hf_folder import shown, trained_context
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.checkpoints.hf_folder import shown, trained_context
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.errors import ModelLoadError
-from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.llama import Llama
 from jaxkv.models.weights import Progress, TensorNames, build_model
 from jaxkv.rope import FrequencyFactors, LinearScaling, RopeScaling

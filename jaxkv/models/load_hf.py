@@ -10,9 +10,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from jaxkv.hf_folder import INDEX_FILE, WHOLE_FILE, shard_files, shown
+from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, shard_files, shown
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.llama import Llama
 from jaxkv.models.weights import Progress, TensorNames, build_model
 

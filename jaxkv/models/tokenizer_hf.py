@@ -7,7 +7,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxkv.models.errors import ModelLoadError
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.tokenizer import Tokenizer
 
 # Tokens that a chat template may name, beside the first and the last.

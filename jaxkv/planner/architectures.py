@@ -7,8 +7,8 @@ numbers. An architecture that is not in `ARCHITECTURES` is refused: a guess woul
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxkv.hf_folder import shown
-from jaxkv.planner.fields import Fields
+from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.hf_folder import shown
 
 
 class Sizes(NamedTuple):

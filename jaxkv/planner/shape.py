@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv import catalog
+from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.config import DTYPES
-from jaxkv.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.planner.architectures import ARCHITECTURES, layer_windows, mlp_width, sizes
-from jaxkv.planner.fields import Fields
 from jaxkv.planner.stored import read_gguf, safetensors_bytes
 
 

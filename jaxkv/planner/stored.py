@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jaxkv.hf_folder import INDEX_FILE, WHOLE_FILE, read_json, shard_files, shown
+from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, read_json, shard_files, shown
 
 if TYPE_CHECKING:
-    from jaxkv.models.gguf_file import GGUFFile
+    from jaxkv.checkpoints.gguf_file import GGUFFile
 
 # `general.architecture` of a GGUF file, and the `model_type` that means the same.
 _GGUF_TYPES = {
@@ -47,7 +47,7 @@ def read_gguf(path: Path) -> dict[str, Any]:
     Raises:
       ValueError: when it is damaged, or of an architecture that is not known.
     """
-    from jaxkv.models.gguf_file import GGUFFile  # its reader is an extra
+    from jaxkv.checkpoints.gguf_file import GGUFFile  # its reader is an extra
 
     file = GGUFFile(path)
     kind = file.get("general.architecture")

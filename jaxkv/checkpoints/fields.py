@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from jaxkv.hf_folder import MOST_POSITIONS, shown
+from jaxkv.checkpoints.hf_folder import MOST_POSITIONS, shown
 
 # Far above any published model: beyond these a number is a damaged file, not a large model.
 _MOST = {

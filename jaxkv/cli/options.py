@@ -5,7 +5,7 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from jaxkv.planner.command import add_arguments as add_plan_arguments
+from jaxkv.cli.plan import add_arguments as add_plan_arguments
 
 # `dtype` and `quantization` of the cache; no dtype means the model's.
 KV_DTYPES = {

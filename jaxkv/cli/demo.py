@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cli.generate import STEPS_A_BLOCK, fitting_config, pages, speed
+from jaxkv.cli.progress import Status, Watch, load_with_progress
 from jaxkv.config import CacheConfig
-from jaxkv.generate import Generation, generate
+from jaxkv.generating import Generation, generate
 from jaxkv.models import LoadedModel, Tokenizer, dense_logits
-from jaxkv.terminal import STEPS_A_BLOCK, fitting_config, pages, speed
-from jaxkv.terminal_progress import Status, Watch, load_with_progress
 from pallas_kernels.dispatch import auto_backend
 
 SYSTEM_PROMPT = (

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import jax
 
-from jaxkv.cli_options import KV_DTYPES as KV_DTYPES
-from jaxkv.cli_options import parser
-from jaxkv.compilation_cache import keep_programs
+from jaxkv.cli.compilation_cache import keep_programs
+from jaxkv.cli.options import parser
+from jaxkv.cli.plan import run as run_plan
+from jaxkv.errors import JaxKVError
 from jaxkv.extras import missing
-from jaxkv.invariants import JaxKVError
-from jaxkv.planner.command import run as run_plan
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,7 +56,7 @@ def _run_generate(options: argparse.Namespace) -> int:
     prompts = _read_prompts(options)
     _check_stop(options.stop)
     _keep_programs(options)
-    from jaxkv.terminal import run_generate
+    from jaxkv.cli.generate import run_generate
 
     return run_generate(options, prompts)
 
@@ -65,14 +64,14 @@ def _run_generate(options: argparse.Namespace) -> int:
 def _run_profile(options: argparse.Namespace) -> int:
     _check_prompts(options.prompt)
     _keep_programs(options)
-    from jaxkv.terminal_profile import run_profile
+    from jaxkv.cli.profile import run_profile
 
     return run_profile(options)
 
 
 def _run_demo(options: argparse.Namespace) -> int:
     _keep_programs(options)
-    from jaxkv.terminal_demo import run_demo
+    from jaxkv.cli.demo import run_demo
 
     return run_demo(options)
 
@@ -131,7 +130,3 @@ def entry_point() -> None:
     sys.stdout.flush()
     # Threads of the runtime may still be in a computation that Ctrl-C left behind.
     os._exit(code) if code == 130 else sys.exit(code)
-
-
-if __name__ == "__main__":
-    entry_point()

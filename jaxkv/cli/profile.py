@@ -9,18 +9,18 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from jaxkv.compact import compact
+from jaxkv.cli.demo import QUESTIONS, SYSTEM_PROMPT, demo_prompts
+from jaxkv.cli.generate import fitting_config
+from jaxkv.cli.progress import Status, load_with_progress
+from jaxkv.compaction import compact
 from jaxkv.decode import Decoding, Finish
-from jaxkv.device_memory import DeviceMemory, PeakMemory, device_memory
-from jaxkv.generate import generate
+from jaxkv.generating import generate
+from jaxkv.memory.device import DeviceMemory, PeakMemory, device_memory
+from jaxkv.memory.page_owners import FREE, LEVELS, SHARED, PageMap, page_map
+from jaxkv.memory.pictures import PAGE_SIZES
+from jaxkv.memory.profile import MemoryProfile, memory_profile, unused_share
 from jaxkv.models import LoadedModel, Tokenizer
-from jaxkv.page_map import FREE, LEVELS, SHARED, PageMap, page_map
-from jaxkv.pictures import PAGE_SIZES
-from jaxkv.profile import MemoryProfile, memory_profile, unused_share
 from jaxkv.sampling import Sampling
-from jaxkv.terminal import fitting_config
-from jaxkv.terminal_demo import QUESTIONS, SYSTEM_PROMPT, demo_prompts
-from jaxkv.terminal_progress import Status, load_with_progress
 from jaxkv.units import common_unit, format_bytes
 
 _STEPS_A_BLOCK = 4
@@ -117,7 +117,7 @@ def run_profile(options: argparse.Namespace) -> int:
         raise RuntimeError("generate showed no state")
     print(_text(loaded, moment, lengths, memory, shutil.get_terminal_size().columns))
     if options.plot is not None:
-        from jaxkv.pictures import plot_generation
+        from jaxkv.memory.pictures import plot_generation
 
         figure = plot_generation(moment.before, moment.after, recorder.steps, recorder.profiles, lengths)
         figure.savefig(options.plot)

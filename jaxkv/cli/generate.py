@@ -7,19 +7,19 @@ from contextlib import contextmanager
 import jax
 import numpy as np
 
-from jaxkv.cli_options import KV_DTYPES
+from jaxkv.cli.options import KV_DTYPES
+from jaxkv.cli.progress import Watch, load_with_progress
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Decoding, Finish
-from jaxkv.generate import PREFILL_CHUNK, Generation, generate
-from jaxkv.invariants import SequenceTooLongError
+from jaxkv.errors import SequenceTooLongError
+from jaxkv.generating import PREFILL_CHUNK, Generation, generate
+from jaxkv.memory.telemetry import Telemetry
 from jaxkv.models import LoadedModel, Tokenizer
 from jaxkv.policies import Policy, PromptCompress
 from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
 from jaxkv.sizing import pool_sizes, token_slots
-from jaxkv.telemetry import Telemetry
-from jaxkv.terminal_progress import Watch, load_with_progress
 
 STEPS_A_BLOCK = 8
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxkv import catalog
 from jaxkv.planner.kv_bytes import KV_BITS, check_count, kv_cache_bytes
 from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
-from jaxkv.planner.plan import Device, Plan, plan
+from jaxkv.planner.planning import Device, Plan, plan
 from jaxkv.planner.shape import ModelShape
 from jaxkv.planner.suggest import suggestions
 from jaxkv.units import format_bytes, format_mebibytes, parse_bytes
