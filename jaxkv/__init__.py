@@ -30,6 +30,7 @@ from pallas_kernels import use_backend as use_backend
 from jaxkv.rope import Rope as Rope
 from jaxkv.positions import shift_positions as shift_positions
 from jaxkv import policies as policies
+from jaxkv import sizing as sizing
 from jaxkv.compaction import compact as compact
 from jaxkv.compaction import should_compact as should_compact
 from jaxkv.compaction import maybe_compact as maybe_compact

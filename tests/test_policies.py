@@ -12,8 +12,9 @@ import pytest
 
 import jaxkv
 from jaxkv import Rope
-from jaxkv.cli import generate as generate_command
+from jaxkv.cli.pool import check_context
 from jaxkv.decode import Finish
+from jaxkv.generating import PREFILL_CHUNK
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.policies import (
     HeavyHitter,
@@ -26,6 +27,7 @@ from jaxkv.policies import (
     Tokens,
 )
 from jaxkv.policies.parse import parse_policy
+from jaxkv.sizing import token_slots
 from tests.caches import SMALL, ints
 from tests.policy_twin import PolicyTwin
 
@@ -271,13 +273,14 @@ def test_a_prompt_that_is_cut_goes_on_to_the_end_of_the_context(positions, most)
     policy = PromptCompress(9, 3, positions=positions, rope=MODEL.rope if positions == "cache" else None)
     loaded = SimpleNamespace(config=MODEL, name="tiny")
 
-    def places(new):
+    def slots(new):
         options = Namespace(max_new_tokens=new, page_size=4, policy="prompt-compress:9")
-        return generate_command._places(loaded, "prompt 0", 60, options, policy)
+        check_context(loaded, "prompt 0", 60, options, policy)
+        return token_slots(MODEL.cache_config, 4, 60, new, policy, PREFILL_CHUNK)
 
-    assert places(1) == 60 and places(most) == 12 + most
+    assert slots(1) == 60 and slots(most) == 12 + most
     with pytest.raises(jaxkv.SequenceTooLongError, match=r"reach position 129 .* trained on 128"):
-        places(most + 1)
+        slots(most + 1)
 
 
 # generate -------------------------------------------------------------------------------------

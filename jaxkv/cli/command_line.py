@@ -6,17 +6,21 @@ A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit c
 import argparse
 import io
 import os
-import re
+import platform
 import sys
 from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 
 import jax
 
-from jaxkv.cli.compilation_cache import keep_programs
-from jaxkv.cli.options import parser
-from jaxkv.cli.plan import run as run_plan
+from jaxkv.cli import demo, generate, plan, profile
+from jaxkv.cli.options import EPILOG
 from jaxkv.errors import JaxKVError
 from jaxkv.extras import missing
+
+# Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
+# the models' extra are imported when the command runs.
+COMMANDS = {"generate": generate, "profile": profile, "demo": demo, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _lose_no_text()
     options = parser().parse_args(arguments)
     try:
-        return _COMMANDS[options.command](options)
+        return COMMANDS[options.command].run(options)
     except BrokenPipeError:
         # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,84 +48,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parses a command line. The name of the command is `command`."""
+    top = _Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
+    top.add_argument("--version", action="version", version=_versions(), help="show versions, and exit")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.HELP))
+    return top
+
+
+def _versions() -> str:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:  # a source tree on the path
+            return "(not installed)"
+
+    return f"jaxkv {of('jaxkv')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {platform.python_version()})"
+
+
 def _lose_no_text() -> None:
     """Characters that an encoding lacks are written as numbers: else the first would end the output."""
     for stream in (sys.stdout, sys.stderr):
         # Other ways to handle them are the user's, as by PYTHONIOENCODING.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
-
-
-def _run_generate(options: argparse.Namespace) -> int:
-    prompts = _read_prompts(options)
-    _check_stop(options.stop)
-    _keep_programs(options)
-    from jaxkv.cli.generate import run_generate
-
-    return run_generate(options, prompts)
-
-
-def _run_profile(options: argparse.Namespace) -> int:
-    _check_prompts(options.prompt)
-    _keep_programs(options)
-    from jaxkv.cli.profile import run_profile
-
-    return run_profile(options)
-
-
-def _run_demo(options: argparse.Namespace) -> int:
-    _keep_programs(options)
-    from jaxkv.cli.demo import run_demo
-
-    return run_demo(options)
-
-
-_COMMANDS = {"generate": _run_generate, "profile": _run_profile, "demo": _run_demo, "plan": run_plan}
-
-
-def _keep_programs(options: argparse.Namespace) -> None:
-    keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
-
-
-def _read_prompts(options: argparse.Namespace) -> list[str]:
-    prompts = list(options.prompt)
-    if options.prompts_file is not None:
-        try:
-            text = options.prompts_file.read_bytes().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{options.prompts_file}: is not UTF-8 at byte {error.start}") from None
-        except ValueError as error:
-            raise ValueError(f"--prompts-file {str(options.prompts_file)!r}: {error}") from None
-        # Not `splitlines`: other separators are part of a text. A byte order mark is not.
-        prompts += [line for line in re.split("\r\n|\n|\r", text.removeprefix("\ufeff")) if line.strip()]
-    if not prompts:
-        raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with at least one line")
-    if not options.model:
-        raise ValueError("--model is empty")
-    _check_prompts(prompts)
-    if options.system is not None and not options.chat:
-        raise ValueError("--system needs --chat")
-    return prompts
-
-
-def _check_prompts(prompts: list[str]) -> None:
-    for number, prompt in enumerate(prompts):
-        if not prompt.strip():
-            raise ValueError(f"prompt {number} is empty")
-        if not _is_utf8(prompt):
-            raise ValueError(f"prompt {number} is not UTF-8")
-
-
-def _check_stop(stop: list[str]) -> None:
-    for text in stop:
-        if not text:
-            raise ValueError("--stop is empty")
-        if not _is_utf8(text):
-            raise ValueError(f"--stop {text!r} is not UTF-8")
-
-
-def _is_utf8(text: str) -> bool:
-    return text.isascii() or not any("\ud800" <= c <= "\udfff" for c in text)
 
 
 def entry_point() -> None:

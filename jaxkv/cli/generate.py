@@ -1,31 +1,80 @@
-"""`jaxkv generate`: texts on standard output, figures on standard error; and the pool a command needs."""
+"""`jaxkv generate`: texts on standard output, figures on standard error."""
 
 import argparse
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import jax
 import numpy as np
 
-from jaxkv.cli.options import KV_DTYPES
-from jaxkv.cli.progress import Watch, load_with_progress
-from jaxkv.config import CacheConfig
-from jaxkv.decode import Decoding, Finish
-from jaxkv.errors import SequenceTooLongError
-from jaxkv.generating import PREFILL_CHUNK, Generation, generate
+from jaxkv.cli.compilation_cache import keep_programs
+from jaxkv.cli.options import EPILOG, add_common, add_num_pages, add_seed, count, port
+from jaxkv.cli.pool import fitting_config
+from jaxkv.cli.prompts import check_stop, read_prompts, token_ids
+from jaxkv.cli.report import pages, speed
+from jaxkv.decode import Decoding
+from jaxkv.generating import generate
+from jaxkv.generation import Generation
 from jaxkv.memory.telemetry import Telemetry
-from jaxkv.models import LoadedModel, Tokenizer
-from jaxkv.policies import Policy, PromptCompress
 from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
-from jaxkv.sizing import pool_sizes, token_slots
 
-STEPS_A_BLOCK = 8
+HELP = "write text with a model"
 
 
-def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
-    """`jaxkv generate`."""
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `jaxkv generate`."""
+    command.epilog = EPILOG
+    add = command.add_argument
+    add(
+        "--model",
+        required=True,
+        metavar="PATH_OR_NAME",
+        help="a GGUF file, a Hugging Face folder, or a known name, like smollm2-135m (required)",
+    )
+    text = "text to continue; may be repeated (default: those of --prompts-file alone)"
+    add("--prompt", action="append", default=[], metavar="TEXT", help=text)
+    text = "UTF-8, one prompt a line; blank lines are skipped (default: none)"
+    add("--prompts-file", type=Path, metavar="FILE", help=text)
+    text = "put each prompt into the model's chat template (default: off)"
+    add("--chat", action="store_true", help=text)
+    text = "system prompt, with --chat (default: the template's own, if it has one)"
+    add("--system", metavar="TEXT", help=text)
+    add(
+        "--parse-special",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take special tokens that are written out in prompts, like <|im_end|>, as such (default: on "
+        "without --chat, off with it)",
+    )
+    text = "end a text before this string; may be repeated (default: none)"
+    add("--stop", action="append", default=[], metavar="TEXT", help=text)
+    add("--num-samples", type=count, default=1, metavar="N", help="continuations a prompt (default: 1)")
+    text = "0 is greedy; higher is more random (default: 0)"
+    add("--temperature", type=float, default=0.0, metavar="T", help=text)
+    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)")
+    text = "draw from the likeliest tokens that together have this probability (default: from all)"
+    add("--top-p", type=float, metavar="P", help=text)
+    add_seed(command)
+    add_num_pages(command)
+    add(
+        "--policy",
+        metavar="NAME:TOKENS[,...]",
+        help="bound each sequence's memory: sliding-window:1024,sinks=4 or heavy-hitter:512,recent=256, lru, "
+        "semantic-merge, prompt-compress (default: keep everything)",
+    )
+    text = "serve metrics for Prometheus; 0 is any free port (default: serve none)"
+    add("--metrics-port", type=port, metavar="N", help=text)
+    add_common(command, least=0)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Writes the continuations of all prompts; returns the exit code."""
+    prompts = read_prompts(options)
+    check_stop(options.stop)
+    keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     if options.policy is not None:
         # Before the weights are read: a mistake is seen at once.
@@ -35,8 +84,10 @@ def run_generate(options: argparse.Namespace, prompts: list[str]) -> int:
 
 
 def _generate(options: argparse.Namespace, prompts: list[str], sampling: Sampling, observe) -> int:
+    from jaxkv.cli.progress import STEPS_A_BLOCK, Watch, load_with_progress
+
     loaded, tokenizer = load_with_progress(options.model)
-    ids = _token_ids(tokenizer, prompts, options)
+    ids = token_ids(tokenizer, prompts, options)
     policy = parse_policy(options.policy, rope=loaded.config.rope) if options.policy is not None else None
     config = fitting_config(loaded, ids, options, options.num_samples, options.num_pages, policy)
     alone = len(prompts) * options.num_samples == 1
@@ -69,16 +120,6 @@ def _generate(options: argparse.Namespace, prompts: list[str], sampling: Samplin
     return 0
 
 
-def _token_ids(tokenizer: Tokenizer, prompts: list[str], options: argparse.Namespace) -> list[list[int]]:
-    """A prompt in a conversation must not end its turn, unless the user says so."""
-    parse = not options.chat if options.parse_special is None else options.parse_special
-    if not options.chat:
-        return [tokenizer.encode(prompt, parse_special=parse) for prompt in prompts]
-    system = [{"role": "system", "content": options.system}] if options.system else []
-    chats = ([*system, {"role": "user", "content": prompt}] for prompt in prompts)
-    return [tokenizer.encode_chat(chat, parse_special=parse) for chat in chats]
-
-
 @contextmanager
 def _metrics(port: int | None):
     """What to show each block's cache to; served over HTTP while the block runs, if there is a port."""
@@ -92,80 +133,7 @@ def _metrics(port: int | None):
         telemetry.flush()
 
 
-def fitting_config(
-    loaded: LoadedModel,
-    ids: list[list[int]],
-    options: argparse.Namespace,
-    num_samples: int,
-    num_pages: int | None,
-    policy: Policy | None = None,
-) -> CacheConfig:
-    """A pool that holds every sequence at its longest, unless the user says how many pages."""
-    size = options.page_size
-    slots = [
-        _places(loaded, f"prompt {number}", len(tokens), options, policy) for number, tokens in enumerate(ids)
-    ]
-    sizes = pool_sizes([len(tokens) for tokens in ids], slots, num_samples, size, policy)
-    if num_pages is not None:
-        row = min(sizes["max_pages_per_seq"], num_pages)
-        sizes |= dict(num_pages=num_pages, max_pages_per_seq=row)
-    dtype, quantization = KV_DTYPES.get(options.kv_dtype, (None, None))
-    dtype = {} if dtype is None else {"dtype": dtype}
-    return loaded.model.cache_config(**sizes, **dtype, quantization=quantization)
-
-
-def _places(
-    loaded: LoadedModel, name: str, num_tokens: int, options: argparse.Namespace, policy: Policy | None
-) -> int:
-    """Token slots that a prompt and what it is continued with take at most, within the trained context."""
-    context, new, page_size = loaded.config.max_context, options.max_new_tokens, options.page_size
-    bounded = policy is not None and policy.observe_last is None
-    if num_tokens > context and not bounded:
-        raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
-    config = loaded.config.cache_config
-    slots = token_slots(config, page_size, num_tokens, new, policy, PREFILL_CHUNK)
-    if policy is None:
-        return min(slots, context)
-    if isinstance(policy, PromptCompress):
-        reached = new + (num_tokens if policy.positions == "original" else min(num_tokens, policy.budget))
-        if reached > context:
-            raise SequenceTooLongError(
-                f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}, which "
-                f"keeps all new ones; {loaded.name} was trained on {context}"
-            )
-        return slots
-    positions = policy.most_positions(config(num_pages=1, page_size=page_size))
-    reached = num_tokens + new if positions is None else positions + min(num_tokens, PREFILL_CHUNK)
-    if reached > context:
-        advice = "positions=cache goes on for ever" if positions is None else "keep less"
-        raise SequenceTooLongError(
-            f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}; "
-            f"{loaded.name} was trained on {context}: {advice}"
-        )
-    return slots
-
-
 def _evicted(result: Generation, policy: str) -> str:
     stats = result.cache.stats
     times, tokens = int(stats.evictions), int(stats.evicted_tokens)
     return f"{policy}: gave up {tokens} token places in {times} eviction{'s' * (times != 1)}"
-
-
-def speed(result: Generation) -> str:
-    prefill = result.prefill_tokens / max(result.prefill_seconds, 1e-9)
-    # The first token of each sequence comes from its prefill.
-    decoded = result.num_new_tokens - sum(bool(tokens) for samples in result.tokens for tokens in samples)
-    decode = decoded / max(result.decode_seconds, 1e-9)
-    return (
-        f"prefill {result.prefill_tokens} tokens at {prefill:.0f} tokens/s, "
-        f"decode {decoded} tokens at {decode:.1f} tokens/s"
-    )
-
-
-def pages(config: CacheConfig, result: Generation) -> str:
-    used, alone = result.peak_pages, result.peak_pages_unshared
-    text = f"{used} pages of {config.page_size} tokens at the peak"
-    if used < alone:
-        text += f", {alone} without sharing ({100 * (1 - used / alone):.0f}% saved)"
-    cut = sum(reason is Finish.OUT_OF_PAGES for samples in result.finish for reason in samples)
-    return text + (f"; {cut} sequences ended early, out of pages" if cut else "")
