@@ -1,4 +1,4 @@
-"""Sizes a cache by what it is for: an amount of memory, a context length, or prompts with their new tokens."""
+"""Sizes a cache by what it is for: an amount of memory, a context length, or prompts and new tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
