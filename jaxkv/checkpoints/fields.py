@@ -16,6 +16,11 @@ _MOST = {
 _MOST_OTHERWISE = 2**16
 
 
+def most(name: str) -> int:
+    """The largest value of an integer field that is taken for true."""
+    return _MOST.get(name, _MOST_OTHERWISE)
+
+
 class Fields:
     """The fields of a config by any of their names."""
 
@@ -33,14 +38,29 @@ class Fields:
             if default is None:
                 raise ValueError(f"field {names[0]!r} is missing")
             return default
-        most = _MOST.get(names[0], _MOST_OTHERWISE)
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(f"{name} must be an integer from {least} to {most}, not {shown(value)}")
+        limit = most(names[0])
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer, not {shown(value)}")
+        if not least <= value <= limit:
+            raise ValueError(f"{name} must be an integer from {least} to {limit}, not {shown(value)}")
         return value
 
     def optional(self, *names: str) -> int | None:
         """As `integer`, or None where it is missing or null."""
         return None if self._first(names)[1] is None else self.integer(*names)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """As `integer`, for a float of any size; an integer counts as one."""
+        name, value = self._first((name,))
+        if value is None:
+            if default is None:
+                raise ValueError(f"field {name!r} is missing")
+            return default
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
+            return float(value)
+        if not isinstance(value, float):
+            raise ValueError(f"{name} must be a number, not {shown(value)}")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         """True or false.
@@ -54,6 +74,24 @@ class Fields:
         if not isinstance(value, bool):
             raise ValueError(f"{name} must be true or false, not {shown(value)}")
         return value
+
+    def layer_types(self, layers: int) -> list[str] | None:
+        """The kind of each layer, None where the config does not say.
+
+        Raises:
+          ValueError: for what is no list of as many strings as there are layers.
+        """
+        kinds = self.raw.get("layer_types")
+        if kinds is None:
+            return None
+        if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"layer_types must be a list of strings, not {shown(kinds)}")
+        if len(kinds) != layers:
+            raise ValueError(
+                f"layer_types must name the {shown(layers)} layers' kinds, not {len(kinds)} of them"
+            )
+        # Older files call full attention just that.
+        return ["full_attention" if kind == "attention" else kind for kind in kinds]
 
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
         return next(
