@@ -1,1 +1,1 @@
-"""What the files of a model say, whoever wants to know: the model's loader or the planner."""
+"""Readers of a model's files, which its loader and the planner share."""

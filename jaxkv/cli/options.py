@@ -17,21 +17,25 @@ EPILOG = "A character that the output's encoding lacks is written as its number,
 
 
 def add_known_model(command: argparse.ArgumentParser) -> None:
+    """Adds `--model`, with a default."""
     text = "a GGUF file, a Hugging Face folder, or a known name (default: smollm2-135m)"
     command.add_argument("--model", default="smollm2-135m", metavar="PATH_OR_NAME", help=text)
 
 
 def add_seed(command: argparse.ArgumentParser) -> None:
+    """Adds `--seed`."""
     text = "of the random draws; the same seed draws the same (default: 0)"
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help=text)
 
 
 def add_num_pages(command: argparse.ArgumentParser) -> None:
+    """Adds `--num-pages`."""
     text = "pages in the pool (default: enough for all)"
     command.add_argument("--num-pages", type=count, metavar="N", help=text)
 
 
 def add_common(command: argparse.ArgumentParser, least: int = 1) -> None:
+    """Adds what every command that runs a model has; `least` is the smallest `--max-new-tokens`."""
     add = command.add_argument
     number = count if least else _count_or_none
     text = "most tokens of a continuation (default: 64)"
@@ -51,6 +55,7 @@ def add_common(command: argparse.ArgumentParser, least: int = 1) -> None:
 
 
 def count(text: str) -> int:
+    """A positive integer."""
     value = _integer(text)
     if not 1 <= value < 2**30:
         raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer below {2**30}")
@@ -78,6 +83,7 @@ def _seed(text: str) -> int:
 
 
 def port(text: str) -> int:
+    """A port, or 0."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**16:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {2**16 - 1}")
     return int(text)
