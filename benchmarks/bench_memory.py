@@ -28,8 +28,8 @@ import numpy as np
 import jaxkv
 from benchmarks.timing import interleave, publish, stopwatch
 from jaxkv import catalog
+from jaxkv.memory.profile import MemoryProfile, unused_share
 from jaxkv.planner import ModelShape, kv_cache_bytes
-from jaxkv.profile import MemoryProfile, unused_share
 from jaxkv.units import format_bytes
 
 # Layers, KV heads, head_dim, dtype.

@@ -41,7 +41,7 @@ import jaxkv
 from benchmarks.timing import Sample, conditions, microseconds, of_one_more, publish, stopwatch
 from benchmarks.traces import Division, divide, read_trace
 from jaxkv import catalog
-from jaxkv.device_memory import PeakMemory
+from jaxkv.memory.device import PeakMemory
 from jaxkv.models import Llama, ModelConfig, abstract_model
 from jaxkv.planner import Device, ModelShape, Plan, plan
 from jaxkv.units import format_bytes

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from jaxkv.cli import KV_DTYPES
+from jaxkv.cli.options import KV_DTYPES
 from jaxkv.models import load
 
 WINDOW, CHUNK, PAGE_SIZE = 512, 256, 16

@@ -1,15 +1,13 @@
 """Static sizes of a cache and what follows from them."""
 
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, fields
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv import catalog
 from jaxkv.arguments import real, whole
-from jaxkv.units import format_bytes, parse_bytes
+from jaxkv.units import format_bytes
 from pallas_kernels import int4
 from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, stored_dtype, token_bytes
 
@@ -130,69 +128,6 @@ class CacheConfig:
             dtype=dtype,
             quantization=quantization,
         )
-
-    @classmethod
-    def from_preset(cls, name: str, *, memory: str | int | None = None, **options: Any) -> "CacheConfig":
-        """A config from `configs/presets`: "small", "medium", "large", or "custom", which sets no sizes.
-
-        Args:
-          name: of the preset.
-          memory: that the cache may take, as bytes or like "12GiB". Default: the preset's.
-          options: of `for_context_length`, instead of the preset's.
-
-        Raises:
-          ValueError: for an unknown preset, or sizes that it leaves open.
-
-        Example:
-          >>> CacheConfig.from_preset("small", memory="1GiB", max_seqs=8).num_pages
-          585
-        """
-        preset = catalog.read("presets", name)
-        sizes = {field: value for field, value in preset.items() if field not in ("description", "memory")}
-        sizes |= options
-        memory = memory if memory is not None else preset.get("memory")
-        needed = ("max_context", "num_layers", "num_kv_heads", "head_dim")
-        missing = [field for field in needed if field not in sizes] + ["memory"] * (memory is None)
-        if missing:
-            raise ValueError(f"preset {name!r} leaves {', '.join(missing)} open; give them")
-        return cls.for_context_length(sizes.pop("max_context"), memory=memory, **sizes)
-
-    @classmethod
-    def for_context_length(
-        cls, context: int, *, memory: str | int | None = None, **options: Any
-    ) -> "CacheConfig":
-        """A config whose sequences hold `context` tokens each.
-
-        Args:
-          context: tokens of the longest sequence.
-          memory: that the cache may take, as bytes or like "12GiB"; it gets as many pages as that holds.
-            Default: enough for `max_seqs` sequences of `context`.
-          options: the other arguments of `CacheConfig`, without `num_pages` and `max_pages_per_seq`.
-
-        Raises:
-          ValueError: where not even one sequence fits the memory.
-
-        Example:
-          >>> sizes = dict(num_layers=32, num_kv_heads=8, head_dim=128)
-          >>> CacheConfig.for_context_length(8192, memory="4GiB", **sizes).max_context_length()
-          8192
-        """
-        context = _count("context", context)
-        one = cls(**options, num_pages=1, max_pages_per_seq=1)
-        row = one.pages_for(context)
-        if memory is None:
-            return replace(one, num_pages=row * one.max_seqs, max_pages_per_seq=row)
-        allowed = parse_bytes(memory)
-        least = replace(one, num_pages=row, max_pages_per_seq=row)
-        spare = allowed - least.estimated_memory_bytes()
-        if spare < 0:
-            raise ValueError(
-                f"memory={format_bytes(allowed)} does not hold one sequence of {context} tokens, "
-                f"which takes {least.estimated_memory()}"
-            )
-        # A page more takes its bytes, a refcount and a place on the free stack.
-        more = spare // (one.page_bytes + 8)
-        return replace(least, num_pages=min(row + more, (MAX_TOKENS - 1) // one.page_size))
 
     @property
     def is_contiguous(self) -> bool:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from jaxkv.allocate import allocate
+from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.causal_lm import run_model
 from jaxkv.pages import free, rows_of

@@ -1,38 +1,18 @@
-"""Host-side checks: is the cache sound, did a call succeed. And every error of jaxkv."""
+"""Host-side checks: is the cache sound, did a call succeed."""
 
 import jax
 import numpy as np
 
+from jaxkv.errors import (
+    CacheCorruptedError,
+    InvalidLengthError,
+    InvalidSequenceError,
+    JaxKVError,
+    OutOfPagesError,
+    SequenceTooLongError,
+    SlotOccupiedError,
+)
 from jaxkv.state import Batch, KVCache, Status
-
-
-class JaxKVError(Exception):
-    """What every error of jaxkv is, but for static mistakes, which are `ValueError`s."""
-
-
-class OutOfPagesError(JaxKVError):
-    """The pool has too few free pages."""
-
-
-class SequenceTooLongError(JaxKVError):
-    """A sequence does not fit its row of the page table."""
-
-
-class InvalidSequenceError(JaxKVError):
-    """A slot beyond `max_seqs`, named twice, or an empty parent."""
-
-
-class SlotOccupiedError(JaxKVError):
-    """A fork's child is in use."""
-
-
-class InvalidLengthError(JaxKVError):
-    """`num_tokens` is negative, or reaches past `total_tokens`."""
-
-
-class CacheCorruptedError(JaxKVError):
-    """The page table contradicts itself: a bug, or a cache edited by hand."""
-
 
 _ERRORS = {
     Status.OUT_OF_PAGES: (OutOfPagesError, "the pool has too few free pages"),
@@ -66,7 +46,7 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
       >>> jaxkv.raise_for_status(np.array([0, 5]))
       >>> jaxkv.raise_for_status(np.array([0, 1]))
       Traceback (most recent call last):
-      jaxkv.invariants.OutOfPagesError: entry 1: the pool has too few free pages
+      jaxkv.errors.OutOfPagesError: entry 1: the pool has too few free pages
     """
     batch = batch_or_status if isinstance(batch_or_status, Batch) else None
     try:

@@ -3,9 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.allocate import allocate
+from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM, mark_layers, run_model, unwritten_layers
-from jaxkv.compact import maybe_compact
+from jaxkv.compaction import maybe_compact
 from jaxkv.state import Batch, KVCache, PolicyState
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxkv.causal_lm import CausalLM
-from jaxkv.fork import fork
+from jaxkv.forking import fork
 from jaxkv.invariants import raise_for_status
 from jaxkv.packing import Stage, chunks, stages
 from jaxkv.prefill import prefill_checked

@@ -1,15 +1,83 @@
-"""How much room sequences take in a cache, at most; and whether prompts fit one."""
+"""Sizes a cache by what it is for: an amount of memory, a context length, or prompts and new tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from jaxkv.config import CacheConfig
-from jaxkv.invariants import OutOfPagesError, SequenceTooLongError
+from jaxkv import catalog
+from jaxkv.arguments import whole
+from jaxkv.config import MAX_TOKENS, CacheConfig
+from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.packing import most_at_once
 from jaxkv.policies import Policy, TokenPolicy
 from jaxkv.state import KVCache
+from jaxkv.units import format_bytes, parse_bytes
+
+
+def for_context_length(context: int, *, memory: str | int | None = None, **options: Any) -> CacheConfig:
+    """A config whose sequences hold `context` tokens each.
+
+    Args:
+      context: tokens of the longest sequence.
+      memory: that the cache may take, as bytes or like "12GiB"; it gets as many pages as that holds.
+        Default: enough for `max_seqs` sequences of `context`.
+      options: the other arguments of `CacheConfig`, without `num_pages` and `max_pages_per_seq`.
+
+    Raises:
+      ValueError: where not even one sequence fits the memory.
+
+    Example:
+      >>> sizes = dict(num_layers=32, num_kv_heads=8, head_dim=128)
+      >>> for_context_length(8192, memory="4GiB", **sizes).max_context_length()
+      8192
+    """
+    tokens = whole(context)
+    if tokens is None or tokens < 1:
+        raise ValueError(f"context={context!r} must be a positive integer")
+    one = CacheConfig(**options, num_pages=1, max_pages_per_seq=1)
+    row = one.pages_for(tokens)
+    if memory is None:
+        return replace(one, num_pages=row * one.max_seqs, max_pages_per_seq=row)
+    allowed = parse_bytes(memory)
+    least = replace(one, num_pages=row, max_pages_per_seq=row)
+    spare = allowed - least.estimated_memory_bytes()
+    if spare < 0:
+        raise ValueError(
+            f"memory={format_bytes(allowed)} does not hold one sequence of {tokens} tokens, "
+            f"which takes {least.estimated_memory()}"
+        )
+    # A page more takes its bytes, a refcount and a place on the free stack.
+    more = spare // (one.page_bytes + 8)
+    return replace(least, num_pages=min(row + more, (MAX_TOKENS - 1) // one.page_size))
+
+
+def from_preset(name: str, *, memory: str | int | None = None, **options: Any) -> CacheConfig:
+    """A config from `configs/presets`: "small", "medium", "large", or "custom", which sets no sizes.
+
+    Args:
+      name: of the preset.
+      memory: that the cache may take, as bytes or like "12GiB". Default: the preset's.
+      options: of `for_context_length`, instead of the preset's.
+
+    Raises:
+      ValueError: for an unknown preset, or sizes that it leaves open.
+
+    Example:
+      >>> from_preset("small", memory="1GiB", max_seqs=8).num_pages
+      585
+    """
+    preset = catalog.read("presets", name)
+    sizes = {field: value for field, value in preset.items() if field not in ("description", "memory")}
+    sizes |= options
+    memory = memory if memory is not None else preset.get("memory")
+    needed = ("max_context", "num_layers", "num_kv_heads", "head_dim")
+    missing = [field for field in needed if field not in sizes] + ["memory"] * (memory is None)
+    if missing:
+        raise ValueError(f"preset {name!r} leaves {', '.join(missing)} open; give them")
+    return for_context_length(sizes.pop("max_context"), memory=memory, **sizes)
 
 
 def token_slots(
@@ -74,8 +142,23 @@ def fitting_config(
     num_samples: int,
     policy: Policy | None,
     prefill_chunk: int,
+    *,
+    num_pages: int | None = None,
+    max_context: int | None = None,
+    **options: Any,
 ) -> CacheConfig:
     """The config of a pool that holds every sequence at its longest, as the model's `cache_config` makes it.
+
+    Args:
+      model: has the method `cache_config(**sizes)`.
+      lengths: tokens of each prompt.
+      new_tokens: most tokens of each prompt's continuations.
+      num_samples: continuations of each prompt.
+      policy: what is forgotten.
+      prefill_chunk: most tokens a prefill step.
+      num_pages: pages of the pool, instead of enough for all.
+      max_context: tokens at which a sequence ends that forgets nothing. Default: none.
+      options: other arguments of `cache_config`.
 
     Raises:
       ValueError: for a model that has no such method.
@@ -85,13 +168,18 @@ def fitting_config(
             f"{type(model).__name__} has no method cache_config(**sizes) to size a cache with; give "
             "generate(model, prompts, config) a CacheConfig, or cache="
         )
-    make = model.cache_config
+    make = partial(model.cache_config, **options)
     page_size = make(num_pages=1).page_size
     slots = [
         max(1, token_slots(make, page_size, length, new, policy, prefill_chunk))
         for length, new in zip(lengths, new_tokens, strict=True)
     ]
-    return make(**pool_sizes(lengths, slots, num_samples, page_size, policy))
+    if policy is None and max_context is not None:
+        slots = [min(count, max_context) for count in slots]
+    sizes = pool_sizes(lengths, slots, num_samples, page_size, policy)
+    if num_pages is not None:
+        sizes |= dict(num_pages=num_pages, max_pages_per_seq=min(sizes["max_pages_per_seq"], num_pages))
+    return make(**sizes)
 
 
 def check_fit(

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkv.invariants import CacheCorruptedError, check_invariants
+from jaxkv.errors import CacheCorruptedError
+from jaxkv.invariants import check_invariants
 from jaxkv.pool import gather
 from jaxkv.state import KVCache, KVPool
 

@@ -24,14 +24,14 @@ jax.config.update("jax_enable_compilation_cache", False)
 
 # Function modules only: JAX unflattens the pytrees of jaxkv.state with things that are not arrays.
 CHECKED = (
-    "allocate",
+    "allocation",
     "pages",
-    "fork",
-    "reorder",
+    "forking",
+    "reordering",
     "merge",
     "pool",
     "attention",
-    "compact",
+    "compaction",
     "invariants",
     "testing",
 )

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import CacheConfig
+from jaxkv import CacheConfig, sizing
 from jaxkv.policies import heavy_hitter, least_recently_used, prompt_compress, semantic_merge, sliding_window
 from jaxkv.rope import Rope
 from pallas_kernels.checks import check_options
@@ -32,8 +32,8 @@ def test_a_config_of_numpy_numbers_is_that_of_python_numbers(integer):
         CacheConfig(**sizes, compaction_threshold=threshold), CacheConfig(**SIZES, compaction_threshold=0.5)
     )
     sizes = dict(num_layers=1, num_kv_heads=1, head_dim=8)
-    ours = CacheConfig.for_context_length(integer(32), **sizes)
-    assert_same(ours, CacheConfig.for_context_length(32, **sizes))
+    ours = sizing.for_context_length(integer(32), **sizes)
+    assert_same(ours, sizing.for_context_length(32, **sizes))
     assert type(ours.max_context_length(integer(2))) is int
 
 

@@ -14,14 +14,13 @@ import tokenizers.models
 from rich.console import Console
 
 import jaxkv
-from jaxkv import cli
 from jaxkv.cli import main
-from jaxkv.cli_options import parser
-from jaxkv.device_memory import DeviceMemory
+from jaxkv.cli.command_line import parser
+from jaxkv.cli.progress import Status
+from jaxkv.cli.prompts import read_prompts, token_ids
+from jaxkv.memory.device import DeviceMemory
+from jaxkv.memory.profile import memory_profile
 from jaxkv.models import Tokenizer
-from jaxkv.profile import memory_profile
-from jaxkv.terminal import _token_ids
-from jaxkv.terminal_progress import Status
 from tests import command_models
 from tests.command_models import PROMPT
 
@@ -65,7 +64,7 @@ def test_the_version_names_those_of_jax_too(capsys):
 
 def prompts_of(path: Path, content: bytes) -> list[str]:
     path.write_bytes(content)
-    return cli._read_prompts(parser().parse_args(["generate", "--model", "x", "--prompts-file", str(path)]))
+    return read_prompts(parser().parse_args(["generate", "--model", "x", "--prompts-file", str(path)]))
 
 
 def test_a_prompts_file_has_a_prompt_a_line_however_its_lines_end(tmp_path):
@@ -148,7 +147,7 @@ def test_a_prompt_in_a_conversation_does_not_end_its_turn_unless_told_to():
 
     def ends(*options: str) -> int:
         arguments = ["generate", "--model", "x", "--prompt", "a<|end|>a", *options]
-        return _token_ids(tokenizer, ["a<|end|>a"], parser().parse_args(arguments))[0].count(0)
+        return token_ids(tokenizer, ["a<|end|>a"], parser().parse_args(arguments))[0].count(0)
 
     assert (ends("--chat"), ends("--chat", "--parse-special")) == (1, 2)
     assert (ends(), ends("--no-parse-special")) == (1, 0)

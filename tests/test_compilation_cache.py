@@ -7,7 +7,7 @@ import sys
 import jax
 import pytest
 
-from jaxkv.compilation_cache import default_directory, keep_programs
+from jaxkv.cli.compilation_cache import default_directory, keep_programs
 from tests import command_models
 from tests.command_models import PROMPT
 
@@ -69,7 +69,7 @@ def in_process(code: str, **env: str) -> subprocess.CompletedProcess:
 DAMAGE = """
 from pathlib import Path
 import jax, jax.numpy as jnp
-from jaxkv.compilation_cache import keep_programs
+from jaxkv.cli.compilation_cache import keep_programs
 directory = Path({directory!r})
 keep_programs(directory)
 def run():

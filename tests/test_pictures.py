@@ -9,8 +9,8 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import jaxkv
-from jaxkv.page_map import page_map
-from jaxkv.pictures import plot_generation, plot_memory, plot_pages, plot_waste
+from jaxkv.memory.page_owners import page_map
+from jaxkv.memory.pictures import plot_generation, plot_memory, plot_pages, plot_waste
 from tests import jitted
 from tests.caches import PAGE_OF_ONE, SMALL, ints
 

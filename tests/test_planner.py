@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxkv
-from jaxkv import CacheConfig, catalog
+from jaxkv import CacheConfig, catalog, sizing
 from jaxkv.planner import (
     Device,
     ModelShape,
@@ -391,7 +391,7 @@ def test_a_gguf_file_says_the_same_as_its_config():
         ({"hidden_size": 65}, "hidden_size=65"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"torch_dtype": "float7"}, "dtype 'float7' is not known"),
-        ({"layer_types": ["full_attention"]}, "layer_types must be a list of 2"),
+        ({"layer_types": ["full_attention"]}, "layer_types must name the 2 layers' kinds, not 1"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"quantization_config": 4}, "quantization_config must be an object, not 4"),
         ({"quantization_config": {"quant_method": 4}}, "quantization_config's quant_method must be a string"),
@@ -530,7 +530,7 @@ def allocated(config: CacheConfig) -> int:
 @pytest.mark.parametrize("preset", ["small", "medium", "large"])
 @pytest.mark.parametrize("options", [{}, {"quantization": "int4"}, {"page_size": 1}], ids=str)
 def test_estimated_memory_is_what_init_allocates_for_presets_scaled_down(preset, options):
-    config = CacheConfig.from_preset(preset, memory="48MiB", max_context=64, max_seqs=4, **options)
+    config = sizing.from_preset(preset, memory="48MiB", max_context=64, max_seqs=4, **options)
     assert allocated(config) == config.estimated_memory_bytes() <= 48 * MIB
     one_more = dataclasses.replace(config, num_pages=config.num_pages + 1)
     assert one_more.estimated_memory_bytes() > 48 * MIB
@@ -538,7 +538,7 @@ def test_estimated_memory_is_what_init_allocates_for_presets_scaled_down(preset,
 
 @pytest.mark.parametrize("preset", ["small", "medium", "large"])
 def test_presets_in_full_take_their_memory(preset):
-    config = CacheConfig.from_preset(preset)
+    config = sizing.from_preset(preset)
     shapes = jax.eval_shape(lambda: jaxkv.init(config))
     assert (
         sum(prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
@@ -549,7 +549,7 @@ def test_presets_in_full_take_their_memory(preset):
 
 
 def test_the_small_preset_fits_here_and_allocates_what_was_planned():
-    config = CacheConfig.from_preset("small")
+    config = sizing.from_preset("small")
     assert allocated(config) == config.estimated_memory_bytes()
     assert config.estimated_memory() == "3.72 GiB"
 
@@ -568,35 +568,35 @@ def test_planned_bytes_are_those_that_init_allocates(model, kv_dtype):
 
 @pytest.mark.slow
 def test_the_medium_preset_in_full_too():
-    config = CacheConfig.from_preset("medium")
+    config = sizing.from_preset("medium")
     assert allocated(config) == config.estimated_memory_bytes()
 
 
 def test_a_config_for_a_context_length():
     sizes = dict(num_layers=2, num_kv_heads=2, head_dim=8, max_seqs=4)
-    config = CacheConfig.for_context_length(100, **sizes)
+    config = sizing.for_context_length(100, **sizes)
     assert (config.num_pages, config.max_pages_per_seq) == (28, 7)
     assert config.max_context_length() == 112
     assert dataclasses.replace(config, num_pages=14).max_context_length(concurrency=4) == 48
     with pytest.raises(ValueError, match="concurrency=5 is more than max_seqs=4"):
         config.max_context_length(5)
     with pytest.raises(ValueError, match=r"memory=1\.00 KiB does not hold one sequence of 100 tokens"):
-        CacheConfig.for_context_length(100, memory=1024, **sizes)
+        sizing.for_context_length(100, memory=1024, **sizes)
     with pytest.raises(ValueError, match="context=0"):
-        CacheConfig.for_context_length(0, **sizes)
+        sizing.for_context_length(0, **sizes)
 
 
 def test_the_custom_preset_says_what_it_leaves_open():
     with pytest.raises(
         ValueError, match="leaves max_context, num_layers, num_kv_heads, head_dim, memory open"
     ):
-        CacheConfig.from_preset("custom")
+        sizing.from_preset("custom")
     with pytest.raises(
         ValueError, match="'huge' is not one of the known presets: custom, large, medium, small"
     ):
-        CacheConfig.from_preset("huge")
+        sizing.from_preset("huge")
     sizes = dict(max_context=64, num_layers=1, num_kv_heads=1, head_dim=8)
-    assert CacheConfig.from_preset("custom", memory="1MiB", **sizes).page_size == 16
+    assert sizing.from_preset("custom", memory="1MiB", **sizes).page_size == 16
 
 
 @pytest.mark.parametrize("device", catalog.names("devices"))

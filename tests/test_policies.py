@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import Rope, terminal
+from jaxkv import Rope
+from jaxkv.cli.pool import check_context
 from jaxkv.decode import Finish
+from jaxkv.generating import PREFILL_CHUNK
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.policies import (
     HeavyHitter,
@@ -25,6 +27,7 @@ from jaxkv.policies import (
     Tokens,
 )
 from jaxkv.policies.parse import parse_policy
+from jaxkv.sizing import token_slots
 from tests.caches import SMALL, ints
 from tests.policy_twin import PolicyTwin
 
@@ -272,13 +275,14 @@ def test_a_prompt_that_is_cut_goes_on_to_the_end_of_the_context(positions, most)
     policy = PromptCompress(9, 3, positions=positions, rope=MODEL.rope if positions == "cache" else None)
     loaded = SimpleNamespace(config=MODEL, name="tiny")
 
-    def places(new):
+    def slots(new):
         options = Namespace(max_new_tokens=new, page_size=4, policy="prompt-compress:9")
-        return terminal._places(loaded, "prompt 0", 60, options, policy)
+        check_context(loaded, "prompt 0", 60, options, policy)
+        return token_slots(MODEL.cache_config, 4, 60, new, policy, PREFILL_CHUNK)
 
-    assert places(1) == 60 and places(most) == 12 + most
+    assert slots(1) == 60 and slots(most) == 12 + most
     with pytest.raises(jaxkv.SequenceTooLongError, match=r"reach position 129 .* trained on 128"):
-        places(most + 1)
+        slots(most + 1)
 
 
 # generate -------------------------------------------------------------------------------------
@@ -360,7 +364,7 @@ def test_a_window_moves_over_a_long_text_with_as_many_pages(model):
 
 
 def decode_programs():
-    from jaxkv.generate import _decode
+    from jaxkv.generating import _decode
 
     return _decode._cache_size()
 

@@ -9,9 +9,9 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig, MemoryProfile
-from jaxkv.device_memory import PeakMemory, device_memory
-from jaxkv.page_map import page_map
-from jaxkv.profile import unused_share
+from jaxkv.memory.device import PeakMemory, device_memory
+from jaxkv.memory.page_owners import page_map
+from jaxkv.memory.profile import unused_share
 from tests import jitted
 from tests.caches import PAGE_OF_ONE, SMALL, ints
 from tests.twin import Twin

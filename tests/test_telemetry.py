@@ -12,8 +12,8 @@ import pytest
 
 import jaxkv
 from jaxkv import AllocationStats
+from jaxkv.memory.telemetry import Telemetry
 from jaxkv.models import ModelConfig, random_model
-from jaxkv.telemetry import Telemetry
 from tests import jitted
 from tests.caches import SMALL, ints
 
@@ -106,7 +106,7 @@ def test_observing_does_not_wait_and_survives_donation():
 
 
 def test_profiles_that_pile_up_are_waited_for(monkeypatch):
-    monkeypatch.setattr("jaxkv.telemetry._is_ready", lambda profile: False)
+    monkeypatch.setattr("jaxkv.memory.telemetry._is_ready", lambda profile: False)
     seen = []
     telemetry = Telemetry(on_profile=lambda name, profile: seen.append(profile.tokens))
     cache = jaxkv.init(SMALL)

@@ -14,5 +14,5 @@ with _needs_extra():
     from jaxkv.models.tokenizer import Tokenizer as Tokenizer
     from jaxkv.models.text_stream import TextStream as TextStream
     from jaxkv.models.text_stream import TextStreams as TextStreams
-    from jaxkv.models.errors import ModelLoadError as ModelLoadError
-    from jaxkv.models.errors import TokenizerError as TokenizerError
+    from jaxkv.errors import ModelLoadError as ModelLoadError
+    from jaxkv.errors import TokenizerError as TokenizerError

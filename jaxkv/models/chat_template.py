@@ -12,7 +12,7 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
 
-from jaxkv.models.errors import TokenizerError
+from jaxkv.errors import TokenizerError
 from jaxkv.models.special_tokens import MARK
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv.arguments import whole
-from jaxkv.config import CacheConfig
-from jaxkv.hf_folder import (
-    MOST_POSITIONS,
+from jaxkv.checkpoints.fields import Fields, most
+from jaxkv.checkpoints.hf_folder import (
     original_positions,
     read_json,
     rotary_settings,
@@ -19,21 +18,22 @@ from jaxkv.hf_folder import (
     trained_context,
     with_defaults,
 )
+from jaxkv.config import CacheConfig
 from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")
 
-# Far above any published model: beyond these a number is a damaged file, not a large model.
-_LIMITS = {
-    "vocab_size": 2**24,
-    "hidden_size": 2**17,
-    "num_layers": 2**12,
-    "num_q_heads": 2**12,
-    "num_kv_heads": 2**12,
-    "head_dim": 2**12,
-    "intermediate_size": 2**20,
-    "max_context": MOST_POSITIONS,
-    "window": MOST_POSITIONS,
+# What a `config.json` calls the numbers that have limits.
+_HF_NAMES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_q_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "max_context": "max_position_embeddings",
+    "window": "sliding_window",
 }
 
 
@@ -81,8 +81,8 @@ class ModelConfig:
     max_context: int
 
     def __post_init__(self) -> None:
-        for name, limit in _LIMITS.items():
-            value = getattr(self, name)
+        for name, hf_name in _HF_NAMES.items():
+            value, limit = getattr(self, name), most(hf_name)
             if name == "window" and value is None:
                 continue
             number = whole(value)
@@ -154,56 +154,27 @@ class ModelConfig:
         """
         raw = with_defaults(source if isinstance(source, Mapping) else read_json(Path(source)))
         _refuse_unsupported(raw)
-        hidden, q_heads = _field(raw, "hidden_size", int), _field(raw, "num_attention_heads", int)
-        layers, positions = _field(raw, "num_hidden_layers", int), _field(raw, "max_position_embeddings", int)
-        window, full_attention_layers = _windows(raw, layers)
+        fields = Fields(raw)
+        hidden, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
+        window, full_attention_layers = _windows(fields, layers)
         return cls(
-            vocab_size=_field(raw, "vocab_size", int),
+            vocab_size=fields.integer("vocab_size"),
             hidden_size=hidden,
             num_layers=layers,
             num_q_heads=q_heads,
-            num_kv_heads=_field(raw, "num_key_value_heads", int, q_heads),
-            head_dim=_field(raw, "head_dim", int, hidden // q_heads),
-            intermediate_size=_field(raw, "intermediate_size", int),
-            rms_norm_eps=_field(raw, "rms_norm_eps", float, 1e-6),
-            rope_theta=_field(
-                rotary_settings(raw), "rope_theta", float, _field(raw, "rope_theta", float, 1e4)
-            ),
+            num_kv_heads=fields.integer("num_key_value_heads", default=q_heads),
+            head_dim=fields.integer("head_dim", default=hidden // q_heads),
+            intermediate_size=fields.integer("intermediate_size"),
+            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+            rope_theta=Fields(rotary_settings(raw)).number("rope_theta", fields.number("rope_theta", 1e4)),
             rope_scaling=_rope_scaling(raw, positions),
             qkv_bias=raw["model_type"] == "qwen2",
-            tied_embeddings=_field(raw, "tie_word_embeddings", bool, False),
+            tied_embeddings=fields.flag("tie_word_embeddings", False),
             window=window,
             full_attention_layers=full_attention_layers,
             max_context=trained_context(raw, positions),
         )
-
-
-_MISSING = object()
-# What a `config.json` calls these; other fields have the same names.
-_HF_NAMES = {
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_q_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "max_position_embeddings": "max_context",
-    "sliding_window": "window",
-}
-_KINDS = {int: "an integer", float: "a number", bool: "true or false"}
-
-
-def _field(raw: Mapping[str, Any], name: str, kind: type, default: Any = _MISSING) -> Any:
-    value = raw.get(name)
-    if value is None:
-        if default is _MISSING:
-            raise ValueError(f"field {name!r} is missing")
-        return default
-    if kind is float and isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
-        value = float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f"{name} must be {_KINDS[kind]}, not {shown(value)}")
-    if kind is int and not 1 <= value <= _LIMITS[_HF_NAMES.get(name, name)]:
-        limit = _LIMITS[_HF_NAMES.get(name, name)]
-        raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
-    return value
 
 
 def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
@@ -234,35 +205,22 @@ def _refuse_all_but(name: str, value: object, allowed: tuple[Any, ...]) -> None:
     raise ValueError(f"{name} {shown(value)} is not supported{only}")
 
 
-def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, tuple[int, ...]]:
+def _windows(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
     """The window, and the layers that do not have it."""
-    kinds = _layer_types(raw, layers)
-    if raw["model_type"] != "mistral":
+    has_window = fields.raw["model_type"] == "mistral"
+    kinds = fields.layer_types(layers) or []
+    allowed = ["full_attention"] + ["sliding_attention"] * has_window
+    for kind in kinds:
+        if kind not in allowed:
+            raise ValueError(f"layer_types {shown(kind)} is not supported; supported: {', '.join(allowed)}")
+    if not has_window:
         # Llama has no window; Qwen2's configs name one and switch it off.
         return None, ()
-    window = _field(raw, "sliding_window", int, None)
+    window = fields.optional("sliding_window")
     full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
     if window is None and len(full) < len(kinds):
         raise ValueError("layer_types has sliding_attention, but sliding_window is null")
     return (None, ()) if kinds and len(full) == len(kinds) else (window, full)
-
-
-def _layer_types(raw: Mapping[str, Any], layers: int) -> list[str]:
-    """The kind of each layer, or an empty list where the config does not say."""
-    kinds = raw.get("layer_types")
-    if kinds is None:
-        return []
-    if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
-        raise ValueError(f"layer_types must be a list of strings, not {shown(kinds)}")
-    # Older files call full attention just that.
-    kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]
-    allowed = ["full_attention"] + ["sliding_attention"] * (raw["model_type"] == "mistral")
-    for kind in kinds:
-        if kind not in allowed:
-            raise ValueError(f"layer_types {shown(kind)} is not supported; supported: {', '.join(allowed)}")
-    if len(kinds) != layers:
-        raise ValueError(f"layer_types must name the {shown(layers)} layers' kinds, not {len(kinds)} of them")
-    return kinds
 
 
 def _rope_scaling(raw: Mapping[str, Any], positions: int) -> RopeScaling | None:
@@ -270,13 +228,14 @@ def _rope_scaling(raw: Mapping[str, Any], positions: int) -> RopeScaling | None:
     kind = rotary_type(settings)
     if kind == "default":
         return None
+    fields = Fields(settings)
     if kind == "linear":
-        return LinearScaling(factor=_field(settings, "factor", float))
+        return LinearScaling(factor=fields.number("factor"))
     if kind == "llama3":
         return Llama3Scaling(
-            factor=_field(settings, "factor", float),
-            low_freq_factor=_field(settings, "low_freq_factor", float),
-            high_freq_factor=_field(settings, "high_freq_factor", float),
+            factor=fields.number("factor"),
+            low_freq_factor=fields.number("low_freq_factor"),
+            high_freq_factor=fields.number("high_freq_factor"),
             original_max_position=original_positions(raw, settings, positions),
         )
     raise ValueError(f"rope_scaling {shown(kind)} is not supported; supported: default, linear, llama3")

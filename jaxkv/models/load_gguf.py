@@ -1,26 +1,27 @@
 """Loading a GGUF file: the metadata says the sizes, the tensors are dequantized one by one."""
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
 
-from jaxkv.hf_folder import shown, trained_context
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.checkpoints.gguf_header import EMBEDDING, UNEMBEDDING, config_fields
+from jaxkv.checkpoints.hf_folder import shown, trained_context
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.errors import ModelLoadError
-from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.llama import Llama
 from jaxkv.models.weights import Progress, TensorNames, build_model
 from jaxkv.rope import FrequencyFactors, LinearScaling, RopeScaling
 
-# GGUF calls Mistral's architecture "llama" too.
 GGUF_ARCHITECTURES = ("llama", "qwen2")
 
 NAMES = TensorNames(
-    embedding="token_embd.weight",
+    embedding=EMBEDDING,
     final_norm="output_norm.weight",
-    unembedding="output.weight",
+    unembedding=UNEMBEDDING,
     layer="blk.{layer}.",
     attention_norm="attn_norm.weight",
     qkv=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
@@ -59,39 +60,32 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     Raises:
       ModelLoadError: for an architecture or feature that is not supported, or a bad field; named.
     """
-    architecture = file.get("general.architecture")
-    if architecture not in GGUF_ARCHITECTURES:
-        raise ModelLoadError(
-            f"{file.path}: architecture {shown(architecture)} is not supported; "
-            f"supported: {', '.join(GGUF_ARCHITECTURES)}"
-        )
+    raw = config_fields(file, GGUF_ARCHITECTURES)
+    architecture = raw["model_type"]
     number = functools.partial(_number, file, architecture)
-    _refuse_unsupported(file, architecture)
-    hidden, q_heads = number("embedding_length", int), number("attention.head_count", int)
-    head_dim = number("attention.key_length", int, hidden // max(q_heads, 1))
+    if window := number("attention.sliding_window", int, 0):
+        raise _unsupported(file, f"{architecture}.attention.sliding_window", window)
+    head_dim = raw["head_dim"]
     for name in ("rope.dimension_count", "attention.value_length"):
-        if number(name, int, head_dim) != head_dim:
-            raise ModelLoadError(
-                f"{file.path}: field '{architecture}.{name}' = {number(name, int)} is not supported; "
-                f"supported: the head's {head_dim}"
-            )
+        if (size := number(name, int, head_dim)) != head_dim:
+            raise _unsupported(file, f"{architecture}.{name}", size, f"the head's {head_dim}")
     try:
         return ModelConfig(
-            vocab_size=file.shapes.get(NAMES.embedding, (0,))[0],
-            hidden_size=hidden,
-            num_layers=number("block_count", int),
-            num_q_heads=q_heads,
-            num_kv_heads=number("attention.head_count_kv", int, q_heads),
+            vocab_size=raw["vocab_size"],
+            hidden_size=raw["hidden_size"],
+            num_layers=raw["num_hidden_layers"],
+            num_q_heads=raw["num_attention_heads"],
+            num_kv_heads=raw["num_key_value_heads"],
             head_dim=head_dim,
-            intermediate_size=number("feed_forward_length", int),
+            intermediate_size=raw["intermediate_size"],
             rms_norm_eps=number("attention.layer_norm_rms_epsilon", float),
             rope_theta=number("rope.freq_base", float, 10000.0),
             # Llama's Q and K were permuted when the file was written; Qwen2's were not.
             rope_pairing="interleaved" if architecture == "llama" else "half",
-            rope_scaling=_rope_scaling(file, architecture),
+            rope_scaling=_rope_scaling(file, architecture, raw["rope_scaling"]),
             qkv_bias=architecture == "qwen2",
-            tied_embeddings=NAMES.unembedding not in file.shapes,
-            max_context=_trained_context(file, architecture),
+            tied_embeddings=raw["tie_word_embeddings"],
+            max_context=trained_context(raw, raw["max_position_embeddings"]),
         )
     except ModelLoadError:
         raise
@@ -103,61 +97,24 @@ def _number(file: GGUFFile, architecture: str, name: str, kind: Any, default: fl
     return file.number(f"{architecture}.{name}", kind, default)
 
 
-def _refuse_unsupported(file: GGUFFile, architecture: str) -> None:
-    parts = file.number("split.count", int, 1)
-    if parts > 1:
-        raise ModelLoadError(f"{file.path}: is one of {parts} parts; merge them with gguf-split first")
-    if NAMES.embedding not in file.shapes:
-        raise ModelLoadError(f"{file.path}: tensor {NAMES.embedding!r} is missing")
-    for name in ("expert_count", "attention.sliding_window"):
-        if value := _number(file, architecture, name, int, 0):
-            raise ModelLoadError(f"{file.path}: field '{architecture}.{name}' = {value} is not supported")
+def _unsupported(file: GGUFFile, field: str, value: object, supported: str | None = None) -> ModelLoadError:
+    only = f"; supported: {supported}" if supported else ""
+    return ModelLoadError(f"{file.path}: field {field!r} = {value} is not supported{only}")
 
 
-def _linear_factor(file: GGUFFile, architecture: str) -> float | None:
-    """The number that linear scaling divides positions by, None where there is none.
-
-    As llama.cpp reads it: without a type a factor means linear scaling, under its older name too, and 0 is
-    no factor; the type "none" overrules it.
-    """
-    names = {
-        name: f"{architecture}.rope.{name}" for name in ("scaling.type", "scaling.factor", "scale_linear")
-    }
-    kind = file.get(names["scaling.type"])
-    if kind not in (None, "none", "linear"):
+def _rope_scaling(
+    file: GGUFFile, architecture: str, settings: Mapping[str, Any] | None
+) -> RopeScaling | None:
+    name = f"{architecture}.rope.scaling.attn_factor"
+    if (attention_factor := file.number(name, float, 1.0)) != 1.0:
+        raise _unsupported(file, name, attention_factor, "1.0")
+    if settings is not None and settings["rope_type"] != "linear":
         raise ModelLoadError(
-            f"{file.path}: rope scaling {shown(kind)} is not supported; supported: none, linear"
+            f"{file.path}: rope scaling {shown(settings['rope_type'])} is not supported; "
+            "supported: none, linear"
         )
-    if kind == "none":
-        return None
-    name = "scaling.factor" if file.get(names["scaling.factor"]) is not None else "scale_linear"
-    if file.get(names[name]) is None:
-        if kind is None:
-            return None
-        name = "scaling.factor"  # whose absence is to be named
-    return file.number(names[name], float) or None
-
-
-def _rope_scaling(file: GGUFFile, architecture: str) -> RopeScaling | None:
-    attention_factor = file.number(f"{architecture}.rope.scaling.attn_factor", float, 1.0)
-    if attention_factor != 1.0:
-        raise ModelLoadError(
-            f"{file.path}: field '{architecture}.rope.scaling.attn_factor' = {attention_factor} is not "
-            f"supported; supported: 1.0"
-        )
-    linear = _linear_factor(file, architecture)
+    linear = None if settings is None else settings["factor"]
     if ROPE_FACTORS in file.shapes:
         factors = np.asarray(file.read(ROPE_FACTORS), np.float32) * np.float32(linear or 1.0)
         return FrequencyFactors(factors=tuple(factors.tolist()))
     return None if linear is None else LinearScaling(factor=linear)
-
-
-def _trained_context(file: GGUFFile, architecture: str) -> int:
-    """Tokens of context; linear scaling stretches it as it does in a `config.json`."""
-    positions = file.number(f"{architecture}.context_length", int)
-    linear = _linear_factor(file, architecture)
-    if linear is None:
-        return positions
-    original = file.number(f"{architecture}.rope.scaling.original_context_length", int, positions)
-    scaling = {"rope_type": "linear", "factor": linear, "original_max_position_embeddings": original}
-    return trained_context({"rope_scaling": scaling}, positions)

@@ -1,7 +1,6 @@
 """Loading a Hugging Face model folder: `config.json` and one or many `.safetensors`."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from jaxkv.hf_folder import INDEX_FILE, WHOLE_FILE, shard_files, shown
+from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, read_json, shard_files, shown
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.llama import Llama
 from jaxkv.models.weights import Progress, TensorNames, build_model
 
@@ -132,8 +131,8 @@ def _claims(folder: Path) -> dict[Path, set[str] | None]:
     if not (folder / INDEX_FILE).is_file():
         return dict.fromkeys(_shards(folder))
     try:
-        places = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        places = read_json(folder / INDEX_FILE)["weight_map"]
+    except (ValueError, KeyError):
         raise ModelLoadError(f"{folder / INDEX_FILE}: is not a JSON object with a weight_map") from None
     claims: dict[Path, set[str]] = {}
     for name, file in _string_items(folder / INDEX_FILE, places):

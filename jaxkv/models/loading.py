@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.errors import ModelLoadError
-from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.llama import Llama
 from jaxkv.models.load_gguf import load_gguf
 from jaxkv.models.load_hf import load_hf

@@ -11,7 +11,7 @@ from typing import Any
 
 import tokenizers
 
-from jaxkv.models.errors import TokenizerError
+from jaxkv.errors import TokenizerError
 
 # A noncharacter: Unicode promises that no text has it.
 MARK = "\ufdd0"

@@ -10,8 +10,8 @@ from typing import Any
 
 import tokenizers
 
+from jaxkv.errors import TokenizerError
 from jaxkv.models.chat_template import Messages, literal_text, plain_data, plain_messages, render
-from jaxkv.models.errors import TokenizerError
 from jaxkv.models.special_tokens import PlainEncoder
 from jaxkv.models.text_stream import TextStream as TextStream
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxkv.models.errors import ModelLoadError
-from jaxkv.models.gguf_file import GGUFFile
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.tokenizer import Tokenizer
 
 # llama.cpp's names for how text is cut before merging; the expressions are those of the models'

@@ -1,13 +1,13 @@
 """The tokenizer of a Hugging Face folder: `tokenizer.json`, and what the files beside it say."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from jaxkv.models.errors import ModelLoadError
+from jaxkv.checkpoints.hf_folder import read_json
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.tokenizer import Tokenizer
 
 # Tokens that a chat template may name, beside the first and the last.
@@ -93,9 +93,6 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        raw = json.loads(path.read_bytes())
+        return read_json(path)
     except ValueError as error:
-        raise ModelLoadError(f"{path}: is not JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelLoadError(f"{path}: must hold a JSON object")
-    return raw
+        raise ModelLoadError(str(error)) from None

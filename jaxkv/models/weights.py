@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.errors import ModelLoadError
 from jaxkv.models.llama import Llama, parameter_dtype
 
 Progress = Callable[[int, int], None]

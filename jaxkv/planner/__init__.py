@@ -4,9 +4,9 @@ from jaxkv.planner.shape import ModelShape as ModelShape
 from jaxkv.planner.kv_bytes import KVBytes as KVBytes
 from jaxkv.planner.kv_bytes import kv_cache_bytes as kv_cache_bytes
 from jaxkv.planner.kv_bytes import cache_config as cache_config
-from jaxkv.planner.plan import Device as Device
-from jaxkv.planner.plan import Plan as Plan
-from jaxkv.planner.plan import plan as plan
+from jaxkv.planner.planning import Device as Device
+from jaxkv.planner.planning import Plan as Plan
+from jaxkv.planner.planning import plan as plan
 from jaxkv.planner.suggest import Suggestion as Suggestion
 from jaxkv.planner.suggest import suggestions as suggestions
 from jaxkv.planner.page_size import PageCost as PageCost

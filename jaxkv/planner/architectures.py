@@ -7,8 +7,8 @@ numbers. An architecture that is not in `ARCHITECTURES` is refused: a guess woul
 from collections.abc import Callable
 from typing import NamedTuple
 
-from jaxkv.hf_folder import shown
-from jaxkv.planner.fields import Fields
+from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.hf_folder import shown
 
 
 class Sizes(NamedTuple):
@@ -244,13 +244,9 @@ def layer_windows(fields: Fields, architecture: Architecture, layers: int) -> li
     Raises:
       ValueError: for `layer_types` of another length, or of a kind that keeps its tokens otherwise.
     """
-    kinds = fields.raw.get("layer_types")
+    kinds = fields.layer_types(layers)
     if kinds is None:
         return architecture.windows(fields, layers)
-    if not isinstance(kinds, list) or len(kinds) != layers:
-        raise ValueError(f"layer_types must be a list of {layers} kinds, one a layer, not {shown(kinds)}")
-    # Older files call full attention just that.
-    kinds = ["full_attention" if kind == "attention" else kind for kind in kinds]
     for kind in kinds:
         if kind not in ("full_attention", "sliding_attention"):
             raise ValueError(f"layer_types {shown(kind)} is not known; its cache cannot be counted")

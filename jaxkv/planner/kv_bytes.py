@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from jaxkv.arguments import integer, real
 from jaxkv.config import QUANTIZATIONS, CacheConfig, has_int4
 from jaxkv.planner.shape import ModelShape
+from jaxkv.sizing import for_context_length
 from pallas_kernels.quantization import token_bytes
 
 KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
@@ -110,15 +111,14 @@ def cache_config(
     dtype = resolve_dtype(shape, kv_dtype)
     if shape.is_latent or (dtype == "int4" and not has_int4(shape.head_dim)):
         return None
-    quantized, pages = dtype in QUANTIZATIONS, -(-context // page_size)
-    return CacheConfig(
+    quantized = dtype in QUANTIZATIONS
+    return for_context_length(
+        context,
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
-        num_pages=pages * concurrency,
         page_size=page_size,
         max_seqs=concurrency,
-        max_pages_per_seq=pages,
         dtype=(shape.dtype or "bfloat16") if quantized else dtype,
         quantization=dtype if quantized else None,
     )

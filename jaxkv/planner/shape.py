@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from jaxkv import catalog
+from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_header import config_fields
+from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.config import DTYPES
-from jaxkv.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.planner.architectures import ARCHITECTURES, layer_windows, mlp_width, sizes
-from jaxkv.planner.fields import Fields
-from jaxkv.planner.stored import read_gguf, safetensors_bytes
+from jaxkv.planner.stored import safetensors_bytes
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +167,9 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
         except ValueError as error:
             raise ValueError(f"{error}; nor is it a file or folder") from None
     if path.suffix == ".gguf":
-        return read_gguf(path), path.stem, path.stat().st_size
+        from jaxkv.checkpoints.gguf_file import GGUFFile  # its reader is an extra
+
+        return config_fields(GGUFFile(path)), path.stem, path.stat().st_size
     folder = path if path.is_dir() else path.parent
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
     # Beside another file's name the weights may be another model's.

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jaxkv.planner.kv_bytes import KV_BITS
-from jaxkv.planner.plan import Plan
+from jaxkv.planner.planning import Plan
 from jaxkv.units import format_mebibytes
 
 _MOST_DEVICES, _MOST_SUGGESTIONS = 16, 6

@@ -8,7 +8,7 @@ from benchmarks import bench_step, check_gpu
 from benchmarks.bench_step import Problem, judge_division, judge_memory, planned, problems
 from benchmarks.timing import of_one_more
 from benchmarks.traces import Division
-from jaxkv.device_memory import PeakMemory
+from jaxkv.memory.device import PeakMemory
 
 LARGEST = Problem(64, 2048)
 

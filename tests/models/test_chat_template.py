@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.models import ModelLoadError, Tokenizer, TokenizerError
-from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.tokenizer_gguf import gguf_tokenizer
 from tests.models import gguf_files
 from tests.models.text_tokenizers import KINDS

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import jaxkv
-import jaxkv.pictures
+import jaxkv.memory.pictures
 import jaxkv.telemetry
 from jaxkv.extras import missing, needs_extra
 
@@ -38,7 +38,7 @@ except ImportError as error:
     ("package", "extra", "call"),
     [
         ("prometheus_client", "metrics", "jaxkv.telemetry.Telemetry()"),
-        ("matplotlib", "plot", "jaxkv.pictures._figure(1, 1)"),
+        ("matplotlib", "plot", "jaxkv.memory.pictures._figure(1, 1)"),
     ],
 )
 def test_what_needs_another_extra_says_so_too(monkeypatch, package, extra, call):

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.errors import ModelLoadError
 from jaxkv.models import Tokenizer, TokenizerError
-from jaxkv.models.errors import ModelLoadError
-from jaxkv.models.gguf_file import GGUFFile
 from jaxkv.models.tokenizer_gguf import gguf_tokenizer
 from tests.models import gguf_files
 

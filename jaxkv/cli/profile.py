@@ -5,29 +5,50 @@ import shutil
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 
-from jaxkv.compact import compact
+from jaxkv.cli.compilation_cache import keep_programs
+from jaxkv.cli.options import add_common, add_known_model, add_num_pages, add_seed, count
+from jaxkv.cli.pool import fitting_config
+from jaxkv.cli.prompts import QUESTIONS, SYSTEM_PROMPT, check_prompts, demo_prompts
+from jaxkv.compaction import compact
 from jaxkv.decode import Decoding, Finish
-from jaxkv.device_memory import DeviceMemory, PeakMemory, device_memory
-from jaxkv.generate import generate
-from jaxkv.models import LoadedModel, Tokenizer
-from jaxkv.page_map import FREE, LEVELS, SHARED, PageMap, page_map
-from jaxkv.pictures import PAGE_SIZES
-from jaxkv.profile import MemoryProfile, memory_profile, unused_share
+from jaxkv.generating import generate
+from jaxkv.memory.device import DeviceMemory, PeakMemory, device_memory
+from jaxkv.memory.page_owners import FREE, LEVELS, SHARED, PageMap, page_map
+from jaxkv.memory.pictures import PAGE_SIZES, plot_generation
+from jaxkv.memory.profile import MemoryProfile, memory_profile, unused_share
 from jaxkv.sampling import Sampling
-from jaxkv.terminal import fitting_config
-from jaxkv.terminal_demo import QUESTIONS, SYSTEM_PROMPT, demo_prompts
-from jaxkv.terminal_progress import Status, load_with_progress
 from jaxkv.units import common_unit, format_bytes
 
+if TYPE_CHECKING:
+    from jaxkv.cli.progress import Status
+    from jaxkv.models import LoadedModel, Tokenizer  # which needs an extra
+
+HELP = "where memory goes while a model writes"
 _STEPS_A_BLOCK = 4
 
 _profile = jax.jit(memory_profile)
 # Not donated: the generation goes on with the cache as it is.
 _compact = jax.jit(compact)
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `jaxkv profile`."""
+    add = command.add_argument
+    add_known_model(command)
+    text = "text to continue; may be repeated (default: the demo's)"
+    add("--prompt", action="append", default=[], metavar="TEXT", help=text)
+    add("--num-samples", type=count, default=3, metavar="N", help="continuations a prompt (default: 3)")
+    text = "0 is greedy; higher is more random (default: 0.8)"
+    add("--temperature", type=float, default=0.8, metavar="T", help=text)
+    add_seed(command)
+    add_num_pages(command)
+    add("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf (default: text alone)")
+    add_common(command)
 
 
 @dataclass(slots=True)
@@ -49,7 +70,7 @@ class _Recorder:
 
     model: object
     memory: PeakMemory
-    status: Status
+    status: "Status"
     steps: list[int] = field(default_factory=list)
     profiles: list[MemoryProfile] = field(default_factory=list)
     moment: _Moment | None = None
@@ -85,8 +106,12 @@ def _interest(profile: MemoryProfile) -> tuple[int, int]:
     return profile.holes * profile.active_seqs, profile.physical_pages
 
 
-def run_profile(options: argparse.Namespace) -> int:
-    """`jaxkv profile`."""
+def run(options: argparse.Namespace) -> int:
+    """Prints where memory goes while a model writes; returns the exit code."""
+    check_prompts(options.prompt)
+    keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
+    from jaxkv.cli.progress import Status, load_with_progress
+
     sampling = Sampling(temperature=options.temperature)
     if options.plot is not None:
         _check_plot(options.plot)
@@ -117,8 +142,6 @@ def run_profile(options: argparse.Namespace) -> int:
         raise RuntimeError("generate showed no state")
     print(_text(loaded, moment, lengths, memory, shutil.get_terminal_size().columns))
     if options.plot is not None:
-        from jaxkv.pictures import plot_generation
-
         figure = plot_generation(moment.before, moment.after, recorder.steps, recorder.profiles, lengths)
         figure.savefig(options.plot)
         print(f"\nwrote {options.plot}", file=sys.stderr)
@@ -136,7 +159,7 @@ def _check_plot(path: Path) -> None:
         raise ValueError(f"--plot {path}: no such folder {path.parent}")
 
 
-def _token_ids(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
+def _token_ids(tokenizer: "Tokenizer", prompts: list[str]) -> list[list[int]]:
     """Of the user's prompts, or of the demo's questions behind one system prompt."""
     if prompts:
         return [tokenizer.encode(prompt) for prompt in prompts]
@@ -145,7 +168,7 @@ def _token_ids(tokenizer: Tokenizer, prompts: list[str]) -> list[list[int]]:
     return demo_prompts(tokenizer)
 
 
-def _text(loaded: LoadedModel, moment: _Moment, lengths: list[int], memory: PeakMemory, width: int) -> str:
+def _text(loaded: "LoadedModel", moment: _Moment, lengths: list[int], memory: PeakMemory, width: int) -> str:
     unit = common_unit([moment.device.in_use])
     peak = "at its peak" if memory.is_exact else "at the most, of what was sampled"
     ascii_only = not _can_print(FREE + SHARED + LEVELS)

@@ -2,33 +2,40 @@
 
 import argparse
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv.cli.compilation_cache import keep_programs
+from jaxkv.cli.options import EPILOG, add_common, add_known_model
+from jaxkv.cli.pool import fitting_config
+from jaxkv.cli.prompts import QUESTIONS, demo_prompts
+from jaxkv.cli.report import pages, speed
 from jaxkv.config import CacheConfig
-from jaxkv.generate import Generation, generate
-from jaxkv.models import LoadedModel, Tokenizer, dense_logits
-from jaxkv.terminal import STEPS_A_BLOCK, fitting_config, pages, speed
-from jaxkv.terminal_progress import Status, Watch, load_with_progress
+from jaxkv.generating import generate
+from jaxkv.generation import Generation
 from pallas_kernels.dispatch import auto_backend
 
-SYSTEM_PROMPT = (
-    "You are a helpful AI assistant who answers questions about geography, science and daily life. Your "
-    "users are curious people who want short, correct and friendly answers. Answer each question in one or "
-    "two complete sentences, in plain English."
-)
-QUESTIONS = (
-    "What is the capital of France?",
-    "What is the largest planet in our solar system?",
-    "What is photosynthesis?",
-    "Give me a tip for learning to cook.",
-)
+if TYPE_CHECKING:
+    from jaxkv.models import LoadedModel  # which needs an extra
+
+HELP = "four prompts behind one shared system prompt, checked"
 
 
-def run_demo(options: argparse.Namespace) -> int:
-    """`jaxkv demo`: four questions behind one system prompt, held against dense attention."""
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    """Adds the options of `jaxkv demo`."""
+    command.epilog = EPILOG
+    add_known_model(command)
+    add_common(command)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the answers and how far they are from dense attention; returns the exit code."""
+    keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
+    from jaxkv.cli.progress import STEPS_A_BLOCK, Status, Watch, load_with_progress
+
     loaded, tokenizer = load_with_progress(options.model)
     ids = demo_prompts(tokenizer)
     config = fitting_config(loaded, ids, options, 1, None)
@@ -63,8 +70,10 @@ def run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-def _largest_difference(loaded: LoadedModel, prompts: list[list[int]], result: Generation) -> float:
+def _largest_difference(loaded: "LoadedModel", prompts: list[list[int]], result: Generation) -> float:
     """Between the logits each token was drawn from and those of a dense forward of the whole text."""
+    from jaxkv.models import dense_logits
+
     whole = [prompt + samples[0] for prompt, samples in zip(prompts, result.tokens, strict=True)]
     lengths = np.array([len(tokens) for tokens in whole], np.int32)
     padded = np.zeros((len(whole), lengths.max()), np.int32)
@@ -76,12 +85,6 @@ def _largest_difference(loaded: LoadedModel, prompts: list[list[int]], result: G
         count, start = len(samples[0]), len(prompt) - 1
         largest = max(largest, np.abs(paged[row, :count] - dense[row, start : start + count]).max())
     return float(largest)
-
-
-def demo_prompts(tokenizer: Tokenizer) -> list[list[int]]:
-    """Token ids of the demo's questions, each behind the one system prompt."""
-    system = {"role": "system", "content": SYSTEM_PROMPT}
-    return [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]
 
 
 def _memory(config: CacheConfig, result: Generation) -> str:

@@ -7,8 +7,8 @@ from typing import Any
 import gguf
 import numpy as np
 
-from jaxkv.hf_folder import shown
-from jaxkv.models.errors import ModelLoadError
+from jaxkv.checkpoints.hf_folder import shown
+from jaxkv.errors import ModelLoadError
 
 
 class GGUFFile:

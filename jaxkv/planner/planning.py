@@ -6,8 +6,8 @@ from functools import cached_property
 
 from jaxkv import catalog
 from jaxkv.arguments import real
+from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.config import MAX_TOKENS, CacheConfig
-from jaxkv.hf_folder import shown
 from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv_cache_bytes, resolve_dtype
 from jaxkv.planner.shape import ModelShape
 from jaxkv.units import format_bytes, parse_bytes

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from jaxkv import catalog
 from jaxkv.planner.kv_bytes import KV_BITS, check_count, kv_cache_bytes
 from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
-from jaxkv.planner.plan import Device, Plan, plan
+from jaxkv.planner.planning import Device, Plan, plan
 from jaxkv.planner.shape import ModelShape
 from jaxkv.planner.suggest import suggestions
 from jaxkv.units import format_bytes, format_mebibytes, parse_bytes
 
+HELP = "does a model fit a device, how many sequences, how long?"
 _FLAGS = {
     "context": "--context",
     "concurrency": "--concurrency",
@@ -34,7 +35,7 @@ _OF_A_DEVICE += (
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    """Adds those of `jaxkv plan`."""
+    """Adds the options of `jaxkv plan`."""
     dtypes = "auto, f32, bf16, f16, fp8, int8, int4"
     add = command.add_argument
     add(

@@ -18,6 +18,9 @@ from rich.progress import (
 from jaxkv.decode import Decoding, Finish
 from jaxkv.models import LoadedModel, TextStreams, Tokenizer, load
 
+# Decode steps between two looks at the texts.
+STEPS_A_BLOCK = 8
+
 
 def load_with_progress(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
     """Loads a model for a command, which needs its tokenizer too.

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxkv.extras import needs_extra
-from jaxkv.page_map import PageMap, page_map
-from jaxkv.profile import MemoryProfile, unused_share
+from jaxkv.memory.page_owners import PageMap, page_map
+from jaxkv.memory.profile import MemoryProfile, unused_share
 from jaxkv.state import KVCache
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 import jax
 
-from jaxkv.profile import align
+from jaxkv.memory.profile import align
 from jaxkv.state import KVCache
 from jaxkv.units import common_unit, format_bytes
 

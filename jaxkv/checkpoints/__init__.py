@@ -1,0 +1,1 @@
+"""Readers of a model's files, which its loader and the planner share."""

@@ -1,0 +1,99 @@
+"""Reading the fields of a `config.json`: every number checked, every complaint naming the field."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxkv.checkpoints.hf_folder import MOST_POSITIONS, shown
+
+# Far above any published model: beyond these a number is a damaged file, not a large model.
+_MOST = {
+    "vocab_size": 2**24,
+    "max_position_embeddings": MOST_POSITIONS,
+    "sliding_window": MOST_POSITIONS,
+    "intermediate_size": 2**20,
+    "hidden_size": 2**17,
+}
+_MOST_OTHERWISE = 2**16
+
+
+def most(name: str) -> int:
+    """The largest value of an integer field that is taken for true."""
+    return _MOST.get(name, _MOST_OTHERWISE)
+
+
+class Fields:
+    """The fields of a config by any of their names."""
+
+    def __init__(self, raw: Mapping[str, Any]):
+        self.raw = raw
+
+    def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
+        """The first of these fields that is there; `default` where none is.
+
+        Raises:
+          ValueError: for a missing field without a default, and a value that is no such integer.
+        """
+        name, value = self._first(names)
+        if value is None:
+            if default is None:
+                raise ValueError(f"field {names[0]!r} is missing")
+            return default
+        limit = most(names[0])
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise ValueError(f"{name} must be an integer, not {shown(value)}")
+        if not least <= value <= limit:
+            raise ValueError(f"{name} must be an integer from {least} to {limit}, not {shown(value)}")
+        return value
+
+    def optional(self, *names: str) -> int | None:
+        """As `integer`, or None where it is missing or null."""
+        return None if self._first(names)[1] is None else self.integer(*names)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """As `integer`, for a float of any size; an integer counts as one."""
+        name, value = self._first((name,))
+        if value is None:
+            if default is None:
+                raise ValueError(f"field {name!r} is missing")
+            return default
+        if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() < 1000:
+            return float(value)
+        if not isinstance(value, float):
+            raise ValueError(f"{name} must be a number, not {shown(value)}")
+        return value
+
+    def flag(self, name: str, default: bool) -> bool:
+        """True or false.
+
+        Raises:
+          ValueError: for another value.
+        """
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} must be true or false, not {shown(value)}")
+        return value
+
+    def layer_types(self, layers: int) -> list[str] | None:
+        """The kind of each layer, None where the config does not say.
+
+        Raises:
+          ValueError: for what is no list of as many strings as there are layers.
+        """
+        kinds = self.raw.get("layer_types")
+        if kinds is None:
+            return None
+        if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+            raise ValueError(f"layer_types must be a list of strings, not {shown(kinds)}")
+        if len(kinds) != layers:
+            raise ValueError(
+                f"layer_types must name the {shown(layers)} layers' kinds, not {len(kinds)} of them"
+            )
+        # Older files call full attention just that.
+        return ["full_attention" if kind == "attention" else kind for kind in kinds]
+
+    def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
+        return next(
+            ((name, self.raw[name]) for name in names if self.raw.get(name) is not None), (names[0], None)
+        )

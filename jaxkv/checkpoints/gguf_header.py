@@ -1,0 +1,87 @@
+"""The header of a GGUF file, read as the `config.json` that says the same."""
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
+
+from jaxkv.checkpoints.hf_folder import shown
+from jaxkv.errors import ModelLoadError
+
+if TYPE_CHECKING:
+    from jaxkv.checkpoints.gguf_file import GGUFFile  # which needs an extra
+
+# `general.architecture` of a GGUF file, and the `model_type` that means the same. Mistral's is "llama" too.
+MODEL_TYPES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma2": "gemma2",
+    "gemma3": "gemma3_text",
+}
+EMBEDDING, UNEMBEDDING = "token_embd.weight", "output.weight"
+
+
+def config_fields(file: "GGUFFile", supported: Collection[str] = tuple(MODEL_TYPES)) -> dict[str, Any]:
+    """The fields of a `config.json` that say the same as a file's header.
+
+    Args:
+      file: the GGUF file.
+      supported: architectures that the caller knows, of `MODEL_TYPES`.
+
+    Raises:
+      ModelLoadError: for another architecture, one of several parts, experts, and a field that is missing or
+        no integer; named.
+    """
+    kind = file.get("general.architecture")
+    if not isinstance(kind, str) or kind not in supported:
+        raise ModelLoadError(
+            f"{file.path}: architecture {shown(kind)} is not supported; supported: {', '.join(supported)}"
+        )
+    if (parts := file.number("split.count", int, 1)) > 1:
+        raise ModelLoadError(f"{file.path}: is one of {parts} parts; merge them with gguf-split first")
+    if EMBEDDING not in file.shapes:
+        raise ModelLoadError(f"{file.path}: tensor {EMBEDDING!r} is missing")
+    if experts := file.number(f"{kind}.expert_count", int, 0):
+        raise ModelLoadError(f"{file.path}: field '{kind}.expert_count' = {experts} is not supported")
+
+    def number(name: str, default: int | None = None) -> int:
+        return file.number(f"{kind}.{name}", int, default)
+
+    heads, hidden, positions = map(number, ("attention.head_count", "embedding_length", "context_length"))
+    return {
+        "model_type": MODEL_TYPES[kind],
+        "num_hidden_layers": number("block_count"),
+        "hidden_size": hidden,
+        "intermediate_size": number("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": number("attention.head_count_kv", heads),
+        "head_dim": number("attention.key_length", hidden // max(heads, 1)),
+        "max_position_embeddings": positions,
+        "sliding_window": file.get(f"{kind}.attention.sliding_window"),
+        "vocab_size": file.shapes[EMBEDDING][0],
+        "tie_word_embeddings": UNEMBEDDING not in file.shapes,
+        "rope_scaling": _rope_scaling(file, kind, positions),
+    }
+
+
+def _rope_scaling(file: "GGUFFile", kind: str, positions: int) -> dict[str, Any] | None:
+    """The rotary scaling, with the names of a `config.json`.
+
+    As llama.cpp reads it: without a type a factor means linear scaling, under its older name too, and 0 is
+    no factor; the type "none" overrules it.
+    """
+    scaling = file.get(f"{kind}.rope.scaling.type")
+    names = [f"{kind}.rope.{name}" for name in ("scaling.factor", "scale_linear")]
+    given = [name for name in names if file.get(name) is not None]
+    if scaling == "none" or (scaling is None and not given):
+        return None
+    # Linear scaling needs a factor; others may do without.
+    factor = file.number((given or names)[0], float) if given or scaling == "linear" else None
+    if not factor and scaling in (None, "linear"):
+        return None
+    return {
+        "rope_type": "linear" if scaling is None else scaling,
+        "factor": factor or None,
+        "original_max_position_embeddings": file.number(
+            f"{kind}.rope.scaling.original_context_length", int, positions
+        ),
+    }

@@ -1,0 +1,6 @@
+"""`python -m jaxkv.cli`, the same as the installed `jaxkv`."""
+
+from jaxkv.cli import entry_point
+
+if __name__ == "__main__":
+    entry_point()

@@ -1,0 +1,89 @@
+"""The command line: `jaxkv generate`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
+
+A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130.
+"""
+
+import argparse
+import io
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import jax
+
+from jaxkv.cli import demo, generate, plan, profile
+from jaxkv.cli.options import EPILOG
+from jaxkv.errors import JaxKVError
+from jaxkv.extras import missing
+
+# Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
+# the models' extra are imported when the command runs.
+COMMANDS = {"generate": generate, "profile": profile, "demo": demo, "plan": plan}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    _lose_no_text()
+    options = parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command].run(options)
+    except BrokenPipeError:
+        # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (ValueError, JaxKVError, OSError) as error:
+        print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        print(f"jaxkv: error: {missing(error)}", file=sys.stderr)
+        return 2
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0]
+        print(f"jaxkv: error: the device refused: {reason}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\njaxkv: stopped", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """Parses a command line. The name of the command is `command`."""
+    top = _Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
+    top.add_argument("--version", action="version", version=_versions(), help="show versions, and exit")
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.add_arguments(commands.add_parser(name, help=command.HELP))
+    return top
+
+
+def _versions() -> str:
+    def of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:  # a source tree on the path
+            return "(not installed)"
+
+    return f"jaxkv {of('jaxkv')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {platform.python_version()})"
+
+
+def _lose_no_text() -> None:
+    """Characters that an encoding lacks are written as numbers: else the first would end the output."""
+    for stream in (sys.stdout, sys.stderr):
+        # Other ways to handle them are the user's, as by PYTHONIOENCODING.
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def entry_point() -> None:
+    """What the installed `jaxkv` command calls."""
+    code = main()
+    sys.stdout.flush()
+    # Threads of the runtime may still be in a computation that Ctrl-C left behind.
+    os._exit(code) if code == 130 else sys.exit(code)

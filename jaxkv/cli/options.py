@@ -1,0 +1,95 @@
+"""Options that commands share: every one says what it does and what holds without it."""
+
+import argparse
+from pathlib import Path
+
+# `dtype` and `quantization` of the cache; no dtype means the model's.
+KV_DTYPES = {
+    "f32": ("float32", None),
+    "bf16": ("bfloat16", None),
+    "f16": ("float16", None),
+    "int8": (None, "int8"),
+    "fp8": (None, "fp8"),
+    "int4": (None, "int4"),
+}
+# Of the commands that print text of a model.
+EPILOG = "A character that the output's encoding lacks is written as its number, like \\u2603."
+
+
+def add_known_model(command: argparse.ArgumentParser) -> None:
+    """Adds `--model`, with a default."""
+    text = "a GGUF file, a Hugging Face folder, or a known name (default: smollm2-135m)"
+    command.add_argument("--model", default="smollm2-135m", metavar="PATH_OR_NAME", help=text)
+
+
+def add_seed(command: argparse.ArgumentParser) -> None:
+    """Adds `--seed`."""
+    text = "of the random draws; the same seed draws the same (default: 0)"
+    command.add_argument("--seed", type=_seed, default=0, metavar="N", help=text)
+
+
+def add_num_pages(command: argparse.ArgumentParser) -> None:
+    """Adds `--num-pages`."""
+    text = "pages in the pool (default: enough for all)"
+    command.add_argument("--num-pages", type=count, metavar="N", help=text)
+
+
+def add_common(command: argparse.ArgumentParser, least: int = 1) -> None:
+    """Adds what every command that runs a model has; `least` is the smallest `--max-new-tokens`."""
+    add = command.add_argument
+    number = count if least else _count_or_none
+    text = "most tokens of a continuation (default: 64)"
+    add("--max-new-tokens", type=number, default=64, metavar="N", help=text)
+    add("--page-size", type=count, default=16, metavar="N", help="tokens a page (default: 16)")
+    add("--kv-dtype", choices=KV_DTYPES, help="how K and V are stored (default: as the model's weights)")
+    cache = command.add_mutually_exclusive_group()
+    cache.add_argument(
+        "--compilation-cache",
+        type=_directory,
+        metavar="DIR",
+        help="keep compiled programs here for the next run (default: JAX_COMPILATION_CACHE_DIR, else "
+        "$XDG_CACHE_HOME/jaxkv, else ~/.cache/jaxkv)",
+    )
+    text = "keep no compiled programs, and use none that were kept (default: off)"
+    cache.add_argument("--no-compilation-cache", action="store_true", help=text)
+
+
+def count(text: str) -> int:
+    """A positive integer."""
+    value = _integer(text)
+    if not 1 <= value < 2**30:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer below {2**30}")
+    return value
+
+
+def _count_or_none(text: str) -> int:
+    value = _integer(text)
+    if not 0 <= value < 2**30:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to {2**30 - 1}")
+    return value
+
+
+def _integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        return -1
+
+
+def _seed(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer from 0 to {2**32 - 1}")
+    return int(text)
+
+
+def port(text: str) -> int:
+    """A port, or 0."""
+    if not text.isascii() or not text.isdigit() or int(text) >= 2**16:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {2**16 - 1}")
+    return int(text)
+
+
+def _directory(text: str) -> Path:
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a directory's name")
+    return Path(text)

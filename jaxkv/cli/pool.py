@@ -1,0 +1,85 @@
+"""The pool that a command needs, within the context that its model was trained on."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from jaxkv import sizing
+from jaxkv.cli.options import KV_DTYPES
+from jaxkv.config import CacheConfig
+from jaxkv.errors import SequenceTooLongError
+from jaxkv.generating import PREFILL_CHUNK
+from jaxkv.policies import Policy, PromptCompress
+
+if TYPE_CHECKING:
+    from jaxkv.models import LoadedModel  # which needs an extra
+
+
+def fitting_config(
+    loaded: "LoadedModel",
+    ids: list[list[int]],
+    options: argparse.Namespace,
+    num_samples: int,
+    num_pages: int | None,
+    policy: Policy | None = None,
+) -> CacheConfig:
+    """A pool that holds every sequence at its longest, unless the user says how many pages.
+
+    Raises:
+      SequenceTooLongError: for a prompt that goes beyond the trained context.
+    """
+    lengths = [len(tokens) for tokens in ids]
+    for number, length in enumerate(lengths):
+        check_context(loaded, f"prompt {number}", length, options, policy)
+    dtype, quantization = KV_DTYPES.get(options.kv_dtype, (None, None))
+    return sizing.fitting_config(
+        loaded.model,
+        lengths,
+        [options.max_new_tokens] * len(lengths),
+        num_samples,
+        policy,
+        PREFILL_CHUNK,
+        num_pages=num_pages,
+        max_context=loaded.config.max_context,
+        page_size=options.page_size,
+        quantization=quantization,
+        **({} if dtype is None else {"dtype": dtype}),
+    )
+
+
+def check_context(
+    loaded: "LoadedModel", name: str, num_tokens: int, options: argparse.Namespace, policy: Policy | None
+) -> None:
+    """Refuses a prompt that goes beyond the context that the model was trained on.
+
+    Args:
+      loaded: the model.
+      name: of the prompt, for the error.
+      num_tokens: of the prompt.
+      options: those of the command.
+      policy: what is forgotten.
+
+    Raises:
+      SequenceTooLongError: naming the prompt, the position it reaches and the trained context.
+    """
+    context, new = loaded.config.max_context, options.max_new_tokens
+    bounded = policy is not None and policy.observe_last is None
+    if num_tokens > context and not bounded:
+        raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
+    if policy is None:
+        return
+    if isinstance(policy, PromptCompress):
+        reached = new + (num_tokens if policy.positions == "original" else min(num_tokens, policy.budget))
+        if reached > context:
+            raise SequenceTooLongError(
+                f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}, which "
+                f"keeps all new ones; {loaded.name} was trained on {context}"
+            )
+        return
+    positions = policy.most_positions(loaded.config.cache_config(num_pages=1, page_size=options.page_size))
+    reached = num_tokens + new if positions is None else positions + min(num_tokens, PREFILL_CHUNK)
+    if reached > context:
+        advice = "positions=cache goes on for ever" if positions is None else "keep less"
+        raise SequenceTooLongError(
+            f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}; "
+            f"{loaded.name} was trained on {context}: {advice}"
+        )

@@ -1,0 +1,27 @@
+"""What a command says of a generation when it is over."""
+
+from jaxkv.config import CacheConfig
+from jaxkv.decode import Finish
+from jaxkv.generation import Generation
+
+
+def speed(result: Generation) -> str:
+    """Tokens a second of the prefill and of the decode loop."""
+    prefill = result.prefill_tokens / max(result.prefill_seconds, 1e-9)
+    # The first token of each sequence comes from its prefill.
+    decoded = result.num_new_tokens - sum(bool(tokens) for samples in result.tokens for tokens in samples)
+    decode = decoded / max(result.decode_seconds, 1e-9)
+    return (
+        f"prefill {result.prefill_tokens} tokens at {prefill:.0f} tokens/s, "
+        f"decode {decoded} tokens at {decode:.1f} tokens/s"
+    )
+
+
+def pages(config: CacheConfig, result: Generation) -> str:
+    """Pages at the peak, and what sharing saved."""
+    used, alone = result.peak_pages, result.peak_pages_unshared
+    text = f"{used} pages of {config.page_size} tokens at the peak"
+    if used < alone:
+        text += f", {alone} without sharing ({100 * (1 - used / alone):.0f}% saved)"
+    cut = sum(reason is Finish.OUT_OF_PAGES for samples in result.finish for reason in samples)
+    return text + (f"; {cut} sequences ended early, out of pages" if cut else "")
