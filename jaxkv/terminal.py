@@ -119,7 +119,7 @@ def _places(
 ) -> int:
     """Token slots that a prompt and what it is continued with take at most, within the trained context."""
     context, new, page_size = loaded.config.max_context, options.max_new_tokens, options.page_size
-    bounded = policy is not None and policy.observe_last is None
+    bounded = policy is not None and not policy.once
     if num_tokens > context and not bounded:
         raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
     config = loaded.config.cache_config

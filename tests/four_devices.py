@@ -50,16 +50,17 @@ def options(cache, seqs, x):
     return cache, (jaxkv.merge_attention([out, out], [lse, lse]), mass)
 
 
-def evicting(policy, cache, seqs, x):
-    state = policy.init(cache.config)
+def evicting(cache, seqs, x):
+    """A step of a cache with a policy, an eviction, and one that `allocate` decides upon."""
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
-    batch, mass = policy.view(batch), None
-    if policy.needs_mass:
-        lses = [jaxkv.attend(cache, n, batch, x, return_lse=True)[1] for n in range(LAYERS)]
-        mass = jnp.stack([jaxkv.attention_mass(cache, n, batch, x, lse) for n, lse in enumerate(lses)])
-    state = policy.observe(state, cache, batch, mass)
-    cache, state, dropped = policy.evict(cache, state, seqs)
-    return cache, (dropped, policy.fork(state, jnp.array([0]), jnp.array([1])).values)
+    lses = [jaxkv.attend(cache, n, batch, x, return_lse=True)[1] for n in range(LAYERS)]
+    mass = [jaxkv.attention_mass(cache, n, batch, x, lse) for n, lse in enumerate(lses)]
+    cache = jaxkv.observe(cache, batch, jnp.stack(mass))
+    cache, dropped = jaxkv.evict(cache, seqs)
+    for more in (4, 3):
+        cache, batch = jaxkv.allocate(cache, seqs, jnp.full_like(seqs, more), total_tokens=4 * more)
+    cache, _ = jaxkv.fork(jaxkv.free(cache, jnp.array([1])), jnp.array([0]), jnp.array([1]))
+    return cache, (dropped, batch.status)
 
 
 def table_operations(cache, seqs, x):
@@ -72,10 +73,6 @@ def table_operations(cache, seqs, x):
     cache, moved = jaxkv.compact(jaxkv.free(cache, jnp.array([0])))
     seen = jaxkv.gather(cache, 1, seqs), jaxkv.lengths(cache), jaxkv.memory_profile(cache)
     return cache, (status, shifted, reordered, moved, seen)
-
-
-OPERATIONS = {f.__name__: f for f in (decode, options, table_operations)}
-OPERATIONS |= {type(policy).__name__: partial(evicting, policy) for policy in POLICIES}
 
 
 def assert_same(got, want):
@@ -130,10 +127,14 @@ def main(quantization):
     normal = partial(jax.random.normal, dtype=jnp.float32)
     cache, _ = jax.jit(decode)(jaxkv.init(config), SEQS, normal(jax.random.key(0), (20, 4, 16)))
     x = normal(jax.random.key(1), (TOKENS, 4, 16))
-    # What a policy does with codes is what it does with numbers.
-    names = OPERATIONS if config.quantization is None else ("decode", "options", "table_operations")
-    for name in names:
-        operation = OPERATIONS[name]
+    cases = [(operation.__name__, operation, cache) for operation in (decode, options, table_operations)]
+    if config.quantization is None:
+        # What a policy does with codes is what it does with numbers.
+        cases += [
+            (type(policy).__name__, evicting, replace(cache, policy=jaxkv.init(config, policy).policy))
+            for policy in POLICIES
+        ]
+    for name, operation, cache in cases:
         want = jax.jit(operation)(cache, SEQS, x)
         for way in (in_shard_map, over_explicit_axes):
             for got in way(operation, cache, x):

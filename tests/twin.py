@@ -75,7 +75,10 @@ def look(cache, q, sinks) -> View:
     max_seqs, num_layers = cache.config.max_seqs, cache.config.num_layers
     slots = jnp.arange(max_seqs, dtype=jnp.int32)
     gathered = [jaxkv.gather(cache, layer, slots) for layer in range(num_layers)]
-    _, batch = jaxkv.allocate(cache, slots, jnp.zeros_like(slots), total_tokens=q.shape[0])
+    # Without the policy's window: the oracle says what is there, not what a batch may see.
+    _, batch = jaxkv.allocate(
+        replace(cache, policy=None), slots, jnp.zeros_like(slots), total_tokens=q.shape[0]
+    )
     counts = jnp.minimum(cache.table.lengths, LOOKS)
     starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
     batch = replace(batch, num_tokens=counts, query_starts=starts)
@@ -114,10 +117,10 @@ def programs() -> Programs:
 class Twin:
     """The operations take any number of entries up to `entries`; the rest is padding."""
 
-    def __init__(self, config: CacheConfig = SMALL, *, entries=5, total_tokens=40, q_heads=None):
+    def __init__(self, config: CacheConfig = SMALL, *, policy=None, entries=5, total_tokens=40, q_heads=None):
         self.config, self.entries, self.total_tokens = config, entries, total_tokens
         self.q_heads = q_heads or 2 * config.num_kv_heads
-        self.cache, self.oracle = poisoned_init(config), Oracle(config)
+        self.cache, self.oracle = poisoned_init(config, policy), Oracle(config)
         self.options = {}  # of every `attend` in `extend`
         nobody = np.full(entries, -1, np.int32)
         _, self.batch = jax.jit(jaxkv.allocate, static_argnames="total_tokens")(
