@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.four_devices import OPERATIONS
+from tests.four_devices import POLICIES
 
 
-@pytest.mark.parametrize(("quantization", "operations"), [("none", len(OPERATIONS)), ("int8", 3)])
+@pytest.mark.parametrize(("quantization", "operations"), [("none", 3 + len(POLICIES)), ("int8", 3)])
 def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, operations):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     done = subprocess.run(
