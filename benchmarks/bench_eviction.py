@@ -61,13 +61,12 @@ def decoding(loaded: LoadedModel, policy: Policy | None, rounds: int) -> Callabl
     config = loaded.config.cache_config(
         num_pages=(BUDGET + CHUNK + BLOCK) // PAGE_SIZE + 2, page_size=PAGE_SIZE, max_seqs=1, dtype="float32"
     )
-    seqs, state = jnp.zeros(1, jnp.int32), policy.init(config) if policy is not None else None
-    read = jax.jit(prefill, donate_argnames=("cache", "policy"))
-    cache, logits = jaxkv.init(config), jnp.zeros(0)
+    seqs, read = jnp.zeros(1, jnp.int32), jax.jit(prefill, donate_argnames="cache")
+    cache, logits = jaxkv.init(config, policy), jnp.zeros(0)
     for chunk in np.split(np.asarray(ids, np.int32), BUDGET // CHUNK):
-        logits, cache, state, _ = read(loaded.model, cache, seqs, jnp.full(1, CHUNK), chunk, state)
+        logits, cache, _ = read(loaded.model, cache, seqs, jnp.full(1, CHUNK), chunk)
     room = (rounds + 4) * BLOCK
-    begin = partial(start, max_new_tokens=room, sampling=jaxkv.Sampling(), policy=state)
+    begin = partial(start, max_new_tokens=room, sampling=jaxkv.Sampling())
     held = [begin(cache, seqs, logits, jax.random.key(0))]
     run = jax.jit(partial(decode, sampling=jaxkv.Sampling()), donate_argnames="state")
     cut = jax.jit(jaxkv.truncate, donate_argnames="cache")
@@ -113,13 +112,13 @@ def eviction(policy: Policy, num_pages: int) -> Callable[[], float]:
     )
     seqs, most = jnp.arange(64, dtype=jnp.int32), 128
     grow = jax.jit(jaxkv.allocate, static_argnames="total_tokens", donate_argnames="cache")
-    evict = jax.jit(policy.evict, donate_argnums=(0, 1))
-    held: list[Any] = [jaxkv.init(config), policy.init(config)]
+    evict = jax.jit(jaxkv.evict, donate_argnames="cache")
+    held = [jaxkv.init(config, policy)]
 
     def run() -> float:
         more = most - held[0].table.lengths
         held[0] = jax.block_until_ready(grow(held[0], seqs, more, total_tokens=64 * most)[0])
-        seconds, (*held[:], dropped) = stopwatch(lambda: evict(held[0], held[1], seqs))
+        seconds, (held[0], dropped) = stopwatch(lambda: evict(held[0], seqs))
         assert int(jnp.min(dropped)) > 0
         return seconds
 
@@ -148,10 +147,11 @@ def once(loaded: LoadedModel) -> float:
     """Prints and returns the seconds that `PromptCompress` takes after a prompt of twice the budget."""
     policy, seqs = PromptCompress(BUDGET, 32), jnp.zeros(1, jnp.int32)
     config = loaded.config.cache_config(num_pages=2 * BUDGET // PAGE_SIZE, max_seqs=1, dtype="float32")
-    cache, batch = jaxkv.allocate(jaxkv.init(config), seqs, jnp.full(1, 2 * BUDGET), total_tokens=2 * BUDGET)
+    cache = jaxkv.init(config, policy)
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.full(1, 2 * BUDGET), total_tokens=2 * BUDGET)
     mass = jnp.ones((config.num_layers, 1, config.num_kv_heads, config.max_tokens_per_seq))
-    state, cut = policy.observe(policy.init(config), cache, batch, mass), jax.jit(policy.evict)
-    seconds = [stopwatch(cut, cache, state, seqs)[0] for _ in range(6)][1:]
+    cache, cut = jaxkv.observe(cache, batch, mass), jax.jit(jaxkv.evict)
+    seconds = [stopwatch(cut, cache, seqs)[0] for _ in range(6)][1:]
     print(f"\nPromptCompress, once: {1e3 * np.median(seconds):.0f} ms for {2 * BUDGET} tokens to {BUDGET}")
     return float(np.median(seconds))
 

@@ -86,31 +86,25 @@ ROWS = [
 ]
 
 
-@partial(jax.jit, donate_argnames=("cache", "state"), static_argnames=("size", "evicts"))
-def read(model, cache, state, tokens, targets, *, size: int, evicts: bool):
-    """A text in chunks of `size`, to slot 0: the cache, the state, each target's negative log-likelihood."""
+@partial(jax.jit, donate_argnames="cache", static_argnames=("size", "observed"))
+def read(model, cache, tokens, targets, *, size: int, observed: bool):
+    """A text in chunks of `size`, to slot 0: the cache, each target's negative log-likelihood, statuses."""
     seqs = jnp.zeros(1, jnp.int32)
 
-    def step(carry, chunk):
-        cache, state = carry
+    def step(cache, chunk):
         tokens, targets = chunk
-        policy = None if state is None else state.policy
-        if policy is not None and evicts:
-            cache, state, _ = policy.evict(cache, state, seqs)
         cache, batch = jaxkv.allocate(cache, seqs, jnp.full(1, size), total_tokens=size)
-        if policy is None:
-            logits, cache = model(tokens, cache, batch)
-        elif not policy.needs_mass:
-            logits, cache = model(tokens, cache, policy.view(batch))
+        if observed and cache.policy is not None and cache.policy.rule.needs_mass:
+            logits, cache, mass = model(tokens, cache, batch, return_mass=True)
+            cache = jaxkv.observe(cache, batch, mass)
         else:
-            logits, cache, mass = model(tokens, cache, policy.view(batch), return_mass=True)
-            state = policy.observe(state, cache, batch, mass)
+            logits, cache = model(tokens, cache, batch)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
-        return (cache, state), (-chosen, batch.status)
+        return cache, (-chosen, batch.status)
 
     chunks = tokens.reshape(-1, size), targets.reshape(-1, size)
-    (cache, state), (nll, status) = jax.lax.scan(step, (cache, state), chunks)
-    return cache, state, nll.reshape(-1), status
+    cache, (nll, status) = jax.lax.scan(step, cache, chunks)
+    return cache, nll.reshape(-1), status
 
 
 class Reader:
@@ -120,46 +114,42 @@ class Reader:
         self.model, self.policy = loaded.model, policy
         sizes = dict(page_size=PAGE_SIZE, max_seqs=1 + children, dtype="float32")
         places = num_tokens + PAGE_SIZE
-        if policy is not None and policy.observe_last is None:
+        if policy is not None and not policy.once:
             places = policy.capacity(loaded.config.cache_config(num_pages=1, **sizes))
         row = places // PAGE_SIZE + (children > 0)
         config = loaded.config.cache_config(num_pages=row + 2 * children, max_pages_per_seq=row, **sizes)
-        self.cache, self.state = jaxkv.init(config), policy.init(config) if policy else None
+        self.cache = jaxkv.init(config, policy)
 
     def read(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """A whole text, by the page."""
-        return self._read(tokens, targets, PAGE_SIZE, policy=self.policy)
+        return self._read(tokens, targets, PAGE_SIZE)
 
     def compress(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """A prompt, which the policy cuts at its end."""
         policy = self.policy
-        assert isinstance(policy, PromptCompress) and self.state is not None
+        assert isinstance(policy, PromptCompress)
         cut = len(tokens) - policy.observe_last
-        body = self._read(tokens[:cut], targets[:cut], PAGE_SIZE, policy=None)
-        tail = self._read(tokens[cut:], targets[cut:], len(tokens) - cut, policy=policy, evicts=False)
-        evict = jax.jit(policy.evict, donate_argnums=(0, 1))
-        self.cache, self.state, dropped = evict(self.cache, self.state, jnp.zeros(1, jnp.int32))
+        body = self._read(tokens[:cut], targets[:cut], PAGE_SIZE, observed=False)
+        tail = self._read(tokens[cut:], targets[cut:], len(tokens) - cut)
+        evict = jax.jit(jaxkv.evict, donate_argnames="cache")
+        self.cache, dropped = evict(self.cache, jnp.zeros(1, jnp.int32))
         assert int(dropped[0]) == len(tokens) - policy.budget
         return np.concatenate([body, tail])
 
     def go_on(self, tokens: np.ndarray, targets: np.ndarray) -> np.ndarray:
         """More of the text, with all that is kept and nothing dropped."""
-        return self._read(tokens, targets, PAGE_SIZE, policy=None)
+        return self._read(tokens, targets, PAGE_SIZE, observed=False)
 
-    def _read(self, tokens, targets, size, *, policy, evicts=True) -> np.ndarray:
-        state = self.state if policy is not None else None
-        self.cache, state, nll, status = read(
-            self.model, self.cache, state, tokens, targets, size=size, evicts=evicts and policy is not None
-        )
+    def _read(self, tokens, targets, size, *, observed=True) -> np.ndarray:
+        self.cache, nll, status = read(self.model, self.cache, tokens, targets, size=size, observed=observed)
         assert not np.any(status), "a chunk was refused"
-        self.state = state if policy is not None else self.state
         return np.asarray(nll)
 
 
 def perplexity(loaded: LoadedModel, ids: np.ndarray, policy: Policy | None) -> float:
     """Of the last tokens of the text, `ids` and one more."""
     reader, (tokens, targets) = Reader(loaded, policy, TOKENS), (ids[:-1], ids[1:])
-    if policy is not None and policy.observe_last is not None:
+    if policy is not None and policy.once:
         prompt = TOKENS - LAST
         reader.compress(tokens[:prompt], targets[:prompt])
         nll = reader.go_on(tokens[prompt:], targets[prompt:])
@@ -170,7 +160,8 @@ def perplexity(loaded: LoadedModel, ids: np.ndarray, policy: Policy | None) -> f
 
 @partial(jax.jit, static_argnames="view")
 def ask(model, cache, tokens, num_tokens, *, view):
-    """The most likely next token of each child of slot 0, after its question."""
+    """The most likely next token of each child of slot 0, after its question. Nothing more is dropped."""
+    cache = replace(cache, policy=None)
     children = jnp.arange(1, num_tokens.shape[0] + 1, dtype=jnp.int32)
     cache, _ = jaxkv.fork(cache, jnp.zeros_like(children), children)
     cache, batch = jaxkv.allocate(cache, children, num_tokens, total_tokens=tokens.shape[0])
@@ -187,7 +178,7 @@ def recall(loaded: LoadedModel, prose: str, policy: Policy | None) -> float:
     ids = np.asarray([*beginning, *filler[: RECALL_TOKENS - len(beginning)]], np.int32)
     reader = Reader(loaded, policy, RECALL_TOKENS, children=len(FACTS))
     targets = np.roll(ids, -1)
-    if policy is not None and policy.observe_last is not None:
+    if policy is not None and policy.once:
         reader.compress(ids, targets)
     else:
         reader.read(ids, targets)

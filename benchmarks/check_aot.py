@@ -86,6 +86,7 @@ class Program:
     donated: bool = True
     backend: str = "xla"
     quantization: str | None = None
+    policy: policies.Policy | None = None
 
 
 @dataclass(frozen=True)
@@ -130,17 +131,11 @@ def generate_tidily(cache, seqs, k, q):
     return jax.lax.fori_loop(0, 100, step, (cache, q))
 
 
-def evict(cache, state, seqs):
-    """What a decode loop does before it gives out pages; in a loop, as there."""
-    # Made for as many rows, with another pool.
-    state = replace(state, config=cache.config)
-
-    def step(_, carry):
-        cache, state = carry
-        cache, state, _ = state.policy.evict(cache, state, seqs)
-        return jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))[0], state
-
-    return jax.lax.fori_loop(0, 100, step, (cache, state))
+def allocate_evicting(cache, seqs):
+    """What a decode loop does before the model runs: a policy evicts, and pages are given out."""
+    return jax.lax.fori_loop(
+        0, 100, lambda _, cache: jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))[0], cache
+    )
 
 
 def append_and_attend(cache, seqs, k, q, *, layers: int):
@@ -294,10 +289,11 @@ def evictions() -> list[Program]:
     return [
         Program(
             f"{backend}: evict, {name}{', int8' if quantization else ''}",
-            evict,
-            lambda name=name, q=quantization: (_state(kinds[name], q), seqs),
+            allocate_evicting,
+            lambda: (seqs,),
             backend=backend,
             quantization=quantization,
+            policy=kinds[name],
         )
         for name, backend, quantization in chosen
     ]
@@ -319,7 +315,7 @@ def wrong_programs() -> list[Program]:
 def check(program: Program) -> Verdict:
     """Compiles a program with the whole pool and, where that alone does not clear it, with a small one."""
     start = time.perf_counter()
-    whole, small = (_cache(size, program.quantization) for size in (POOL_BYTES, 0))
+    whole, small = (_cache(size, program.quantization, program.policy) for size in (POOL_BYTES, 0))
     memory, hlo = _compile(program, whole)
     pool, small_pool = _bytes(whole.pool), _bytes(small.pool)
     layer_of_k = _bytes(whole.pool.k) // whole.config.num_layers
@@ -383,18 +379,15 @@ def _model(layers: int):
     return abstract_model(replace(LLAMA_8B, num_layers=layers), jnp.bfloat16)
 
 
-def _cache(pool_bytes: int, quantization: str | None = None) -> jaxkv.KVCache:
+def _cache(
+    pool_bytes: int, quantization: str | None = None, policy: policies.Policy | None = None
+) -> jaxkv.KVCache:
     """Shapes of a cache with a pool of about so many bytes, and no smaller than one row."""
     sizes = LLAMA_8B.cache_config(
         num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16", quantization=quantization
     )
     pages = max(ROW_PAGES, pool_bytes // sizes.page_bytes)
-    return jax.eval_shape(lambda: jaxkv.init(replace(sizes, num_pages=pages)))
-
-
-def _state(policy: policies.Policy, quantization: str | None) -> jaxkv.PolicyState:
-    """Of a policy for a cache of as many rows."""
-    return jax.eval_shape(lambda: policy.init(_cache(0, quantization).config))
+    return jax.eval_shape(lambda: jaxkv.init(replace(sizes, num_pages=pages), policy))
 
 
 def _bytes(tree) -> int:

@@ -12,7 +12,7 @@ from jaxkv.state import AllocationStats as AllocationStats
 from jaxkv.state import Batch as Batch
 from jaxkv.state import Status as Status
 from jaxkv.state import PolicyState as PolicyState
-from jaxkv.state import init as init
+from jaxkv.initial import init as init
 from jaxkv.packing import pack as pack
 from jaxkv.allocation import allocate as allocate
 from jaxkv.pages import free as free
@@ -26,6 +26,8 @@ from jaxkv.pool import keys as keys
 from jaxkv.pool import values as values
 from jaxkv.attention import attend as attend
 from jaxkv.attention import attention_mass as attention_mass
+from jaxkv.eviction import observe as observe
+from jaxkv.eviction import evict as evict
 from jaxkv.merge import merge_attention as merge_attention
 from pallas_kernels import use_backend as use_backend
 from pallas_kernels.ordering import after as after

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.arguments import whole
+from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, is_first, pages_for, release_pages, rows_of
@@ -34,6 +35,10 @@ def allocate(
     All or nothing for each sequence, earlier entries first: from the first entry that finds too few
     free pages, every later entry that needs a page is refused too. A refused sequence is exactly as
     it was. The first write to a part-full tail page that others share goes to a copy.
+
+    A cache with a policy evicts what is due first, from each valid entry whose tokens do not fit its tail
+    page; what is given up is free for this call. It stands even if the entry is then refused. One that finds
+    too few free pages for what it keeps of shared pages is `OUT_OF_PAGES`, and holds back no other.
 
     Args:
       cache: the cache.
@@ -64,8 +69,10 @@ def allocate(
 @operation(results=lambda cache, *_: (as_given(cache), REPLICATED), static=("total",))
 @jax.named_scope("jaxkv.allocate")
 def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> tuple[KVCache, Batch]:
+    request = _request(cache.config, *_at_least_two(seqs, num_tokens), total)
+    cache, waits = _make_room(cache, request)
     table, num_pages, max_seqs = cache.table, cache.config.num_pages, cache.config.max_seqs
-    grant = _decide(cache, *_at_least_two(seqs, num_tokens), total)
+    grant = _decide(cache, request, waits)
     tokens = _place_tokens(cache, grant, total)
     row = jnp.where(tokens.opens, rows_of(grant.slot, tokens.entry), max_seqs)
     num_taken = jnp.sum(grant.num_pages, dtype=jnp.int32)
@@ -96,6 +103,22 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     )
     cache = replace(cache, pool=KVPool(*pages), table=table, stats=stats)
     return cache, _batch(cache, seqs, num_tokens, grant, tokens, total)
+
+
+class _Request(NamedTuple):
+    """What each entry of an `allocate` asks for.
+
+    Attributes:
+      slot: `max_seqs` for padding.
+      num_tokens: as asked for.
+      ends: running sum of it.
+      faults: what is wrong with an entry whatever the cache holds, as lists of masks and of a `Status` each.
+    """
+
+    slot: Array
+    num_tokens: Array
+    ends: Array
+    faults: tuple[list[Array], list[Status]]
 
 
 class _Grant(NamedTuple):
@@ -136,20 +159,42 @@ class _Tokens(NamedTuple):
     opens: Array
 
 
-def _decide(cache: KVCache, seqs, num_tokens, total: int) -> _Grant:
-    """Counts every need from the state before the call, and says who gets what."""
-    config, table = cache.config, cache.table
+def _request(config: CacheConfig, seqs: Array, num_tokens: Array, total: int) -> _Request:
     ends = jnp.cumsum(jnp.clip(num_tokens, 0, total + 1), dtype=jnp.int32)
     slot = jnp.where(seqs < 0, config.max_seqs, seqs)
+    wrong_length = (num_tokens < 0) | (ends > total) & (num_tokens > 0)
+    faults = [seqs < 0, ~is_first(slot, config.max_seqs), wrong_length]
+    return _Request(
+        slot, num_tokens, ends, (faults, [Status.PADDING, Status.INVALID_SEQ, Status.INVALID_LENGTH])
+    )
+
+
+def _make_room(cache: KVCache, request: _Request) -> tuple[KVCache, Array | None]:
+    """Evicts what is due from the sequences whose new tokens do not fit their tail page.
+
+    Also says which of them have to wait, for pages to put what they keep. None without such a policy.
+    """
+    if cache.policy is None or cache.policy.rule.once:
+        return cache, None
+    config, rule = cache.config, cache.policy.rule
+    room = -rows_of(cache.table.lengths, request.slot) % config.page_size
+    wrong, _ = request.faults
+    grows = ~jnp.any(jnp.stack(wrong), axis=0) & (request.num_tokens > room)
+    slot = jnp.where(grows, request.slot, config.max_seqs)
+    cache, _ = rule.evict(cache, slot)
+    return cache, rule.is_due(cache, slot)
+
+
+def _decide(cache: KVCache, request: _Request, waits: Array | None) -> _Grant:
+    """Counts every need from the state before the call, and says who gets what."""
+    config, table = cache.config, cache.table
+    slot, num_tokens, ends, (wrong, reasons) = request
     length = rows_of(table.lengths, slot)
+    if waits is not None:
+        wrong, reasons = [*wrong, waits], [*reasons, Status.OUT_OF_PAGES]
     status = jnp.select(
-        [
-            seqs < 0,
-            ~is_first(slot, config.max_seqs),
-            (num_tokens < 0) | (ends > total) & (num_tokens > 0),
-            num_tokens > config.max_tokens_per_seq - length,
-        ],
-        [Status.PADDING, Status.INVALID_SEQ, Status.INVALID_LENGTH, Status.SEQUENCE_TOO_LONG],
+        [*wrong, num_tokens > config.max_tokens_per_seq - length],
+        [*reasons, Status.SEQUENCE_TOO_LONG],
         Status.OK,
     ).astype(jnp.int32)
     wants = (status == Status.OK) & (num_tokens > 0)
@@ -202,7 +247,7 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
     lengths = (grant.length + grant.num_tokens)[:entries]
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), grant.ends[:entries]])
     ahead = rows_of(table.positions, grant.slot) - grant.num_tokens - grant.length
-    return Batch(
+    batch = Batch(
         seqs=seqs,
         num_tokens=num_tokens,
         status=status,
@@ -215,6 +260,7 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
         fingerprint=table.fingerprint,
         config=config,
     )
+    return batch if cache.policy is None else cache.policy.rule.view(batch)
 
 
 def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:

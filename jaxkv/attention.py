@@ -205,7 +205,7 @@ def _attend(
     options: Options,
 ) -> tuple[Array, Array]:
     pool = cache.pool
-    return paged_attention(
+    out, lse = paged_attention(
         q,
         pool.k,
         pool.v,
@@ -215,6 +215,7 @@ def _attend(
         return_lse=True,
         **_paged(cache, layer, batch, backend, options),
     )
+    return out, lse
 
 
 @operation(results=_like_kv_heads, static=("backend", "options"))

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.eviction import observe
 from jaxkv.pages import rows_of
-from jaxkv.state import Batch, KVCache, PolicyState
+from jaxkv.state import Batch, KVCache
 
 
 class CausalLM(Protocol):
@@ -57,23 +58,20 @@ def run_model(
     tokens: Int[Array, " tokens"],
     cache: KVCache,
     batch: Batch,
-    policy: PolicyState | None,
     rows: Int[Array, " rows"] | None = None,
-) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache, PolicyState | None]:
-    """The model, with what a policy lets the tokens see; and the policy is told what they looked at.
+    *,
+    observed: bool = True,
+) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache]:
+    """The model; and the cache's policy is told what the tokens looked at, if it is to be and goes by that.
 
     Raises:
       ValueError: at trace time, where the model returns something else than `CausalLM` says.
     """
-    if policy is not None:
-        batch = policy.policy.view(batch)
-    needs_mass = policy is not None and policy.policy.needs_mass
+    needs_mass = observed and cache.policy is not None and cache.policy.rule.needs_mass
     options = {"return_mass": True} if needs_mass else {}
     results = cast(Any, model)(tokens, cache, batch, rows=rows, **options)
     logits, cache, *mass = _checked(model, results, tokens, cache, batch, rows, needs_mass)
-    if policy is not None:
-        policy = policy.policy.observe(policy, cache, batch, *mass)
-    return logits, cache, policy
+    return logits, observe(cache, batch, *mass) if needs_mass else cache
 
 
 def _checked(model, results: Any, tokens, cache: KVCache, batch: Batch, rows, needs_mass: bool):

@@ -11,11 +11,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.causal_lm import run_model
-from jaxkv.pages import free, rows_of
+from jaxkv.pages import free
 from jaxkv.prefill import prefill as prefill
 from jaxkv.prefill import tidied
 from jaxkv.sampling import Sampling, SamplingBatch, sample_each
-from jaxkv.state import KVCache, PolicyState, Status
+from jaxkv.state import KVCache, Status
 from pallas_kernels import control_flow
 
 
@@ -45,7 +45,6 @@ class Decoding:
       step: steps taken.
       peak_unshared: most pages that the sequences would have held at once without sharing.
       logits: those each output token was drawn from, where they are wanted; else None.
-      policy: what the eviction policy remembers, if there is one.
       keep: whether sequences stay in the cache when they end.
     """
 
@@ -60,7 +59,6 @@ class Decoding:
     step: Int[Array, ""]
     peak_unshared: Int[Array, ""]
     logits: Float[Array, "seqs max_new_tokens vocab"] | None = None
-    policy: PolicyState | None = None
     keep: bool = field(default=False, metadata={"static": True})
 
 
@@ -76,8 +74,7 @@ def decode(
 
     A sequence that finishes gives its pages back at once, unless the state says to keep it. One that finds no
     free page waits for that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room.
-    With `CacheConfig.compact_automatically` a step begins with `maybe_compact`. A policy evicts from the
-    sequences that have filled a page, before they are given another.
+    With `CacheConfig.compact_automatically` a step begins with `maybe_compact`.
 
     Args:
       model: the model.
@@ -105,34 +102,11 @@ def _decode_step(
 ) -> Decoding:
     running = state.finish == Finish.RUNNING
     seqs = jnp.where(running, state.seqs, -1)
-    cache, policy, blocked = _evict_full(state, seqs)
-    cache, batch = allocate(tidied(cache), jnp.where(blocked, -1, seqs), jnp.ones_like(seqs))
-    logits, cache, policy = run_model(model, state.next_tokens, cache, batch, policy)
-    status = jnp.where(blocked, Status.OUT_OF_PAGES, batch.status)
-    state = replace(
-        state,
-        cache=cache,
-        step=state.step + 1,
-        peak_unshared=_peak_unshared(state, cache),
-        policy=state.policy if policy is None else policy,
-    )
-    return _take(state, logits, running, status, sampling, stop_tokens)
-
-
-def _evict_full(state: Decoding, seqs) -> tuple[KVCache, PolicyState | None, Bool[Array, " seqs"]]:
-    """Lets the policy evict from the sequences that have filled a page.
-
-    Also says which are as long as before, with no room for more: siblings hold their pages, and there are
-    none for copies.
-    """
-    cache, policy = state.cache, state.policy
-    # A policy for prompts has done its work.
-    if policy is None or policy.policy.observe_last is not None:
-        return cache, None, jnp.zeros(seqs.shape, bool)
-    fills_page = rows_of(cache.table.lengths, state.seqs) % cache.config.page_size == 0
-    cache, policy, _ = policy.policy.evict(cache, policy, jnp.where(fills_page, seqs, -1))
-    full = rows_of(cache.table.lengths, state.seqs) >= policy.policy.capacity(cache.config)
-    return cache, policy, fills_page & full & (seqs >= 0)
+    cache, batch = allocate(tidied(state.cache), seqs, jnp.ones_like(seqs))
+    once = cache.policy is not None and cache.policy.rule.once
+    logits, cache = run_model(model, state.next_tokens, cache, batch, observed=not once)
+    state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
+    return _take(state, logits, running, batch.status, sampling, stop_tokens)
 
 
 def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:
@@ -203,7 +177,6 @@ def start(
     sampling: Sampling | SamplingBatch,
     stop_tokens: tuple[int, ...] = (),
     keep_logits: bool = False,
-    policy: PolicyState | None = None,
     keep: bool = False,
 ) -> Decoding:
     """The state of a decode loop after prefill, with each sequence's first token drawn.
@@ -218,7 +191,6 @@ def start(
       sampling: how tokens are chosen, for all sequences or for each.
       stop_tokens: ids that end a sequence.
       keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
-      policy: the state of an eviction policy, after prefill.
       keep: leave sequences in the cache when they end. All of their tokens but the newest are there then.
     """
     num_seqs, vocab = logits.shape
@@ -237,7 +209,6 @@ def start(
         step=jnp.zeros((), jnp.int32),
         peak_unshared=jnp.zeros((), jnp.int32),
         logits=jnp.zeros((num_seqs, max_new_tokens, vocab), jnp.float32) if keep_logits else None,
-        policy=policy,
         keep=keep,
     )
     state = replace(state, peak_unshared=_peak_unshared(state, cache), cache=_let_go(state, ~wanted))

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, for_each_page, is_first, pages_for, rows_of
-from jaxkv.state import KVCache, PageTable, Status
+from jaxkv.state import KVCache, PageTable, PolicyState, Status
 
 
 def fork(
@@ -20,7 +21,8 @@ def fork(
         child   [a b c d][e f . .]               2 2      the same pages, not copies
 
     Parents are read as before the call, and one may appear many times. The first writer of the shared
-    tail page, parent or child, gets a copy of it from `allocate`.
+    tail page, parent or child, gets a copy of it from `allocate`. A policy remembers of a child what it does
+    of its parent.
 
     Args:
       cache: the cache.
@@ -42,12 +44,12 @@ def fork(
       >>> [jaxkv.Status(int(s)).name for s in status], int(cache.table.refcounts[0])
       (['OK', 'OCCUPIED'], 2)
     """
-    table, status = _fork(cache, *check_vectors(parents=parents, children=children))
-    return replace(cache, table=table), status
+    table, policy, status = _fork(cache, *check_vectors(parents=parents, children=children))
+    return replace(cache, table=table, policy=policy), status
 
 
-@operation(results=lambda cache, *_: (as_given(cache.table), REPLICATED))
-def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, Array]:
+@operation(results=lambda cache, *_: (*as_given((cache.table, cache.policy)), REPLICATED))
+def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, PolicyState | None, Array]:
     config, table = cache.config, cache.table
     max_seqs, num_pages = config.max_seqs, config.num_pages
     padding = (parents < 0) | (children < 0)
@@ -89,4 +91,16 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, A
         lengths=table.lengths.at[child].set(lengths, mode="drop"),
         positions=table.positions.at[child].set(positions, mode="drop"),
     )
-    return table, status
+    return table, inherited(cache.policy, parent, child), status
+
+
+def inherited(
+    policy: PolicyState | None, parent: Int[Array, " entries"], child: Int[Array, " entries"]
+) -> PolicyState | None:
+    """The policy's state where each child's sequence is its parent's, read as before the call.
+
+    Args:
+      policy: the state; None stays None.
+      parent, child: slots; a child of `max_seqs` for an entry that does nothing.
+    """
+    return jax.tree.map(lambda x: x.at[child].set(rows_of(x, parent), mode="drop"), policy)

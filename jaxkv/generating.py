@@ -15,14 +15,15 @@ from jaxkv.config import CacheConfig
 from jaxkv.decode import Decoding, Finish, decode, end, start
 from jaxkv.generation import Generation as Generation
 from jaxkv.generation import generation_of
+from jaxkv.initial import init
 from jaxkv.packing import common_pages
 from jaxkv.policies import Policy
 from jaxkv.prompting import Prompts, run_prompts, vocabulary
-from jaxkv.request import Request, check_policy
+from jaxkv.request import Request, check_model
 from jaxkv.sampling import GREEDY, Sampling, SamplingBatch
 from jaxkv.sizing import check_fit, fitting_config
-from jaxkv.state import KVCache, PolicyState, init
-from jaxkv.turns import Turn, new_turn, next_turn, policy_before
+from jaxkv.state import KVCache
+from jaxkv.turns import Turn, new_turn, next_turn, with_policy
 
 # Tokens a prefill step.
 PREFILL_CHUNK = 256
@@ -34,7 +35,7 @@ _OnTokens: TypeAlias = Callable[[Decoding], Sequence[bool] | np.ndarray | None]
 _start = jax.jit(
     start,
     static_argnames=("max_new_tokens", "stop_tokens", "keep_logits", "keep"),
-    donate_argnames=("cache", "policy"),
+    donate_argnames="cache",
 )
 _decode = jax.jit(decode, static_argnames="stop_tokens", donate_argnames="state")
 _end = jax.jit(end, donate_argnames="state")
@@ -103,7 +104,7 @@ def generate(
       policy: what to forget where a sequence outgrows its budget: after each `prefill_chunk` tokens of its
         prompt, or fewer if its row holds no more beside the budget, and whenever it has filled a page.
         Prompts may then be longer than a row of the page table. What else is in the batch changes nothing, as
-        long as there are free pages. Default with a `Generation` as `cache`: the policy it had.
+        long as there are free pages. Default with `cache`: the policy it has.
 
     Returns:
       A `Generation`.
@@ -119,16 +120,19 @@ def generate(
     counts = dict(num_samples=num_samples, prefill_chunk=prefill_chunk, block=block)
     request = Request.of(prompts, max_new_tokens, sampling, stop_tokens, **counts)  # type: ignore[arg-type]
     turn = _turn(model, request, config, cache, seqs, policy)
-    request, state = turn.request, _checked_policy(model, turn, policy)
-    plan = _plan(turn, state.policy if state else None, share_prefix, keep)
-    fresh = jax.eval_shape(partial(init, turn.config)) if turn.cache is None else turn.cache
-    vocab = vocabulary(model, fresh, plan, state)
+    turn = with_policy(turn, policy)
+    request, new = turn.request, partial(init, turn.config, policy)
+    fresh = jax.eval_shape(new) if turn.cache is None else turn.cache
+    rule = None if fresh.policy is None else fresh.policy.rule
+    check_model(model, rule)
+    plan = _plan(turn, rule, share_prefix, keep)
+    vocab = vocabulary(model, fresh, plan)
     request.check_vocabulary(vocab, model)
 
-    cache = init(turn.config) if turn.cache is None else turn.cache
+    cache = new() if turn.cache is None else turn.cache
     logits, seconds = jnp.zeros((len(request.prompts), vocab), jnp.float32), 0.0
     if plan.tokens:
-        cache, state, logits, seconds = run_prompts(model, cache, state, plan, warm_up)
+        cache, logits, seconds = run_prompts(model, cache, plan, warm_up)
     limits = np.repeat(np.array(request.limits, np.int32), request.num_samples)
     samplings = SamplingBatch.of([one for one in request.samplings for _ in range(request.num_samples)])
     decoding = _start(
@@ -141,7 +145,6 @@ def generate(
         sampling=samplings,
         stop_tokens=request.stop_tokens,
         keep_logits=keep_logits,
-        policy=state,
         keep=bool(keep),
     )
     advance = partial(_decode, model, sampling=samplings, stop_tokens=request.stop_tokens)
@@ -162,9 +165,9 @@ def _turn(model: CausalLM, request: Request, config: object, cache: object, seqs
         raise ValueError(f"config={config!r:.200} must be a jaxkv.CacheConfig")
     if isinstance(cache, Generation):
         seqs = [slot for slots in cache.slots for slot in slots] if seqs is None else seqs
-        return next_turn(request, cache.cache, config, seqs, cache.pending, cache.policy)
+        return next_turn(request, cache.cache, config, seqs, cache.pending)
     if cache is not None:
-        return next_turn(request, cache, config, seqs, {}, None)  # type: ignore[arg-type]
+        return next_turn(request, cache, config, seqs, {})  # type: ignore[arg-type]
     if seqs is not None:
         raise ValueError(f"seqs={seqs!r:.200} names slots of a given cache; give cache= too")
     if config is None:
@@ -172,12 +175,6 @@ def _turn(model: CausalLM, request: Request, config: object, cache: object, seqs
         numbers = request.num_samples, policy, request.prefill_chunk
         config = fitting_config(model, lengths, request.limits, *numbers)
     return new_turn(request, config)
-
-
-def _checked_policy(model: CausalLM, turn: Turn, policy: Policy | None) -> PolicyState | None:
-    if policy is not None:
-        check_policy(policy, turn.config, model)
-    return policy_before(turn, policy)
 
 
 def _plan(turn: Turn, policy: Policy | None, share_prefix: bool, keep: bool) -> Prompts:
@@ -191,8 +188,7 @@ def _plan(turn: Turn, policy: Policy | None, share_prefix: bool, keep: bool) -> 
     }
     shared = 0
     if share_prefix and len(wanted) > 1 and turn.is_new:
-        last = (policy.observe_last if policy else None) or 1
-        shared = common_pages(list(wanted.values()), last, config, policy, request.prefill_chunk)
+        shared = common_pages(list(wanted.values()), config, policy, request.prefill_chunk)
     check_fit(config, turn.cache, turn.slots[:, 0], wanted, shared, policy, request.prefill_chunk)
     return Prompts(wanted, turn.slots, shared * config.page_size, request.prefill_chunk, turn.is_new)
 

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Array
 
 from jaxkv.decode import Decoding, Finish
-from jaxkv.state import KVCache, PolicyState
+from jaxkv.state import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,6 @@ class Generation:
       pending: that newest token of each slot, which the model has not run on. `generate(...,
         cache=generation)` puts it before the slot's next prompt; a caller who gives a bare
         `cache=generation.cache` puts it there.
-      policy: what the eviction policy remembers, if there is one.
       peak_pages: most pages in use at once since the cache was made.
       peak_pages_unshared: most pages the same sequences would have held at once without sharing.
       prefill_tokens, prefill_seconds: tokens computed before the first new one, and the time.
@@ -36,7 +35,6 @@ class Generation:
     slots: list[list[int]]
     cache: KVCache
     pending: Mapping[int, int]
-    policy: PolicyState | None
     peak_pages: int
     peak_pages_unshared: int
     prefill_tokens: int
@@ -80,7 +78,6 @@ def generation_of(
         slots=slots.tolist(),
         cache=state.cache,
         pending={**pending, **newest},
-        policy=state.policy,
         peak_pages=int(state.cache.stats.peak_pages),
         peak_pages_unshared=int(state.peak_unshared),
         prefill_tokens=prefill_tokens,

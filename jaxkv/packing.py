@@ -1,6 +1,5 @@
 """How prompts are packed into prefill steps: what they share, in what order, so many tokens at a time."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,8 +9,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.arguments import integer
 from jaxkv.config import CacheConfig
-from jaxkv.policies import Policy, SlidingWindow
-from jaxkv.state import PolicyState
+from jaxkv.policies import Policy
 
 
 def pack(
@@ -89,18 +87,20 @@ class Stage(NamedTuple):
     forked: bool = False
 
 
-def stages(prompts: list[list[int]], shared: int, largest: int, policy: PolicyState | None) -> list[Stage]:
+def stages(
+    prompts: list[list[int]], shared: int, largest: int, config: CacheConfig, policy: Policy | None
+) -> list[Stage]:
     """What all prompts share, then the rest; last, on its own, the end that a policy asks for."""
-    last = policy.policy.observe_last if policy is not None else None
-    most = largest if policy is None else most_at_once(policy.policy, policy.config, largest)
+    last = 0 if policy is None else policy.last_step()
+    most = most_at_once(policy, config, largest)
     rest = [prompt[shared:] for prompt in prompts]
     longest = max(shared, sum(len(prompt) for prompt in rest))
     size = min(largest, 1 << (longest - 1).bit_length())
     parts = []
     if shared:
         first = [prompts[0][:shared]] + [[]] * (len(prompts) - 1)
-        parts.append(Stage(first, size, most, observed=last is None, forked=True))
-    if last is None:
+        parts.append(Stage(first, size, most, observed=not last, forked=True))
+    if not last:
         return [*parts, Stage(rest, size, most, whole=policy is not None)]
     if any(len(prompt) > last for prompt in rest):
         parts.append(Stage([prompt[:-last] for prompt in rest], size, most, observed=False))
@@ -125,27 +125,20 @@ def chunks(prompts: list[list[int]], size: int, most: int, whole: bool):
         yield num_tokens, tokens, ends
 
 
-def most_at_once(policy: Policy, config: CacheConfig, largest: int) -> int:
-    """Tokens of a prompt after which a policy evicts, if it is one that does."""
-    if policy.observe_last is not None:
-        return largest
-    return min(largest, config.max_tokens_per_seq - policy.most_kept(config))
+def most_at_once(policy: Policy | None, config: CacheConfig, largest: int) -> int:
+    """Tokens of one prompt in a prefill step of `largest` tokens."""
+    return largest if policy is None else policy.most_at_once(config, largest)
 
 
-def common_pages(
-    prompts: list[list[int]], own: int, config: CacheConfig, policy: Policy | None, largest: int
-) -> int:
-    """Whole pages that all prompts begin with; each keeps `own` tokens or more to itself.
+def common_pages(prompts: list[list[int]], config: CacheConfig, policy: Policy | None, largest: int) -> int:
+    """Whole pages that all prompts begin with; each keeps a token or more to itself, or a policy's last step.
 
     Where it matters when a policy evicts, only as far as each of them alone would be evicted from too.
     """
+    own = 1 if policy is None else max(1, policy.last_step())
     common = max(min((len(prompt) for prompt in prompts), default=own) - own, 0)
     for prompt in prompts[1:]:
         pairs = zip(prompt[:common], prompts[0], strict=False)
         common = next((i for i, (mine, first) in enumerate(pairs) if mine != first), min(common, len(prompt)))
-    unit = config.page_size
-    # A window hides the same tokens whenever it gives back their pages.
-    exact = isinstance(policy, SlidingWindow) and policy.positions == "original"
-    if policy is not None and policy.observe_last is None and not exact:
-        unit = math.lcm(unit, most_at_once(policy, config, largest))
+    unit = config.page_size if policy is None else policy.shared_unit(config, largest)
     return max(common, 0) // unit * unit // config.page_size

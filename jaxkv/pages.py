@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import as_given, operation
-from jaxkv.state import AllocationStats, KVCache, PageTable
+from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState
 from pallas_kernels import control_flow
 from pallas_kernels.checks import as_int32
 from pallas_kernels.ragged import ragged_rows
@@ -70,12 +70,14 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
       >>> int(cache.table.lengths[0]), int(cache.table.num_free)
       (3, 1)
     """
-    table, stats = _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
-    return replace(cache, table=table, stats=stats)
+    table, stats, policy = _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
+    return replace(cache, table=table, stats=stats, policy=policy)
 
 
-@operation(results=lambda cache, *_: as_given((cache.table, cache.stats)))
-def _truncate(cache: KVCache, seqs: Array, lengths: Array) -> tuple[PageTable, AllocationStats]:
+@operation(results=lambda cache, *_: as_given((cache.table, cache.stats, cache.policy)))
+def _truncate(
+    cache: KVCache, seqs: Array, lengths: Array
+) -> tuple[PageTable, AllocationStats, PolicyState | None]:
     config, table = cache.config, cache.table
     slot = jnp.where((seqs < 0) | (lengths < 0), config.max_seqs, seqs)
     old = rows_of(table.lengths, slot)
@@ -100,7 +102,11 @@ def _truncate(cache: KVCache, seqs: Array, lengths: Array) -> tuple[PageTable, A
     emptied = jnp.where(new == 0, slot, config.max_seqs)
     table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
     table = stamp(table, Operation.TRUNCATE, cut > 0, slot, new)
-    return table, count(cache.stats, num_released=table.num_free - num_free)
+    policy = cache.policy
+    if policy is not None:
+        shortened = jnp.where(cut > 0, slot, config.max_seqs)
+        policy = replace(policy, values=policy.rule.forget(policy.values, shortened))
+    return table, count(cache.stats, num_released=table.num_free - num_free), policy
 
 
 def release_pages(table: PageTable, page_ids: Int[Array, " entries"]) -> PageTable:

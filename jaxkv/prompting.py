@@ -4,7 +4,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,28 +11,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from jaxkv.causal_lm import CausalLM
+from jaxkv.eviction import evict
 from jaxkv.forking import fork
 from jaxkv.invariants import raise_for_status
 from jaxkv.packing import Stage, chunks, stages
 from jaxkv.prefill import prefill_checked
-from jaxkv.state import KVCache, PolicyState, Status
-
-
-def _fork_both(cache: KVCache, policy: PolicyState | None, parents: Array, children: Array):
-    cache, status = fork(cache, parents, children)
-    if policy is not None:
-        policy = policy.policy.fork(policy, parents, jnp.where(status == Status.OK, children, -1))
-    return cache, policy, status
-
-
-def _evict(cache: KVCache, policy: PolicyState, seqs: Array) -> tuple[KVCache, PolicyState]:
-    return policy.policy.evict(cache, policy, seqs)[:2]
-
+from jaxkv.state import KVCache
 
 # The cache is `generate`'s own, or was given up to it: these may donate it.
-_prefill = jax.jit(prefill_checked, donate_argnames=("cache", "policy"))
-_fork = jax.jit(_fork_both, donate_argnames=("cache", "policy"))
-_evict_step = jax.jit(_evict, donate_argnames=("cache", "policy"))
+_prefill = jax.jit(prefill_checked, donate_argnames="cache", static_argnames="observed")
+_fork = jax.jit(fork, donate_argnames="cache")
+_evict = jax.jit(evict, donate_argnames="cache")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +52,14 @@ class Prompts:
         """Tokens to be run, shared ones once."""
         return self.shared + sum(len(prompt) - self.shared for prompt in self.tokens.values())
 
-    def stages(self, policy: PolicyState | None) -> list[Stage]:
-        """Their parts, in order."""
-        return stages(list(self.tokens.values()), self.shared, self.prefill_chunk, policy)
+    def stages(self, cache: KVCache) -> list[Stage]:
+        """Their parts, in order; of a cache that may be shapes. Where there are none, of one token."""
+        rule = None if cache.policy is None else cache.policy.rule
+        tokens = list(self.tokens.values()) or [[0]]
+        return stages(tokens, self.shared, self.prefill_chunk, cache.config, rule)
 
 
-def vocabulary(model: CausalLM, cache: KVCache, prompts: Prompts, policy: PolicyState | None) -> int:
+def vocabulary(model: CausalLM, cache: KVCache, prompts: Prompts) -> int:
     """Tokens that the model knows: the width of its logits, from the trace of the first step.
 
     Nothing is compiled or run, and the first step is not traced again.
@@ -77,57 +67,55 @@ def vocabulary(model: CausalLM, cache: KVCache, prompts: Prompts, policy: Policy
     Raises:
       ValueError: for a model that returns something else than `CausalLM` says.
     """
-    stage = stages(list(prompts.tokens.values()) or [[0]], prompts.shared, prompts.prefill_chunk, policy)[0]
+    stage = prompts.stages(cache)[0]
     seqs = jax.ShapeDtypeStruct((len(stage.prompts),), np.int32)
     tokens = jax.ShapeDtypeStruct((stage.size,), np.int32)
-    observer = policy if stage.observed else None
-    return _prefill.eval_shape(model, cache, seqs, seqs, tokens, observer)[0].shape[1]
+    return _prefill.eval_shape(model, cache, seqs, seqs, tokens, observed=stage.observed)[0].shape[1]
 
 
 def run_prompts(
-    model: CausalLM, cache: KVCache, policy: PolicyState | None, prompts: Prompts, warm_up: bool
-) -> tuple[KVCache, PolicyState | None, Float[Array, "all_prompts vocab"], float]:
+    model: CausalLM, cache: KVCache, prompts: Prompts, warm_up: bool
+) -> tuple[KVCache, Float[Array, "all_prompts vocab"], float]:
     """Prefills the prompts and forks them to their samples.
 
     What they share is run once, in the first slot, and forked from there.
 
     Returns:
-      The cache, the policy's state, the logits after each prompt (zeros for one that is not run), and
-      seconds.
+      The cache, the logits after each prompt (zeros for one that is not run), and seconds.
     """
     seconds, last_logits, slots = 0.0, {}, prompts.own_slots
-    if policy is not None and policy.policy.observe_last is None and not prompts.is_new:
+    if cache.policy is not None and not cache.policy.rule.once and not prompts.is_new:
         # What the last turn left may fill a row up to the policy's capacity; each chunk counts on less.
-        cache, policy = _evict_step(cache, policy, jnp.asarray(slots))
-    for stage in prompts.stages(policy):
-        observer = policy if stage.observed else None
-        step = partial(_run_chunk, model, jnp.asarray(slots))
+        cache, _ = _evict(cache, jnp.asarray(slots))
+    for stage in prompts.stages(cache):
+        step = partial(_run_chunk, model, jnp.asarray(slots), observed=stage.observed)
         if warm_up:
             none, padding = jnp.zeros(len(slots), jnp.int32), jnp.zeros(stage.size, jnp.int32)
-            logits, cache, observer = step(cache, observer, none, padding)
+            logits, cache = step(cache, none, padding)
             jax.block_until_ready(logits)
         for num_tokens, tokens, ends in chunks(stage.prompts, stage.size, stage.most, stage.whole):
             began = time.perf_counter()
-            logits, cache, observer = step(cache, observer, num_tokens, tokens)
+            logits, cache = step(cache, num_tokens, tokens)
             seconds += time.perf_counter() - began
             for entry in np.flatnonzero(ends):
                 last_logits[entry] = logits[entry]
-        policy = observer if stage.observed else policy
         if stage.forked and len(slots) > 1:
             parents = np.full(len(slots) - 1, slots[0], np.int32)
-            cache, policy = _fork_to(cache, policy, parents, slots[1:])
+            cache = _fork_to(cache, parents, slots[1:])
     if prompts.slots.shape[1] > 1:
-        cache, policy = _fork_to_samples(cache, policy, prompts)
+        cache = _fork_to_samples(cache, prompts)
     stacked = jnp.stack([last_logits[entry] for entry in range(len(slots))])
     if len(slots) < len(prompts.slots):
         whole = jnp.zeros((len(prompts.slots), stacked.shape[1]), stacked.dtype)
         stacked = whole.at[jnp.asarray(list(prompts.tokens))].set(stacked)
-    return cache, policy, stacked, seconds
+    return cache, stacked, seconds
 
 
-def _run_chunk(model: CausalLM, slots: Array, cache: KVCache, policy: Any, num_tokens: Array, tokens: Array):
+def _run_chunk(
+    model: CausalLM, slots: Array, cache: KVCache, num_tokens: Array, tokens: Array, *, observed: bool
+) -> tuple[Array, KVCache]:
     seqs = jnp.where(num_tokens > 0, slots, -1)
-    logits, cache, policy, status, unwritten = _prefill(model, cache, seqs, num_tokens, tokens, policy)
+    logits, cache, status, unwritten = _prefill(model, cache, seqs, num_tokens, tokens, observed=observed)
     raise_for_status(status)
     layers = np.flatnonzero(np.asarray(unwritten)).tolist()
     if layers:
@@ -137,18 +125,18 @@ def _run_chunk(model: CausalLM, slots: Array, cache: KVCache, policy: Any, num_t
             f"{type(model).__name__} appends nothing to {named} of the cache, whose config says "
             f"num_layers={count}; the model writes {count - len(layers)}, and num_layers must be that"
         )
-    return logits, cache, policy
+    return logits, cache
 
 
-def _fork_to_samples(cache: KVCache, policy: PolicyState | None, prompts: Prompts):
+def _fork_to_samples(cache: KVCache, prompts: Prompts) -> KVCache:
     parents = np.repeat(prompts.slots[:, 0], prompts.slots.shape[1])
     children = prompts.slots.reshape(-1)
     run = np.repeat(np.isin(np.arange(len(prompts.slots)), list(prompts.tokens)), prompts.slots.shape[1])
     # Each prompt's own slot is among its children; as padding it stays what it is.
-    return _fork_to(cache, policy, parents, np.where((children == parents) | ~run, -1, children))
+    return _fork_to(cache, parents, np.where((children == parents) | ~run, -1, children))
 
 
-def _fork_to(cache: KVCache, policy: PolicyState | None, parents: np.ndarray, children: np.ndarray):
-    cache, policy, status = _fork(cache, policy, jnp.asarray(parents), jnp.asarray(children))
+def _fork_to(cache: KVCache, parents: np.ndarray, children: np.ndarray) -> KVCache:
+    cache, status = _fork(cache, jnp.asarray(parents), jnp.asarray(children))
     raise_for_status(status)
-    return cache, policy
+    return cache

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.fork import inherited
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, for_each_column, is_first, pages_for, release_pages, rows_of
-from jaxkv.state import AllocationStats, KVCache, PageTable, Status
+from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 
 
 def reorder(
@@ -24,8 +25,7 @@ def reorder(
     Parents are read as before the call, so slots may trade places. A slot that is its own parent stays as it
     is. No free page is needed: pages are shared, as after `fork`, and those that no slot continues are given
     back. The first writer of a shared tail page gets a copy of it from `allocate`, which needs a free page.
-    An eviction policy's state follows with `policy.fork(state, parents, seqs)`, which also reads parents as
-    before the call; give it -1 for the entries whose status is not OK.
+    A policy's state follows.
 
     Args:
       cache: the cache.
@@ -49,13 +49,15 @@ def reorder(
       >>> cache.table.refcounts.tolist(), int(cache.table.num_free)
       ([0, 2], 1)
     """
-    table, stats, status = _reorder(cache, *check_vectors(seqs=seqs, parents=parents))
-    return replace(cache, table=table, stats=stats), status
+    table, stats, policy, status = _reorder(cache, *check_vectors(seqs=seqs, parents=parents))
+    return replace(cache, table=table, stats=stats, policy=policy), status
 
 
-@operation(results=lambda cache, *_: (*as_given((cache.table, cache.stats)), REPLICATED))
+@operation(results=lambda cache, *_: (*as_given((cache.table, cache.stats, cache.policy)), REPLICATED))
 @jax.named_scope("jaxkv.reorder")
-def _reorder(cache: KVCache, seqs: Array, parents: Array) -> tuple[PageTable, AllocationStats, Array]:
+def _reorder(
+    cache: KVCache, seqs: Array, parents: Array
+) -> tuple[PageTable, AllocationStats, PolicyState | None, Array]:
     table, max_seqs = cache.table, cache.config.max_seqs
     status = _decide(table, seqs, parents)
     changes = (status == Status.OK) & (seqs != parents)
@@ -75,7 +77,7 @@ def _reorder(cache: KVCache, seqs: Array, parents: Array) -> tuple[PageTable, Al
         positions=table.positions.at[slot].set(positions, mode="drop"),
     )
     stats = count(cache.stats, num_released=table.num_free - num_free)
-    return table, stats, status
+    return table, stats, inherited(cache.policy, parent, slot), status
 
 
 def _decide(table: PageTable, seqs: Array, parents: Array) -> Array:

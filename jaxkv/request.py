@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from jaxkv.arguments import integer
 from jaxkv.causal_lm import CausalLM, takes_mass
-from jaxkv.config import CacheConfig
 from jaxkv.policies import Policy
 from jaxkv.sampling import Sampling
 
@@ -114,12 +113,9 @@ def _one_each(name: str, value: object, count: int) -> list | None:
     return elements
 
 
-def check_policy(policy: object, config: CacheConfig, model: CausalLM) -> None:
-    """Raises `ValueError` for a policy that the cache or the model cannot serve, naming both sides."""
-    if not isinstance(policy, Policy):
-        raise ValueError(f"policy={policy!r} must be a jaxkv.policies.Policy")
-    policy.check(config)
-    if policy.needs_mass and not takes_mass(model):
+def check_model(model: CausalLM, policy: Policy | None) -> None:
+    """Raises `ValueError` for a model that a policy cannot be told of, naming both sides."""
+    if policy is not None and policy.needs_mass and not takes_mass(model):
         raise ValueError(
             f"{type(policy).__name__} goes by the attention that tokens received, and calling a "
             f"{type(model).__name__} takes no return_mass"

@@ -12,7 +12,7 @@ from jaxkv.arguments import whole
 from jaxkv.config import MAX_TOKENS, CacheConfig
 from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.packing import most_at_once
-from jaxkv.policies import Policy, TokenPolicy
+from jaxkv.policies import Policy
 from jaxkv.state import KVCache
 from jaxkv.units import format_bytes, parse_bytes
 
@@ -102,11 +102,7 @@ def token_slots(
         return num_tokens + new_tokens
     # Of a row that would hold everything: what a policy's capacity is a share of.
     whole = config(num_pages=-(-(num_tokens + new_tokens) // page_size), page_size=page_size)
-    capacity = policy.capacity(whole)
-    if policy.observe_last is not None:
-        return max(num_tokens, capacity + new_tokens)
-    most = policy.most_kept(whole) + min(num_tokens, prefill_chunk)
-    return max(capacity, min(num_tokens + new_tokens, most))
+    return policy.token_slots(whole, num_tokens, new_tokens, prefill_chunk)
 
 
 def pool_sizes(
@@ -124,9 +120,9 @@ def pool_sizes(
     pages = [-(-count // page_size) for count in slots]
     # Samples of a prompt copy its partly filled last page before the one they share is given back.
     spare = len(lengths) if num_samples > 1 else 0
-    if isinstance(policy, TokenPolicy) and (num_samples > 1 or len(lengths) > 1):
+    if policy is not None and (num_samples > 1 or len(lengths) > 1):
         # And what a policy keeps of shared pages goes to pages of each sequence's own.
-        spare += sum(-(-min(length, policy.budget) // page_size) for length in lengths)
+        spare += sum(-(-policy.copied_tokens(length) // page_size) for length in lengths)
     return dict(
         num_pages=sum(pages) * num_samples + spare,
         page_size=page_size,
@@ -206,7 +202,7 @@ def check_fit(
       SequenceTooLongError, OutOfPagesError: naming what is needed and what there is.
     """
     most = None
-    if policy is not None and policy.observe_last is None:
+    if policy is not None and not policy.once:
         most = policy.most_kept(config) + most_at_once(policy, config, prefill_chunk)
     lengths = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(cache.table.lengths)
     held = {number: int(lengths[slots[number]]) for number in prompts}
@@ -225,9 +221,9 @@ def check_fit(
         before = held[number]
         after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
         pages += config.pages_for(after) - config.pages_for(before) - shared
-    if isinstance(policy, TokenPolicy) and shared:
+    if policy is not None and shared:
         # What is kept of shared pages goes to pages of each sequence's own, before the others are released.
-        pages += len(prompts) * config.pages_for(policy.budget)
+        pages += len(prompts) * config.pages_for(policy.copied_tokens(config.max_tokens_per_seq))
     free = config.num_pages if cache is None else int(cache.table.num_free)
     if pages > free:
         pool = "the pool has" if cache is None else f"of the pool's {config.num_pages} are free:"

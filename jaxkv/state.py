@@ -146,30 +146,29 @@ def on_host(value: Any) -> Any:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
+class PolicyState:
+    """An eviction policy in a cache, and what it remembers of each sequence.
+
+    Attributes:
+      values: arrays whose first axis is `seqs`; those with four axes are
+        `[seqs, layers, kv_heads, max_tokens]`, a number for each token slot.
+      rule: the `jaxkv.Policy` whose state it is.
+    """
+
+    values: dict[str, Shaped[Array, "seqs ..."]]
+    rule: Any = field(metadata={"static": True})
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
 class KVCache:
-    """A paged KV cache: one immutable pytree."""
+    """A paged KV cache: one immutable pytree. Its `policy` is None where nothing is ever evicted."""
 
     pool: KVPool
     table: PageTable
     stats: AllocationStats
     config: CacheConfig = field(metadata={"static": True})
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class PolicyState:
-    """What an eviction policy remembers of each sequence.
-
-    Attributes:
-      values: arrays whose first axis is `seqs`; those with four axes are
-        `[seqs, layers, kv_heads, max_tokens]`, a number for each token place.
-      policy: whose state it is.
-      config: of the cache.
-    """
-
-    values: dict[str, Shaped[Array, "seqs ..."]]
-    policy: Any = field(metadata={"static": True})
-    config: CacheConfig = field(metadata={"static": True})
+    policy: PolicyState | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -191,7 +190,8 @@ class Batch:
       num_free: pages free after the call.
       fingerprint: of the page table after the call.
       config: of the cache.
-      window, sink_tokens: what a policy lets every token see, whatever the model lets it: see `attend`.
+      window, sink_tokens: what the cache's policy lets every token see, whatever the model lets it: see
+        `attend`.
     """
 
     seqs: Int[Array, " seqs"]
@@ -221,41 +221,3 @@ class Batch:
         in the rows of a refused entry is zeros, and an entry without tokens gets another entry's row, or 0.
         """
         return jnp.clip(self.query_starts[..., 1:] - 1, 0, self.positions.shape[-1] - 1)
-
-
-def init(config: CacheConfig) -> KVCache:
-    """An empty cache: a zeroed pool with every page free.
-
-    Args:
-      config: the sizes.
-
-    Returns:
-      The cache. Its pool takes `config.num_pages * config.page_bytes` bytes.
-
-    Example:
-      >>> from jaxkv import CacheConfig, init
-      >>> cache = init(CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4))
-      >>> int(cache.table.num_free)
-      4
-    """
-    if not isinstance(config, CacheConfig):
-        raise ValueError(f"init takes a CacheConfig, not {type(config).__name__}")
-    seqs, pages = config.max_seqs, config.num_pages
-    return KVCache(
-        pool=KVPool(
-            jnp.zeros(config.pool_shape, config.storage_dtype),
-            jnp.zeros(config.pool_shape, config.storage_dtype),
-            *(jnp.zeros(shape, config.scale_dtype) for shape in config.scale_shapes),
-        ),
-        table=PageTable(
-            pages=jnp.full((seqs, config.max_pages_per_seq), pages, jnp.int32),
-            lengths=jnp.zeros(seqs, jnp.int32),
-            positions=jnp.zeros(seqs, jnp.int32),
-            refcounts=jnp.zeros(pages, jnp.int32),
-            free_pages=jnp.arange(pages - 1, -1, -1, dtype=jnp.int32),
-            num_free=jnp.asarray(pages, jnp.int32),
-            fingerprint=jnp.zeros(2, jnp.uint32),
-        ),
-        stats=AllocationStats(jnp.zeros(len(AllocationStats.names()), jnp.int32)),
-        config=config,
-    )

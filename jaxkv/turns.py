@@ -10,9 +10,10 @@ from jax.core import Tracer
 
 from jaxkv.arguments import integer
 from jaxkv.config import CacheConfig
+from jaxkv.initial import first_state
 from jaxkv.policies import Policy
 from jaxkv.request import Request
-from jaxkv.state import KVCache, PolicyState
+from jaxkv.state import KVCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,6 @@ class Turn:
       request: its prompts begin with the pending tokens of their slots.
       config: of the cache.
       cache: the one given; None for a new one.
-      policy: the policy's state from the turn before; None for a new one.
       slots: `[prompts, num_samples]`; the first of each is the prompt's own.
       pending: newest token of other slots, not in the cache.
     """
@@ -31,7 +31,6 @@ class Turn:
     request: Request
     config: CacheConfig
     cache: KVCache | None
-    policy: PolicyState | None
     slots: np.ndarray
     pending: Mapping[int, int]
 
@@ -54,7 +53,7 @@ def new_turn(request: Request, config: CacheConfig) -> Turn:
             f"the cache has max_seqs={config.max_seqs}"
         )
     slots = np.arange(count, dtype=np.int32).reshape(-1, request.num_samples)
-    return Turn(request, config, None, None, slots, MappingProxyType({}))
+    return Turn(request, config, None, slots, MappingProxyType({}))
 
 
 def next_turn(
@@ -63,7 +62,6 @@ def next_turn(
     config: CacheConfig | None,
     seqs: Sequence[int] | None,
     pending: Mapping[int, int],
-    policy: PolicyState | None,
 ) -> Turn:
     """On a cache with earlier turns.
 
@@ -73,7 +71,6 @@ def next_turn(
       config: None, or the cache's own.
       seqs: slot of each prompt. Default: 0, 1, 2 ...
       pending: newest token of each slot that has one which is not in the cache.
-      policy: what a policy remembers of the cache.
 
     Raises:
       ValueError: for slots that are not there, or named twice, or of another number than the prompts.
@@ -88,7 +85,7 @@ def next_turn(
         for slot, prompt in zip(owned, request.prompts, strict=True)
     ]
     others = {slot: token for slot, token in pending.items() if slot not in slots}
-    return Turn(replace(request, prompts=prompts), cache.config, cache, policy, slots, others)
+    return Turn(replace(request, prompts=prompts), cache.config, cache, slots, others)
 
 
 def _check_cache(cache: object, config: CacheConfig | None) -> None:
@@ -126,22 +123,24 @@ def _empty_slots(cache: KVCache, owned: list[int], more: int) -> np.ndarray:
     return np.array(empty[:needed], np.int32).reshape(len(owned), more)
 
 
-def policy_before(turn: Turn, policy: Policy | None) -> PolicyState | None:
-    """The policy's state at the beginning of a turn; None without a policy.
+def with_policy(turn: Turn, policy: Policy | None) -> Turn:
+    """The turn, with the policy in the cache that was given; on a new cache as it is.
 
     Raises:
-      ValueError: for a policy that has seen nothing of the tokens that are in the cache, and would need it.
+      ValueError: for another policy than the cache has; for one that has seen nothing of the tokens that are
+        in the cache, and would need it.
     """
-    if turn.policy is not None:
-        if policy not in (None, turn.policy.policy):
-            raise ValueError(f"policy={policy} is not that of the turn before, {turn.policy.policy}")
-        return turn.policy
-    if policy is None:
-        return None
-    state = policy.init(turn.config)
+    cache = turn.cache
+    if policy is None or cache is None:
+        return turn
+    if cache.policy is not None:
+        if policy != cache.policy.rule:
+            raise ValueError(f"policy={policy} is not that of the cache, {cache.policy.rule}")
+        return turn
+    state = first_state(turn.config, policy)
     if state.values and not turn.is_new:
         raise ValueError(
             f"{policy} remembers its sequences from their first token on: give cache= what generate(..., "
             "keep=True, policy=...) returned"
         )
-    return state
+    return replace(turn, cache=replace(cache, policy=state))

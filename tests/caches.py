@@ -40,11 +40,11 @@ def tokens(config, count, seed=0):
     return normal(*shape, dtype=config.dtype, seed=seed), normal(*shape, dtype=config.dtype, seed=seed + 1)
 
 
-def filled(config, lengths, seed=0):
+def filled(config, lengths, seed=0, policy=None):
     """A cache whose sequences hold random tokens in every layer, and the (k, v) written to each layer."""
     total = sum(lengths)
     slots = ints(*range(len(lengths)))
-    cache, batch = jitted.allocate(poisoned_init(config), slots, ints(*lengths), total_tokens=total)
+    cache, batch = jitted.allocate(poisoned_init(config, policy), slots, ints(*lengths), total_tokens=total)
     written = [tokens(config, total, seed + 10 * layer) for layer in range(config.num_layers)]
     for layer, (k, v) in enumerate(written):
         cache = jitted.append(cache, layer, batch, k, v)
@@ -63,8 +63,8 @@ def poison(cache, pages):
     return replace(cache, pool=jax.tree.map(spoil, cache.pool))
 
 
-@partial(jax.jit, static_argnums=0)
-def poisoned_init(config):
+@partial(jax.jit, static_argnums=(0, 1))
+def poisoned_init(config, policy=None):
     """An empty cache whose pool holds NaN instead of zeros."""
-    cache = jaxkv.init(config)
+    cache = jaxkv.init(config, policy)
     return poison(cache, cache.table.refcounts == 0)

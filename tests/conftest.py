@@ -31,6 +31,7 @@ CHECKED = (
     "merge",
     "pool",
     "attention",
+    "eviction",
     "compaction",
     "invariants",
     "testing",

@@ -51,16 +51,17 @@ def options(cache, seqs, x):
     return cache, (jaxkv.merge_attention([out, out], [lse, lse]), mass)
 
 
-def evicting(policy, cache, seqs, x):
-    state = policy.init(cache.config)
+def evicting(cache, seqs, x):
+    """A step of a cache with a policy, an eviction, and one that `allocate` decides upon."""
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
-    batch, mass = policy.view(batch), None
-    if policy.needs_mass:
-        lses = [jaxkv.attend(cache, n, batch, x, return_lse=True)[1] for n in range(LAYERS)]
-        mass = jnp.stack([jaxkv.attention_mass(cache, n, batch, x, lse) for n, lse in enumerate(lses)])
-    state = policy.observe(state, cache, batch, mass)
-    cache, state, dropped = policy.evict(cache, state, seqs)
-    return cache, (dropped, policy.fork(state, jnp.array([0]), jnp.array([1])).values)
+    lses = [jaxkv.attend(cache, n, batch, x, return_lse=True)[1] for n in range(LAYERS)]
+    mass = [jaxkv.attention_mass(cache, n, batch, x, lse) for n, lse in enumerate(lses)]
+    cache = jaxkv.observe(cache, batch, jnp.stack(mass))
+    cache, dropped = jaxkv.evict(cache, seqs)
+    for more in (4, 3):
+        cache, batch = jaxkv.allocate(cache, seqs, jnp.full_like(seqs, more), total_tokens=4 * more)
+    cache, _ = jaxkv.fork(jaxkv.free(cache, jnp.array([1])), jnp.array([0]), jnp.array([1]))
+    return cache, (dropped, batch.status)
 
 
 def table_operations(cache, seqs, x):
@@ -83,8 +84,7 @@ def sampled(cache, seqs, x):
     return cache, [(sample(keys[0], logits, way), sample_each(keys, logits, way)) for way in ways]
 
 
-OPERATIONS = {f.__name__: f for f in (decode, options, table_operations, sampled)}
-OPERATIONS |= {type(policy).__name__: partial(evicting, policy) for policy in POLICIES}
+OPERATIONS = decode, options, table_operations, sampled
 
 
 def assert_same(got, want):
@@ -147,10 +147,14 @@ def main(quantization):
     normal = partial(jax.random.normal, dtype=jnp.float32)
     cache, _ = jax.jit(decode)(jaxkv.init(config), SEQS, normal(jax.random.key(0), (20, 4, 16)))
     x = normal(jax.random.key(1), (TOKENS, 4, 16))
-    # What a policy does with codes is what it does with numbers.
-    names = OPERATIONS if config.quantization is None else ("decode", "options", "table_operations")
-    for name in names:
-        operation = OPERATIONS[name]
+    cases = [(operation.__name__, operation, cache) for operation in OPERATIONS]
+    if config.quantization is None:
+        # What a policy does with codes is what it does with numbers.
+        cases += [
+            (type(policy).__name__, evicting, replace(cache, policy=jaxkv.init(config, policy).policy))
+            for policy in POLICIES
+        ]
+    for name, operation, cache in cases:
         want = jax.jit(operation)(cache, SEQS, x)
         for way_name, way in WAYS.items():
             for got in way(operation, cache, x):

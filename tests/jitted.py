@@ -4,7 +4,7 @@ import jax
 
 import jaxkv
 
-init = jax.jit(jaxkv.init, static_argnums=0)
+init = jax.jit(jaxkv.init, static_argnums=(0, 1))
 allocate = jax.jit(jaxkv.allocate, static_argnames="total_tokens")
 append = jax.jit(jaxkv.append)
 attend = jax.jit(
@@ -14,6 +14,8 @@ attend = jax.jit(
 attention_mass = jax.jit(
     jaxkv.attention_mass, static_argnames=("scale", "window", "sink_tokens", "softcap", "backend")
 )
+observe = jax.jit(jaxkv.observe)
+evict = jax.jit(jaxkv.evict)
 gather = jax.jit(jaxkv.gather)
 fork = jax.jit(jaxkv.fork)
 reorder = jax.jit(jaxkv.reorder)

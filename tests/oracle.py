@@ -63,7 +63,8 @@ class Oracle:
 
     # allocate and append -------------------------------------------------------------------
 
-    def allocate(self, seqs, num_tokens, total_tokens) -> Batch:
+    def allocate(self, seqs, num_tokens, total_tokens, waiting=()) -> Batch:
+        """`waiting`: slots that a policy found no pages for, and refuses until there are some."""
         owners, used, free = self.owners(), self.num_used, self.num_free
         batch = Batch([], [0], [], {}, [])
         named, starved, row = set(), False, 0
@@ -79,6 +80,8 @@ class Oracle:
                 status = Status.INVALID_LENGTH
             elif count == 0:
                 status = Status.OK
+            elif slot in waiting:
+                status = Status.OUT_OF_PAGES
             elif self.sequences[slot].length + count > self.config.max_tokens_per_seq:
                 status = Status.SEQUENCE_TOO_LONG
             elif copies + fresh and (starved or copies + fresh > free):
@@ -97,6 +100,17 @@ class Oracle:
             status not in (Status.OK, Status.PADDING) for status in batch.status
         )
         return batch
+
+    def growing(self, seqs, num_tokens, total_tokens) -> list[int]:
+        """The slots whose new tokens do not fit their tail page: a policy evicts from them first."""
+        growing, named, row = [], set(), 0
+        for slot, count in zip(map(int, seqs), map(int, num_tokens), strict=True):
+            row += max(count, 0)
+            valid = 0 <= slot < self.config.max_seqs and slot not in named and row <= total_tokens
+            named.add(slot)
+            if valid and count > -self.sequences[slot].length % self.config.page_size:
+                growing.append(slot)
+        return growing
 
     def need(self, slot, count, owners) -> tuple[int, int]:
         """Pages for the copy of a shared part-full tail, and fresh pages."""

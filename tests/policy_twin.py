@@ -19,16 +19,14 @@ MASS = 1e-4
 
 class Programs(NamedTuple):
     extend: ...
-    fork: ...
     evict: ...
     shift: ...
 
 
 @functools.cache
 def programs(policy) -> Programs:
-    def extend(cache, state, seqs, num_tokens, k, v, q):
+    def extend(cache, seqs, num_tokens, k, v, q):
         cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q.shape[1])
-        batch = policy.view(batch)
 
         def one_layer(cache, layer):
             layer, k, v, q = layer
@@ -38,22 +36,15 @@ def programs(policy) -> Programs:
 
         layers = jnp.arange(q.shape[0], dtype=jnp.int32)
         cache, (out, lse, mass) = jax.lax.scan(one_layer, cache, (layers, k, v, q))
-        state = policy.observe(state, cache, batch, mass if policy.needs_mass else None)
-        return cache, state, batch, out, lse, mass
-
-    def fork(cache, state, parents, children):
-        cache, status = jaxkv.fork(cache, parents, children)
-        return cache, policy.fork(state, parents, jnp.where(status == Status.OK, children, -1)), status
+        return jaxkv.observe(cache, batch, mass), batch, out, lse, mass
 
     def shift(cache, seqs, by):
         return jaxkv.shift_positions(cache, seqs, by, rope=policy.rope, first=FIRST)
 
-    return Programs(
-        extend=jax.jit(poisoning(extend), donate_argnums=(0, 1)),
-        fork=jax.jit(poisoning(fork), donate_argnums=(0, 1)),
-        evict=jax.jit(poisoning(policy.evict), donate_argnums=(0, 1)),
-        shift=jax.jit(poisoning(shift), donate_argnums=0),
-    )
+    def donated(operation):
+        return jax.jit(poisoning(operation), donate_argnums=0)
+
+    return Programs(extend=donated(extend), evict=donated(jaxkv.evict), shift=donated(shift))
 
 
 FIRST = 3  # places that `shift` leaves where they are
@@ -63,8 +54,8 @@ class PolicyTwin(Twin):
     """Each sequence of the oracle has `memory`: what the policy remembers, `[length, layers, kv_heads]`."""
 
     def __init__(self, policy, **shape):
-        super().__init__(**shape)
-        self.policy, self.state = policy, policy.init(self.config)
+        super().__init__(policy=policy, **shape)
+        self.policy = policy
         self.seen = [0] * self.config.max_seqs  # PromptCompress: places when the prompt was observed
         self.memory = [self._nothing() for _ in range(self.config.max_seqs)]
         self.clock = [0] * self.config.max_seqs
@@ -80,18 +71,35 @@ class PolicyTwin(Twin):
         shape = (config.num_layers, self.total_tokens)
         k, v = (self._normal(*shape, config.num_kv_heads, config.head_dim) for _ in "kv")
         q = self._normal(*shape, self.q_heads, config.head_dim)
-        stack = self._stack()
-        self.cache, self.state, *rest = programs(self.policy).extend(
-            self.cache, self.state, seqs, num_tokens, k, v, q
-        )
-        want = self.oracle.allocate(seqs, num_tokens, self.total_tokens)
+        growing = [] if self.policy.once else self.oracle.growing(seqs, num_tokens, self.total_tokens)
+        stack = self._stack_after_evicting(growing)
+        self.cache, *rest = programs(self.policy).extend(self.cache, seqs, num_tokens, k, v, q)
+        due = [slot for slot in growing if self._is_over_budget(slot)]
+        evicted = self._evict(growing)
+        waiting = [slot for slot in due if slot not in evicted]
+        want = self.oracle.allocate(seqs, num_tokens, self.total_tokens, waiting)
         self.oracle.append(want, np.asarray(k, np.float64), np.asarray(v, np.float64))
         batch, out, lse, mass = jax.device_get(rest)
+        assert batch.fingerprint.tolist() == np.asarray(self.cache.table.fingerprint).tolist()
         self.check()
         self._check_batch(batch, want, stack)
         self._check_attention(out, lse, want, q)
         self._observe(want, mass, seqs, num_tokens, q)
         return want.status[:count]
+
+    def _stack_after_evicting(self, slots):
+        """What `allocate` hands out first, once it has evicted."""
+        if not slots:
+            return self._stack()
+        kept, copy = self.cache, jax.tree.map(jnp.copy, self.cache)
+        self.cache, _ = programs(self.policy).evict(copy, self._padded(slots))
+        stack, self.cache = self._stack(), kept
+        return stack
+
+    def _is_over_budget(self, slot):
+        return not isinstance(self.policy, SlidingWindow) and (
+            self.oracle.sequences[slot].length > self.policy.budget
+        )
 
     def _observe(self, want, mass, seqs, num_tokens, q):
         """The mass is what the oracle's attention gives; the policy's state follows from it."""
@@ -145,41 +153,49 @@ class PolicyTwin(Twin):
 
     def _same_state(self, name, slot):
         memory = self.memory[slot]
-        held = np.moveaxis(np.asarray(self.state.values[name])[slot], -1, 0)[: len(memory)]
+        held = np.moveaxis(np.asarray(self.cache.policy.values[name])[slot], -1, 0)[: len(memory)]
         np.testing.assert_allclose(held, memory, rtol=1e-6, atol=1e-7)
         self.memory[slot] = held.astype(np.float64)
 
     def fork(self, parents, children):
-        count = len(parents)
-        parents, children = self._padded(parents), self._padded(children)
-        self.cache, self.state, status = programs(self.policy).fork(self.cache, self.state, parents, children)
-        want = self.oracle.fork(parents, children)
-        assert [Status(s) for s in status.tolist()] == want
-        for parent, child, status in zip(parents, children, want, strict=True):
+        status = super().fork(parents, children)
+        self._follow(zip(parents, children, status, strict=True))
+        return status
+
+    def reorder(self, seqs, parents):
+        status = super().reorder(seqs, parents)
+        self._follow(zip(parents, seqs, status, strict=True))
+        return status
+
+    def _follow(self, moves):
+        memory, seen, clock = list(self.memory), list(self.seen), list(self.clock)
+        for parent, child, status in moves:
             if status == Status.OK:
-                self.memory[child] = self.memory[parent].copy()
-                self.seen[child], self.clock[child] = self.seen[parent], self.clock[parent]
-        self.check()
-        return want[:count]
+                self.memory[child] = memory[parent].copy()
+                self.seen[child], self.clock[child] = seen[parent], clock[parent]
 
     def truncate(self, seqs, lengths):
+        before = [sequence.length for sequence in self.oracle.sequences]
         super().truncate(seqs, lengths)
-        self._forget()
+        self._forget(before)
 
     def free(self, seqs):
+        before = [sequence.length for sequence in self.oracle.sequences]
         super().free(seqs)
-        self._forget()
+        self._forget(before)
 
-    def _forget(self):
+    def _forget(self, before):
         for slot, sequence in enumerate(self.oracle.sequences):
             self.memory[slot] = self.memory[slot][: sequence.length]
+            if sequence.length < before[slot]:
+                self.seen[slot] = 0
 
     # evict ---------------------------------------------------------------------------------
 
     def evict(self, seqs) -> list[int]:
         count = len(seqs)
         seqs = self._padded(seqs)
-        self.cache, self.state, dropped = programs(self.policy).evict(self.cache, self.state, seqs)
+        self.cache, dropped = programs(self.policy).evict(self.cache, seqs)
         want = self._evict(list(dict.fromkeys(s for s in seqs.tolist() if 0 <= s < self.config.max_seqs)))
         got, named = [], set()
         for slot in seqs.tolist():
@@ -301,7 +317,7 @@ class PolicyTwin(Twin):
             k, v, lengths = jax.device_get(
                 jax.jit(jaxkv.gather, static_argnums=1)(self.cache, layer, np.array([slot], np.int32))
             )
-            assert lengths[0] == len(tokens)
+            assert lengths[0] >= len(tokens), "tokens may have come in behind"
             for nth, got in enumerate((k, v)):
                 got = got[0, : len(tokens)].astype(np.float64)
                 tolerance = self._step(tokens[:, nth, layer])

@@ -1,4 +1,4 @@
-"""Each operation within `shard_map` with its default checks, and over meshes with explicit and automatic axes."""
+"""Each operation within `shard_map` with its default checks, and over explicit and automatic mesh axes."""
 
 import os
 import subprocess
@@ -7,10 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.four_devices import OPERATIONS, WAYS
+from tests.four_devices import OPERATIONS, POLICIES, WAYS
 
 
-@pytest.mark.parametrize(("quantization", "operations"), [("none", len(OPERATIONS)), ("int8", 3)])
+@pytest.mark.parametrize(
+    ("quantization", "operations"),
+    [("none", len(OPERATIONS) + len(POLICIES)), ("int8", len(OPERATIONS))],
+)
 def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, operations):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     done = subprocess.run(

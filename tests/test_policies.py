@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import Rope
+from jaxkv import Rope, Status
 from jaxkv.cli.pool import check_context
 from jaxkv.decode import Finish
 from jaxkv.generating import PREFILL_CHUNK
@@ -28,7 +28,8 @@ from jaxkv.policies import (
 )
 from jaxkv.policies.parse import parse_policy
 from jaxkv.sizing import token_slots
-from tests.caches import SMALL, ints
+from tests import jitted
+from tests.caches import SMALL, filled, ints
 from tests.policy_twin import PolicyTwin
 
 MODEL = ModelConfig(
@@ -80,7 +81,7 @@ def test_a_full_pool_of_own_pages_needs_no_page_to_evict(policy):
 
 
 @pytest.mark.parametrize("policy", POLICIES[1:4], ids=lambda policy: type(policy).__name__)
-def test_shared_pages_are_left_alone_and_own_ones_used_again(policy):
+def test_shared_pages_are_left_alone_and_what_is_kept_goes_to_free_ones(policy):
     twin = twin_of(policy)
     twin.extend([0], [16])
     twin.fork([0], [1])
@@ -89,10 +90,25 @@ def test_shared_pages_are_left_alone_and_own_ones_used_again(policy):
     assert twin.oracle.num_free == 0
     assert twin.evict([0, 1]) == [0, 0], "three pages each, and none is free"
     twin.free([3])
-    twin.extend([0], [5])
-    assert twin.oracle.num_free == 1
-    assert twin.evict([0]) == [12], "two pages of its own beyond the budget, and the free one"
+    assert twin.evict([0, 1]) == [7, 0], "there are three, which the first one takes"
     assert twin.oracle.sequences[1].length == 16
+    assert twin.evict([1]) == [7], "what it shared is its own by now"
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:4], ids=lambda policy: type(policy).__name__)
+def test_own_pages_beyond_the_budget_take_what_was_in_shared_ones(policy):
+    twin = twin_of(policy)
+    twin.extend([0], [8])
+    twin.fork([0], [1])
+    twin.extend([0], [8])
+    twin.extend([2], [20])
+    twin.extend([3], [12])
+    assert twin.oracle.num_free == 0
+    assert twin.evict([0]) == [0], "two pages are shared, and it has one of its own to spare"
+    twin.free([3])
+    assert twin.evict([0]) == [7]
+    assert twin.oracle.num_free == 2, "one was taken"
+    assert twin.oracle.sequences[1].length == 8
 
 
 @by_name
@@ -116,27 +132,26 @@ def test_at_the_budget_and_below_it_nothing_goes(policy):
 
 @by_name
 def test_a_hundred_steps_trace_once(policy):
-    """Evict, allocate, attend and observe in one donated step, with forks and frees in between."""
+    """Allocate, attend and observe in one donated step, with forks and frees in between."""
     config, traces = replace(CONFIG, max_pages_per_seq=12), []
 
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def step(cache, state, seqs, x):
+    @partial(jax.jit, donate_argnums=0)
+    def step(cache, seqs, x):
         traces.append(1)
-        cache, state, _ = policy.evict(cache, state, seqs)
         cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
         mass = []
         for layer in range(config.num_layers):
             cache = jaxkv.append(cache, layer, batch, x, x)
-            out, lse = jaxkv.attend(cache, layer, policy.view(batch), x, return_lse=True)
-            mass.append(jaxkv.attention_mass(cache, layer, policy.view(batch), x, lse))
+            out, lse = jaxkv.attend(cache, layer, batch, x, return_lse=True)
+            mass.append(jaxkv.attention_mass(cache, layer, batch, x, lse))
             x = jaxkv.after(out, mass[-1])
-        return cache, policy.observe(state, cache, batch, jnp.stack(mass)), batch.status
+        return jaxkv.observe(cache, batch, jnp.stack(mass)), batch.status
 
-    cache, state = jaxkv.init(config), policy.init(config)
+    cache = jaxkv.init(config, policy)
     x = jax.random.normal(jax.random.key(0), (2, 2, 4))
     most = 0
     for number in range(100):
-        cache, state, status = step(cache, state, ints(0, 1), x)
+        cache, status = step(cache, ints(0, 1), x)
         most = max(most, int(cache.table.lengths.max()))
         if number == 40:
             cache = jax.jit(jaxkv.free)(cache, ints(1))
@@ -150,22 +165,28 @@ def test_a_hundred_steps_trace_once(policy):
 def test_under_x64_dtypes_stay():
     config = replace(CONFIG, quantization="int8")
 
-    @partial(jax.jit, static_argnames="policy")
-    def step(cache, state, policy):
+    @jax.jit
+    def step(cache):
         cache, batch = jaxkv.allocate(cache, jnp.arange(2), jnp.array([15, 14]), total_tokens=29)
         x = jnp.ones((29, 2, 4), jnp.float32)
-        _, lse = jaxkv.attend(cache, 0, policy.view(batch), x, return_lse=True)
-        mass = jaxkv.attention_mass(cache, 0, policy.view(batch), x, lse)
-        state = policy.observe(state, cache, batch, jnp.stack([mass, mass]))
-        cache, state, dropped = policy.evict(cache, state, jnp.arange(2))
-        return cache, policy.fork(state, jnp.arange(2), jnp.arange(2) + 2), mass, dropped
+        _, lse = jaxkv.attend(cache, 0, batch, x, return_lse=True)
+        mass = jaxkv.attention_mass(cache, 0, batch, x, lse)
+        cache = jaxkv.observe(cache, batch, jnp.stack([mass, mass]))
+        cache, _ = jaxkv.fork(cache, jnp.arange(2), jnp.arange(2) + 2)
+        dropped = jnp.zeros(2, jnp.int32)
+        if policy.once:
+            cache, dropped = jaxkv.evict(cache, jnp.arange(2))
+        return cache, mass, dropped
 
+    config = replace(config, num_pages=24)
     with jax.enable_x64(True):
         for policy in [*POLICIES, SlidingWindow(5, 0, positions="cache", rope=ROPE)]:
-            before = jaxkv.init(config), policy.init(config)
-            *after, mass, dropped = step(*before, policy)
+            before = jaxkv.init(config, policy)
+            after, mass, dropped = step(before)
             assert mass.dtype == jnp.float32
-            assert dropped.dtype == jnp.int32 and dropped[0] > 0
+            assert dropped.dtype == jnp.int32
+            after, *_ = step(after)
+            assert after.stats.evictions > 0
             for old, new in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True):
                 assert new.dtype == old.dtype
 
@@ -210,31 +231,79 @@ FITS = [
 @pytest.mark.parametrize("policy, config, message", FITS, ids=[message[:12] for *_, message in FITS])
 def test_a_policy_that_does_not_fit_the_cache_names_both(policy, config, message):
     with pytest.raises(ValueError, match=message):
-        policy.init(config)
+        jaxkv.init(config, policy)
 
 
-def test_the_state_of_another_cache_or_policy_names_both():
-    policy, other = HeavyHitter(8, 3), replace(CONFIG, num_pages=11)
+@pytest.mark.parametrize("policy", ["lru", HeavyHitter, 0])
+def test_what_is_no_policy_is_refused(policy):
+    with pytest.raises(ValueError, match=r"must be a jaxkv\.Policy"):
+        jaxkv.init(CONFIG, policy)
+
+
+def test_a_cache_without_a_policy_has_nothing_of_one():
+    """No array more, nothing given up, and nothing to observe."""
     cache = jaxkv.init(CONFIG)
-    with pytest.raises(ValueError, match=r"num_pages=11.*num_pages=12"):
-        policy.evict(cache, policy.init(other), ints(0))
-    with pytest.raises(ValueError, match=r"recent=3.*recent=2"):
-        HeavyHitter(8, 2).evict(cache, policy.init(CONFIG), ints(0))
-    with pytest.raises(ValueError, match="NoneType"):
-        policy.evict(cache, None, ints(0))
-    with pytest.raises(ValueError, match=r"recent=3.*recent=2"):
-        HeavyHitter(8, 2).fork(policy.init(CONFIG), ints(0), ints(1))
-    with pytest.raises(ValueError, match="CacheConfig"):
-        policy.init(None)
+    assert cache.policy is None
+    assert len(jax.tree.leaves(jaxkv.init(CONFIG, SlidingWindow(6, 2)))) == len(jax.tree.leaves(cache))
+    cache, batch = jitted.allocate(cache, ints(0), ints(20), total_tokens=20)
+    assert (batch.window, batch.sink_tokens) == (None, 0)
+    same, dropped = jaxkv.evict(cache, ints(0))
+    assert dropped.tolist() == [0] and same is cache
+    assert jaxkv.observe(cache, batch) is cache
+
+
+@by_name
+def test_allocate_does_what_evict_and_allocate_do(policy):
+    """Of the sequences whose tokens do not fit their tail page, and of valid entries alone."""
+    cache = jaxkv.init(CONFIG, policy)
+    cache, batch = jitted.allocate(cache, ints(0, 1, 2), ints(16, 18, 13), total_tokens=47)
+    cache = jitted.observe(cache, batch, jax.random.uniform(jax.random.key(0), (2, 3, 2, 24)))
+    seqs, counts = ints(0, 1, 2, 2, 9, -1), ints(1, 2, 0, 9, 4, 4)
+    got, got_batch = jitted.allocate(cache, seqs, counts, total_tokens=8)
+    want, dropped = jitted.evict(cache, ints(0)) if not policy.once else (cache, ints(0))
+    assert (dropped[0] > 0) != policy.once
+    want, want_batch = jitted.allocate(replace(want, policy=None), seqs, counts, total_tokens=8)
+    for mine, theirs in zip(*(jax.tree.leaves(x.table) for x in (got, want)), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    np.testing.assert_array_equal(got.stats.counters, want.stats.counters)
+    np.testing.assert_array_equal(got_batch.status, want_batch.status)
+    np.testing.assert_array_equal(got_batch.page_ids, want_batch.page_ids)
+    assert got_batch.status.tolist()[:4] == [Status.OK, Status.OK, Status.OK, Status.INVALID_SEQ]
+
+
+def test_a_batch_carries_the_window_of_its_cache():
+    cache = jaxkv.init(CONFIG, SlidingWindow(6, 2))
+    _, batch = jitted.allocate(cache, ints(0), ints(1))
+    assert (batch.window, batch.sink_tokens) == (6, 2)
+
+
+def test_what_is_given_up_stands_though_the_entry_is_refused():
+    cache = jaxkv.init(replace(CONFIG, num_pages=6), SlidingWindow(6, 2))
+    cache, _ = jitted.allocate(cache, ints(0, 1), ints(20, 4), total_tokens=24)
+    cache, batch = jitted.allocate(cache, ints(0), ints(12), total_tokens=12)
+    assert batch.status.tolist() == [Status.OUT_OF_PAGES], "two pages are given up, and three needed"
+    assert (cache.table.positions[0], cache.table.lengths[0], cache.table.num_free) == (20, 12, 2)
+    jaxkv.check_invariants(cache)
+
+
+def test_a_sequence_without_pages_for_what_it_keeps_waits_and_holds_back_no_other():
+    cache, _ = filled(replace(CONFIG, num_pages=6), (12, 0, 0, 1), policy=HeavyHitter(9, 3))
+    cache, _ = jitted.fork(cache, ints(0), ints(1))
+    after, batch = jitted.allocate(cache, ints(0, 2), ints(1, 1))
+    assert batch.status.tolist() == [Status.OUT_OF_PAGES, Status.OK], "two pages are free, and three needed"
+    assert after.table.lengths.tolist() == [12, 12, 1, 1]
+    after, batch = jitted.allocate(jitted.free(after, ints(1)), ints(0, 2), ints(1, 1))
+    assert batch.status.tolist() == [Status.OK, Status.OK]
+    assert after.table.lengths.tolist() == [10, 0, 2, 1]
+    jaxkv.check_invariants(after)
 
 
 def test_a_policy_that_goes_by_attention_must_be_given_it(no_shape_checks):
-    policy, cache = HeavyHitter(8, 3), jaxkv.init(CONFIG)
-    cache, batch = jaxkv.allocate(cache, ints(0), ints(1))
+    cache, batch = jaxkv.allocate(jaxkv.init(CONFIG, HeavyHitter(8, 3)), ints(0), ints(1))
     with pytest.raises(ValueError, match=r"HeavyHitter .* jaxkv.attention_mass"):
-        policy.observe(policy.init(CONFIG), cache, batch)
+        jaxkv.observe(cache, batch)
     with pytest.raises(ValueError, match=r"\[2, 1, 2, 24\], not \[1, 2, 24\]"):
-        policy.observe(policy.init(CONFIG), cache, batch, jnp.zeros((1, 2, 24)))
+        jaxkv.observe(cache, batch, jnp.zeros((1, 2, 24)))
 
 
 LINES = [
@@ -318,8 +387,8 @@ def test_pages_that_a_window_gave_back_change_nothing(model):
         def capacity(self, config):
             return config.max_tokens_per_seq
 
-        def evict(self, cache, state, seqs):
-            return cache, state, jnp.zeros_like(seqs)
+        def evict(self, cache, slot):
+            return cache, jnp.zeros_like(slot)
 
     options = dict(max_new_tokens=60, prefill_chunk=5)
     want = jaxkv.generate(
@@ -436,23 +505,26 @@ def test_samples_wait_for_pages_of_their_own(model, num_pages):
 
 
 def test_a_prompt_is_cut_once():
-    policy, cache = PromptCompress(8, 3), jaxkv.init(CONFIG)
-    state = policy.init(CONFIG)
+    cache = jaxkv.init(CONFIG, PromptCompress(8, 3))
     cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
-    state = policy.observe(state, cache, batch, jnp.ones((2, 1, 2, 24)))
-    cache, state, dropped = policy.evict(cache, state, ints(0))
+    observed = jaxkv.observe(cache, batch, jnp.ones((2, 1, 2, 24)))
+    cache, dropped = jaxkv.evict(observed, ints(0))
     assert dropped[0] == 12
     cache, _ = jaxkv.allocate(cache, ints(0), ints(12), total_tokens=12)
-    assert policy.evict(cache, state, ints(0))[2][0] == 0
+    assert jaxkv.evict(cache, ints(0))[1][0] == 0
+    # Nor is another sequence of the slot, for what the one before it looked at.
+    again, _ = jaxkv.allocate(jaxkv.free(observed, ints(0)), ints(0), ints(20), total_tokens=20)
+    assert jaxkv.evict(again, ints(0))[1][0] == 0
 
 
 def test_a_models_own_window_rules_where_it_is_smaller():
-    cache, batch = jaxkv.allocate(jaxkv.init(CONFIG), ints(0), ints(16), total_tokens=16)
-    x = jax.random.normal(jax.random.key(0), (16, 2, 4))
-    cache = jaxkv.append(cache, 0, batch, x, x)
-    bounded = SlidingWindow(12, 4).view(batch)
-    want = jaxkv.attend(cache, 0, batch, x, window=6)
-    np.testing.assert_array_equal(jaxkv.attend(cache, 0, bounded, x, window=6), want)
+    got = []
+    for policy in (SlidingWindow(12, 4), None):
+        cache, batch = jaxkv.allocate(jaxkv.init(CONFIG, policy), ints(0), ints(16), total_tokens=16)
+        x = jax.random.normal(jax.random.key(0), (16, 2, 4))
+        cache = jaxkv.append(cache, 0, batch, x, x)
+        got.append(jaxkv.attend(cache, 0, batch, x, window=6))
+    np.testing.assert_array_equal(*got)
 
 
 def test_a_slot_that_was_used_before_ranks_as_a_new_one():
@@ -468,16 +540,16 @@ def test_a_slot_that_was_used_before_ranks_as_a_new_one():
 
 def test_a_long_run_of_like_tokens_stays_in_their_range():
     """Values near the most that float16 holds, after a token that takes nearly all attention, adding none."""
-    config, policy = replace(CONFIG, dtype="float16"), SemanticMerge(3, 1)
-    cache, state = jaxkv.init(config), policy.init(config)
+    config = replace(CONFIG, dtype="float16")
+    cache = jaxkv.init(config, SemanticMerge(3, 1))
     cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
     k = jnp.ones((20, config.num_kv_heads, config.head_dim)).at[0].multiply(jnp.array([1.0, -1.0, 1.0, -1.0]))
     v = jnp.full_like(k, 60000.0).at[0].set(0.0)
     for layer in range(config.num_layers):
         cache = jaxkv.append(cache, layer, batch, k.astype("float16"), v.astype("float16"))
     mass = jnp.ones((config.num_layers, 1, config.num_kv_heads, config.max_tokens_per_seq))
-    state = policy.observe(state, cache, batch, mass.at[..., 0].set(1e6))
-    cache, _, dropped = policy.evict(cache, state, ints(0))
+    cache = jaxkv.observe(cache, batch, mass.at[..., 0].set(1e6))
+    cache, dropped = jaxkv.evict(cache, ints(0))
     _, left, _ = jaxkv.gather(cache, 0, ints(0))
     assert dropped[0] == 17
     np.testing.assert_array_equal(left[0, :3, :, 0], [[0] * 2, [60000] * 2, [60000] * 2])
@@ -485,8 +557,8 @@ def test_a_long_run_of_like_tokens_stays_in_their_range():
 
 def test_a_policy_from_scratch_needs_evict_alone(model):
     class Nothing(Policy):
-        def evict(self, cache, state, seqs):
-            return cache, state, jnp.zeros_like(seqs)
+        def evict(self, cache, slot):
+            return cache, jnp.zeros_like(slot)
 
     want = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=5)
     assert (

@@ -104,10 +104,9 @@ def test_long_rows_take_several_steps_and_trade_places_as_short_ones_do(chunk, m
 
 def test_pages_that_stand_in_different_columns_survive_their_first_owner():
     """After a window gave up slot 1's first pages, the two share pages, but not at the same columns."""
-    cache, _ = filled(SMALL, (12,))
+    cache, _ = filled(SMALL, (12,), policy=SlidingWindow(window=5, sinks=0))
     cache, _ = jitted.fork(cache, ints(0), ints(1))
-    policy = SlidingWindow(window=5, sinks=0)
-    cache, _, dropped = jax.jit(policy.evict)(cache, policy.init(SMALL), ints(1))
+    cache, dropped = jitted.evict(cache, ints(1))
     assert dropped.tolist() == [8]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("jaxkv.pages._CHUNK", 1)
@@ -116,17 +115,14 @@ def test_pages_that_stand_in_different_columns_survive_their_first_owner():
     jaxkv.check_invariants(cache)
 
 
-def test_a_policys_state_follows_by_its_fork():
-    policy = HeavyHitter(budget=6, recent=3)
-    cache, _ = filled(SMALL, (6, 3))
-    state = policy.init(SMALL)
-    name = next(iter(state.values))
-    marked = jnp.arange(4, dtype=jnp.float32).reshape(-1, 1, 1, 1) + jnp.zeros_like(state.values[name])
-    state = replace(state, values=state.values | {name: marked})
-    seqs, parents = ints(0, 1, 2), ints(1, 0, 3)
-    cache, status = jitted.reorder(cache, seqs, parents)
-    state = policy.fork(state, jnp.where(status == OK, parents, -1), seqs)
-    assert state.values[name][:, 0, 0, 0].tolist() == [1, 0, 2, 3]
+def test_a_policys_state_follows():
+    cache, _ = filled(SMALL, (6, 3), policy=HeavyHitter(budget=6, recent=3))
+    assert cache.policy is not None
+    mass = cache.policy.values["mass"]
+    marked = jnp.arange(4, dtype=jnp.float32).reshape(-1, 1, 1, 1) + jnp.zeros_like(mass)
+    cache = replace(cache, policy=replace(cache.policy, values={"mass": marked}))
+    cache, _ = jitted.reorder(cache, ints(0, 1, 2), ints(1, 0, 3))
+    assert cache.policy.values["mass"][:, 0, 0, 0].tolist() == [1, 0, 2, 3]
 
 
 def test_lengths_are_those_of_every_slot_and_outlive_a_donated_cache():

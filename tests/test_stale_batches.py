@@ -29,7 +29,8 @@ def filled_with_a_batch():
 
 
 def evicted(policy, cache):
-    cache, _, dropped = jax.jit(policy.evict)(cache, policy.init(cache.config), ints(1))
+    cache = replace(cache, policy=jaxkv.init(cache.config, policy).policy)
+    cache, dropped = jitted.evict(cache, ints(1))
     assert dropped[0] > 0
     return cache
 
@@ -133,12 +134,18 @@ def test_a_python_int_that_is_no_layer_is_an_error(layer):
 
 
 def test_a_policy_notes_nothing_of_a_stale_batch():
-    policy = HeavyHitter(budget=6, recent=3)
     cache, batch = filled_with_a_batch()
-    state, mass = policy.init(CONFIG), jnp.ones((2, 3, 2, CONFIG.max_tokens_per_seq))
-    observe = jax.jit(policy.observe)
-    assert np.any(observe(state, cache, batch, mass).values["mass"])
-    assert not np.any(observe(state, jitted.free(cache, ints(2)), batch, mass).values["mass"])
+    cache = replace(cache, policy=jaxkv.init(CONFIG, HeavyHitter(budget=6, recent=3)).policy)
+    mass = jnp.ones((2, 3, 2, CONFIG.max_tokens_per_seq))
+    assert np.any(jitted.observe(cache, batch, mass).policy.values["mass"])
+    assert not np.any(jitted.observe(jitted.free(cache, ints(2)), batch, mass).policy.values["mass"])
+
+
+def test_to_observe_a_step_leaves_its_batch_as_it_is():
+    cache, batch = filled_with_a_batch()
+    cache = replace(cache, policy=jaxkv.init(CONFIG, HeavyHitter(budget=6, recent=3)).policy)
+    after = jitted.observe(cache, batch, jnp.ones((2, 3, 2, CONFIG.max_tokens_per_seq)))
+    np.testing.assert_array_equal(after.table.fingerprint, batch.fingerprint)
 
 
 def test_stale_entries_are_told_apart_under_vmap():

@@ -126,7 +126,7 @@ def decode_with_mass(cache, seqs, q):
         out, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
         masses.append(jaxkv.attention_mass(cache, layer, batch, q, lse))
         q = jaxkv.after(out, masses[-1])
-    return cache, q, jnp.stack(masses)
+    return jaxkv.observe(cache, batch, jnp.stack(masses)), q, jnp.stack(masses)
 
 
 K = jax.ShapeDtypeStruct((8, 2, 64), jnp.float32)
@@ -179,9 +179,23 @@ POLICIES = [
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
 def test_an_eviction_keeps_some_sequences_tokens_and_no_pool(policy):
     config = replace(CONFIG, num_pages=8192)
-    cache = jax.eval_shape(lambda: jaxkv.init(config))
-    state = jax.eval_shape(lambda: policy.init(config))
-    assert_in_place(policy.evict, cache, state, SLOTS, donate_argnums=(0, 1))
+    cache = jax.eval_shape(lambda: jaxkv.init(config, policy))
+    assert_in_place(jaxkv.evict, cache, SLOTS)
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2]], ids=lambda policy: type(policy).__name__)
+def test_nor_does_a_step_that_may_evict(policy):
+    """`allocate`, and a whole decode step that also observes."""
+    config = replace(CONFIG, num_pages=8192)
+    cache = jax.eval_shape(lambda: jaxkv.init(config, policy))
+    assert_in_place(jaxkv.allocate, cache, SLOTS, SLOTS)
+    assert_in_place(decode_with_mass, cache, SLOTS, Q)
+
+
+@pytest.mark.parametrize("operation", [jaxkv.fork, jaxkv.reorder, jaxkv.truncate])
+def test_nor_do_operations_that_a_policys_state_follows(operation):
+    cache = jax.eval_shape(lambda: jaxkv.init(CONFIG, policies.LeastRecentlyUsed(200)))
+    assert_in_place(operation, cache, SLOTS, SLOTS)
 
 
 def test_a_cache_in_any_argument_may_be_donated():

@@ -152,7 +152,7 @@ def test_with_a_window_two_turns_give_what_one_gives(run):
     assert two.tokens == run(text, config, policy=policy).tokens
     assert int(two.cache.stats.evictions) > 2
     jaxkv.testing.assert_invariants(two.cache)
-    with pytest.raises(ValueError, match="not that of the turn before"):
+    with pytest.raises(ValueError, match="not that of the cache"):
         run(REPLIES, cache=two, policy=SlidingWindow(8, 3))
 
 

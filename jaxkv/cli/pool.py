@@ -62,7 +62,7 @@ def check_context(
       SequenceTooLongError: naming the prompt, the position it reaches and the trained context.
     """
     context, new = loaded.config.max_context, options.max_new_tokens
-    bounded = policy is not None and policy.observe_last is None
+    bounded = policy is not None and not policy.once
     if num_tokens > context and not bounded:
         raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
     if policy is None:

@@ -82,7 +82,7 @@ def device_memory(
         in_use=_live_bytes(device) if in_use is None else in_use,
         weights=_tree_bytes(weights, device),
         kv_pool=_tree_bytes(cache and cache.pool, device),
-        tables=_tree_bytes(cache and (cache.table, cache.stats), device),
+        tables=_tree_bytes(cache and (cache.table, cache.stats, cache.policy), device),
         limit=stats.get("bytes_limit"),
         source="live_arrays" if in_use is None else "memory_stats",
     )

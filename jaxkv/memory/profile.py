@@ -35,6 +35,7 @@ class MemoryProfile:
       num_stored: token places in use, those of a shared page once, as far as its fullest owner reaches.
       stats: the counters.
       config: of the cache.
+      num_policy_bytes: what the cache's policy remembers.
     """
 
     lengths: Int[Array, " seqs"]
@@ -44,6 +45,7 @@ class MemoryProfile:
     num_stored: Int[Array, ""]
     stats: AllocationStats
     config: CacheConfig = field(metadata={"static": True})
+    num_policy_bytes: int = field(default=0, metadata={"static": True})
 
     @property
     def active_seqs(self) -> int:
@@ -144,9 +146,14 @@ class MemoryProfile:
         return self.config.allocator_bytes
 
     @property
+    def policy_bytes(self) -> int:
+        """What the cache's policy remembers of its sequences."""
+        return self.num_policy_bytes
+
+    @property
     def total_bytes(self) -> int:
         """Everything the cache keeps on the device, its counters too."""
-        return self.config.estimated_memory_bytes()
+        return self.config.estimated_memory_bytes() + self.policy_bytes
 
     @property
     def saved_pages(self) -> int:
@@ -199,6 +206,7 @@ class MemoryProfile:
                 f"{self.logical_pages:,} entries in use",
             ),
             ("allocator", format_bytes(self.allocator_bytes, unit), "refcounts and the free stack"),
+            *([("policy", format_bytes(self.policy_bytes, unit), "its state")] if self.policy_bytes else []),
             ("on the device", format_bytes(self.total_bytes, unit), "all of the above and the counters"),
             ("sequences", f"{self.active_seqs:,}", f"of {config.max_seqs:,} slots"),
             ("tokens", f"{self.tokens:,}", f"{self.stored_tokens:,} stored"),
@@ -264,6 +272,7 @@ def _memory_profile(cache: KVCache) -> MemoryProfile:
         num_stored=jnp.sum(_tokens_in_pages(table, cache.config), dtype=jnp.int32),
         stats=AllocationStats(jnp.copy(cache.stats.counters)),
         config=cache.config,
+        num_policy_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.policy)),
     )
 
 

@@ -1,32 +1,49 @@
 """What an eviction policy is.
 
-A policy is a frozen dataclass of static settings with pure functions, to be called inside `jit`:
+A policy is a frozen dataclass of static settings. `jaxkv.init(config, policy)` makes it part of a cache, and
+`cache.policy.values` is what it remembers:
 
-    state = policy.init(config)
-    cache, state, num_dropped = policy.evict(cache, state, seqs)       # before allocate, on page boundaries
-    cache, batch = jaxkv.allocate(cache, seqs, num_tokens)
-    batch = policy.view(batch)
-    ... append, attend in each layer, and attention_mass where `policy.needs_mass`
-    state = policy.observe(state, cache, batch, mass)                  # mass of all layers, stacked
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens)     # evicts what is due first
+    ... append and attend in each layer, and attention_mass where `policy.needs_mass`
+    cache = jaxkv.observe(cache, batch, mass)                  # mass of all layers, stacked
+
+These functions call the policy's methods, inside `jit`. `jaxkv.generate` also asks it how to cut up prompts.
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
-from jaxkv.pages import check_vectors, count, is_first, rows_of
+from jaxkv.pages import count, is_first
 from jaxkv.rope import Rope
-from jaxkv.state import AllocationStats, Batch, KVCache, PolicyState
+from jaxkv.state import AllocationStats, Batch, KVCache
 from pallas_kernels import control_flow
 
 Positions = Literal["original", "cache"]
 _Carry = TypeVar("_Carry")
+
+
+class Step(NamedTuple):
+    """One step of some sequences, as a policy sees it; arrays for token slots have four axes.
+
+    Attributes:
+      slot: of each entry, `max_seqs` for padding and for refused ones.
+      mass: `[entries, layers, kv_heads, max_tokens]`.
+      is_new, is_old: `[entries, 1, 1, max_tokens]`, the step's own tokens and those before them.
+      place: `[1, 1, 1, max_tokens]`.
+    """
+
+    slot: Int[Array, " entries"]
+    mass: Float[Array, "entries layers kv_heads max_tokens"]
+    is_new: Bool[Array, "entries 1 1 max_tokens"]
+    is_old: Bool[Array, "entries 1 1 max_tokens"]
+    place: Int[Array, "1 1 1 max_tokens"]
 
 
 @dataclass(frozen=True)
@@ -34,12 +51,13 @@ class Policy:
     """What to forget. A class of your own needs `evict`, or is a `TokenPolicy` and needs `rank`.
 
     Class attributes:
-      needs_mass: whether `observe` needs the attention that each token received.
-      observe_last: how many of a prompt's last tokens it needs that of; None for every token there is.
+      needs_mass: whether `note` needs the attention that each token received.
+      once: whether it cuts a prompt once, where `jaxkv.evict` is called: `allocate` evicts nothing then, and
+        what is generated need not be observed.
     """
 
     needs_mass: ClassVar[bool] = False
-    observe_last = None
+    once: ClassVar[bool] = False
 
     def capacity(self, config: CacheConfig) -> int:
         """Token places that a sequence fills at most, where `evict` is called whenever it fills a page.
@@ -68,86 +86,78 @@ class Policy:
                 f"{config.page_size}"
             )
 
-    def init(self, config: CacheConfig) -> PolicyState:
-        """The state of a policy that has seen nothing yet.
-
-        What a policy remembers of each token takes four bytes a place, layer and KV head of every row that
-        the page table has: bound `max_pages_per_seq` to what `capacity` needs.
-
-        Raises:
-          ValueError: where the policy does not fit the cache.
-        """
-        if not isinstance(config, CacheConfig):
-            raise ValueError(f"init takes a CacheConfig, not {type(config).__name__}")
-        self.check(config)
-        return PolicyState(self.first_values(config), self, config)
-
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
-        """Of `PolicyState.values`. Default: none."""
+        """`PolicyState.values` of a policy that has seen nothing yet. Default: none."""
         return {}
 
     def view(self, batch: Batch) -> Batch:
         """The batch, with what its tokens may see. Default: everything."""
         return batch
 
-    def observe(
-        self,
-        state: PolicyState,
-        cache: KVCache,
-        batch: Batch,
-        mass: Float[Array, "layers entries kv_heads max_tokens"] | None = None,
-    ) -> PolicyState:
-        """Takes note of a step, after its attention. Default: of nothing.
+    def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
+        """`PolicyState.values` after a step, where `needs_mass`. Default: as they are."""
+        return values
 
-        Args:
-          state: of this policy.
-          cache: as `allocate` returned it with `batch`, or after `append`.
-          batch: of the step.
-          mass: what `attention_mass` returned in each layer, stacked.
+    def forget(self, values: dict[str, Array], slot: Int[Array, " entries"]) -> dict[str, Array]:
+        """`PolicyState.values` after some sequences became shorter or empty. Default: as they are.
+
+        What is held for a token slot past the end of its sequence means nothing, and may stay.
         """
-        self.check_state(state, cache.config)
-        return state
+        return values
 
-    def evict(
-        self, cache: KVCache, state: PolicyState, seqs: Int[Array, " entries"]
-    ) -> tuple[KVCache, PolicyState, Int[Array, " entries"]]:
+    def is_due(self, cache: KVCache, slot: Int[Array, " entries"]) -> Bool[Array, " entries"]:
+        """Whether `evict` has something to drop. Default: never, where nothing keeps `evict` from dropping.
+
+        A sequence for which it is so after `evict` waits: `allocate` refuses it with `OUT_OF_PAGES`.
+        """
+        return jnp.zeros(slot.shape, bool)
+
+    def evict(self, cache: KVCache, slot: Int[Array, " entries"]) -> tuple[KVCache, Int[Array, " entries"]]:
         """Drops what is beyond the budget of some sequences, all of it or nothing for each.
 
+        It is called in every step, and must cost nothing where nothing is due: see `only_if`.
+
         Args:
-          cache: the cache; no `Batch` of it may be in use.
-          state: of this policy.
-          seqs: slots; padding, empty slots and a slot named again are passed over.
+          cache: the cache, with this policy's state; no `Batch` of it may be in use.
+          slot: each slot once; `max_seqs` for an entry that does nothing.
 
         Returns:
-          The cache, the state, and how many token places each sequence gave up.
+          The cache, and how many token slots each sequence gave up.
         """
         raise NotImplementedError
 
-    def fork(
-        self, state: PolicyState, parents: Int[Array, " entries"], children: Int[Array, " entries"]
-    ) -> PolicyState:
-        """What `jaxkv.fork` does to the cache: a child remembers what its parent does.
+    # What `generate` asks before anything is computed.
+
+    def last_step(self) -> int:
+        """Tokens at the end of a prompt that must be a step of their own, the only one that is observed.
+
+        Default: 0, where every step is observed.
+        """
+        return 0
+
+    def most_at_once(self, config: CacheConfig, largest: int) -> int:
+        """Tokens of one prompt in a step of `largest` tokens: beside what it keeps they must fit its row."""
+        return min(largest, config.max_tokens_per_seq - self.most_kept(config))
+
+    def shared_unit(self, config: CacheConfig, largest: int) -> int:
+        """Prompts that begin alike are evicted from as each alone would be at multiples of so many tokens."""
+        return math.lcm(config.page_size, self.most_at_once(config, largest))
+
+    def copied_tokens(self, length: int) -> int:
+        """Token slots that `evict` writes anew of a sequence whose pages siblings share. Default: none."""
+        return 0
+
+    def token_slots(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
+        """Token slots that a prompt and what it is continued with fill at most.
 
         Args:
-          state: of this policy.
-          parents, children: as given to `jaxkv.fork`; padding where it did not say OK.
+          config: of a row that would hold everything.
+          num_tokens: of the prompt.
+          new_tokens: most tokens to be generated.
+          largest: most tokens a prefill step.
         """
-        self.check_state(state, getattr(state, "config", None))
-        parents, children = check_vectors(parents=parents, children=children)
-        nobody = state.config.max_seqs
-        parent = jnp.where((parents < 0) | (children < 0), nobody, parents)
-        child = jnp.where(parent == nobody, nobody, children)
-        copied = jax.tree.map(lambda x: x.at[child].set(rows_of(x, parent), mode="drop"), state.values)
-        return replace(state, values=copied)
-
-    def check_state(self, state: PolicyState, config: CacheConfig | None) -> None:
-        """Raises `ValueError` for the state of another policy or of another cache, naming both."""
-        if not isinstance(state, PolicyState):
-            raise ValueError(f"{self} takes the PolicyState that its init made, not {type(state).__name__}")
-        if state.policy != self:
-            raise ValueError(f"the state is of another policy: {state.policy}, not {self}")
-        if state.config != config:
-            raise ValueError(f"the state is of another cache: {state.config}, not {config}")
+        most = self.most_kept(config) + min(num_tokens, largest)
+        return max(self.capacity(config), min(num_tokens + new_tokens, most))
 
 
 def only_if(condition: Bool[Array, ""], operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:

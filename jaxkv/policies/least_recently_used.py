@@ -10,9 +10,10 @@ from jaxtyping import Array
 from jaxkv.arguments import real
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
-from jaxkv.policies.attention_mass import Step, observed, zeros
+from jaxkv.policies.attention_mass import zeros
+from jaxkv.policies.base import Step
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
-from jaxkv.state import Batch, KVCache, PolicyState
+from jaxkv.state import Batch
 
 _MOST = 2**31
 
@@ -50,13 +51,6 @@ class LeastRecentlyUsed(TokenPolicy):
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
         """`used`: what the sequence's clock showed then; `clock`: tokens it has seen."""
         return {"used": zeros(config, jnp.int32), "clock": jnp.zeros(config.max_seqs, jnp.int32)}
-
-    def observe(
-        self, state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None = None
-    ) -> PolicyState:
-        """Notes which tokens a step used; see `Policy.observe`."""
-        self.check_state(state, cache.config)
-        return observed(state, cache, batch, mass)
 
     def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
         """The values, with the tokens that a step used."""

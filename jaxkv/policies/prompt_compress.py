@@ -8,10 +8,10 @@ from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
 from jaxkv.pages import rows_of
-from jaxkv.policies.attention_mass import Step, observed, zeros
-from jaxkv.policies.base import check_counts
+from jaxkv.policies.attention_mass import zeros
+from jaxkv.policies.base import Step, check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
-from jaxkv.state import Batch, KVCache, PolicyState
+from jaxkv.state import Batch, KVCache
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class PromptCompress(TokenPolicy):
     """Once, after prefill, keeps the prompt's last `observe_last` tokens and those that they looked at.
 
     In each layer and KV head on its own. What a token received is averaged with its neighbours', so that a
-    passage stays together. Observe the step that brings the prompt's last tokens, and no others; then evict:
-    a sequence is cut if it is as long as when it was observed last.
+    passage stays together. Observe the step that brings the prompt's last tokens, and no others; then call
+    `jaxkv.evict`: a sequence is cut if it is as long as when it was observed last.
     What is generated afterwards stays: a row must hold the budget and all new tokens, and at first the whole
-    prompt. Observe a slot's new sequence before evicting from it: what was noted of the one before is kept.
+    prompt.
 
     Attributes:
       budget: token places that are left of a prompt, the observed ones among them.
@@ -38,6 +38,7 @@ class PromptCompress(TokenPolicy):
     kernel: int = 5
 
     needs_mass: ClassVar[bool] = True
+    once: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -48,13 +49,6 @@ class PromptCompress(TokenPolicy):
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
         """`mass`: what the last tokens gave; `seen`: places of the sequence then, 0 when it was cut."""
         return {"mass": zeros(config), "seen": jnp.zeros(config.max_seqs, jnp.int32)}
-
-    def observe(
-        self, state: PolicyState, cache: KVCache, batch: Batch, mass: Array | None = None
-    ) -> PolicyState:
-        """Takes note of what the prompt's last tokens looked at; see `Policy.observe`."""
-        self.check_state(state, cache.config)
-        return observed(state, cache, batch, mass)
 
     def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
         """What this step's tokens looked at, instead of what was noted before."""
@@ -67,13 +61,30 @@ class PromptCompress(TokenPolicy):
         """As many as tokens: what is generated stays."""
         return None
 
-    def is_due(self, cache: KVCache, state: PolicyState, slot: Array) -> Array:
-        """Whether nothing came in since the prompt was observed."""
-        length = rows_of(cache.table.lengths, slot)
-        return (length > self.budget) & (rows_of(state.values["seen"], slot) == length)
+    def last_step(self) -> int:
+        """The observed tokens."""
+        return self.observe_last
 
-    def after_eviction(self, values: dict[str, Array], slot: Array) -> dict[str, Array]:
-        """A prompt that was cut is not cut again."""
+    def most_at_once(self, config: CacheConfig, largest: int) -> int:
+        """A row holds the whole prompt."""
+        return largest
+
+    def shared_unit(self, config: CacheConfig, largest: int) -> int:
+        """Nothing is evicted on the way."""
+        return config.page_size
+
+    def token_slots(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
+        """The whole prompt, or what is left of it and all new tokens."""
+        return max(num_tokens, self.capacity(config) + new_tokens)
+
+    def is_due(self, cache: KVCache, slot: Array) -> Array:
+        """Whether nothing came in since the prompt was observed."""
+        assert cache.policy is not None
+        length = rows_of(cache.table.lengths, slot)
+        return (length > self.budget) & (rows_of(cache.policy.values["seen"], slot) == length)
+
+    def forget(self, values: dict[str, Array], slot: Array) -> dict[str, Array]:
+        """What is no longer as it was observed is not cut, and what was cut is not cut again."""
         return values | {"seen": values["seen"].at[slot].set(0, mode="drop")}
 
     def rank(self, tokens: Tokens) -> Array:

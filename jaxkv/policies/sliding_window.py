@@ -6,25 +6,18 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors, count, drop_pages, rows_of
+from jaxkv.pages import count, drop_pages, rows_of
 from jaxkv.policies.base import (
     Policy,
     Positions,
     check_counts,
     check_positions,
     count_evictions,
-    named_once,
     only_if,
 )
 from jaxkv.positions import check_rope, shift_positions
 from jaxkv.rope import Rope
-from jaxkv.state import Batch, KVCache, PolicyState
-
-
-@operation(results=lambda cache, _: (as_given(cache), REPLICATED), static=("policy",))
-def _evict(cache: KVCache, seqs: Array, *, policy: "SlidingWindow") -> tuple[KVCache, Array]:
-    return policy._evict_due(cache, seqs)
+from jaxkv.state import Batch, KVCache
 
 
 @dataclass(frozen=True)
@@ -93,16 +86,14 @@ class SlidingWindow(Policy):
         """The batch; its tokens see the window and the sinks."""
         return replace(batch, window=self.window, sink_tokens=self.sinks)
 
-    def evict(self, cache: KVCache, state: PolicyState, seqs: Array) -> tuple[KVCache, PolicyState, Array]:
-        """Gives back the pages that no token to come can see; see `Policy.evict`."""
-        self.check_state(state, cache.config)
-        (seqs,) = check_vectors(seqs=seqs)
-        cache, dropped = _evict(cache, seqs, policy=self)
-        return cache, state, dropped
+    def shared_unit(self, config: CacheConfig, largest: int) -> int:
+        """A page, where positions stay: a window hides the same tokens whenever it gives back their pages."""
+        return config.page_size if self.positions == "original" else super().shared_unit(config, largest)
 
-    def _evict_due(self, cache: KVCache, seqs: Array) -> tuple[KVCache, Array]:
+    def evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
+        """Gives back the pages that no token to come can see; see `Policy.evict`."""
         config = cache.config
-        slot, first = named_once(seqs, config), config.pages_for(self.sinks)
+        first = config.pages_for(self.sinks)
         length = rows_of(cache.table.lengths, slot)
         pages = jnp.maximum((length - self._window_kept + 1) // config.page_size - first, 0)
         cache = only_if(jnp.any(pages > 0), lambda cache: self._evict(cache, slot, pages, first), cache)

@@ -10,27 +10,20 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors, rows_of
+from jaxkv.pages import rows_of
 from jaxkv.policies.base import (
     Policy,
     Positions,
     check_counts,
     check_positions,
     count_evictions,
-    named_once,
     only_if,
 )
 from jaxkv.positions import check_rope
 from jaxkv.rewrite import Rewrite, for_each_layer, numbers, own_pages, read_tokens, stored_as, write_tokens
 from jaxkv.rope import Rope
-from jaxkv.state import KVCache, KVPool, PolicyState
+from jaxkv.state import KVCache, KVPool
 from pallas_kernels.ordering import after
-
-
-@operation(results=lambda cache, state, _: (as_given(cache), as_given(state), REPLICATED))
-def _evict(cache: KVCache, state: PolicyState, seqs: Array) -> tuple[KVCache, PolicyState, Array]:
-    return state.policy._evict_due(cache, state, seqs)
 
 
 class Tokens(NamedTuple):
@@ -93,10 +86,6 @@ class TokenPolicy(Policy):
         """A number for each token place, float32 or int32; of equal ones the older token is the higher."""
         raise NotImplementedError
 
-    def first_values(self, config: CacheConfig) -> dict[str, Array]:
-        """Default: none."""
-        return {}
-
     def most_positions(self, config: CacheConfig) -> int | None:
         """As many as places, where these are the positions."""
         return self.capacity(config) if self.positions == "cache" else None
@@ -114,36 +103,32 @@ class TokenPolicy(Policy):
         super().check(config)
         if self.positions == "cache":
             check_rope(self.rope, config.head_dim)
-            if config.quantization is not None and self.observe_last is None:
+            if config.quantization is not None and not self.once:
                 raise ValueError(
                     f"{type(self).__name__}(positions='cache') would quantize the same keys again at every "
                     f"eviction; the cache has quantization={config.quantization!r}: take positions='original'"
                 )
 
-    def evict(self, cache: KVCache, state: PolicyState, seqs: Array) -> tuple[KVCache, PolicyState, Array]:
+    def copied_tokens(self, length: int) -> int:
+        """What it keeps."""
+        return min(length, self.budget)
+
+    def is_due(self, cache: KVCache, slot: Array) -> Array:
+        """Whether there is more than the budget."""
+        return rows_of(cache.table.lengths, slot) > self.budget
+
+    def evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
         """Keeps `budget` tokens of each sequence that has more; see `Policy.evict`.
 
         A sequence's own pages are used again. What it keeps of pages that siblings share goes to free ones;
         one that finds too few, like those named after it, keeps all until another time.
         """
-        self.check_state(state, cache.config)
-        (seqs,) = check_vectors(seqs=seqs)
-        return _evict(cache, state, seqs)
-
-    def _evict_due(
-        self, cache: KVCache, state: PolicyState, seqs: Array
-    ) -> tuple[KVCache, PolicyState, Array]:
-        slot = named_once(seqs, cache.config)
-        due = self.is_due(cache, state, slot)
+        due = self.is_due(cache, slot)
         slot = jnp.where(due, slot, cache.config.max_seqs)
-        nothing = cache, state, jnp.zeros_like(slot)
-        return only_if(jnp.any(due), lambda carry: self._evict(carry[0], carry[1], slot), nothing)
+        nothing = cache, jnp.zeros_like(slot)
+        return only_if(jnp.any(due), lambda carry: self._evict(carry[0], slot), nothing)
 
-    def is_due(self, cache: KVCache, state: PolicyState, slot: Array) -> Array:
-        """Whether `evict` has something to do, for each slot."""
-        return rows_of(cache.table.lengths, slot) > self.budget
-
-    def _evict(self, cache: KVCache, state: PolicyState, slot: Array) -> tuple[KVCache, PolicyState, Array]:
+    def _evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
         config = cache.config
         length = rows_of(cache.table.lengths, slot)
         cache, rewrite = own_pages(cache, slot, jnp.zeros_like(slot), jnp.full_like(slot, self.budget))
@@ -153,18 +138,16 @@ class TokenPolicy(Policy):
         def visit(carry: tuple[KVPool, dict], layer: Array, some: Rewrite) -> tuple[KVPool, dict]:
             return self._keep(*carry, layer, some, rows_of(lengths_before, some.slot)[:, None, None], config)
 
+        state = cache.policy
+        assert state is not None
         pool, values = for_each_layer(visit, (cache.pool, state.values), rewrite, config)
-        values = self.after_eviction(values, rewrite.slot)
+        state = replace(state, values=self.forget(values, rewrite.slot))
         table, dropped = cache.table, jnp.where(granted, length - self.budget, 0)
         if self.positions == "cache":
             table = replace(table, positions=table.positions.at[rewrite.slot].add(-dropped, mode="drop"))
             table = stamp(table, Operation.SHIFT_POSITIONS, dropped > 0, rewrite.slot, -dropped)
-        cache = replace(cache, pool=pool, table=table, stats=count_evictions(cache.stats, dropped))
-        return cache, replace(state, values=values), dropped
-
-    def after_eviction(self, values: dict[str, Array], slot: Int[Array, " entries"]) -> dict[str, Array]:
-        """`PolicyState.values` of the sequences that gave up tokens. Default: as they are."""
-        return values
+        stats = count_evictions(cache.stats, dropped)
+        return replace(cache, pool=pool, table=table, stats=stats, policy=state), dropped
 
     def _keep(
         self, pool: KVPool, values: dict, layer: Array, some: Rewrite, lengths: Array, config: CacheConfig

@@ -87,8 +87,8 @@ def query_tiles(
       causal: the queries stand at the last places of their sequence. Else behind them, and see them all.
     """
     num_seqs = kv_lengths.shape[0]
-    # The rows past the last sequence are those of one more, which is empty. It is not among the ends: a count by
-    # scattering takes no vector longer than a sharded one, whose padding XLA's partitioner would count too.
+    # The rows past the last sequence are those of one more, which is empty. It is not among the ends: over a
+    # mesh XLA's partitioner would pad a vector that is longer than a sharded one, and count the padding.
     starts = jnp.concatenate([query_starts, jnp.full(1, tokens, query_starts.dtype)]).astype(jnp.int32)
     num_queries = starts[1:] - starts[:-1]
     lengths = jnp.concatenate([kv_lengths.astype(jnp.int32), jnp.zeros(1, jnp.int32)])

@@ -150,7 +150,7 @@ def paged_attention(
 
 
 def _layer_and_whether(layer, num_layers: int):
-    """The layer that is read, and whether it is the one asked for: of what is no layer every row becomes NaN."""
+    """The layer that is read, and whether it is the one asked for: else every row becomes NaN."""
     asked = as_layer(layer)
     return jnp.stack([jnp.clip(asked, 0, num_layers - 1), is_layer(layer, num_layers).astype(jnp.int32)])
 
