@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.fork import inherited
+from jaxkv.forking import inherited
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.pages import check_vectors, count, for_each_column, is_first, pages_for, release_pages, rows_of
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status

@@ -139,15 +139,15 @@ def sample_each(
 def _draw(keys: Array, logits: Array, sampling: Sampling | SamplingBatch, *, each: bool) -> Array:
     if isinstance(sampling, Sampling):
         return _drawn(keys, logits, None, sampling=sampling, each=each)
-    return _drawn(keys, logits, sampling, sampling=None, each=each)
+    return _drawn(keys, logits, sampling, sampling=GREEDY, each=each)
 
 
 @operation(results=lambda _, logits, *__: PartitionSpec(axis_of(logits, 0)), static=("sampling", "each"))
 def _drawn(
-    keys: Array, logits: Array, batch: SamplingBatch | None, *, sampling: Sampling | None, each: bool
+    keys: Array, logits: Array, batch: SamplingBatch | None, *, sampling: Sampling, each: bool
 ) -> Array:
     draw = jax.vmap(jax.random.categorical) if each else jax.random.categorical
-    return _choose(logits, batch or sampling, partial(draw, keys))
+    return _choose(logits, sampling if batch is None else batch, partial(draw, keys))
 
 
 def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[Array], Array]) -> Array:

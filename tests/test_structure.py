@@ -37,7 +37,7 @@ ALLOWED = {
         "pallas_kernels",
     },
     "jaxkv.memory": {"jaxkv"},
-    "jaxkv.models": {"jaxkv", "jaxkv.checkpoints"},
+    "jaxkv.models": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.planner": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.policies": {"jaxkv", "pallas_kernels"},
     "pallas_kernels": set(),
