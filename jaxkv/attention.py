@@ -190,6 +190,7 @@ def _attend(
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
         k_scales=cache.pool.k_scale,
+        kv_format=cache.config.storage.name,
         backend=backend,
         **options._asdict(),
     )

@@ -6,15 +6,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from jaxkv.planner.command import add_arguments as add_plan_arguments
+from pallas_kernels.formats import FORMATS
 
 # `dtype` and `quantization` of the cache; no dtype means the model's.
 KV_DTYPES = {
-    "f32": ("float32", None),
-    "bf16": ("bfloat16", None),
-    "f16": ("float16", None),
-    "int8": (None, "int8"),
-    "fp8": (None, "fp8"),
-    "int4": (None, "int4"),
+    storage.short or name: (None, name) if storage.quantized else (name, None)
+    for name, storage in FORMATS.items()
 }
 _EPILOG = "A character that the output's encoding lacks is written as its number, like \\u2603."
 

@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 
 from pallas_kernels.checks import is_layer, pool_arrays
-from pallas_kernels.quantization import encode
 
 
-def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scales):
+def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scales, storage):
     """See `api.append_kv`."""
     num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
     # Padding is past the end and dropped. A negative index would count from the end: it is none.
@@ -18,5 +17,5 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scal
         return pages.at[layer, page_ids, :, offsets].set(values, mode="drop")
 
     pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    rows = encode(k, v, k_pages.dtype)
+    rows = storage.encode_pair(k, v)
     return tuple(write(pages, values) for pages, values in zip(pool, rows, strict=True))

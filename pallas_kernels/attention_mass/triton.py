@@ -22,11 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
+from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
-from pallas_kernels.paged_attention.tiles import assembled, how_read, read_tile
+from pallas_kernels.paged_attention.tiles import assembled, read_tile, scale_loader
 from pallas_kernels.paged_attention.tuning import Tuning
 
 # Programs for each that can be resident: more even out what they take, fewer begin less often.
@@ -36,7 +37,7 @@ _FAR, _ROUNDING = 2.0**24, 2.0**-22
 
 
 def attention_mass(
-    q,
+    queries,
     k_pages,
     page_table,
     table_rows,
@@ -50,28 +51,30 @@ def attention_mass(
     sink_tokens,
     softcap,
     k_scales,
+    storage: Format,
     tuning: Tuning,
     interpret: bool,
 ):
-    """See `api.attention_mass`."""
+    """See `api.attention_mass`; `queries` are the format's."""
+    (q,) = queries
     tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[2:4]
     num_seqs, max_tokens = kv_lengths.shape[0], page_table.shape[1] * page_size
     num_tiles = -(-max_tokens // tuning.key_tile)
     programs = min(num_tiles, -(-_WAVES * tuning.programs // (kv_heads * num_seqs)))
-    words, view = how_read(k_pages, tuning)
-    codes = None if k_scales is None else k_pages.dtype
+    parts = storage.parts(k_pages.size, tuning)
+    k_view = storage.read_view(k_pages, parts)
     kernel = partial(
         _receive,
-        rows=rows_like(q, kv_heads, words, tuning),
-        codes=codes,
-        assembled=assembled(codes, q.dtype, tuning, interpret),
+        rows=rows_like(q, kv_heads, tuning, partial(storage.layout, parts=parts)),
+        storage=storage,
+        assembled=assembled(storage, q.dtype, tuning, interpret),
         tuning=tuning,
         scale=scale,
         window=window,
         sink_tokens=sink_tokens,
         softcap=softcap,
-        product=product_for(q.dtype, k_pages.dtype, tuning, interpret),
+        product=product_for(q.dtype, storage, tuning, interpret),
         tiles_a_program=-(-num_tiles // programs),
     )
     counted = cost.attention_mass(
@@ -82,11 +85,11 @@ def attention_mass(
         kv_heads=kv_heads,
         head_dim=head_dim,
         q_dtype=q.dtype,
-        kv_dtype=k_pages.dtype,
+        storage=storage,
         max_tokens=max_tokens * num_seqs,
     )
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    pool = (view(k_pages),) if k_scales is None else (view(k_pages), k_scales)
+    pool = (k_view,) if k_scales is None else (k_view, k_scales)
     return launch(
         kernel,
         grid=(kv_heads, num_seqs, programs),
@@ -110,7 +113,7 @@ def _receive(
     k_ref,
     *refs,
     rows: Callable[..., Rows],
-    codes,
+    storage: Format,
     assembled,
     tuning: Tuning,
     scale: float,
@@ -144,16 +147,18 @@ def _receive(
         real, offsets = places < num_keys, lax.rem(places, page_size)
         ids = plgpu.load(page_table_ref.at[table_row, lax.div(places, page_size)], mask=real, other=0)
         geometry = rows(first_row, num_rows, head)
-        at = (layer, ids[:, None], head, offsets[:, None], geometry.word[None, :])
-        k = read_tile(k_ref.at[at], real[:, None] & geometry.in_head, codes, assembled)
-        k_scales = [
-            plgpu.load(scales.at[layer, ids, head, offsets], mask=real, other=0.0) for scales in scale_refs
-        ]
+        at = (layer, ids[:, None], head, offsets[:, None], geometry.layout.word[None, :])
+        k = read_tile(k_ref.at[at], real[:, None] & geometry.layout.in_words, storage, assembled)
+        k_scale = None
+        for ref in scale_refs:
+            load = scale_loader(ref, (layer, ids, head, offsets), real)
+            scales = storage.load_scales(load, key_tile, q_ref.shape[2], keys=True)
+            k, k_scale = storage.tile_values(k, scales, geometry.layout)
 
         def add_tile(tile, total):
             mine = rows(first_row + tile * size, num_rows - tile * size, head)
             scores = add_up(product, mine.load(q_ref), k)
-            for k_scale in k_scales:
+            if k_scale is not None:
                 scores = scores * k_scale[None, :]
             if softcap is not None:
                 scores = cap(scores, scale, softcap)

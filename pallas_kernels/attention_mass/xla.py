@@ -7,11 +7,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import control_flow
-from pallas_kernels.paged_attention.xla import KeyTiles, at, pack, plan, query_tile, score, see
+from pallas_kernels.paged_attention.xla import (
+    KeyTiles,
+    at,
+    pack,
+    plan,
+    query_tile,
+    score,
+    see,
+    side_by_side,
+)
 
 
 def attention_mass(
-    q,
+    queries,
     k_pages,
     page_table,
     table_rows,
@@ -25,12 +34,14 @@ def attention_mass(
     sink_tokens,
     softcap,
     k_scales,
+    storage,
 ):
-    """See `api.attention_mass`."""
+    """See `api.attention_mass`; `queries` are the format's."""
+    q = side_by_side(queries)
     tokens, num_seqs = q.shape[0], kv_lengths.shape[0]
     layer = jnp.asarray(layer, jnp.int32)
     kv_heads, page_size = k_pages.shape[2:4]
-    keys = KeyTiles.of_pages(k_pages)
+    keys = KeyTiles.of_pages(k_pages, storage)
     pool = (k_pages,) if k_scales is None else (k_pages, k_scales)
     # A tile's row is its sequence's number here, the row of `mass` too.
     seqs = jnp.arange(num_seqs, dtype=jnp.int32)
@@ -47,9 +58,9 @@ def attention_mass(
 
         def visit(key_tile, mass):
             where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
-            k, *scales = keys.read(pool, layer, where)
+            ((k, k_scale),) = keys.read(pool, layer, where)
             visible = see(row_places, keys.places(where), **hides)
-            scores = score(q_tile, k, scales[0] if scales else None, visible, softcap=softcap)
+            scores = score(q_tile, k, k_scale, visible, softcap=softcap)
             weights = jnp.where(visible[None], jnp.exp(jnp.minimum(scores - log_sum, 0.0)), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first
             # Of places that it does not own a tile adds zero.

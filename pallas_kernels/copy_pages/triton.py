@@ -10,8 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import each_pair
 from pallas_kernels.sizes import next_power_of_two
+from pallas_kernels.words import each_pair
 
 # Bytes that a program holds at a time: 64 a thread.
 _BLOCK_BYTES = 8192

@@ -17,8 +17,8 @@ from jaxtyping import Array, Int
 
 from pallas_kernels import cost
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import each_pair
 from pallas_kernels.sizes import next_power_of_two
+from pallas_kernels.words import each_pair
 
 # Bytes of K that a program carries, and as many of V: 32 of each a thread.
 _BLOCK_BYTES = 4096

@@ -7,13 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import int4
 from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
 from pallas_kernels.device import Device
 from pallas_kernels.dispatch import choose_backend
 from pallas_kernels.paged_attention import prefixes, xla
 from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import as_floats, is_int4, token_bytes
 
 
 def paged_attention(
@@ -34,6 +32,7 @@ def paged_attention(
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     return_lse: bool = False,
+    kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
     shared_prefix: bool | None = None,
@@ -48,7 +47,7 @@ def paged_attention(
     Args:
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
-      k_pages, v_pages: the pool; of int8, uint8 (E4M3FN) or int32 (words of eight), codes.
+      k_pages, v_pages: the pool.
       page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
@@ -62,6 +61,7 @@ def paged_attention(
       sinks: a logit for each query head that joins the softmax's denominator (gpt-oss).
       k_scales, v_scales: of a pool of codes.
       return_lse: also return the log-sum-exp of each row's scores, sinks included.
+      kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
       shared_prefix: attend once to the pages that neighbouring sequences begin with (see `prefixes.find`),
@@ -87,8 +87,8 @@ def paged_attention(
     k_scales, v_scales = (None if scale is None else jnp.asarray(scale) for scale in (k_scales, v_scales))
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    check_pool(k_pages, v_pages, k_scales, v_scales)
-    check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
+    storage = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
+    check_queries(q, k_pages, storage, page_table, table_rows, kv_lengths, query_starts)
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
@@ -96,10 +96,7 @@ def paged_attention(
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    asked, spike_q = q, None
-    if is_int4(k_pages.dtype):
-        # Its rows lie rotated, but for the spikes of keys.
-        asked, spike_q = int4.rotate_queries(q), q
+    queries = storage.queries(q)
     arrays = k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
     max_keys = page_table.shape[1] * k_pages.shape[3]
     options: dict[str, Any] = dict(
@@ -111,10 +108,10 @@ def paged_attention(
         sinks=sinks,
         k_scales=k_scales,
         v_scales=v_scales,
-        spike_q=spike_q,
+        storage=storage,
         prefixes=None,
     )
-    width = token_bytes(k_pages.shape[2], q.shape[2], k_pages.dtype)
+    width = storage.token_bytes(k_pages.shape[2], q.shape[2])
     if shared_prefix is None:
         shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, width)
     if shared_prefix and window is None:
@@ -129,32 +126,29 @@ def paged_attention(
             partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
         )
     device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
+    lacks = {"xla": None, "triton": tuning_table.lacks(device, q, k_pages, storage)}
     chosen = choose_backend("paged_attention", backend, lacks, interpret)
     if chosen.name == "xla":
-        out, lse = xla.paged_attention(asked, *arrays, **options)
+        out, lse = xla.paged_attention(queries, *arrays, **options)
     else:
         from pallas_kernels.paged_attention import triton
 
-        k_pages, v_pages, *rest = arrays
-        arrays = as_floats(k_pages), as_floats(v_pages), *rest
         shape: dict[str, Any] = dict(
             tokens=q.shape[0],
             seqs=kv_lengths.shape[0],
             group=q.shape[1] // k_pages.shape[2],
             head_dim=q.shape[2],
-            dtype=arrays[0].dtype,
+            storage=storage,
             q_dtype=q.dtype,
         )
         out, lse = triton.paged_attention(
             # Matrix units take 16 bits.
-            asked.astype(q.dtype),
+            tuple(part.astype(q.dtype) for part in queries),
             *arrays,
             **options,
             tuning=tuning or tuning_table.choose(device, **shape),
             shared_tuning=shared_tuning or tuning_table.choose_shared(device, **shape),
             interpret=chosen.interpret,
         )
-    if spike_q is not None:
-        out = int4.rotate_queries(out).astype(q.dtype)
+    out = storage.outputs(out, q.dtype)
     return (out, lse) if return_lse else out

@@ -22,14 +22,14 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
 from pallas_kernels.checks import as_layer, is_layer, pool_arrays
+from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import add_up, cap, product_for, scale_in_two
-from pallas_kernels.paged_attention.tiles import assembled, how_read, load_words, numbers_of, read_tile
+from pallas_kernels.paged_attention.tiles import assembled, read_tile, scale_loader
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import is_int4
 from pallas_kernels.ragged import ragged_rows
 
 # Below any scale but zero, and its inverse is finite.
@@ -37,7 +37,7 @@ _LEAST_SCALE = 1e-35
 
 
 def paged_attention(
-    q,
+    queries,
     k_pages,
     v_pages,
     page_table,
@@ -53,13 +53,14 @@ def paged_attention(
     sinks,
     k_scales,
     v_scales,
-    spike_q,
+    storage: Format,
     prefixes,
     tuning: Tuning,
     shared_tuning: Tuning,
     interpret: bool,
 ):
-    """See `api.paged_attention`. Returns `(out, lse)`."""
+    """See `api.paged_attention`; `queries` are the format's. Returns `(out, lse)`."""
+    q, *more_queries = queries
     tokens, q_heads, head_dim = q.shape
     kv_heads, page_size = k_pages.shape[2:4]
     num_seqs, max_keys = kv_lengths.shape[0], page_table.shape[1] * page_size
@@ -84,20 +85,21 @@ def paged_attention(
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words, view = how_read(k_pages, tuning)
+    parts = storage.parts(k_pages.size, tuning)
+    k_view, v_view = (storage.read_view(pages, parts) for pages in (k_pages, v_pages))
     arrays = (
         _layer_and_whether(layer, k_pages.shape[0]),
         page_table,
         sinks,
         q,
-        *pool_arrays(view(k_pages), view(v_pages), k_scales, v_scales),
-        *(() if spike_q is None else (spike_q,)),
+        *pool_arrays(k_view, v_view, k_scales, v_scales),
+        *more_queries,
     )
     visit = partial(
         _visit,
         arrays,
-        words=words,
-        codes=None if k_scales is None else k_pages.dtype,
+        storage=storage,
+        parts=parts,
         scale=scale,
         window=window,
         sink_tokens=sink_tokens,
@@ -110,7 +112,7 @@ def paged_attention(
             kv_heads=kv_heads,
             head_dim=head_dim,
             q_dtype=q.dtype,
-            kv_dtype=k_pages.dtype,
+            storage=storage,
         ),
         interpret=interpret,
     )
@@ -135,7 +137,7 @@ def paged_attention(
         launch(
             partial(
                 _merge,
-                rows=rows_like(q, kv_heads, 1, tuning),
+                rows=rows_like(q, kv_heads, tuning),
                 scale=scale,
             ),
             grid=(kv_heads, num_tiles),
@@ -150,7 +152,7 @@ def paged_attention(
 
 
 def _layer_and_whether(layer, num_layers: int):
-    """The layer that is read, and whether it is the one asked for: of what is no layer every row becomes NaN."""
+    """The layer that is read, and whether it is the one asked for: of any other every row becomes NaN."""
     asked = as_layer(layer)
     return jnp.stack([jnp.clip(asked, 0, num_layers - 1), is_layer(layer, num_layers).astype(jnp.int32)])
 
@@ -164,8 +166,8 @@ def _visit(
     tiles,
     items,
     *,
-    words,
-    codes,
+    storage,
+    parts,
     scale,
     window,
     sink_tokens,
@@ -185,15 +187,15 @@ def _visit(
     ]
     kernel = partial(
         _attend,
-        rows=rows_like(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
-        codes=codes,
-        assembled=assembled(codes, q.dtype, tuning, interpret),
+        rows=rows_like(q, kv_heads, tuning, partial(storage.layout, parts=parts)),
+        storage=storage,
+        assembled=assembled(storage, q.dtype, tuning, interpret),
         key_tile=tuning.key_tile,
         scale=scale,
         window=window,
         sink_tokens=sink_tokens,
         softcap=softcap,
-        product=product_for(q.dtype, codes or k.dtype, tuning, interpret),
+        product=product_for(q.dtype, storage, tuning, interpret),
         split=split,
     )
     return tuple(
@@ -228,7 +230,7 @@ def _attend(
     v_ref,
     *refs,
     rows: Callable[..., Rows],
-    codes,
+    storage: Format,
     assembled,
     key_tile: int,
     scale: float,
@@ -238,8 +240,9 @@ def _attend(
     product: Callable,
     split: bool,
 ):
-    scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
-    four_bits = codes is not None and is_int4(codes)
+    outs = 3 if split else 2
+    scale_refs, rest_refs = (refs[:2], refs[2:]) if storage.quantized else ((), refs)
+    more_q_refs, out_refs = rest_refs[:-outs], rest_refs[-outs:]
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
@@ -249,9 +252,8 @@ def _attend(
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
     factor, rest = scale_in_two(scale)
-    if four_bits:
-        spike_q_ref, *out_refs = out_refs
-        q += mine.load(spike_q_ref)
+    for more_q_ref in more_q_refs:
+        q += mine.load(more_q_ref)
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -275,24 +277,28 @@ def _attend(
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
-        real = mine.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
+        real = mine.layout.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
-        at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
-        k, v = (read_tile(ref.at[at], real, codes, assembled) for ref in (k_ref, v_ref))
+        at = (layer, ids[:, None], head, offsets[:, None], mine.layout.word[None, :])
+        k, v = (read_tile(ref.at[at], real, storage, assembled) for ref in (k_ref, v_ref))
         place = layer, ids, head, offsets
-        if four_bits:
-            words = [load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]
-            k, v = (numbers_of(*pair, mine) for pair in zip((*k, *v), words, strict=True))
-            scales_of_tile = ()
-        else:
-            scales_of_tile = [
-                plgpu.load(scales.at[place], mask=places < num_keys, other=0.0) for scales in scale_refs
+        k_scale = v_scale = None
+        if scale_refs:
+            scales = [
+                storage.load_scales(
+                    scale_loader(ref, place, places < num_keys), key_tile, q_ref.shape[2], keys=keys
+                )
+                for ref, keys in zip(scale_refs, (True, False), strict=True)
             ]
+            (k, k_scale), (v, v_scale) = (
+                storage.tile_values(*pair, mine.layout) for pair in zip((k, v), scales, strict=True)
+            )
         next_ids = page_ids(key + 1)
         scores, weigh_tile = add_up(product, q, k), weigh
-        if scales_of_tile:
-            k_scale, v_scale = scales_of_tile
-            scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
+        if k_scale is not None:
+            scores = scores * k_scale[None, :]
+        if v_scale is not None:
+            weigh_tile = partial(weigh_codes, v_scale)
         if softcap is not None:
             scores = cap(scores, scale, softcap)
         scores = scores * factor
