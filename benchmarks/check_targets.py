@@ -195,7 +195,7 @@ def attention(
         bars=frozenset(bars),
         head_dim=head_dim,
         quantized=storage.quantized,
-        lacks=lambda device: (lacks_mass if mass else lacks)(device, q, pool, storage),
+        lacks=lambda device: (lacks_mass if mass else lacks)(device, q, storage),
         wide_loads=wide_loads,
     )
 

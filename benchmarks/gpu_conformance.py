@@ -100,7 +100,7 @@ def _differences(case: Case, arguments: Arguments, got: Sequence[jax.Array]) -> 
 def lacking(q, k_pages) -> tuple[str | None, str | None]:
     """What this device lacks for the kernel of attention, and for that of its mass."""
     device, storage = Device.current(), formats.of(k_pages.dtype)
-    return lacks_attention(device, q, k_pages, storage), lacks_mass(device, q, k_pages, storage)
+    return lacks_attention(device, q, storage), lacks_mass(device, q, storage)
 
 
 def _attention(*arrays, **options):

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import chex
 import jax
@@ -269,7 +270,7 @@ class Variants(chex.TestCase):
 @pytest.mark.parametrize("page_size", [1, 16, 200])
 def test_tiles_of_any_size_give_the_same(page_size, stored, monkeypatch):
     """Large heads are copied without a branch, and int8 in smaller tiles."""
-    xla = sys.modules["pallas_kernels.paged_attention.xla"]
+    xla = import_module("pallas_kernels.paged_attention.xla")
     shape, codes = (1, -(-600 // page_size), 2, page_size, 16), stored != "float32"
     pages = [normal(*shape, seed=seed) for seed in (0, 1)]
     scales = {}

@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.append_kv import xla
+from pallas_kernels.append_kv.call import Call
 from pallas_kernels.checks import as_int32, check_floating, check_integers, check_layer, check_pool
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.dispatch import serve
 
 
 def append_kv(
@@ -47,9 +46,9 @@ def append_kv(
       NotImplementedError: for a backend that cannot serve the call.
     """
     k, v, page_ids, offsets = (jnp.asarray(array) for array in (k, v, page_ids, offsets))
-    storage = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     check_layer(layer, k_pages.shape[0])
-    kv_heads, head_dim = k_pages.shape[2], storage.head_dim(k_pages.shape[4])
+    kv_heads, head_dim = k_pages.shape[2], pool.head_dim
     for name, array in (("k", k), ("v", v)):
         check_floating(name, array)
         if array.shape != (*page_ids.shape, kv_heads, head_dim):
@@ -60,11 +59,5 @@ def append_kv(
     check_integers("page_ids", page_ids, k.shape[:1])
     check_integers("offsets", offsets, k.shape[:1])
     page_ids, offsets = as_int32(page_ids), as_int32(offsets)
-    lacks = {"xla": None, "triton": storage.lacks(Device.current(), k_pages.shape[4])}
-    chosen = choose_backend("append_kv", backend, lacks, interpret)
-    arrays, scales = (k_pages, v_pages, k, v, page_ids, offsets), (k_scales, v_scales)
-    if chosen.name == "xla":
-        return xla.append_kv(*arrays, layer, *scales, storage)
-    from pallas_kernels.append_kv import triton
-
-    return triton.append_kv(*arrays, layer, *scales, storage, interpret=chosen.interpret)
+    call = Call(pool, k, v, page_ids, offsets, layer)
+    return serve("append_kv", call, backend=backend, interpret=interpret)

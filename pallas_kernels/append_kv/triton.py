@@ -10,9 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
 
 from pallas_kernels import cost
-from pallas_kernels.checks import as_layer, pool_arrays
+from pallas_kernels.append_kv.call import Call
+from pallas_kernels.checks import as_layer
+from pallas_kernels.device import Device
 from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
 from pallas_kernels.sizes import next_power_of_two
@@ -21,26 +24,18 @@ from pallas_kernels.sizes import next_power_of_two
 _BLOCK = 4096
 
 
-def append_kv(
-    k_pages,
-    v_pages,
-    k,
-    v,
-    page_ids,
-    offsets,
-    layer,
-    k_scales,
-    v_scales,
-    storage: Format,
-    *,
-    interpret: bool,
-):
+def lacks(call: Call) -> str | None:
+    """What the kernel lacks for these pages on this device, if anything."""
+    return call.pool.storage.lacks(Device.current(), call.pool.shape[4])
+
+
+def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     """See `api.append_kv`."""
-    tokens, kv_heads, head_dim = k.shape
+    (tokens, kv_heads, head_dim), storage = call.k.shape, call.pool.storage
     if tokens == 0:
-        return pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    pool = pool_arrays(storage.write_view(k_pages), storage.write_view(v_pages), k_scales, v_scales)
-    rows = storage.rows(k, v)
+        return call.pool.arrays
+    pool = *(storage.write_view(pages) for pages in call.pool.pages), *call.pool.scales
+    rows = storage.rows(call.k, call.v)
     heads = min(next_power_of_two(kv_heads), max(1, _BLOCK // next_power_of_two(head_dim)))
     append = launch(
         partial(_append, heads=heads, rows=len(rows), storage=storage),
@@ -51,11 +46,11 @@ def append_kv(
         num_stages=1,
         interpret=interpret,
         cost=cost.append_kv(
-            tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, dtype=k.dtype, storage=storage
+            tokens=tokens, kv_heads=kv_heads, head_dim=head_dim, dtype=call.k.dtype, storage=storage
         ),
         aliases={3 + len(rows) + i: i for i in range(len(pool))},
     )
-    written = append(as_layer(layer).reshape(1), page_ids, offsets, *rows, *pool)
+    written = append(as_layer(call.layer).reshape(1), call.page_ids, call.offsets, *rows, *pool)
     return tuple(storage.from_write_view(array) for array in written[:2]) + written[2:]
 
 

@@ -1,16 +1,20 @@
 """`attention_mass`: the call, checked."""
 
-from math import sqrt
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.attention_mass import xla
-from pallas_kernels.checks import as_layer, check_keys, check_layer, check_options, check_queries, is_layer
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.paged_attention import tuning as tuning_table
+from pallas_kernels.attention_mass.call import Call
+from pallas_kernels.checks import (
+    as_layer,
+    check_keys,
+    check_layer,
+    check_options,
+    check_queries,
+    is_layer,
+)
+from pallas_kernels.dispatch import serve
+from pallas_kernels.paged_attention.call import Scoring, Sequences
+from pallas_kernels.paged_attention.tuning import Tuning
 
 
 def attention_mass(
@@ -31,7 +35,7 @@ def attention_mass(
     kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
-    tuning: tuning_table.Tuning | None = None,
+    tuning: Tuning | None = None,
 ) -> Float[Array, "seqs kv_heads max_tokens"]:
     """The softmax weights of `paged_attention`, summed over a sequence's queries and a KV head's group.
 
@@ -62,42 +66,26 @@ def attention_mass(
     k_scales = None if k_scales is None else jnp.asarray(k_scales)
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    storage = check_keys(k_pages, k_scales, kv_format)
-    check_queries(q, k_pages, storage, page_table, table_rows, kv_lengths, query_starts)
+    pool = check_keys(k_pages, k_scales, kv_format)
+    check_queries(q, pool, page_table, table_rows, kv_lengths, query_starts)
     if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
         raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
     check_layer(layer, k_pages.shape[0])
-    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
+    options = check_options(scale, window, sink_tokens, softcap)
+    scoring = Scoring.of(options, q.shape[2], page_table.shape[1] * pool.shape[3])
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, q, k_pages, storage)}
-    chosen = choose_backend("attention_mass", backend, lacks, interpret)
-    arrays = storage.queries(q), k_pages, page_table, table_rows, kv_lengths, query_starts, lse
-    options: dict[str, Any] = dict(
-        layer=jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1),
-        scale=1 / sqrt(q.shape[2]) if scale is None else float(scale),
-        window=None if window is None else min(window, 2**30),
-        sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
-        softcap=None if softcap is None else float(softcap),
-        k_scales=k_scales,
-        storage=storage,
+    num_layers = pool.shape[0]
+    call = Call(
+        q=q,
+        queries=pool.storage.queries(q),
+        pool=pool,
+        sequences=Sequences(page_table, table_rows, kv_lengths, query_starts),
+        layer=jnp.clip(as_layer(layer), 0, num_layers - 1),
+        scoring=scoring,
+        lse=lse,
+        tuning=tuning,
     )
-    exists = is_layer(layer, k_pages.shape[0])
-    if chosen.name == "xla":
-        return jnp.where(exists, xla.attention_mass(*arrays, **options), jnp.nan)
-    from pallas_kernels.attention_mass import triton
-
-    if tuning is None:
-        tuning = tuning_table.choose_mass(
-            device,
-            tokens=q.shape[0],
-            seqs=kv_lengths.shape[0],
-            group=q.shape[1] // k_pages.shape[2],
-            head_dim=q.shape[2],
-            storage=storage,
-            q_dtype=q.dtype,
-        )
-    mass = triton.attention_mass(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
-    return jnp.where(exists, mass, jnp.nan)
+    mass = serve("attention_mass", call, backend=backend, interpret=interpret)
+    return jnp.where(is_layer(layer, num_layers), mass, jnp.nan)

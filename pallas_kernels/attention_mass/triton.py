@@ -22,8 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
+from pallas_kernels.attention_mass.call import Call
+from pallas_kernels.device import Device
 from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
+from pallas_kernels.paged_attention import tuning as tunings
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
@@ -36,44 +40,28 @@ _WAVES = 8
 _FAR, _ROUNDING = 2.0**24, 2.0**-22
 
 
-def attention_mass(
-    queries,
-    k_pages,
-    page_table,
-    table_rows,
-    kv_lengths,
-    query_starts,
-    lse,
-    *,
-    layer,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    k_scales,
-    storage: Format,
-    tuning: Tuning,
-    interpret: bool,
-):
-    """See `api.attention_mass`; `queries` are the format's."""
-    (q,) = queries
+def lacks(call: Call) -> str | None:
+    """What the kernel lacks for these arrays on this device, if anything."""
+    return tunings.lacks_mass(Device.current(), call.q, call.pool.storage)
+
+
+def run(call: Call, *, interpret: bool) -> jax.Array:
+    """See `api.attention_mass`."""
+    sequences, storage, (q,) = call.sequences, call.pool.storage, call.queries
+    tuning = call.tuning or tunings.choose_mass(Device.current(), **call.shape)
     tokens, q_heads, head_dim = q.shape
-    kv_heads, page_size = k_pages.shape[2:4]
-    num_seqs, max_tokens = kv_lengths.shape[0], page_table.shape[1] * page_size
+    kv_heads, num_seqs, max_tokens = call.pool.shape[2], sequences.count, call.max_keys
     num_tiles = -(-max_tokens // tuning.key_tile)
     programs = min(num_tiles, -(-_WAVES * tuning.programs // (kv_heads * num_seqs)))
+    (k_pages,) = call.pool.pages
     parts = storage.parts(k_pages.size, tuning)
-    k_view = storage.read_view(k_pages, parts)
     kernel = partial(
         _receive,
         rows=rows_like(q, kv_heads, tuning, partial(storage.layout, parts=parts)),
         storage=storage,
         assembled=assembled(storage, q.dtype, tuning, interpret),
         tuning=tuning,
-        scale=scale,
-        window=window,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
+        scoring=call.scoring,
         product=product_for(q.dtype, storage, tuning, interpret),
         tiles_a_program=-(-num_tiles // programs),
     )
@@ -88,8 +76,9 @@ def attention_mass(
         storage=storage,
         max_tokens=max_tokens * num_seqs,
     )
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    pool = (k_view,) if k_scales is None else (k_view, k_scales)
+    layer = jnp.asarray(call.layer, jnp.int32).reshape(1)
+    rows = sequences.page_table, sequences.table_rows, sequences.kv_lengths, sequences.query_starts
+    pool = storage.read_view(k_pages, parts), *call.pool.scales
     return launch(
         kernel,
         grid=(kv_heads, num_seqs, programs),
@@ -99,7 +88,7 @@ def attention_mass(
         num_stages=tuning.num_stages,
         cost=counted,
         interpret=interpret,
-    )(layer, page_table, table_rows, kv_lengths, query_starts, q, lse, *pool)
+    )(layer, *rows, q, call.lse, *pool)
 
 
 def _receive(
@@ -116,13 +105,11 @@ def _receive(
     storage: Format,
     assembled,
     tuning: Tuning,
-    scale: float,
-    window: int | None,
-    sink_tokens: int,
-    softcap: float | None,
+    scoring: Scoring,
     product: Callable,
     tiles_a_program: int,
 ):
+    scale, window, sink_tokens, softcap = scoring
     *scale_refs, mass_ref = refs
     head, seq, program = (pl.program_id(axis) for axis in range(3))
     layer, table_row, num_keys = layer_ref[0], table_rows_ref[seq], lengths_ref[seq]

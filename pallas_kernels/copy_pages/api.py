@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
-from pallas_kernels.copy_pages import xla
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.checks import as_int32, check_integers, check_pool
+from pallas_kernels.copy_pages.call import Call
+from pallas_kernels.dispatch import serve
 
 
 def copy_pages(
@@ -41,17 +40,9 @@ def copy_pages(
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    storage = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     sources, destinations = (jnp.asarray(ids) for ids in (sources, destinations))
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
     sources, destinations = as_int32(sources), as_int32(destinations)
-    lacking = storage.lacks(Device.current(), k_pages.shape[4], converts=False)
-    lacks = {"xla": None, "triton": lacking}
-    chosen = choose_backend("copy_pages", backend, lacks, interpret)
-    if chosen.name == "xla":
-        return xla.copy_pages(pool, sources, destinations)
-    from pallas_kernels.copy_pages import triton
-
-    return triton.copy_pages(pool, sources, destinations, interpret=chosen.interpret)
+    return serve("copy_pages", Call(pool, sources, destinations), backend=backend, interpret=interpret)

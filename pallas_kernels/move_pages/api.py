@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.move_pages import xla
+from pallas_kernels.checks import as_int32, check_integers, check_pool
+from pallas_kernels.dispatch import serve
+from pallas_kernels.move_pages.call import Call
 
 
 def move_pages(
@@ -43,18 +42,10 @@ def move_pages(
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    storage = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     num_pages = k_pages.shape[1]
     targets = jnp.asarray(targets)
     check_integers("targets", targets, (num_pages,))
     targets = as_int32(targets)
     targets = jnp.where((targets >= 0) & (targets < num_pages), targets, num_pages)
-    lacking = storage.lacks(Device.current(), k_pages.shape[4], converts=False)
-    lacks = {"xla": None, "triton": lacking}
-    chosen = choose_backend("move_pages", backend, lacks, interpret)
-    if chosen.name == "xla":
-        return xla.move_pages(pool, targets)
-    from pallas_kernels.move_pages import triton
-
-    return triton.move_pages(pool, targets, interpret=chosen.interpret)
+    return serve("move_pages", Call(pool, targets), backend=backend, interpret=interpret)

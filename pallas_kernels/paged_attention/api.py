@@ -1,17 +1,15 @@
 """`paged_attention`: the call, checked."""
 
 from functools import partial
-from math import sqrt
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.paged_attention import prefixes, xla
-from pallas_kernels.paged_attention import tuning as tuning_table
+from pallas_kernels.dispatch import serve
+from pallas_kernels.paged_attention import prefixes
+from pallas_kernels.paged_attention.call import Call, Scoring, Sequences
+from pallas_kernels.paged_attention.tuning import Tuning
 
 
 def paged_attention(
@@ -36,8 +34,8 @@ def paged_attention(
     backend: str = "auto",
     interpret: bool | None = None,
     shared_prefix: bool | None = None,
-    tuning: tuning_table.Tuning | None = None,
-    shared_tuning: tuning_table.Tuning | None = None,
+    tuning: Tuning | None = None,
+    shared_tuning: Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
 
@@ -87,68 +85,42 @@ def paged_attention(
     k_scales, v_scales = (None if scale is None else jnp.asarray(scale) for scale in (k_scales, v_scales))
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    storage = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
-    check_queries(q, k_pages, storage, page_table, table_rows, kv_lengths, query_starts)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
+    check_queries(q, pool, page_table, table_rows, kv_lengths, query_starts)
     if sinks is not None and sinks.shape != q.shape[1:2]:
         raise ValueError(f"sinks must be [q_heads={q.shape[1]}], not {list(sinks.shape)}")
     check_layer(layer, k_pages.shape[0])
-    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
+    options = check_options(scale, window, sink_tokens, softcap)
+    scoring = Scoring.of(options, q.shape[2], page_table.shape[1] * pool.shape[3])
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    queries = storage.queries(q)
-    arrays = k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
-    max_keys = page_table.shape[1] * k_pages.shape[3]
-    options: dict[str, Any] = dict(
-        layer=layer,
-        scale=1 / sqrt(q.shape[-1]) if scale is None else float(scale),
-        window=None if window is None else min(window, 2**30),
-        sink_tokens=min(sink_tokens, max_keys),
-        softcap=None if softcap is None else float(softcap),
-        sinks=sinks,
-        k_scales=k_scales,
-        v_scales=v_scales,
-        storage=storage,
-        prefixes=None,
-    )
-    width = storage.token_bytes(k_pages.shape[2], q.shape[2])
+    max_keys, storage = page_table.shape[1] * pool.shape[3], pool.storage
+    width = storage.token_bytes(pool.shape[2], q.shape[2])
     if shared_prefix is None:
         shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, width)
-    if shared_prefix and window is None:
-        options["prefixes"] = partial(
-            prefixes.find,
-            page_table,
-            table_rows,
-            kv_lengths,
-            query_starts,
-            page_size=k_pages.shape[3],
-            token_bytes=width,
-            partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
-        )
-    device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks(device, q, k_pages, storage)}
-    chosen = choose_backend("paged_attention", backend, lacks, interpret)
-    if chosen.name == "xla":
-        out, lse = xla.paged_attention(queries, *arrays, **options)
-    else:
-        from pallas_kernels.paged_attention import triton
-
-        shape: dict[str, Any] = dict(
-            tokens=q.shape[0],
-            seqs=kv_lengths.shape[0],
-            group=q.shape[1] // k_pages.shape[2],
-            head_dim=q.shape[2],
-            storage=storage,
-            q_dtype=q.dtype,
-        )
-        out, lse = triton.paged_attention(
-            # Matrix units take 16 bits.
-            tuple(part.astype(q.dtype) for part in queries),
-            *arrays,
-            **options,
-            tuning=tuning or tuning_table.choose(device, **shape),
-            shared_tuning=shared_tuning or tuning_table.choose_shared(device, **shape),
-            interpret=chosen.interpret,
-        )
+    finds = partial(
+        prefixes.find,
+        page_table,
+        table_rows,
+        kv_lengths,
+        query_starts,
+        page_size=pool.shape[3],
+        token_bytes=width,
+        partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
+    )
+    call = Call(
+        q=q,
+        queries=storage.queries(q),
+        pool=pool,
+        sequences=Sequences(page_table, table_rows, kv_lengths, query_starts),
+        layer=layer,
+        scoring=scoring,
+        sinks=sinks,
+        prefixes=finds if shared_prefix and scoring.window is None else None,
+        tuning=tuning,
+        shared_tuning=shared_tuning,
+    )
+    out, lse = serve("paged_attention", call, backend=backend, interpret=interpret)
     out = storage.outputs(out, q.dtype)
     return (out, lse) if return_lse else out

@@ -183,27 +183,23 @@ def choose_mass(device: Device, **shape) -> Tuning:
     return replace(tuning, num_stages=min(2, tuning.num_stages), num_warps=8 if wide else tuning.num_warps)
 
 
-def lacks(
-    device: Device, q: Array | jax.ShapeDtypeStruct, k_pages: Array | jax.ShapeDtypeStruct, storage: Format
-) -> str | None:
-    """What the kernel lacks for these arrays on this device, if anything."""
+def lacks(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> str | None:
+    """What the kernel lacks for these queries of such a pool on this device, if anything."""
     head_dim = q.shape[2]
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
     if reason := storage.lacks_attention(device, head_dim, q.dtype):
         return reason
-    if reason := storage.lacks(device, k_pages.shape[4]):
+    if reason := storage.lacks(device, storage.row_size(head_dim)):
         return reason
     return None if q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else str(q.dtype)
 
 
-def lacks_mass(
-    device: Device, q: Array | jax.ShapeDtypeStruct, k_pages: Array | jax.ShapeDtypeStruct, storage: Format
-) -> str | None:
+def lacks_mass(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> str | None:
     """The same for `attention_mass`."""
     if reason := storage.lacks_mass():
         return reason
     head_dim, wide = q.shape[2], "float32" in (q.dtype, storage.kernel_dtype)
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and wide and head_dim > 64:
         return f"registers for float32 of head_dim {head_dim} on {device.arch}: 64 is the most"
-    return lacks(device, q, k_pages, storage)
+    return lacks(device, q, storage)

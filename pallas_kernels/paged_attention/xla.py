@@ -22,9 +22,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import control_flow
-from pallas_kernels.checks import as_layer, is_layer, pool_arrays
+from pallas_kernels.checks import Pool, as_layer, is_layer
 from pallas_kernels.formats import Format
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
@@ -40,36 +41,24 @@ _MAX_SLICES = 16
 _FEW_ROWS = 4
 
 
-def paged_attention(
-    queries,
-    k_pages,
-    v_pages,
-    page_table,
-    table_rows,
-    kv_lengths,
-    query_starts,
-    *,
-    layer,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    sinks,
-    k_scales,
-    v_scales,
-    storage: Format,
-    prefixes,
-):
-    """See `api.paged_attention`; `queries` are the format's. Returns `(out, lse)`."""
+def lacks(call: Call) -> str | None:
+    """Nothing."""
+
+
+def run(call: Call, *, interpret: bool):
+    """See `api.paged_attention`. Returns `(out, lse)`, `out` as the format's tiles give it."""
+    del interpret
+    sequences, scoring, queries = call.sequences, call.scoring, call.queries
+    page_table, sinks = sequences.page_table, call.sinks
+    hides = {"window": scoring.window, "sink_tokens": scoring.sink_tokens}
     q_dtype = queries[0].dtype
     tokens, q_heads, head_dim = queries[0].shape
-    exists = is_layer(layer, k_pages.shape[0])
-    layer = jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1)
-    kv_heads = k_pages.shape[2]
+    num_layers, _, kv_heads, *_ = call.pool.shape
+    exists = is_layer(call.layer, num_layers)
+    layer = jnp.clip(as_layer(call.layer), 0, num_layers - 1)
     group = q_heads // kv_heads
-    keys = KeyTiles.of_pages(k_pages, storage)
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    q = side_by_side(queries).astype(jnp.float32) * scale
+    keys, pool = KeyTiles.of_pool(call.pool), call.pool.arrays
+    q = side_by_side(queries).astype(jnp.float32) * scoring.scale
 
     def visit_tiles(work: Work, seen: softmax.Partial) -> softmax.Partial:
         """Lets the rows of every tile see its keys."""
@@ -82,8 +71,8 @@ def paged_attention(
             def visit(key_tile, seen):
                 where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
                 (k, k_scale), (v, v_scale) = keys.read(pool, layer, where)
-                visible = see(row_places, keys.places(where), window=window, sink_tokens=sink_tokens)
-                scores = score(q_tile, k, k_scale, visible, softcap=softcap)
+                visible = see(row_places, keys.places(where), **hides)
+                scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
                 weigh = _weigh if v_scale is None else lambda p, v: _weigh(p * v_scale.swapaxes(1, 2), v)
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
@@ -97,14 +86,13 @@ def paged_attention(
         num_tiles, size = work.places.shape
         return softmax.empty((num_tiles, kv_heads, size * group), head_dim)
 
-    lengths = kv_lengths, query_starts, table_rows
-    size = query_tile(tokens, kv_lengths.shape[0])
-    if prefixes is None:
-        work = plan(tokens, size, *lengths, keys, window=window, sink_tokens=sink_tokens)
+    size = query_tile(tokens, sequences.count)
+    if call.prefixes is None:
+        work = plan(tokens, size, *sequences.lengths, keys, **hides)
         seen = nothing_seen(work)
     else:
-        shared = prefixes(unit=keys.unit)
-        work = plan(tokens, size, *lengths, keys, skipped=shared.skipped)
+        shared = call.prefixes(unit=keys.unit)
+        work = plan(tokens, size, *sequences.lengths, keys, skipped=shared.skipped)
         runs = shared.lengths, shared.query_starts, shared.table_rows
         shared_work = plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, causal=False)
 
@@ -284,10 +272,10 @@ class KeyTiles:
         return cls(page_size, pages, parts, size, storage)
 
     @classmethod
-    def of_pages(cls, k_pages, storage: Format) -> "KeyTiles":
+    def of_pool(cls, pool: Pool) -> "KeyTiles":
         """The tiling for a pool."""
-        kv_heads, page_size, row = k_pages.shape[2:]
-        return cls.of(page_size, _key_tile(kv_heads * storage.head_dim(row), storage), storage)
+        kv_heads, page_size, _ = pool.shape[2:]
+        return cls.of(page_size, _key_tile(kv_heads * pool.head_dim, pool.storage), pool.storage)
 
     @property
     def unit(self) -> int:
