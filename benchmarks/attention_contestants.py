@@ -19,8 +19,8 @@ import numpy as np
 import pallas_kernels
 from benchmarks.attention_problems import Arrays, Problem
 from benchmarks.timing import of_one_more, stopwatch
+from pallas_kernels import formats
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import dequantize
 
 HAS_GPU = jax.default_backend() == "gpu"
 # Over the layers, of the longer program on a GPU; the shorter has one.
@@ -271,7 +271,8 @@ def _gathered(arrays: Arrays, *, longest: int, asked_most: int, dtype: str):
         # [layers, seqs, pages, kv_heads, page_size, head_dim]
         own = jnp.take(pages, arrays.page_table, axis=1, mode="clip")
         if scales is not None:
-            own = dequantize(own, jnp.take(scales, arrays.page_table, axis=1, mode="clip"), dtype)
+            scales = jnp.take(scales, arrays.page_table, axis=1, mode="clip")
+            own = formats.of(own.dtype).decode(own, scales, dtype)
         tokens = own.swapaxes(3, 4).reshape(*own.shape[:2], -1, *own.shape[3:6:2])[:, :, :longest]
         real = jnp.arange(longest) < arrays.kv_lengths[:, None]
         return jnp.where(real[None, :, :, None, None], tokens, 0).astype(dtype)

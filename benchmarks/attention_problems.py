@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cost
-from pallas_kernels.quantization import is_quantized, quantize
+from pallas_kernels import cost, formats
 from tests.kernels import reference
 
 # Of the float64 reference, by dtype of the queries; twice as much for what a peer rounds on its way.
@@ -69,7 +68,7 @@ class Problem:
             kv_heads=kv_heads,
             head_dim=head_dim,
             q_dtype=self.dtype,
-            kv_dtype=self.stored,
+            storage=formats.of(self.stored),
         )
 
 
@@ -97,11 +96,11 @@ def build(problem: Problem) -> Arrays:
         table[row, shared : shared + count] = order[end - count : end]
     keys = jax.random.split(jax.random.key(0), 3)
     shape = problem.layers, len(order), kv_heads, problem.page_size, head_dim
-    codes = is_quantized(problem.stored)
+    storage = formats.of(problem.stored)
 
     def pool(key):
-        numbers = jax.random.normal(key, shape, problem.dtype if codes else problem.stored)
-        return quantize(numbers, problem.stored) if codes else (numbers, None)
+        values = jax.random.normal(key, shape, problem.dtype if storage.quantized else problem.stored)
+        return storage.encode(values, keys=True) if storage.quantized else (values, None)
 
     (k, k_scale), (v, v_scale) = (jax.jit(pool)(key) for key in keys[:2])
     starts = np.cumsum([0, *problem.queries], dtype=np.int32)
@@ -112,7 +111,7 @@ def build(problem: Problem) -> Arrays:
         page_table=jnp.asarray(table),
         kv_lengths=jnp.asarray(problem.lengths, jnp.int32),
         query_starts=jnp.asarray(starts),
-        scales=(k_scale, v_scale) if codes else (),
+        scales=(k_scale, v_scale) if storage.quantized else (),
     )
 
 

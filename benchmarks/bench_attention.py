@@ -48,7 +48,7 @@ from benchmarks.attention_problems import (
     worst_error,
 )
 from benchmarks.timing import RESULTS, Sample, conditions, interleave, publish, stopwatch, times
-from pallas_kernels import cost
+from pallas_kernels import cost, formats
 
 OURS, PLAIN = "jaxkv", "jaxkv, sharing nothing"
 ROUNDS = 9
@@ -360,7 +360,7 @@ def writes() -> list[dict]:
         # As a device copy of the same bytes is timed.
         return lambda: contestants.of_one_call(seconds)
 
-    appended = cost.append_kv(tokens=tokens, kv_heads=8, head_dim=128, dtype=dtype, pool_dtype=dtype)
+    appended = cost.append_kv(tokens=tokens, kv_heads=8, head_dim=128, dtype=dtype, storage=formats.of(dtype))
     copied = cost.copy_pages(copies=copies, layers=layers, page_numbers=8 * 16 * 128, dtype=dtype)
     rows = []
     for name, run, counted in (

@@ -56,7 +56,6 @@ from benchmarks.hlo import launches, new_buffers
 from jaxkv import policies
 from jaxkv.models import ModelConfig, abstract_model
 from pallas_kernels import use_backend
-from pallas_kernels.quantization import as_stored
 
 LLAMA_8B = ModelConfig(
     vocab_size=128256,
@@ -179,7 +178,7 @@ def pool_through_scan(cache, seqs, k):
     cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
 
     def write(_, own):
-        new = as_stored(k, own.dtype)
+        new, _ = cache.config.storage.encode(k, keys=True)
         return None, own.at[batch.page_ids, :, batch.offsets].set(new, mode="drop")
 
     _, pages = jax.lax.scan(write, None, cache.pool.k)

@@ -50,10 +50,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 import pallas_kernels
-from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels import formats
+from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import rows as attention_rows
 from pallas_kernels.paged_attention.tuning import choose, choose_mass, choose_shared, lacks, lacks_mass
-from pallas_kernels.quantization import is_quantized, row_size, scale_dtype, scale_shapes
 from pallas_kernels.sizes import next_power_of_two
 
 BYTES_IN_FLIGHT = 40 * 1024
@@ -157,14 +157,15 @@ def attention(
 ) -> Kernel:
     """A call of `paged_attention` on a pool that takes 64-bit offsets, as large ones do: the launch for each
     sequence's own places, or that for what they share."""
-    pages = 2 ** (19 if is_quantized(dtype) else 17) // page_size
+    storage = formats.of(dtype)
+    pages = 2 ** (19 if storage.quantized else 17) // page_size
     pool = _pool(pages, kv_heads, page_size, head_dim, dtype)
     q = _shape((tokens, q_heads, head_dim), q_dtype or dtype)
     rows, vector = _shape((seqs, 8192 // page_size), "int32"), _shape((seqs,), "int32")
 
     def tuned(device, table=choose_shared if shared else choose_mass if mass else choose):
         shape: dict[str, Any] = dict(
-            tokens=tokens, group=q_heads // kv_heads, head_dim=head_dim, dtype=dtype, q_dtype=q.dtype
+            tokens=tokens, group=q_heads // kv_heads, head_dim=head_dim, storage=storage, q_dtype=q.dtype
         )
         return replace(table(device, seqs=seqs, **shape), **retuned)
 
@@ -193,8 +194,8 @@ def attention(
         of=("paged_attention_shared" if shared else "paged_attention",),
         bars=frozenset(bars),
         head_dim=head_dim,
-        quantized=is_quantized(dtype),
-        lacks=lambda device: lacks_mass(device, pool, q) if mass else lacks(device, head_dim, pool, q),
+        quantized=storage.quantized,
+        lacks=lambda device: (lacks_mass if mass else lacks)(device, q, storage),
         wide_loads=wide_loads,
     )
 
@@ -254,7 +255,7 @@ def _mover(verb: str, name: str, call: Callable, shapes: tuple) -> Kernel:
 
 
 def _lacks_dtype(pool, device: Device, *, converts: bool = True) -> str | None:
-    return lacks_dtype(device, pool, converts=converts)
+    return formats.of(pool.dtype).lacks(device, pool.shape[-1], converts=converts)
 
 
 def kernels() -> list[Kernel]:
@@ -381,8 +382,8 @@ def wrong_kernels() -> list[Kernel]:
 
         def __init__(self, *arguments, **geometry):
             super().__init__(*arguments, **geometry)
-            self.word, words = self.word ^ 1, geometry["words"]
-            self.dims = [dims ^ words for dims in self.dims]
+            self.layout = replace(self.layout, word=self.layout.word ^ 1)
+            self.dims = [dims ^ len(self.dims) for dims in self.dims]
 
     def swapped(honest: Kernel) -> Kernel:
         def call(device, *arrays):
@@ -403,11 +404,12 @@ def wrong_kernels() -> list[Kernel]:
 
 def _scales(pool) -> tuple:
     """Of K and V, if the pool is one of codes."""
-    return tuple(_shape(shape, scale_dtype(pool.dtype)) for shape in scale_shapes(pool.shape, pool.dtype))
+    storage = formats.of(pool.dtype)
+    return tuple(_shape(shape, storage.scale_dtype) for shape in storage.scale_shapes(pool.shape))
 
 
 def _pool(pages, kv_heads, page_size, head_dim, dtype):
-    return _shape((32, pages, kv_heads, page_size, row_size(head_dim, dtype)), dtype)
+    return _shape((32, pages, kv_heads, page_size, formats.of(dtype).row_size(head_dim)), dtype)
 
 
 def _scales_by_name(scales) -> dict:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels import formats
+from pallas_kernels.device import Device
 from pallas_kernels.paged_attention.tuning import lacks as lacks_attention
 from pallas_kernels.paged_attention.tuning import lacks_mass
-from pallas_kernels.quantization import is_int4, is_quantized
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Arguments, Case, make
 
@@ -99,8 +99,8 @@ def _differences(case: Case, arguments: Arguments, got: Sequence[jax.Array]) -> 
 
 def lacking(q, k_pages) -> tuple[str | None, str | None]:
     """What this device lacks for the kernel of attention, and for that of its mass."""
-    device = Device.current()
-    return lacks_attention(device, q.shape[2], q, k_pages), lacks_mass(device, k_pages, q)
+    device, storage = Device.current(), formats.of(k_pages.dtype)
+    return lacks_attention(device, q, storage), lacks_mass(device, q, storage)
 
 
 def _attention(*arrays, **options):
@@ -126,11 +126,12 @@ def write_conformance(dtypes: tuple[str, ...] = WRITTEN, seed: int = 0) -> list[
     for dtype in dtypes:
         # The same, whoever else is tried.
         random = np.random.default_rng([seed, WRITTEN.index(dtype)])
-        codes = is_quantized(dtype)
+        storage = formats.of(dtype)
+        codes = storage.quantized
         numbers = jnp.bfloat16 if codes else jnp.dtype(dtype)
         k, v = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.float32 if codes else numbers)
         pool = reference.encode(k, v, np.dtype(dtype)) if codes else (k, v)
-        lacking = lacks_dtype(Device.current(), jnp.zeros((1, 4), dtype)) if HAS_GPU else None
+        lacking = storage.lacks(Device.current(), row_size=4) if HAS_GPU else None
         if lacking:
             print(f"writes of {dtype} are left to the xla backend: no {lacking}")
         k, v = random.normal(size=(2, 33, 3, 80)).astype(numbers)
@@ -147,7 +148,7 @@ def write_conformance(dtypes: tuple[str, ...] = WRITTEN, seed: int = 0) -> list[
         for name, (arguments, options) in calls.items():
             scales = dict(zip(("k_scales", "v_scales"), pool[2:], strict=False))
             want = getattr(reference, name)(*pool[:2], *arguments, **scales, **options)
-            near = name == "append_kv" and codes and not is_int4(dtype)
+            near = name == "append_kv" and codes and storage.name != "int4"
             for backend in ("xla",) if lacking else ("xla", "triton"):
                 interpret = backend != "xla" and not HAS_GPU
                 call = partial(getattr(pallas_kernels, name), backend=backend, interpret=interpret, **options)

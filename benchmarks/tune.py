@@ -32,7 +32,7 @@ from benchmarks import attention_contestants as contestants
 from benchmarks.attention_contestants import HAS_GPU, Contestant
 from benchmarks.attention_problems import Problem, build, decode, expected, ragged, uniform, worst_error
 from benchmarks.timing import Sample, conditions, interleave, publish, times
-from pallas_kernels import use_backend
+from pallas_kernels import formats, use_backend
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import tables, tuning
 from pallas_kernels.paged_attention.tables import Shape, Values
@@ -63,7 +63,7 @@ class Class:
             seqs=len(problem.queries),
             group=q_heads // kv_heads,
             head_dim=head_dim,
-            dtype=jnp.dtype(problem.stored),
+            storage=formats.of(problem.stored),
             q_dtype=jnp.dtype(problem.dtype),
         )
 

@@ -92,7 +92,15 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     facts = grant.slot, grant.num_tokens, first_page, grant.tail
     table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
     pool = cache.pool
-    pages = copy_pages(pool.k, pool.v, grant.tail, copied_to, k_scales=pool.k_scale, v_scales=pool.v_scale)
+    pages = copy_pages(
+        pool.k,
+        pool.v,
+        grant.tail,
+        copied_to,
+        k_scales=pool.k_scale,
+        v_scales=pool.v_scale,
+        kv_format=cache.config.storage.name,
+    )
     refused = (grant.status != Status.OK) & (grant.status != Status.PADDING)
     stats = count(
         cache.stats,

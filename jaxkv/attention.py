@@ -237,6 +237,7 @@ def _paged(cache: KVCache, layer: Array, batch: Batch, backend: str, options: Op
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
         k_scales=cache.pool.k_scale,
+        kv_format=cache.config.storage.name,
         backend=backend,
         **options._asdict(),
     )

@@ -61,7 +61,14 @@ def _compact(cache: KVCache) -> tuple[KVCache, Array]:
     table, num_pages = cache.table, cache.config.num_pages
     target = _target_ids(table)
     pool = cache.pool
-    pages = move_pages(pool.k, pool.v, target, k_scales=pool.k_scale, v_scales=pool.v_scale)
+    pages = move_pages(
+        pool.k,
+        pool.v,
+        target,
+        k_scales=pool.k_scale,
+        v_scales=pool.v_scale,
+        kv_format=cache.config.storage.name,
+    )
     live = table.refcounts > 0
     num_moved = jnp.sum(live & (target != jnp.arange(num_pages, dtype=jnp.int32)), dtype=jnp.int32)
     table = replace(

@@ -8,12 +8,10 @@ import numpy as np
 
 from jaxkv.arguments import real, whole
 from jaxkv.units import format_bytes
-from pallas_kernels import int4
-from pallas_kernels.quantization import row_size, scale_dtype, scale_shapes, stored_dtype, token_bytes
+from pallas_kernels.formats import FORMATS, Format
 
-DTYPES = ("float32", "bfloat16", "float16")
-# The dtype of the pool's arrays says what the codes are: see `pallas_kernels.quantization`.
-QUANTIZATIONS = {"int8": "int8", "fp8": "uint8", "int4": "int32"}
+DTYPES = tuple(name for name, storage in FORMATS.items() if not storage.quantized)
+QUANTIZATIONS = tuple(name for name, storage in FORMATS.items() if storage.quantized)
 
 # Places are counted in int32, and a length plus one call's tokens must not wrap.
 MAX_TOKENS = 2**30
@@ -21,8 +19,6 @@ MAX_TOKENS = 2**30
 _COUNTER_BYTES = 40
 # Of `PageTable`.
 _FINGERPRINT_BYTES = 8
-# Numbers of a head, beyond which a place in a group of four-bit codes has no room.
-_MOST_INT4 = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,10 +82,8 @@ class CacheConfig:
                 f"quantization={self.quantization!r} is not supported; "
                 f"allowed: None, {', '.join(map(repr, QUANTIZATIONS))}"
             )
-        if self.quantization == "int4" and not has_int4(self.head_dim):
-            raise ValueError(
-                f"head_dim={self.head_dim} must be a multiple of {int4.CODES}, at most {_MOST_INT4}, for int4"
-            )
+        if allowed := self.storage.refuses(self.head_dim):
+            raise ValueError(f"head_dim={self.head_dim} must be {allowed}, for {self.storage.name}")
         threshold = real(self.compaction_threshold)
         if threshold is None or not 0 <= threshold <= 1:
             raise ValueError(
@@ -141,29 +135,34 @@ class CacheConfig:
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of K and of V: `[layers, pages, kv_heads, page_size, head_dim]`, or words of eight codes."""
-        row = row_size(self.head_dim, self.storage_dtype)
+        """Shape of K and of V: `[layers, pages, kv_heads, page_size, row]`; a row is the format's."""
+        row = self.storage.row_size(self.head_dim)
         return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, row)
 
     @property
     def scale_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of K's and V's scales; none for a pool of numbers."""
-        return scale_shapes(self.pool_shape, self.storage_dtype)
+        return self.storage.scale_shapes(self.pool_shape)
 
     @property
     def scale_dtype(self) -> str:
         """Of the scales."""
-        return scale_dtype(self.storage_dtype)
+        return self.storage.scale_dtype
+
+    @property
+    def storage(self) -> Format:
+        """How K and V lie in the pool."""
+        return FORMATS[self.quantization or self.dtype]
 
     @property
     def storage_dtype(self) -> str:
         """Of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16's bits."""
-        return stored_dtype(self.dtype) if self.quantization is None else QUANTIZATIONS[self.quantization]
+        return self.storage.storage_dtype
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers: K and V, and their scales."""
-        of_a_token = token_bytes(self.num_kv_heads, self.head_dim, self.storage_dtype)
+        of_a_token = self.storage.token_bytes(self.num_kv_heads, self.head_dim)
         return self.num_layers * self.page_size * of_a_token
 
     @property
@@ -203,11 +202,6 @@ class CacheConfig:
     def pages_for(self, num_tokens: int) -> int:
         """Pages that `num_tokens` places fill, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)
-
-
-def has_int4(head_dim: int) -> bool:
-    """Whether heads of this size can be kept in four bits."""
-    return head_dim % int4.CODES == 0 and head_dim <= _MOST_INT4
 
 
 def _count(name: str, value: object) -> int:

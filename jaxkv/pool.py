@@ -13,7 +13,6 @@ from jaxkv.pages import check_vectors, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
 from pallas_kernels.checks import as_layer, check_layer, is_layer
-from pallas_kernels.quantization import decode
 
 
 def append(
@@ -69,6 +68,7 @@ def _append(cache: KVCache, layer: Array, batch: Batch, k: Array, v: Array) -> K
         layer=layer,
         k_scales=pool.k_scale,
         v_scales=pool.v_scale,
+        kv_format=cache.config.storage.name,
     )
     return replace(cache, pool=KVPool(*written))
 
@@ -124,7 +124,7 @@ def _gather(cache: KVCache, layer: Array, seqs: Array) -> tuple[Array, Array, Ar
     exists = is_layer(layer, config.num_layers)
     layer = jnp.clip(layer, 0, config.num_layers - 1)
     rows = [leaf.at[layer, pages].get(mode="fill", fill_value=0) for leaf in jax.tree.leaves(cache.pool)]
-    k, v = decode(rows, config.dtype)
+    k, v = config.storage.decode_pair(rows, config.dtype)
     return dense(k), dense(v), lengths
 
 

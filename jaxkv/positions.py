@@ -101,6 +101,7 @@ def _shift_positions(
             jnp.where(copied, plan.new, config.num_pages).reshape(-1),
             k_scales=pool.k_scale,
             v_scales=pool.v_scale,
+            kv_format=config.storage.name,
         )
     )
     owned = jnp.where(plan.slot < config.max_seqs, pages_for(length, config.page_size) - column, 0)

@@ -21,8 +21,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.pages import count, pages_for, release_pages, rows_of
 from jaxkv.state import KVCache, KVPool, PageTable, Status
-from pallas_kernels import control_flow, int4
-from pallas_kernels.quantization import as_float32, as_stored, dequantize, is_int4, quantize
+from pallas_kernels import control_flow
 
 # Of the tokens that are held beside the pool at a time.
 _VISIT_BYTES = 16 * 2**20
@@ -190,14 +189,9 @@ def _locate(pool: KVPool, layer: Array, rows: Array, places: Array) -> tuple[Arr
 
 def numbers(config: CacheConfig, stored: Any, scale: Shaped[Array, "..."] | None) -> Shaped[Array, "..."]:
     """Stored keys (or values) of tokens, in float32."""
-    return as_float32(stored) if scale is None else dequantize(stored, scale, jnp.float32)
+    return config.storage.decode(stored, scale, jnp.float32)
 
 
 def stored_as(config: CacheConfig, values: Shaped[Array, "..."], *, keys: bool) -> tuple[Any, Any]:
     """Keys or values as the pool stores them, and their scales if it has any."""
-    values = values.astype(config.dtype)
-    if config.quantization is None:
-        return as_stored(values, config.storage_dtype), None
-    if is_int4(config.storage_dtype):
-        return int4.quantize(values, keys=keys)
-    return quantize(values, config.storage_dtype)
+    return config.storage.encode(values.astype(config.dtype), keys=keys)

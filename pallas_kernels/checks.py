@@ -1,5 +1,6 @@
 """Checks of arguments, at trace time, that every operation shares."""
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -7,57 +8,86 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels import formats
 from pallas_kernels.arguments import real, whole
-from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Pool:
+    """The arrays of a pool, and how K and V lie in them.
+
+    Attributes:
+      storage: the format.
+      pages: `[layers, pages, kv_heads, page_size, row]` of K and of V, or of K alone.
+      scales: beside each, if the format is quantized.
+    """
+
+    storage: formats.Format
+    pages: tuple[Array, ...]
+    scales: tuple[Array, ...]
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Pages, then scales."""
+        return self.pages + self.scales
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of the pages."""
+        layers, pages, kv_heads, page_size, row = self.pages[0].shape
+        return layers, pages, kv_heads, page_size, row
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of a head."""
+        return self.storage.head_dim(self.shape[4])
 
 
 def check_pool(
-    k_pages: Array, v_pages: Array, k_scales: Array | None = None, v_scales: Array | None = None
-) -> None:
+    k_pages: Array,
+    v_pages: Array,
+    k_scales: Array | None = None,
+    v_scales: Array | None = None,
+    kv_format: str | None = None,
+) -> Pool:
     """Pages `[layers, pages, kv_heads, page_size, row]` of one dtype, and scales if these are codes."""
-    check_keys(k_pages, k_scales)
+    keys = check_keys(k_pages, k_scales, kv_format)
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
         raise ValueError(
             f"v_pages {v_pages.dtype}{list(v_pages.shape)} must match "
             f"k_pages {k_pages.dtype}{list(k_pages.shape)}"
         )
-    _check_scales("v_scales", v_scales, v_pages, keys=False)
+    _check_scales("v_scales", v_scales, v_pages, keys.storage, keys=False)
+    scales = () if v_scales is None else (*keys.scales, v_scales)
+    return Pool(keys.storage, (*keys.pages, v_pages), scales)
 
 
-def check_keys(k_pages: Array, k_scales: Array | None) -> None:
+def check_keys(k_pages: Array, k_scales: Array | None, kv_format: str | None = None) -> Pool:
     """The same of K alone."""
     if k_pages.ndim != 5:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
         )
-    if not is_quantized(k_pages.dtype) and k_pages.dtype != jnp.uint16:
-        check_floating("k_pages", k_pages)
-        if k_pages.dtype.itemsize == 1:
-            raise ValueError(f"k_pages of {k_pages.dtype} are not served; codes: int8, uint8 (E4M3FN), int32")
+    storage = formats.of(k_pages.dtype, kv_format)
     if not all(k_pages.shape):
         raise ValueError(f"k_pages {list(k_pages.shape)} must not be empty")
-    _check_scales("k_scales", k_scales, k_pages, keys=True)
+    _check_scales("k_scales", k_scales, k_pages, storage, keys=True)
+    return Pool(storage, (k_pages,), () if k_scales is None else (k_scales,))
 
 
-def _check_scales(name: str, scales: Array | None, pages: Array, *, keys: bool) -> None:
-    if not is_quantized(pages.dtype):
+def _check_scales(
+    name: str, scales: Array | None, pages: Array, storage: formats.Format, *, keys: bool
+) -> None:
+    if not storage.quantized:
         if scales is not None:
             raise ValueError(f"pages of {pages.dtype} have no {name}")
         return
     if scales is None:
         raise ValueError(f"pages of {pages.dtype} need {name}")
-    of_keys, of_values = scale_shapes(pages.shape, pages.dtype)
-    shape, dtype = of_keys if keys else of_values, scale_dtype(pages.dtype)
+    of_keys, of_values = storage.scale_shapes(pages.shape)
+    shape, dtype = of_keys if keys else of_values, storage.scale_dtype
     if scales.shape != shape or scales.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}{list(shape)}, not {scales.dtype}{list(scales.shape)}")
-
-
-def pool_arrays(
-    k_pages: Array, v_pages: Array, k_scales: Array | None, v_scales: Array | None
-) -> tuple[Array, ...]:
-    """`(k_pages, v_pages)`, and the scales of a pool of codes."""
-    pages = k_pages, v_pages
-    return pages if k_scales is None or v_scales is None else (*pages, k_scales, v_scales)
 
 
 def as_int32(array: Array | np.ndarray) -> Array:
@@ -104,7 +134,7 @@ def is_layer(layer: int | Array, num_layers: int) -> Bool[Array, ""]:
 
 def check_queries(
     q: Array,
-    k_pages: Array,
+    pool: Pool,
     page_table: Array,
     table_rows: Array,
     kv_lengths: Array,
@@ -112,7 +142,7 @@ def check_queries(
 ) -> None:
     """Queries of ragged sequences, and where these lie."""
     check_floating("q", q)
-    kv_heads, head_dim = k_pages.shape[2], head_dim_of(k_pages)
+    kv_heads, head_dim = pool.shape[2], pool.head_dim
     if q.ndim != 3 or q.shape[2] != head_dim:
         raise ValueError(f"q must be [tokens, q_heads, head_dim={head_dim}], not {list(q.shape)}")
     if q.shape[0] == 0 or q.shape[1] == 0 or q.shape[1] % kv_heads:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 
-from pallas_kernels.quantization import token_bytes
+from pallas_kernels.formats import Format
 
 
 def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, int]:
@@ -29,16 +29,17 @@ def paged_attention(
     q_heads: int,
     kv_heads: int,
     head_dim: int,
-    q_dtype,
-    kv_dtype,
+    q_dtype: DTypeLike,
+    storage: Format,
 ) -> pl.CostEstimate:
     """Attention of `tokens` queries: every K and V read once, q read and the output written.
 
     Args:
       num_keys, num_pairs: as from `causal`.
-      tokens, q_heads, kv_heads, head_dim, q_dtype, kv_dtype: of the arguments.
+      tokens, q_heads, kv_heads, head_dim, q_dtype: of the arguments.
+      storage: format of the pool.
     """
-    kv_bytes = num_keys * token_bytes(kv_heads, head_dim, kv_dtype)
+    kv_bytes = num_keys * storage.token_bytes(kv_heads, head_dim)
     q_bytes = 2 * tokens * q_heads * head_dim * jnp.dtype(q_dtype).itemsize
     return pl.CostEstimate(
         flops=4 * num_pairs * q_heads * head_dim,
@@ -65,13 +66,14 @@ def attention_mass(*, tokens: int, q_heads: int, kv_heads: int, max_tokens: int,
 
 
 def append_kv(
-    *, tokens: int, kv_heads: int, head_dim: int, dtype: DTypeLike, pool_dtype: DTypeLike
+    *, tokens: int, kv_heads: int, head_dim: int, dtype: DTypeLike, storage: Format
 ) -> pl.CostEstimate:
     """K and V of `tokens`, read once and written once."""
+    read = 2 * kv_heads * head_dim * jnp.dtype(dtype).itemsize
     return pl.CostEstimate(
         flops=0,
         transcendentals=0,
-        bytes_accessed=tokens * sum(token_bytes(kv_heads, head_dim, kind) for kind in (dtype, pool_dtype)),
+        bytes_accessed=tokens * (read + storage.token_bytes(kv_heads, head_dim)),
     )
 
 

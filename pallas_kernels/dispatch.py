@@ -1,15 +1,42 @@
-"""Which backend serves a call."""
+"""Which backend serves a call.
+
+An operation is a folder; each of its backends is a module (or folder) there, named as in `_REGISTRY`, with
+
+    lacks(call)                 what the backend lacks for the call, or None
+    run(call, *, interpret)     the result
+
+where `call` is the operation's own record of checked arguments. Adding a backend is a line of the registry
+and a module for each operation that it serves; no operation asks for one by name.
+"""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 
 logger = logging.getLogger("pallas_kernels")
 
-BACKENDS = ("xla", "triton", "mosaic")
+
+class _Registered(NamedTuple):
+    """A backend that there may be, and whether it needs a GPU, or the interpreter instead."""
+
+    name: str
+    needs_gpu: bool
+
+
+# "auto" takes the first that serves.
+_REGISTRY = (
+    _Registered("mosaic", needs_gpu=True),
+    _Registered("triton", needs_gpu=True),
+    _Registered("xla", needs_gpu=False),
+)
+BACKENDS = tuple(one.name for one in _REGISTRY)
 
 
 class Backend(NamedTuple):
@@ -52,47 +79,69 @@ def use_backend(name: str, *, interpret: bool = False) -> Iterator[None]:
         yield
 
 
-def auto_backend() -> Backend:
-    """What "auto" means, here and now."""
-    return _auto.value or Backend("triton" if jax.default_backend() == "gpu" else "xla")
+def auto_backend(operation: str = "paged_attention") -> Backend:
+    """What "auto" means for an operation, here and now, if the call lacks nothing."""
+    if _auto.value is not None:
+        return _auto.value
+    return Backend(next(one.name for one in _REGISTRY if _module(operation, one.name) and _runs_here(one)))
 
 
-def choose_backend(
-    operation: str, backend: str, lacks: Mapping[str, str | None], interpret: bool | None = None
-) -> Backend:
-    """The backend that serves a call.
+def serve(operation: str, call: Any, *, backend: str, interpret: bool | None = None) -> Any:
+    """The result of a call, from the backend that serves it.
 
     Args:
-      operation: its name, for messages.
+      operation: its name, that of its folder.
+      call: its record of arguments.
       backend: "auto", or one of `BACKENDS`.
-      lacks: what each backend of the operation lacks for this call; None if nothing.
-      interpret: None is as `use_backend` says.
+      interpret: run kernels in Pallas' interpreter, without a GPU. None: as `use_backend` says.
 
     Raises:
       ValueError: for a name that is no backend.
       NotImplementedError: for a backend asked for by name that cannot serve the call.
     """
-    asked = auto_backend()
+    meant = _auto.value
     if interpret is None:
-        interpret = asked.interpret
-    if backend == "auto":
-        name = asked.name
-        # What nobody asked for by name is served by another, if need be.
-        if _auto.value is None and lacks.get(name, "") is not None:
-            name = "xla"
+        interpret = meant is not None and meant.interpret
+    if backend == "auto" and meant is None:
+        module = _first_that_serves(operation, call)
     else:
-        name = backend
-    if name not in BACKENDS:
-        raise ValueError(f"backend={backend!r} is not one of auto, {', '.join(BACKENDS)}")
-    if name not in lacks:
-        raise NotImplementedError(
-            f"the {name} backend has no {operation} kernel yet; available: {', '.join(lacks)}"
-        )
-    reason = lacks[name]
+        name = meant.name if backend == "auto" and meant is not None else backend
+        module = _asked_for(operation, call, name, interpret)
+    logger.debug("%s: backend %s on %s", operation, module.__name__, jax.default_backend())
+    return module.run(call, interpret=interpret)
+
+
+def _first_that_serves(operation: str, call: Any) -> ModuleType:
+    for one in _REGISTRY:
+        # A module is imported only where it could run.
+        if _runs_here(one) and (module := _module(operation, one.name)) and module.lacks(call) is None:
+            return module
+    raise NotImplementedError(f"no backend of {operation} serves this call")
+
+
+def _asked_for(operation: str, call: Any, name: str, interpret: bool) -> ModuleType:
+    registered = {one.name: one for one in _REGISTRY}
+    if name not in registered:
+        raise ValueError(f"backend={name!r} is not one of auto, {', '.join(BACKENDS)}")
+    module = _module(operation, name)
+    if module is None:
+        available = ", ".join(one for one in BACKENDS if _module(operation, one))
+        raise NotImplementedError(f"the {name} backend has no {operation} kernel yet; available: {available}")
     meant = _auto.value is not None and _auto.value.name == name
-    if name != "xla" and not interpret and not meant and jax.default_backend() != "gpu":
+    if interpret or meant or _runs_here(registered[name]):
+        reason = module.lacks(call)
+    else:
         reason = "a GPU (`use_backend` interprets it without one, or compiles it for one elsewhere)"
     if reason is not None:
         raise NotImplementedError(f"the {name} backend of {operation} lacks {reason}")
-    logger.debug("%s: backend %s on %s", operation, name, jax.default_backend())
-    return Backend(name, interpret)
+    return module
+
+
+def _runs_here(one: _Registered) -> bool:
+    return not one.needs_gpu or jax.default_backend() == "gpu"
+
+
+@cache
+def _module(operation: str, name: str) -> ModuleType | None:
+    path = f"pallas_kernels.{operation}.{name}"
+    return None if find_spec(path) is None else import_module(path)

@@ -3,6 +3,7 @@
 import inspect
 import sys
 from dataclasses import replace
+from importlib import import_module
 
 import chex
 import jax
@@ -12,9 +13,8 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig
-from pallas_kernels import paged_attention, use_backend
+from pallas_kernels import formats, paged_attention, use_backend
 from pallas_kernels.paged_attention import prefixes
-from pallas_kernels.quantization import quantize
 from tests import jitted
 from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poison, poisoned_init
 from tests.kernels import reference
@@ -270,12 +270,14 @@ class Variants(chex.TestCase):
 @pytest.mark.parametrize("page_size", [1, 16, 200])
 def test_tiles_of_any_size_give_the_same(page_size, stored, monkeypatch):
     """Large heads are copied without a branch, and int8 in smaller tiles."""
-    xla = sys.modules["pallas_kernels.paged_attention.xla"]
+    xla = import_module("pallas_kernels.paged_attention.xla")
     shape, codes = (1, -(-600 // page_size), 2, page_size, 16), stored != "float32"
     pages = [normal(*shape, seed=seed) for seed in (0, 1)]
     scales = {}
     if codes:
-        pages, (k_scales, v_scales) = zip(*(quantize(array, stored) for array in pages), strict=True)
+        pages, (k_scales, v_scales) = zip(
+            *(formats.of(stored).encode(array, keys=True) for array in pages), strict=True
+        )
         scales = dict(k_scales=k_scales, v_scales=v_scales)
     width = -(-300 // page_size)
     table = jnp.arange(2 * width, dtype=jnp.int32).reshape(2, width) % shape[1]

@@ -40,12 +40,17 @@ ALLOWED = {
     "jaxkv.models": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.planner": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.policies": {"jaxkv", "pallas_kernels"},
-    "pallas_kernels": set(),
-    "pallas_kernels.append_kv": {"pallas_kernels"},
-    "pallas_kernels.attention_mass": {"pallas_kernels", "pallas_kernels.paged_attention"},
+    "pallas_kernels": {"pallas_kernels.formats"},
+    "pallas_kernels.formats": {"pallas_kernels", "pallas_kernels.paged_attention"},
+    "pallas_kernels.append_kv": {"pallas_kernels", "pallas_kernels.formats"},
+    "pallas_kernels.attention_mass": {
+        "pallas_kernels",
+        "pallas_kernels.paged_attention",
+        "pallas_kernels.formats",
+    },
     "pallas_kernels.copy_pages": {"pallas_kernels"},
     "pallas_kernels.move_pages": {"pallas_kernels"},
-    "pallas_kernels.paged_attention": {"pallas_kernels"},
+    "pallas_kernels.paged_attention": {"pallas_kernels", "pallas_kernels.formats"},
 }
 
 

@@ -5,12 +5,8 @@ from pathlib import Path
 
 # `dtype` and `quantization` of the cache; no dtype means the model's.
 KV_DTYPES = {
-    "f32": ("float32", None),
-    "bf16": ("bfloat16", None),
-    "f16": ("float16", None),
-    "int8": (None, "int8"),
-    "fp8": (None, "fp8"),
-    "int4": (None, "int4"),
+    storage.short or name: (None, name) if storage.quantized else (name, None)
+    for name, storage in FORMATS.items()
 }
 # Of the commands that print text of a model.
 EPILOG = "A character that the output's encoding lacks is written as its number, like \\u2603."

@@ -6,7 +6,8 @@ import re
 from collections.abc import Sequence
 
 from jaxkv import catalog
-from jaxkv.planner.kv_bytes import KV_BITS, check_count, kv_cache_bytes
+from jaxkv.config import QUANTIZATIONS
+from jaxkv.planner.kv_bytes import KV_BITS, SHORT, check_count, kv_cache_bytes
 from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
 from jaxkv.planner.planning import Device, Plan, plan
 from jaxkv.planner.shape import ModelShape
@@ -54,7 +55,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     where.add_argument("--memory", metavar="AMOUNT", help=text)
     add("--context", default="8192", metavar="N", help="tokens a sequence (default: 8192)")
     add("--concurrency", default="1", metavar="N", help="sequences at once (default: 1)")
-    text = f"how K and V are stored: {dtypes} (default: auto, the model's)"
+    stored = ", ".join(["auto", *SHORT, *QUANTIZATIONS])
+    text = f"how K and V are stored: {stored} (default: auto, the model's)"
     add("--kv-dtype", default="auto", metavar="DTYPE", help=text)
     text = f"how weights are stored: {dtypes} (default: auto, as in the files)"
     add("--weights-dtype", default="auto", metavar="DTYPE", help=text)

@@ -4,15 +4,13 @@ import math
 from dataclasses import dataclass
 
 from jaxkv.arguments import integer, real
-from jaxkv.config import QUANTIZATIONS, CacheConfig, has_int4
+from jaxkv.config import CacheConfig
 from jaxkv.planner.shape import ModelShape
 from jaxkv.sizing import for_context_length
-from pallas_kernels.quantization import token_bytes
+from pallas_kernels.formats import FORMATS
 
-KV_BITS = {"float32": 32, "bfloat16": 16, "float16": 16, "fp8": 8, "int8": 8, "int4": 4}
-SHORT = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-# What MLA's vector takes beside four-bit codes: a 16-bit scale and an 8-bit zero point for 32 elements.
-_LATENT_GROUP, _LATENT_GROUP_BYTES = 32, 3
+KV_BITS = {name: storage.bits for name, storage in FORMATS.items()}
+SHORT = {storage.short: name for name, storage in FORMATS.items() if storage.short is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,15 +101,16 @@ def cache_config(
 ) -> CacheConfig | None:
     """The cache for such sequences. It keeps every token in every layer: see `KVBytes.reserved`.
 
-    None where jaxkv has no such storage: MLA, and four bits of a head that is no multiple of eight.
+    None where jaxkv has no such storage: MLA, and a head that the format refuses, as four bits of one that is
+    no multiple of eight.
 
     Args:
       shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
     """
     dtype = resolve_dtype(shape, kv_dtype)
-    if shape.is_latent or (dtype == "int4" and not has_int4(shape.head_dim)):
+    if shape.is_latent or FORMATS[dtype].refuses(shape.head_dim):
         return None
-    quantized = dtype in QUANTIZATIONS
+    quantized = FORMATS[dtype].quantized
     return for_context_length(
         context,
         num_layers=shape.num_layers,
@@ -147,10 +146,7 @@ def check_count(name: str, value: object) -> int:
 
 def _scale_bytes(shape: ModelShape, dtype: str) -> int:
     """Of one token in one layer."""
-    if dtype == "int4" and (shape.is_latent or not has_int4(shape.head_dim)):
-        return -(-shape.elements_per_token // _LATENT_GROUP) * _LATENT_GROUP_BYTES
-    if dtype not in QUANTIZATIONS:
-        return 0
-    heads = shape.elements_per_token // (2 * shape.head_dim)
-    codes = KV_BITS[dtype] * shape.elements_per_token // 8
-    return token_bytes(heads, shape.head_dim, QUANTIZATIONS[dtype]) - codes
+    storage = FORMATS[dtype]
+    if shape.is_latent or storage.refuses(shape.head_dim):
+        return storage.vector_scale_bytes(shape.elements_per_token)
+    return storage.scale_bytes(shape.num_kv_heads, shape.head_dim)

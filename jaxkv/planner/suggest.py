@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from jaxkv.config import QUANTIZATIONS
 from jaxkv.planner.kv_bytes import KV_BITS
 from jaxkv.planner.planning import Plan
 from jaxkv.units import format_mebibytes
@@ -83,7 +84,7 @@ def _fewer(plan: Plan) -> Iterator[Suggestion]:
 
 
 def _narrower_kv(plan: Plan) -> Iterator[Suggestion]:
-    for dtype in ("bfloat16", "fp8", "int8", "int4"):
+    for dtype in ("bfloat16", *sorted(QUANTIZATIONS, key=KV_BITS.__getitem__)[::-1]):
         if KV_BITS[dtype] < KV_BITS[plan.kv_dtype]:
             saved = plan.kv.reserved - replace(plan, kv_dtype=dtype).kv.reserved
             yield _suggestion(

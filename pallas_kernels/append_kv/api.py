@@ -3,11 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels.append_kv import xla
+from pallas_kernels.append_kv.call import Call
 from pallas_kernels.checks import as_int32, check_floating, check_integers, check_layer, check_pool
-from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.quantization import head_dim_of
+from pallas_kernels.dispatch import serve
 
 
 def append_kv(
@@ -21,19 +19,21 @@ def append_kv(
     layer: int | Int[Array, ""] = 0,
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
+    kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
 ) -> tuple[Array, ...]:
     """Writes each token's K and V to `(page_ids, offsets)` of one layer.
 
     Args:
-      k_pages, v_pages: the pool; of int8, uint8 (E4M3FN) or int32 (words of eight), codes.
+      k_pages, v_pages: the pool.
       k, v: this step's keys and values, converted to the pool's dtype, or quantized: see
-        `pallas_kernels.quantization`.
+        `pallas_kernels.formats`.
       page_ids: page of each token; one that is no page means that nothing is written.
       offsets: place within the page.
       layer: Python int or int32 scalar; of a traced one that is no layer nothing is written.
       k_scales, v_scales: of a pool of codes.
+      kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
@@ -46,9 +46,9 @@ def append_kv(
       NotImplementedError: for a backend that cannot serve the call.
     """
     k, v, page_ids, offsets = (jnp.asarray(array) for array in (k, v, page_ids, offsets))
-    check_pool(k_pages, v_pages, k_scales, v_scales)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     check_layer(layer, k_pages.shape[0])
-    kv_heads, head_dim = k_pages.shape[2], head_dim_of(k_pages)
+    kv_heads, head_dim = k_pages.shape[2], pool.head_dim
     for name, array in (("k", k), ("v", v)):
         check_floating(name, array)
         if array.shape != (*page_ids.shape, kv_heads, head_dim):
@@ -59,11 +59,5 @@ def append_kv(
     check_integers("page_ids", page_ids, k.shape[:1])
     check_integers("offsets", offsets, k.shape[:1])
     page_ids, offsets = as_int32(page_ids), as_int32(offsets)
-    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages)}
-    chosen = choose_backend("append_kv", backend, lacks, interpret)
-    arrays, scales = (k_pages, v_pages, k, v, page_ids, offsets), (k_scales, v_scales)
-    if chosen.name == "xla":
-        return xla.append_kv(*arrays, layer, *scales)
-    from pallas_kernels.append_kv import triton
-
-    return triton.append_kv(*arrays, layer, *scales, interpret=chosen.interpret)
+    call = Call(pool, k, v, page_ids, offsets, layer)
+    return serve("append_kv", call, backend=backend, interpret=interpret)

@@ -1,22 +1,28 @@
 """`append_kv` as a scatter for K and one for V, and for the scales of each."""
 
 import jax.numpy as jnp
+from jaxtyping import Array
 
-from pallas_kernels.checks import is_layer, pool_arrays
-from pallas_kernels.quantization import encode
+from pallas_kernels.append_kv.call import Call
+from pallas_kernels.checks import is_layer
 
 
-def append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer, k_scales, v_scales):
+def lacks(call: Call) -> str | None:
+    """Nothing."""
+
+
+def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     """See `api.append_kv`."""
-    num_pages, page_size = k_pages.shape[1], k_pages.shape[3]
+    del interpret
+    layer, page_ids, offsets = call.layer, call.page_ids, call.offsets
+    num_layers, num_pages, _, page_size, _ = call.pool.shape
     # Padding is past the end and dropped. A negative index would count from the end: it is none.
-    wanted = (page_ids >= 0) & is_layer(layer, k_pages.shape[0])
+    wanted = (page_ids >= 0) & is_layer(layer, num_layers)
     page_ids = jnp.where(wanted, page_ids, num_pages)
     offsets = jnp.where(offsets < 0, page_size, offsets)
 
     def write(pages, values):
         return pages.at[layer, page_ids, :, offsets].set(values, mode="drop")
 
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    rows = encode(k, v, k_pages.dtype)
-    return tuple(write(pages, values) for pages, values in zip(pool, rows, strict=True))
+    rows = call.pool.storage.encode_pair(call.k, call.v)
+    return tuple(write(pages, values) for pages, values in zip(call.pool.arrays, rows, strict=True))

@@ -1,18 +1,20 @@
 """`attention_mass`: the call, checked."""
 
-from math import sqrt
-from typing import Any
-
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import int4
-from pallas_kernels.attention_mass import xla
-from pallas_kernels.checks import as_layer, check_keys, check_layer, check_options, check_queries, is_layer
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import as_floats, head_dim_of, is_int4
+from pallas_kernels.attention_mass.call import Call
+from pallas_kernels.checks import (
+    as_layer,
+    check_keys,
+    check_layer,
+    check_options,
+    check_queries,
+    is_layer,
+)
+from pallas_kernels.dispatch import serve
+from pallas_kernels.paged_attention.call import Scoring, Sequences
+from pallas_kernels.paged_attention.tuning import Tuning
 
 
 def attention_mass(
@@ -30,9 +32,10 @@ def attention_mass(
     sink_tokens: int = 0,
     softcap: float | None = None,
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
-    tuning: tuning_table.Tuning | None = None,
+    tuning: Tuning | None = None,
 ) -> Float[Array, "seqs kv_heads max_tokens"]:
     """The softmax weights of `paged_attention`, summed over a sequence's queries and a KV head's group.
 
@@ -42,6 +45,7 @@ def attention_mass(
       q, k_pages, page_table, kv_lengths, query_starts: as in `paged_attention`.
       table_rows, layer, scale, window, sink_tokens, softcap, k_scales: as there.
       lse: as `paged_attention` returns it; of a call with `sink_logits`, their share goes to no key.
+      kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
       tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
@@ -62,46 +66,26 @@ def attention_mass(
     k_scales = None if k_scales is None else jnp.asarray(k_scales)
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    check_keys(k_pages, k_scales)
-    check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
+    pool = check_keys(k_pages, k_scales, kv_format)
+    check_queries(q, pool, page_table, table_rows, kv_lengths, query_starts)
     if lse.shape != q.shape[:2] or lse.dtype != jnp.float32:
         raise ValueError(f"lse must be float32{list(q.shape[:2])}, not {lse.dtype}{list(lse.shape)}")
     check_layer(layer, k_pages.shape[0])
-    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
+    options = check_options(scale, window, sink_tokens, softcap)
+    scoring = Scoring.of(options, q.shape[2], page_table.shape[1] * pool.shape[3])
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks_mass(device, k_pages, q)}
-    chosen = choose_backend("attention_mass", backend, lacks, interpret)
-    if is_int4(k_pages.dtype):
-        # Its rows lie rotated, but for the spikes: see `paged_attention`.
-        q = jnp.concatenate([int4.rotate_queries(q), q.astype(jnp.float32)], axis=-1)
-    arrays = q, k_pages, page_table, table_rows, kv_lengths, query_starts, lse
-    options: dict[str, Any] = dict(
-        layer=jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1),
-        scale=1 / sqrt(head_dim_of(k_pages)) if scale is None else float(scale),
-        window=None if window is None else min(window, 2**30),
-        sink_tokens=min(sink_tokens, page_table.shape[1] * k_pages.shape[3]),
-        softcap=None if softcap is None else float(softcap),
-        k_scales=k_scales,
+    num_layers = pool.shape[0]
+    call = Call(
+        q=q,
+        queries=pool.storage.queries(q),
+        pool=pool,
+        sequences=Sequences(page_table, table_rows, kv_lengths, query_starts),
+        layer=jnp.clip(as_layer(layer), 0, num_layers - 1),
+        scoring=scoring,
+        lse=lse,
+        tuning=tuning,
     )
-    exists = is_layer(layer, k_pages.shape[0])
-    if chosen.name == "xla":
-        return jnp.where(exists, xla.attention_mass(*arrays, **options), jnp.nan)
-    from pallas_kernels.attention_mass import triton
-
-    k_pages = as_floats(k_pages)
-    arrays = q, k_pages, *arrays[2:]
-    if tuning is None:
-        tuning = tuning_table.choose_mass(
-            device,
-            tokens=q.shape[0],
-            seqs=kv_lengths.shape[0],
-            group=q.shape[1] // k_pages.shape[2],
-            head_dim=q.shape[2],
-            dtype=k_pages.dtype,
-            q_dtype=q.dtype,
-        )
-    mass = triton.attention_mass(*arrays, **options, tuning=tuning, interpret=chosen.interpret)
-    return jnp.where(exists, mass, jnp.nan)
+    mass = serve("attention_mass", call, backend=backend, interpret=interpret)
+    return jnp.where(is_layer(layer, num_layers), mass, jnp.nan)

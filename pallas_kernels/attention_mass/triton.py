@@ -22,55 +22,46 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
+from pallas_kernels.attention_mass.call import Call
 from pallas_kernels.attention_mass.weights import log_weights
+from pallas_kernels.device import Device
+from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
+from pallas_kernels.paged_attention import tuning as tunings
+from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
-from pallas_kernels.paged_attention.tiles import assembled, how_read, read_tile
+from pallas_kernels.paged_attention.tiles import assembled, read_tile, scale_loader
 from pallas_kernels.paged_attention.tuning import Tuning
 
 # Programs for each that can be resident: more even out what they take, fewer begin less often.
 _WAVES = 8
 
 
-def attention_mass(
-    q,
-    k_pages,
-    page_table,
-    table_rows,
-    kv_lengths,
-    query_starts,
-    lse,
-    *,
-    layer,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    k_scales,
-    tuning: Tuning,
-    interpret: bool,
-):
+def lacks(call: Call) -> str | None:
+    """What the kernel lacks for these arrays on this device, if anything."""
+    return tunings.lacks_mass(Device.current(), call.q, call.pool.storage)
+
+
+def run(call: Call, *, interpret: bool) -> jax.Array:
     """See `api.attention_mass`."""
+    sequences, storage, (q,) = call.sequences, call.pool.storage, call.queries
+    tuning = call.tuning or tunings.choose_mass(Device.current(), **call.shape)
     tokens, q_heads, head_dim = q.shape
-    kv_heads, page_size = k_pages.shape[2:4]
-    num_seqs, max_tokens = kv_lengths.shape[0], page_table.shape[1] * page_size
+    kv_heads, num_seqs, max_tokens = call.pool.shape[2], sequences.count, call.max_keys
     num_tiles = -(-max_tokens // tuning.key_tile)
     programs = min(num_tiles, -(-_WAVES * tuning.programs // (kv_heads * num_seqs)))
-    words, view = how_read(k_pages, tuning)
-    codes = None if k_scales is None else k_pages.dtype
+    (k_pages,) = call.pool.pages
+    parts = storage.parts(k_pages.size, tuning)
     kernel = partial(
         _receive,
-        rows=rows_like(q, kv_heads, words, tuning),
-        codes=codes,
-        assembled=assembled(codes, q.dtype, tuning, interpret),
+        rows=rows_like(q, kv_heads, tuning, partial(storage.layout, parts=parts)),
+        storage=storage,
+        assembled=assembled(storage, q.dtype, tuning, interpret),
         tuning=tuning,
-        scale=scale,
-        window=window,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
-        product=product_for(q.dtype, k_pages.dtype, tuning, interpret),
+        scoring=call.scoring,
+        product=product_for(q.dtype, storage, tuning, interpret),
         tiles_a_program=-(-num_tiles // programs),
     )
     counted = cost.attention_mass(
@@ -81,11 +72,12 @@ def attention_mass(
         kv_heads=kv_heads,
         head_dim=head_dim,
         q_dtype=q.dtype,
-        kv_dtype=k_pages.dtype,
+        storage=storage,
         max_tokens=max_tokens * num_seqs,
     )
-    layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    pool = (view(k_pages),) if k_scales is None else (view(k_pages), k_scales)
+    layer = jnp.asarray(call.layer, jnp.int32).reshape(1)
+    rows = sequences.page_table, sequences.table_rows, sequences.kv_lengths, sequences.query_starts
+    pool = storage.read_view(k_pages, parts), *call.pool.scales
     return launch(
         kernel,
         grid=(kv_heads, num_seqs, programs),
@@ -95,7 +87,7 @@ def attention_mass(
         num_stages=tuning.num_stages,
         cost=counted,
         interpret=interpret,
-    )(layer, page_table, table_rows, kv_lengths, query_starts, q, lse, *pool)
+    )(layer, *rows, q, call.lse, *pool)
 
 
 def _receive(
@@ -109,16 +101,14 @@ def _receive(
     k_ref,
     *refs,
     rows: Callable[..., Rows],
-    codes,
+    storage: Format,
     assembled,
     tuning: Tuning,
-    scale: float,
-    window: int | None,
-    sink_tokens: int,
-    softcap: float | None,
+    scoring: Scoring,
     product: Callable,
     tiles_a_program: int,
 ):
+    scale, window, sink_tokens, softcap = scoring
     *scale_refs, mass_ref = refs
     head, seq, program = (pl.program_id(axis) for axis in range(3))
     layer, table_row, num_keys = layer_ref[0], table_rows_ref[seq], lengths_ref[seq]
@@ -143,16 +133,18 @@ def _receive(
         real, offsets = places < num_keys, lax.rem(places, page_size)
         ids = plgpu.load(page_table_ref.at[table_row, lax.div(places, page_size)], mask=real, other=0)
         geometry = rows(first_row, num_rows, head)
-        at = (layer, ids[:, None], head, offsets[:, None], geometry.word[None, :])
-        k = read_tile(k_ref.at[at], real[:, None] & geometry.in_head, codes, assembled)
-        k_scales = [
-            plgpu.load(scales.at[layer, ids, head, offsets], mask=real, other=0.0) for scales in scale_refs
-        ]
+        at = (layer, ids[:, None], head, offsets[:, None], geometry.layout.word[None, :])
+        k = read_tile(k_ref.at[at], real[:, None] & geometry.layout.in_words, storage, assembled)
+        k_scale = None
+        for ref in scale_refs:
+            load = scale_loader(ref, (layer, ids, head, offsets), real)
+            scales = storage.load_scales(load, key_tile, q_ref.shape[2], keys=True)
+            k, k_scale = storage.tile_values(k, scales, geometry.layout)
 
         def add_tile(tile, total):
             mine = rows(first_row + tile * size, num_rows - tile * size, head)
             scores = add_up(product, mine.load(q_ref), k)
-            for k_scale in k_scales:
+            if k_scale is not None:
                 scores = scores * k_scale[None, :]
             if softcap is not None:
                 scores = cap(scores, scale, softcap)

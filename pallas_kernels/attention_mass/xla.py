@@ -5,39 +5,41 @@ The loops are those of `paged_attention`: tiles of queries, and the tiles of key
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pallas_kernels import control_flow
+from pallas_kernels.attention_mass.call import Call
 from pallas_kernels.attention_mass.weights import log_weights
-from pallas_kernels.paged_attention.xla import KeyTiles, at, pack, plan, query_tile, score, see
+from pallas_kernels.paged_attention.xla import (
+    KeyTiles,
+    at,
+    pack,
+    plan,
+    query_tile,
+    score,
+    see,
+    side_by_side,
+)
 
 
-def attention_mass(
-    q,
-    k_pages,
-    page_table,
-    table_rows,
-    kv_lengths,
-    query_starts,
-    lse,
-    *,
-    layer,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    k_scales,
-):
+def lacks(call: Call) -> str | None:
+    """Nothing."""
+
+
+def run(call: Call, *, interpret: bool) -> Array:
     """See `api.attention_mass`."""
-    tokens, num_seqs = q.shape[0], kv_lengths.shape[0]
-    layer = jnp.asarray(layer, jnp.int32)
-    kv_heads, page_size = k_pages.shape[2:4]
-    keys = KeyTiles.of_pages(k_pages)
-    pool = (k_pages,) if k_scales is None else (k_pages, k_scales)
+    del interpret
+    sequences, scoring, lse = call.sequences, call.scoring, call.lse
+    page_table, table_rows = sequences.page_table, sequences.table_rows
+    q = side_by_side(call.queries)
+    tokens, num_seqs, max_tokens = q.shape[0], sequences.count, call.max_keys
+    layer, kv_heads = jnp.asarray(call.layer, jnp.int32), call.pool.shape[2]
+    keys, pool = KeyTiles.of_pool(call.pool), call.pool.arrays
     # A tile's row is its sequence's number here, the row of `mass` too.
     seqs = jnp.arange(num_seqs, dtype=jnp.int32)
-    size, hides = query_tile(tokens, num_seqs), {"window": window, "sink_tokens": sink_tokens}
-    work = plan(tokens, size, kv_lengths, query_starts, seqs, keys, **hides)
-    queries = pack(q.astype(jnp.float32) * scale, work, kv_heads)
+    size, hides = query_tile(tokens, num_seqs), {"window": scoring.window, "sink_tokens": scoring.sink_tokens}
+    work = plan(tokens, size, sequences.kv_lengths, sequences.query_starts, seqs, keys, **hides)
+    queries = pack(q.astype(jnp.float32) * scoring.scale, work, kv_heads)
     log_sums = pack(lse[..., None], work, kv_heads)
 
     def visit_tile(tile, mass):
@@ -48,9 +50,9 @@ def attention_mass(
 
         def visit(key_tile, mass):
             where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
-            k, *scales = keys.read(pool, layer, where)
+            ((k, k_scale),) = keys.read(pool, layer, where)
             visible = see(row_places, keys.places(where), **hides)
-            scores = score(q_tile, k, scales[0] if scales else None, visible, softcap=softcap)
+            scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
             weights = jnp.where(visible[None], jnp.exp(log_weights(scores, log_sum)), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first
             # Of places that it does not own a tile adds zero.
@@ -60,7 +62,6 @@ def attention_mass(
         first = work.first_key_tile[tile]
         return control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, mass)
 
-    max_tokens = page_table.shape[1] * page_size
     # Room for all of the last tile.
     room = -(-max_tokens // keys.size) * keys.size
     mass = jnp.zeros((num_seqs, kv_heads, room), jnp.float32)

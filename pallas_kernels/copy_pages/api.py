@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
-from pallas_kernels.copy_pages import xla
-from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.dispatch import choose_backend
+from pallas_kernels.checks import as_int32, check_integers, check_pool
+from pallas_kernels.copy_pages.call import Call
+from pallas_kernels.dispatch import serve
 
 
 def copy_pages(
@@ -17,6 +16,7 @@ def copy_pages(
     *,
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
+    kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
 ) -> tuple[Array, ...]:
@@ -28,6 +28,7 @@ def copy_pages(
       destinations: pages to write, each at most once and none of them a source. A source or a
         destination that is no page means no copy, which costs nothing.
       k_scales, v_scales: of a pool of codes.
+      kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
@@ -39,16 +40,9 @@ def copy_pages(
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    check_pool(k_pages, v_pages, k_scales, v_scales)
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     sources, destinations = (jnp.asarray(ids) for ids in (sources, destinations))
     check_integers("sources", sources, sources.shape[:1])
     check_integers("destinations", destinations, sources.shape[:1])
     sources, destinations = as_int32(sources), as_int32(destinations)
-    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages, converts=False)}
-    chosen = choose_backend("copy_pages", backend, lacks, interpret)
-    if chosen.name == "xla":
-        return xla.copy_pages(pool, sources, destinations)
-    from pallas_kernels.copy_pages import triton
-
-    return triton.copy_pages(pool, sources, destinations, interpret=chosen.interpret)
+    return serve("copy_pages", Call(pool, sources, destinations), backend=backend, interpret=interpret)

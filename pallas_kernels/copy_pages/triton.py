@@ -7,21 +7,30 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
+from jaxtyping import Array
 
 from pallas_kernels import cost
+from pallas_kernels.copy_pages.call import Call
+from pallas_kernels.device import Device
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import each_pair
 from pallas_kernels.sizes import next_power_of_two
+from pallas_kernels.words import each_pair
 
 # Bytes that a program holds at a time: 64 a thread.
 _BLOCK_BYTES = 8192
 
 
-def copy_pages(pool, sources, destinations, *, interpret: bool):
+def lacks(call: Call) -> str | None:
+    """What the kernel lacks for these pages on this device, if anything."""
+    return call.pool.storage.lacks(Device.current(), call.pool.shape[4], converts=False)
+
+
+def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     """See `api.copy_pages`."""
-    if sources.shape[0] == 0:
-        return pool
-    return each_pair(partial(_copy_pair, sources, destinations, interpret=interpret), pool)
+    if call.sources.shape[0] == 0:
+        return call.pool.arrays
+    copy_pair = partial(_copy_pair, call.sources, call.destinations, interpret=interpret)
+    return each_pair(copy_pair, call.pool.arrays)
 
 
 def _copy_pair(sources, destinations, name, *pair, interpret: bool):

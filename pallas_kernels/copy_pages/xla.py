@@ -2,12 +2,20 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 from pallas_kernels import control_flow
+from pallas_kernels.copy_pages.call import Call
 
 
-def copy_pages(pool, sources, destinations):
+def lacks(call: Call) -> str | None:
+    """Nothing."""
+
+
+def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     """See `api.copy_pages`."""
+    del interpret
+    pool, sources, destinations = call.pool.arrays, call.sources, call.destinations
     num_copies = sources.shape[0]
     number = jnp.arange(num_copies, dtype=jnp.int32)
     last = pool[0].shape[1] - 1

@@ -3,10 +3,9 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
-from pallas_kernels.checks import as_int32, check_integers, check_pool, pool_arrays
-from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.move_pages import xla
+from pallas_kernels.checks import as_int32, check_integers, check_pool
+from pallas_kernels.dispatch import serve
+from pallas_kernels.move_pages.call import Call
 
 
 def move_pages(
@@ -16,6 +15,7 @@ def move_pages(
     *,
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
+    kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
 ) -> tuple[Array, ...]:
@@ -30,6 +30,7 @@ def move_pages(
       targets: where each page goes, no two to one place; any number that is no page for one that
         nobody needs. A page that is its own target costs nothing.
       k_scales, v_scales: of a pool of codes.
+      kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
 
@@ -41,17 +42,10 @@ def move_pages(
       ValueError: for wrong shapes or dtypes.
       NotImplementedError: for a backend that cannot serve the call.
     """
-    check_pool(k_pages, v_pages, k_scales, v_scales)
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     num_pages = k_pages.shape[1]
     targets = jnp.asarray(targets)
     check_integers("targets", targets, (num_pages,))
     targets = as_int32(targets)
     targets = jnp.where((targets >= 0) & (targets < num_pages), targets, num_pages)
-    lacks = {"xla": None, "triton": lacks_dtype(Device.current(), k_pages, converts=False)}
-    chosen = choose_backend("move_pages", backend, lacks, interpret)
-    if chosen.name == "xla":
-        return xla.move_pages(pool, targets)
-    from pallas_kernels.move_pages import triton
-
-    return triton.move_pages(pool, targets, interpret=chosen.interpret)
+    return serve("move_pages", Call(pool, targets), backend=backend, interpret=interpret)

@@ -16,9 +16,11 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Int
 
 from pallas_kernels import cost
+from pallas_kernels.device import Device
 from pallas_kernels.launch import launch
-from pallas_kernels.quantization import each_pair
+from pallas_kernels.move_pages.call import Call
 from pallas_kernels.sizes import next_power_of_two
+from pallas_kernels.words import each_pair
 
 # Bytes of K that a program carries, and as many of V: 32 of each a thread.
 _BLOCK_BYTES = 4096
@@ -26,9 +28,14 @@ _BLOCK_BYTES = 4096
 _GROUPS = 32
 
 
-def move_pages(pool, targets, *, interpret: bool):
+def lacks(call: Call) -> str | None:
+    """What the kernel lacks for these pages on this device, if anything."""
+    return call.pool.storage.lacks(Device.current(), call.pool.shape[4], converts=False)
+
+
+def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     """See `api.move_pages`."""
-    return each_pair(partial(_move_pair, chains(targets), interpret=interpret), pool)
+    return each_pair(partial(_move_pair, chains(call.targets), interpret=interpret), call.pool.arrays)
 
 
 def _move_pair(way, name, *pair, interpret: bool):

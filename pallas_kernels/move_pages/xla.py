@@ -4,17 +4,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from pallas_kernels import control_flow
+from pallas_kernels.move_pages.call import Call
 
 # Bytes of K and V that are lifted out of the pool at a time, at most (one page, if that is more).
 _CHUNK_BYTES = 16 * 2**20
 
 
-def move_pages(pool, targets):
+def lacks(call: Call) -> str | None:
+    """Nothing."""
+
+
+def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     """See `api.move_pages`. The lowest places are filled first.
 
     A place may hold a page that has not moved yet. It trades places: the pages displaced by a chunk
     go to the places the chunk's pages leave, and are carried on from there when their turn comes.
     """
+    del interpret
+    pool, targets = call.pool.arrays, call.targets
     num_pages = targets.shape[0]
     page_bytes = sum(pages.size * pages.dtype.itemsize for pages in pool) // num_pages
     # A chunk is lifted together with the pages it displaces.

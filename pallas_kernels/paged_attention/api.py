@@ -1,19 +1,15 @@
 """`paged_attention`: the call, checked."""
 
 from functools import partial
-from math import sqrt
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from pallas_kernels import int4
 from pallas_kernels.checks import check_layer, check_options, check_pool, check_queries
-from pallas_kernels.device import Device
-from pallas_kernels.dispatch import choose_backend
-from pallas_kernels.paged_attention import prefixes, xla
-from pallas_kernels.paged_attention import tuning as tuning_table
-from pallas_kernels.quantization import as_floats, is_int4, token_bytes
+from pallas_kernels.dispatch import serve
+from pallas_kernels.paged_attention import prefixes
+from pallas_kernels.paged_attention.call import Call, Scoring, Sequences
+from pallas_kernels.paged_attention.tuning import Tuning
 
 
 def paged_attention(
@@ -34,11 +30,12 @@ def paged_attention(
     k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
     v_scales: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None,
     return_lse: bool = False,
+    kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,
     shared_prefix: bool | None = None,
-    tuning: tuning_table.Tuning | None = None,
-    shared_tuning: tuning_table.Tuning | None = None,
+    tuning: Tuning | None = None,
+    shared_tuning: Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
     """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
 
@@ -48,7 +45,7 @@ def paged_attention(
     Args:
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
-      k_pages, v_pages: the pool; of int8, uint8 (E4M3FN) or int32 (words of eight), codes.
+      k_pages, v_pages: the pool.
       page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
       kv_lengths: places of each sequence; 0 for one that has nothing to see.
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
@@ -62,6 +59,7 @@ def paged_attention(
       sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
       k_scales, v_scales: of a pool of codes.
       return_lse: also return the log-sum-exp of each row's scores, `sink_logits` included.
+      kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
       interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
       shared_prefix: attend once to the pages that neighbouring sequences begin with (see `prefixes.find`),
@@ -87,74 +85,42 @@ def paged_attention(
     k_scales, v_scales = (None if scale is None else jnp.asarray(scale) for scale in (k_scales, v_scales))
     if table_rows is None:
         table_rows = jnp.arange(page_table.shape[0], dtype=jnp.int32)
-    check_pool(k_pages, v_pages, k_scales, v_scales)
-    check_queries(q, k_pages, page_table, table_rows, kv_lengths, query_starts)
+    pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
+    check_queries(q, pool, page_table, table_rows, kv_lengths, query_starts)
     if sink_logits is not None and sink_logits.shape != q.shape[1:2]:
         raise ValueError(f"sink_logits must be [q_heads={q.shape[1]}], not {list(sink_logits.shape)}")
     check_layer(layer, k_pages.shape[0])
-    scale, window, sink_tokens, softcap = check_options(scale, window, sink_tokens, softcap)
+    options = check_options(scale, window, sink_tokens, softcap)
+    scoring = Scoring.of(options, q.shape[2], page_table.shape[1] * pool.shape[3])
     page_table, table_rows, kv_lengths, query_starts = (
         array.astype(jnp.int32) for array in (page_table, table_rows, kv_lengths, query_starts)
     )
-    asked, spike_q = q, None
-    if is_int4(k_pages.dtype):
-        # Its rows lie rotated, but for the spikes of keys.
-        asked, spike_q = int4.rotate_queries(q), q
-    arrays = k_pages, v_pages, page_table, table_rows, kv_lengths, query_starts
-    max_keys = page_table.shape[1] * k_pages.shape[3]
-    options: dict[str, Any] = dict(
-        layer=layer,
-        scale=1 / sqrt(q.shape[-1]) if scale is None else float(scale),
-        window=None if window is None else min(window, 2**30),
-        sink_tokens=min(sink_tokens, max_keys),
-        softcap=None if softcap is None else float(softcap),
-        sinks=sink_logits,
-        k_scales=k_scales,
-        v_scales=v_scales,
-        spike_q=spike_q,
-        prefixes=None,
-    )
-    width = token_bytes(k_pages.shape[2], q.shape[2], k_pages.dtype)
+    max_keys, storage = page_table.shape[1] * pool.shape[3], pool.storage
+    width = storage.token_bytes(pool.shape[2], q.shape[2])
     if shared_prefix is None:
         shared_prefix = prefixes.could_pay(kv_lengths.shape[0], q.shape[0], max_keys, width)
-    if shared_prefix and window is None:
-        options["prefixes"] = partial(
-            prefixes.find,
-            page_table,
-            table_rows,
-            kv_lengths,
-            query_starts,
-            page_size=k_pages.shape[3],
-            token_bytes=width,
-            partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
-        )
-    device = Device.current()
-    lacks = {"xla": None, "triton": tuning_table.lacks(device, q.shape[2], k_pages, q)}
-    chosen = choose_backend("paged_attention", backend, lacks, interpret)
-    if chosen.name == "xla":
-        out, lse = xla.paged_attention(asked, *arrays, **options)
-    else:
-        from pallas_kernels.paged_attention import triton
-
-        k_pages, v_pages, *rest = arrays
-        arrays = as_floats(k_pages), as_floats(v_pages), *rest
-        shape: dict[str, Any] = dict(
-            tokens=q.shape[0],
-            seqs=kv_lengths.shape[0],
-            group=q.shape[1] // k_pages.shape[2],
-            head_dim=q.shape[2],
-            dtype=arrays[0].dtype,
-            q_dtype=q.dtype,
-        )
-        out, lse = triton.paged_attention(
-            # Matrix units take 16 bits.
-            asked.astype(q.dtype),
-            *arrays,
-            **options,
-            tuning=tuning or tuning_table.choose(device, **shape),
-            shared_tuning=shared_tuning or tuning_table.choose_shared(device, **shape),
-            interpret=chosen.interpret,
-        )
-    if spike_q is not None:
-        out = int4.rotate_queries(out).astype(q.dtype)
+    finds = partial(
+        prefixes.find,
+        page_table,
+        table_rows,
+        kv_lengths,
+        query_starts,
+        page_size=pool.shape[3],
+        token_bytes=width,
+        partial_bytes=4 * q.shape[1] * (q.shape[2] + 2),
+    )
+    call = Call(
+        q=q,
+        queries=storage.queries(q),
+        pool=pool,
+        sequences=Sequences(page_table, table_rows, kv_lengths, query_starts),
+        layer=layer,
+        scoring=scoring,
+        sinks=sink_logits,
+        prefixes=finds if shared_prefix and scoring.window is None else None,
+        tuning=tuning,
+        shared_tuning=shared_tuning,
+    )
+    out, lse = serve("paged_attention", call, backend=backend, interpret=interpret)
+    out = storage.outputs(out, q.dtype)
     return (out, lse) if return_lse else out

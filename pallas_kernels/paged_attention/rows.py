@@ -8,17 +8,19 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from pallas_kernels import int4
+from pallas_kernels.formats.base import Layout, plain_layout
 from pallas_kernels.paged_attention import softmax
 from pallas_kernels.paged_attention.scores import LOG2E, scale_in_two
 from pallas_kernels.paged_attention.tuning import Tuning
 from pallas_kernels.sizes import next_power_of_two
 
 
-def rows_like(q, kv_heads: int, words: int, tuning: Tuning, **options) -> Callable[..., "Rows"]:
+def rows_like(
+    q, kv_heads: int, tuning: Tuning, layout: Callable[[int], Layout] = plain_layout
+) -> Callable[..., "Rows"]:
     """Makes `Rows` of first row, number and head."""
     group = q.shape[1] // kv_heads
-    return partial(Rows, group=group, size=tuning.query_tile, words=words, head_dim=q.shape[2], **options)
+    return partial(Rows, group=group, size=tuning.query_tile, head_dim=q.shape[2], layout=layout)
 
 
 def _exp(x):
@@ -32,8 +34,7 @@ def _log(x):
 class Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
-    What is as wide as a head comes in `words` parts: part `n` is the numbers `n, n + words...` Against codes
-    of four bits it is one part: of all words the first number, then of all the second.
+    What is as wide as a head comes in parts, laid out as a tile of the pool's keys is.
     """
 
     def __init__(
@@ -44,9 +45,8 @@ class Rows:
         *,
         group: int,
         size: int,
-        words: int,
         head_dim: int,
-        four_bits: bool = False,
+        layout: Callable[[int], Layout],
     ):
         self.row = lax.iota(jnp.int32, max(16, next_power_of_two(size * group)))
         self.in_tile = self.row < size * group
@@ -55,19 +55,8 @@ class Rows:
         self.token = first_row + self.offset
         self.head, self.in_group = head, lax.rem(self.row, np.int32(group))
         self.q_head = head * group + self.in_group
-        self.head_dim, self.groups = head_dim, int4.num_groups(head_dim)
-        if four_bits:
-            run = head_dim // int4.CODES
-            self.word = lax.iota(jnp.int32, max(2, next_power_of_two(run)))
-            width = np.int32(self.word.shape[0])
-            number = lax.iota(jnp.int32, int4.CODES * self.word.shape[0])
-            word = lax.rem(number, width)
-            self.dims = [lax.div(number, width) * run + word]
-            self.in_words, self.in_head = (self.word < run)[None, :], (word < run)[None, :]
-            return
-        self.word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // words)))
-        self.in_words = self.in_head = (self.word < head_dim // words)[None, :]
-        self.dims = [self.word * words + part if words > 1 else self.word for part in range(words)]
+        self.layout = layout(head_dim)
+        self.dims, self.in_head = self.layout.dims, self.layout.in_head
 
     def nothing_seen(self) -> softmax.Partial:
         """What each row starts from."""
@@ -75,7 +64,7 @@ class Rows:
         return softmax.Partial(m, l, (o,) * len(self.dims))
 
     def load(self, q):
-        """`[rows, words]` for each part, zeros where there is no row."""
+        """`[rows, width]` for each part, zeros where there is no row."""
         mask = self.exists[:, None] & self.in_head
         return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
 

@@ -9,20 +9,19 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
+from pallas_kernels.formats import Format
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import is_quantized
 
 # The softmax counts in powers of two.
 LOG2E = log2(e)
 
 
 @lru_cache
-def product_for(q_dtype, k_dtype, tuning: Tuning, interpret: bool) -> Callable:
+def product_for(q_dtype, storage: Format, tuning: Tuning, interpret: bool) -> Callable:
     """The matrix product of queries with keys, and of weights with values."""
-    # Codes are exact in any dtype of 16 bits; numbers of another dtype meet q in float32.
-    wide = q_dtype if q_dtype == k_dtype or is_quantized(k_dtype) else jnp.float32
+    wide = storage.product_dtype(q_dtype)
     # The interpreter's CPU has float32 and nothing like it.
-    precision = lax.Precision.HIGHEST if interpret else tuning.precision(q_dtype, k_dtype)
+    precision = lax.Precision.HIGHEST if interpret else tuning.precision(q_dtype, storage.kernel_dtype)
 
     def product(a, b, **transposed):
         return plgpu.dot(a.astype(wide), b.astype(wide), precision=precision, **transposed)

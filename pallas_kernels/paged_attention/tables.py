@@ -31,6 +31,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.formats import Format
 from pallas_kernels.sizes import next_power_of_two
 
 VARIABLE = "JAXKV_TUNING"
@@ -56,10 +57,10 @@ class Shape:
 
     @classmethod
     def of(
-        cls, *, tokens: int, seqs: int, group: int, head_dim: int, dtype: DTypeLike, q_dtype: DTypeLike
+        cls, *, tokens: int, seqs: int, group: int, head_dim: int, storage: Format, q_dtype: DTypeLike
     ) -> "Shape":
         """Of the arguments of `tuning.choose`."""
-        names = jnp.dtype(dtype).name, jnp.dtype(q_dtype).name
+        names = storage.kernel_dtype, jnp.dtype(q_dtype).name
         many = ceil(tokens / seqs) > 1
         return cls("many" if many else "one", head_dim, next_power_of_two(group), *names)
 

@@ -11,6 +11,7 @@ and the ids of the next tile are fetched while this one is worked on.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -21,54 +22,64 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import cost
-from pallas_kernels.checks import as_layer, is_layer, pool_arrays
+from pallas_kernels.checks import as_layer, is_layer
+from pallas_kernels.device import Device
+from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention import tuning as tunings
+from pallas_kernels.paged_attention.call import Call, Scoring
 from pallas_kernels.paged_attention.masks import sees
 from pallas_kernels.paged_attention.rows import Rows, rows_like
 from pallas_kernels.paged_attention.scores import add_up, cap, product_for, scale_in_two
-from pallas_kernels.paged_attention.tiles import assembled, how_read, load_words, numbers_of, read_tile
+from pallas_kernels.paged_attention.tiles import assembled, read_tile, scale_loader
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import is_int4
 from pallas_kernels.ragged import ragged_rows
 
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
 
 
-def paged_attention(
-    q,
-    k_pages,
-    v_pages,
-    page_table,
-    table_rows,
-    kv_lengths,
-    query_starts,
-    *,
-    layer,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    sinks,
-    k_scales,
-    v_scales,
-    spike_q,
-    prefixes,
-    tuning: Tuning,
-    shared_tuning: Tuning,
-    interpret: bool,
-):
-    """See `api.paged_attention`. Returns `(out, lse)`."""
+def lacks(call: Call) -> str | None:
+    """What the kernel lacks for these arrays on this device, if anything."""
+    return tunings.lacks(Device.current(), call.q, call.pool.storage)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Launches:
+    """What the launches of a call have in common.
+
+    Attributes:
+      arrays: the layer, the page table, sinks, queries, the pool, and more queries.
+      call: the call.
+      parts: in which a row of the pool comes, see `Format.parts`.
+      cost: of all.
+      interpret: run without a GPU.
+    """
+
+    arrays: tuple[jax.Array, ...]
+    call: Call
+    parts: int
+    cost: pl.CostEstimate
+    interpret: bool
+
+
+def run(call: Call, *, interpret: bool):
+    """See `api.paged_attention`. Returns `(out, lse)`, `out` as the format's tiles give it."""
+    # Matrix units take 16 bits.
+    q, *more_queries = (part.astype(call.q.dtype) for part in call.queries)
+    tuning = call.tuning or tunings.choose(Device.current(), **call.shape)
+    shared_tuning = call.shared_tuning or tunings.choose_shared(Device.current(), **call.shape)
+    sequences, scoring, storage = call.sequences, call.scoring, call.pool.storage
     tokens, q_heads, head_dim = q.shape
-    kv_heads, page_size = k_pages.shape[2:4]
-    num_seqs, max_keys = kv_lengths.shape[0], page_table.shape[1] * page_size
+    num_layers, _, kv_heads, *_ = call.pool.shape
+    num_seqs, max_keys = sequences.count, call.max_keys
     shared = None
-    if prefixes is not None:
-        shared = prefixes(unit=max(tuning.key_tile, shared_tuning.key_tile))
+    if call.prefixes is not None:
+        shared = call.prefixes(unit=max(tuning.key_tile, shared_tuning.key_tile))
     skipped = None if shared is None else shared.skipped
     tiles = schedule.query_tiles(
-        tokens, tuning.query_tile, kv_lengths, query_starts, table_rows, window=window, skipped=skipped
+        tokens, tuning.query_tile, *sequences.lengths, window=scoring.window, skipped=skipped
     )
     num_tiles = tiles.num_keys.shape[0]
     prompts = tokens > 16 * num_seqs
@@ -77,44 +88,32 @@ def paged_attention(
         num_items = max(num_items, num_tiles + 1)
     split = num_items > num_tiles
     if split:
-        items = schedule.share(tiles, num_items, tuning.key_tile, sink_tokens=sink_tokens)
+        items = schedule.share(tiles, num_items, tuning.key_tile, sink_tokens=scoring.sink_tokens)
     else:
-        items = schedule.whole(tiles, tuning.key_tile, heaviest_first=prompts, sink_tokens=sink_tokens)
+        items = schedule.whole(
+            tiles, tuning.key_tile, heaviest_first=prompts, sink_tokens=scoring.sink_tokens
+        )
+    sinks = call.sinks
     if sinks is None:
         sinks = jnp.full(q_heads, -jnp.inf, jnp.float32)
     sinks = sinks.astype(jnp.float32).reshape(kv_heads, -1)
 
-    words, view = how_read(k_pages, tuning)
-    arrays = (
-        _layer_and_whether(layer, k_pages.shape[0]),
-        page_table,
-        sinks,
-        q,
-        *pool_arrays(view(k_pages), view(v_pages), k_scales, v_scales),
-        *(() if spike_q is None else (spike_q,)),
+    parts = storage.parts(call.pool.pages[0].size, tuning)
+    views = [storage.read_view(pages, parts) for pages in call.pool.pages]
+    layer = _layer_and_whether(call.layer, num_layers)
+    counted = cost.paged_attention(
+        num_keys=max_keys * num_seqs,
+        num_pairs=max_keys * tokens,
+        tokens=tokens,
+        q_heads=q_heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        q_dtype=q.dtype,
+        storage=storage,
     )
-    visit = partial(
-        _visit,
-        arrays,
-        words=words,
-        codes=None if k_scales is None else k_pages.dtype,
-        scale=scale,
-        window=window,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
-        cost=cost.paged_attention(
-            num_keys=max_keys * num_seqs,
-            num_pairs=max_keys * tokens,
-            tokens=tokens,
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            q_dtype=q.dtype,
-            kv_dtype=k_pages.dtype,
-        ),
-        interpret=interpret,
-    )
-    results = visit(tiles, items, tuning=tuning, split=split, name="paged_attention")
+    arrays = layer, sequences.page_table, sinks, q, *views, *call.pool.scales, *more_queries
+    launches = _Launches(arrays, call, parts, counted, interpret)
+    results = _visit(launches, tiles, items, tuning, scoring, split=split, name="paged_attention")
     if not split:
         return results
     merged = [arrays[0], items.starts, tiles.first_row, tiles.num_rows, tiles.num_keys, sinks, *results]
@@ -127,16 +126,15 @@ def paged_attention(
         num_items = busy + max(1, shared_tuning.programs // kv_heads)
         items = schedule.share(shared_tiles, num_items, shared_tuning.key_tile, busy=busy)
         tile, row = ragged_rows(jnp.cumsum(shared_tiles.num_rows, dtype=jnp.int32), tokens)
-        results = visit(
-            shared_tiles, items, tuning=shared_tuning, split=True, name="paged_attention_shared", window=None
-        )
+        name, scoring = "paged_attention_shared", scoring._replace(window=None)
+        results = _visit(launches, shared_tiles, items, shared_tuning, scoring, split=True, name=name)
         merged += [items.starts, tile, row, *results]
     return tuple(
         launch(
             partial(
                 _merge,
-                rows=rows_like(q, kv_heads, 1, tuning),
-                scale=scale,
+                rows=rows_like(q, kv_heads, tuning),
+                scale=scoring.scale,
             ),
             grid=(kv_heads, num_tiles),
             out_shape=_outputs(q),
@@ -160,40 +158,31 @@ def _outputs(q):
 
 
 def _visit(
-    arrays,
-    tiles,
-    items,
+    launches: _Launches,
+    tiles: schedule.QueryTiles,
+    items: schedule.Items,
+    tuning: Tuning,
+    scoring: Scoring,
     *,
-    words,
-    codes,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    tuning,
-    split,
-    name,
-    cost,
-    interpret,
+    split: bool,
+    name: str,
 ) -> tuple[jax.Array, ...]:
     """One launch: what the rows of the tiles see, whole (`out, lse`) or in parts, by item (`m, l, o`)."""
-    q, k = arrays[3:5]
-    kv_heads, rows = k.shape[2], tuning.query_tile * (q.shape[1] // k.shape[2])
+    q, storage, interpret = launches.arrays[3], launches.call.pool.storage, launches.interpret
+    kv_heads = launches.call.pool.shape[2]
+    rows = tuning.query_tile * (q.shape[1] // kv_heads)
     shape = items.tile.shape[0], kv_heads, rows
     partials = [jax.ShapeDtypeStruct(shape, jnp.float32)] * 2 + [
         jax.ShapeDtypeStruct((*shape, q.shape[2]), jnp.float32)
     ]
     kernel = partial(
         _attend,
-        rows=rows_like(q, kv_heads, words, tuning, four_bits=codes is not None and is_int4(codes)),
-        codes=codes,
-        assembled=assembled(codes, q.dtype, tuning, interpret),
+        rows=rows_like(q, kv_heads, tuning, partial(storage.layout, parts=launches.parts)),
+        storage=storage,
+        assembled=assembled(storage, q.dtype, tuning, interpret),
         key_tile=tuning.key_tile,
-        scale=scale,
-        window=window,
-        sink_tokens=sink_tokens,
-        softcap=softcap,
-        product=product_for(q.dtype, codes or k.dtype, tuning, interpret),
+        scoring=scoring,
+        product=product_for(q.dtype, storage, tuning, interpret),
         split=split,
     )
     return tuple(
@@ -204,9 +193,9 @@ def _visit(
             name=name,
             num_warps=tuning.num_warps,
             num_stages=tuning.num_stages,
-            cost=cost,
+            cost=launches.cost,
             interpret=interpret,
-        )(*items[:3], *tiles, *arrays)
+        )(*items[:3], *tiles, *launches.arrays)
     )
 
 
@@ -228,18 +217,17 @@ def _attend(
     v_ref,
     *refs,
     rows: Callable[..., Rows],
-    codes,
+    storage: Format,
     assembled,
     key_tile: int,
-    scale: float,
-    window: int | None,
-    sink_tokens: int,
-    softcap: float | None,
+    scoring: Scoring,
     product: Callable,
     split: bool,
 ):
-    scale_refs, out_refs = ((), refs) if codes is None else (refs[:2], refs[2:])
-    four_bits = codes is not None and is_int4(codes)
+    scale, window, sink_tokens, softcap = scoring
+    outs = 3 if split else 2
+    scale_refs, rest_refs = (refs[:2], refs[2:]) if storage.quantized else ((), refs)
+    more_q_refs, out_refs = rest_refs[:-outs], rest_refs[-outs:]
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
@@ -249,9 +237,8 @@ def _attend(
     row_place = first_place + mine.offset
     q = mine.load(q_ref)
     factor, rest = scale_in_two(scale)
-    if four_bits:
-        spike_q_ref, *out_refs = out_refs
-        q += mine.load(spike_q_ref)
+    for more_q_ref in more_q_refs:
+        q += mine.load(more_q_ref)
 
     def places_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
@@ -275,24 +262,28 @@ def _attend(
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
         places = places_of(key)
-        real = mine.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
+        real = mine.layout.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
         offsets = lax.rem(places, page_size)
-        at = (layer, ids[:, None], head, offsets[:, None], mine.word[None, :])
-        k, v = (read_tile(ref.at[at], real, codes, assembled) for ref in (k_ref, v_ref))
+        at = (layer, ids[:, None], head, offsets[:, None], mine.layout.word[None, :])
+        k, v = (read_tile(ref.at[at], real, storage, assembled) for ref in (k_ref, v_ref))
         place = layer, ids, head, offsets
-        if four_bits:
-            words = [load_words(ref, place, places < num_keys, mine.groups) for ref in scale_refs]
-            k, v = (numbers_of(*pair, mine) for pair in zip((*k, *v), words, strict=True))
-            scales_of_tile = ()
-        else:
-            scales_of_tile = [
-                plgpu.load(scales.at[place], mask=places < num_keys, other=0.0) for scales in scale_refs
+        k_scale = v_scale = None
+        if scale_refs:
+            scales = [
+                storage.load_scales(
+                    scale_loader(ref, place, places < num_keys), key_tile, q_ref.shape[2], keys=keys
+                )
+                for ref, keys in zip(scale_refs, (True, False), strict=True)
             ]
+            (k, k_scale), (v, v_scale) = (
+                storage.tile_values(*pair, mine.layout) for pair in zip((k, v), scales, strict=True)
+            )
         next_ids = page_ids(key + 1)
         scores, weigh_tile = add_up(product, q, k), weigh
-        if scales_of_tile:
-            k_scale, v_scale = scales_of_tile
-            scores, weigh_tile = scores * k_scale[None, :], partial(weigh_codes, v_scale)
+        if k_scale is not None:
+            scores = scores * k_scale[None, :]
+        if v_scale is not None:
+            weigh_tile = partial(weigh_codes, v_scale)
         if softcap is not None:
             scores = cap(scores, scale, softcap)
         scores = scores * factor

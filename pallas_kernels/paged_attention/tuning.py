@@ -9,9 +9,9 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from pallas_kernels.device import Device, lacks_dtype
+from pallas_kernels.device import Device
+from pallas_kernels.formats import Format
 from pallas_kernels.paged_attention import tables
-from pallas_kernels.quantization import is_int4, is_quantized
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
@@ -92,7 +92,7 @@ def rule(
     seqs: int,
     group: int,
     head_dim: int,
-    dtype: DTypeLike,
+    storage: Format,
     q_dtype: DTypeLike,
 ) -> Tuning:
     """What is reasoned, and was found not to spill registers.
@@ -101,13 +101,13 @@ def rule(
       device: what it will run on.
       tokens, seqs: rows of `q` and sequences, static.
       group: query heads a KV head.
-      head_dim, dtype: of the pool.
+      head_dim, storage: of the pool.
       q_dtype: of the queries.
     """
     rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
-    codes = is_quantized(dtype)
-    # Of what is multiplied: codes become numbers of q's dtype first.
-    itemsize = jnp.dtype(q_dtype if codes else dtype).itemsize
+    codes = storage.quantized
+    # Of what is multiplied: codes become values of q's dtype first.
+    itemsize = jnp.dtype(q_dtype if codes else storage.kernel_dtype).itemsize
     row_bytes = next_power_of_two(head_dim) * itemsize
     # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more, and so
     # do codes and the numbers that they become.
@@ -115,9 +115,7 @@ def rule(
     max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes))
     if itemsize == 4 or (codes and row_bytes > 256):
         max_rows = max(16, max_rows // 2)
-    if is_int4(dtype):
-        # Steps, places and spikes of a tile take as many registers as its numbers.
-        max_rows = 16
+    max_rows = min(max_rows, storage.max_rows)
     run = next_power_of_two(ceil(tokens / seqs))
     query_tile = min(run, max(1, max_rows // next_power_of_two(group)))
     rows = next_power_of_two(query_tile * group)
@@ -130,27 +128,21 @@ def rule(
     if rdna:
         # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
         num_warps = 8 if row_bytes > 128 or many_registers else 4
-        return Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+        tuning = Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+        return storage.tuned(tuning, device, head_dim, row_bytes)
     if device.platform == "rocm":
         key_tile = min(key_tile, 32 if codes and many_registers else 64)
         if most_registers:
             key_tile = min(key_tile, 16 if codes or row_bytes > 256 else 32)
         num_warps = 8 if many_registers else 4
-        if is_int4(dtype):
-            num_warps = _rocm_int4_warps(device, row_bytes)
-            key_tile = _int4_key_tile(2 * num_warps, head_dim)
-        return Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+        tuning = Tuning(query_tile, key_tile, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
+        return storage.tuned(tuning, device, head_dim, row_bytes)
     if codes:
         key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
     # Two bytes a number and 128 of them: more stages of codes would leave room for half as many programs,
     # which were a tenth slower on an H100.
     num_stages, codes_a_word = (6 if codes and (itemsize == 4 or row_bytes < 256) else 4), 4
     small = not 90 <= int(device.arch[3:]) < 120
-    if is_int4(dtype):
-        num_warps = 8 if row_bytes == 256 and not small else 4
-        # As many stages as leave registers for addresses: 40 KB are under way.
-        num_stages = 7 if num_warps == 8 else 8
-        return Tuning(query_tile, _int4_key_tile(num_warps, head_dim), num_warps, num_stages, programs)
     if small:
         # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
         key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
@@ -163,19 +155,8 @@ def rule(
     # With float16 queries and short rows the assembly would spill.
     assembled = codes and itemsize == 2 and (row_bytes >= 256 or jnp.dtype(q_dtype) != jnp.float16)
     num_warps = 8 if many_registers else 4
-    return Tuning(query_tile, key_tile, num_warps, num_stages, programs, codes_a_word, ptx=assembled)
-
-
-def _int4_key_tile(num_warps: int, head_dim: int) -> int:
-    """Tokens whose keys are sixteen bytes for each thread, of warps of 32."""
-    return max(16, 1024 * num_warps // next_power_of_two(head_dim))
-
-
-def _rocm_int4_warps(device: Device, row_bytes: int) -> int:
-    """As found to spill no registers."""
-    if row_bytes <= 128:
-        return 1
-    return 4 if device.arch == "gfx942" and row_bytes == 256 else 2
+    tuning = Tuning(query_tile, key_tile, num_warps, num_stages, programs, codes_a_word, ptx=assembled)
+    return storage.tuned(tuning, device, head_dim, row_bytes)
 
 
 def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
@@ -198,44 +179,27 @@ def choose_mass(device: Device, **shape) -> Tuning:
     """
     tuning = rule(device, **shape)
     # K stays in registers meanwhile, in float32 in parts.
-    wide = tuning.precision(shape["q_dtype"], shape["dtype"]) != lax.Precision.DEFAULT
+    wide = tuning.precision(shape["q_dtype"], shape["storage"].kernel_dtype) != lax.Precision.DEFAULT
     return replace(tuning, num_stages=min(2, tuning.num_stages), num_warps=8 if wide else tuning.num_warps)
 
 
-def lacks(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
-    """What the kernel lacks for this shape and these arrays on this device, if anything."""
+def lacks(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> str | None:
+    """What the kernel lacks for these queries of such a pool on this device, if anything."""
+    head_dim = q.shape[2]
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
-    if any(is_int4(array.dtype) for array in arrays) and (reason := _lacks_int4(device, head_dim, *arrays)):
-        return f"registers for four-bit codes {reason}"
-    return lacks_dtype(device, *arrays)
+    if reason := storage.lacks_attention(device, head_dim, q.dtype):
+        return reason
+    if reason := storage.lacks(device, storage.row_size(head_dim)):
+        return reason
+    return None if q.dtype in (jnp.float32, jnp.bfloat16, jnp.float16) else str(q.dtype)
 
 
-def _lacks_int4(device: Device, head_dim: int, *arrays: Array | jax.ShapeDtypeStruct) -> str | None:
-    """Where machine code was found to spill."""
-    dtypes = [array.dtype for array in arrays]
-    if jnp.float32 in dtypes:
-        return "with float32 queries"
-    most = {"sm_80": 64, "gfx1100": 64}.get(_family(device), head_dim)
-    if head_dim > most:
-        return f"of head_dim {head_dim} on {device.arch}: {most} is the most"
-    if device.arch == "gfx942" and head_dim <= 64 and jnp.float16 in dtypes:
-        return f"with float16 queries of head_dim {head_dim} on {device.arch}"
-    return None
-
-
-def _family(device: Device) -> str:
-    """One GPU for all that are tuned like it."""
-    if device.platform == "rocm":
-        return device.arch if device.arch.startswith("gfx9") else "gfx1100"
-    return device.arch if 90 <= int(device.arch[3:]) < 120 else "sm_80"
-
-
-def lacks_mass(device: Device, k_pages: Array | jax.ShapeDtypeStruct, q) -> str | None:
+def lacks_mass(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> str | None:
     """The same for `attention_mass`."""
-    if is_int4(k_pages.dtype):
-        return "four-bit keys for attention_mass"
-    head_dim, wide = k_pages.shape[-1], jnp.float32 in (q.dtype, k_pages.dtype)
+    if reason := storage.lacks_mass():
+        return reason
+    head_dim, wide = q.shape[2], "float32" in (q.dtype, storage.kernel_dtype)
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and wide and head_dim > 64:
         return f"registers for float32 of head_dim {head_dim} on {device.arch}: 64 is the most"
-    return lacks(device, head_dim, k_pages, q)
+    return lacks(device, q, storage)

@@ -21,11 +21,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels import control_flow, int4
-from pallas_kernels.checks import as_layer, is_layer, pool_arrays
+from pallas_kernels import control_flow
+from pallas_kernels.checks import Pool, as_layer, is_layer
+from pallas_kernels.formats import Format
 from pallas_kernels.paged_attention import schedule, softmax
+from pallas_kernels.paged_attention.call import Call
 from pallas_kernels.paged_attention.masks import sees
-from pallas_kernels.quantization import as_float32, head_dim_of, is_int4
 from pallas_kernels.ragged import ragged_rows
 from pallas_kernels.sizes import next_power_of_two
 
@@ -40,38 +41,24 @@ _MAX_SLICES = 16
 _FEW_ROWS = 4
 
 
-def paged_attention(
-    q,
-    k_pages,
-    v_pages,
-    page_table,
-    table_rows,
-    kv_lengths,
-    query_starts,
-    *,
-    layer,
-    scale,
-    window,
-    sink_tokens,
-    softcap,
-    sinks,
-    k_scales,
-    v_scales,
-    spike_q,
-    prefixes,
-):
-    """See `api.paged_attention`. Returns `(out, lse)`."""
-    q_dtype = q.dtype
-    tokens, q_heads, head_dim = q.shape
-    exists = is_layer(layer, k_pages.shape[0])
-    layer = jnp.clip(as_layer(layer), 0, k_pages.shape[0] - 1)
-    kv_heads = k_pages.shape[2]
+def lacks(call: Call) -> str | None:
+    """Nothing."""
+
+
+def run(call: Call, *, interpret: bool):
+    """See `api.paged_attention`. Returns `(out, lse)`, `out` as the format's tiles give it."""
+    del interpret
+    sequences, scoring, queries = call.sequences, call.scoring, call.queries
+    page_table, sinks = sequences.page_table, call.sinks
+    hides = {"window": scoring.window, "sink_tokens": scoring.sink_tokens}
+    q_dtype = queries[0].dtype
+    tokens, q_heads, head_dim = queries[0].shape
+    num_layers, _, kv_heads, *_ = call.pool.shape
+    exists = is_layer(call.layer, num_layers)
+    layer = jnp.clip(as_layer(call.layer), 0, num_layers - 1)
     group = q_heads // kv_heads
-    keys = KeyTiles.of_pages(k_pages)
-    pool = pool_arrays(k_pages, v_pages, k_scales, v_scales)
-    if spike_q is not None:
-        q = jnp.concatenate([q, spike_q.astype(q.dtype)], axis=-1)
-    q = q.astype(jnp.float32) * scale
+    keys, pool = KeyTiles.of_pool(call.pool), call.pool.arrays
+    q = side_by_side(queries).astype(jnp.float32) * scoring.scale
 
     def visit_tiles(work: Work, seen: softmax.Partial) -> softmax.Partial:
         """Lets the rows of every tile see its keys."""
@@ -83,10 +70,9 @@ def paged_attention(
 
             def visit(key_tile, seen):
                 where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
-                k, v, *scales = keys.read(pool, layer, where)
-                k_scale, v_scale = scales or (None, None)
-                visible = see(row_places, keys.places(where), window=window, sink_tokens=sink_tokens)
-                scores = score(q_tile, k, k_scale, visible, softcap=softcap)
+                (k, k_scale), (v, v_scale) = keys.read(pool, layer, where)
+                visible = see(row_places, keys.places(where), **hides)
+                scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
                 weigh = _weigh if v_scale is None else lambda p, v: _weigh(p * v_scale.swapaxes(1, 2), v)
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
 
@@ -100,14 +86,13 @@ def paged_attention(
         num_tiles, size = work.places.shape
         return softmax.empty((num_tiles, kv_heads, size * group), head_dim)
 
-    lengths = kv_lengths, query_starts, table_rows
-    size = query_tile(tokens, kv_lengths.shape[0])
-    if prefixes is None:
-        work = plan(tokens, size, *lengths, keys, window=window, sink_tokens=sink_tokens)
+    size = query_tile(tokens, sequences.count)
+    if call.prefixes is None:
+        work = plan(tokens, size, *sequences.lengths, keys, **hides)
         seen = nothing_seen(work)
     else:
-        shared = prefixes(unit=keys.unit)
-        work = plan(tokens, size, *lengths, keys, skipped=shared.skipped)
+        shared = call.prefixes(unit=keys.unit)
+        work = plan(tokens, size, *sequences.lengths, keys, skipped=shared.skipped)
         runs = shared.lengths, shared.query_starts, shared.table_rows
         shared_work = plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, causal=False)
 
@@ -130,6 +115,12 @@ def paged_attention(
         sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))[None]
     out, lse = (jnp.where(exists, part, jnp.nan) for part in softmax.finish(seen, sinks))
     return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
+
+
+def side_by_side(queries):
+    """The queries of a format as one array `[tokens, q_heads, widths]`, as `KeyTiles.read` gives keys."""
+    q, *more = queries
+    return jnp.concatenate([q, *(other.astype(q.dtype) for other in more)], axis=-1) if more else q
 
 
 def _where_rows(mask, one, other):
@@ -163,13 +154,9 @@ def _products(q_tile, k, visible):
 _weigh = partial(jnp.einsum, "hrt,htd->hrd", precision="highest")
 
 
-def _key_tile(width: int, dtype) -> int:
-    """Tokens of a key tile of `width` numbers a token.
-
-    int8 grows fourfold when it is copied, and two threads then cost more than they save: half as many
-    tokens, where that leaves the copy to one. (fp8 takes work to convert, and two threads are welcome.)
-    """
-    halved = dtype == jnp.int8 and _SPLIT_BYTES <= _KEY_TILE * width * 4 < 2 * _SPLIT_BYTES
+def _key_tile(width: int, storage: Format) -> int:
+    """Tokens of a key tile of `width` elements a token; half as many where that spares a second thread."""
+    halved = storage.halves_tiles and _SPLIT_BYTES <= _KEY_TILE * width * 4 < 2 * _SPLIT_BYTES
     return _KEY_TILE // 2 if halved else _KEY_TILE
 
 
@@ -267,26 +254,28 @@ class KeyTiles:
       pages: pages a tile, 1 where a tile is a part.
       parts: tiles a page, 1 where a tile is a run.
       size: places a tile.
+      storage: format of the pool.
     """
 
     page_size: int
     pages: int
     parts: int
     size: int
+    storage: Format
 
     @classmethod
-    def of(cls, page_size: int, most: int) -> "KeyTiles":
+    def of(cls, page_size: int, most: int, storage: Format) -> "KeyTiles":
         """The tiling for pages of this size into tiles of `most` places, or one page."""
         pages = max(1, most // page_size)
         parts = -(-page_size // most)
         size = pages * page_size if parts == 1 else -(-page_size // parts)
-        return cls(page_size, pages, parts, size)
+        return cls(page_size, pages, parts, size, storage)
 
     @classmethod
-    def of_pages(cls, k_pages) -> "KeyTiles":
+    def of_pool(cls, pool: Pool) -> "KeyTiles":
         """The tiling for a pool."""
-        kv_heads, page_size = k_pages.shape[2:4]
-        return cls.of(page_size, _key_tile(kv_heads * head_dim_of(k_pages), k_pages.dtype))
+        kv_heads, page_size, _ = pool.shape[2:]
+        return cls.of(page_size, _key_tile(kv_heads * pool.head_dim, pool.storage), pool.storage)
 
     @property
     def unit(self) -> int:
@@ -319,10 +308,10 @@ class KeyTiles:
         return jnp.where((nth >= where.skip) & (nth < where.end), where.first + nth, -1)
 
     def read(self, pool, layer, where: "_Where"):
-        """K and V of a tile, `[kv_heads, size, head_dim]`, and their scales, `[.., 1]`; float32.
+        """K and V of a tile, `[kv_heads, size, widths]` float32, each with a factor `[.., 1]` or None.
 
-        V, and its scales, are zero at places that are not the tile's own. A pool of K alone gives K, and its
-        scales if it has any. Of four bits: K and V rotated, K with its spikes beside it, and no scales.
+        V, and its scales, are zero at places that are not the tile's own. A pool of K alone gives K. Rows are
+        as the format's `widened_values`.
         """
         kv_heads = pool[0].shape[2]
         # Numbers a token.
@@ -333,9 +322,16 @@ class KeyTiles:
         # An axis of one head it would lay out otherwise, and copy the whole pool for that.
         leading = 2 if kv_heads == 1 else 3
         pool = [pages.reshape(*pages.shape[:leading], -1) for pages in pool]
+        pools = len(pool) // 2 if self.storage.quantized else len(pool)
+        # Scales are as they are stored.
+        kinds = [self.storage.widened_dtype] * pools + [self.storage.scale_dtype] * (len(pool) - pools)
+        widen = [self.storage.widen] * pools + [lambda scales: scales] * (len(pool) - pools)
 
         def copy():
-            tile = [self._copy(pages, layer, where, shape) for pages, shape in zip(pool, shapes, strict=True)]
+            tile = [
+                self._copy(pages, layer, where, shape, convert)
+                for pages, shape, convert in zip(pool, shapes, widen, strict=True)
+            ]
             for i in range(1, len(tile), 2):
                 # What lies at a place that nobody owns may be anything, NaN too, and 0 * NaN is NaN.
                 nth = jnp.arange(shapes[i][1] * shapes[i][2], dtype=jnp.int32).reshape(shapes[i][1:])
@@ -343,47 +339,40 @@ class KeyTiles:
                 tile[i] = jnp.where(own[None], tile[i], jnp.zeros((), tile[i].dtype))
             return tile
 
-        if pool[0].dtype == jnp.float32 and 4 * math.prod(shapes[0]) >= _SPLIT_BYTES:
+        if self.storage.shares_copies and 4 * math.prod(shapes[0]) >= _SPLIT_BYTES:
             # Two threads share each copy, and need not wait for the other one.
             tile = copy()
         else:
             # Always so. A branch of its own keeps the copy's rows as long as a run of tokens: XLA would fuse
             # the reshape into it, and copies rows as short as `head_dim` one number at a time.
-            kind = jnp.int32 if is_int4(pool[0].dtype) else jnp.float32
-            zeros = [jnp.zeros(shape, kind) for shape in shapes]
+            zeros = [jnp.zeros(shape, kind) for shape, kind in zip(shapes, kinds, strict=True)]
             tile = control_flow.cond(where.end > where.skip, copy, lambda: zeros)
         tile = [part.reshape(kv_heads, self.size, -1) for part in tile]
-        if not is_int4(pool[0].dtype):
-            return tile
-        pools = len(tile) // 2
-        return [jnp.concatenate(int4.dequantize_rotated(*tile[i::pools]), axis=-1) for i in range(pools)]
+        scales = tile[pools:] or [None] * pools
+        return [self.storage.widened_values(*pair) for pair in zip(tile[:pools], scales, strict=True)]
 
-    def _copy(self, pages, layer, where: "_Where", shape):
-        """`[kv_heads, pages, tokens * head_dim]` float32, or words as they are."""
+    def _copy(self, pages, layer, where: "_Where", shape, convert):
+        """`[kv_heads, pages, tokens * width]`, converted."""
         kv_heads, _, run = shape
         start = where.start * (run * self.pages // self.size)
         if pages.ndim == 3:
             if self.pages > _MAX_SLICES:
-                return _as_numbers(pages.at[layer, where.ids].get(mode="promise_in_bounds"))[None]
+                return convert(pages.at[layer, where.ids].get(mode="promise_in_bounds"))[None]
             runs = [
                 jax.lax.dynamic_slice(pages, (layer, where.ids[i], start), (1, 1, run))[0]
                 for i in range(self.pages)
             ]
-            return _as_numbers(jnp.stack(runs, axis=1))
+            return convert(jnp.stack(runs, axis=1))
         if self.pages > _MAX_SLICES:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
             tile = pages.at[layer, where.ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
-            return _as_numbers(tile)
+            return convert(tile)
         zero = jnp.zeros((), jnp.int32)
         runs = [
             jax.lax.dynamic_slice(pages, (layer, where.ids[i], zero, start), (1, 1, kv_heads, run))[0, 0]
             for i in range(self.pages)
         ]
-        return _as_numbers(jnp.stack(runs, axis=1))
-
-
-def _as_numbers(codes):
-    return codes if is_int4(codes.dtype) else as_float32(codes)
+        return convert(jnp.stack(runs, axis=1))
 
 
 class _Where(NamedTuple):

@@ -8,8 +8,8 @@ import pytest
 
 import pallas_kernels
 from benchmarks.check_targets import Kernel, launches, pretend
-from pallas_kernels.device import Device, lacks_dtype
-from pallas_kernels.quantization import head_dim_of, is_quantized, scale_dtype, scale_shapes
+from pallas_kernels import formats
+from pallas_kernels.device import Device
 
 H100 = Device("sm_90", 132)
 
@@ -20,9 +20,9 @@ def shape(dims, dtype="int32"):
 
 def ir_of(operation, pool, device=H100):
     """Triton IR of the first launch of an operation on such a pool."""
-    kv_heads, head_dim = pool.shape[2], head_dim_of(pool)
-    quantized = is_quantized(pool.dtype)
-    dtype = jnp.bfloat16 if quantized else pool.dtype
+    storage = formats.of(pool.dtype)
+    kv_heads, head_dim = pool.shape[2], storage.head_dim(pool.shape[4])
+    dtype = jnp.bfloat16 if storage.quantized else pool.dtype
     token = shape((4, kv_heads, head_dim), dtype)
     arguments = {
         "paged_attention": (
@@ -39,8 +39,8 @@ def ir_of(operation, pool, device=H100):
     }[operation]
     call = getattr(pallas_kernels, operation)
     pools = 1 if operation == "attention_mass" else 2
-    scale_dims = scale_shapes(pool.shape, pool.dtype)[:pools]
-    scales = tuple(shape(dims, scale_dtype(pool.dtype)) for dims in scale_dims)
+    scale_dims = storage.scale_shapes(pool.shape)[:pools]
+    scales = tuple(shape(dims, storage.scale_dtype) for dims in scale_dims)
 
     def run(_, *arrays):
         arrays, scales = arrays[: len(arguments)], arrays[len(arguments) :]
@@ -140,5 +140,5 @@ def test_words_of_four_bit_codes_are_never_a_pool_of_anything_else(operation):
 
 
 def test_rows_of_codes_that_make_no_words_are_left_to_xla():
-    assert "by fours" in (lacks_dtype(H100, shape((2, 3, 2, 4, 6), "int8")) or "")
-    assert lacks_dtype(H100, shape((2, 3, 2, 4, 6), "bfloat16")) is None
+    assert "by fours" in (formats.named("int8").lacks(H100, row_size=6) or "")
+    assert formats.named("bfloat16").lacks(H100, row_size=6) is None

@@ -9,9 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import append_kv, attention_mass, copy_pages, move_pages, paged_attention, use_backend
+from pallas_kernels import (
+    append_kv,
+    attention_mass,
+    copy_pages,
+    formats,
+    move_pages,
+    paged_attention,
+    use_backend,
+)
 from pallas_kernels.paged_attention.tuning import Tuning
-from pallas_kernels.quantization import as_float32, decode, dequantize, encode, quantize
 from tests.kernels import reference
 from tests.kernels.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
 
@@ -236,7 +243,7 @@ def test_append_quantizes_each_row_on_its_own(backend, stored, dtype):
     assert [array.dtype for array in got] == [array.dtype for array in want]
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(*float64(one, other))
-    for one in decode(got, jnp.float32):
+    for one in formats.of(stored).decode_pair(got, jnp.float32):
         assert np.isfinite(one).all()
 
 
@@ -262,8 +269,8 @@ def test_scales_go_where_their_pages_go(backend, stored):
 @pytest.mark.parametrize("stored", QUANTIZED)
 def test_what_codes_stand_for_is_near_what_was_written(stored):
     values = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
-    codes, scales = quantize(jnp.asarray(values), stored)
-    error = np.abs(dequantize(codes, scales, "float32") - values)
+    storage = formats.of(stored)
+    error = np.abs(storage.decode(*storage.encode(jnp.asarray(values), keys=True), "float32") - values)
     most = np.abs(values).max(axis=1, keepdims=True)
     if stored == "int8":
         assert np.all(error <= most / 127 / 2 * 1.001)
@@ -278,7 +285,8 @@ def test_four_bits_are_near_what_was_written(head_dim, offset):
     random = np.random.default_rng(0)
     values = (random.normal(size=(1000, head_dim)) + offset).astype(np.float32)
     values[:, 3] *= 20
-    k, v = decode(encode(jnp.asarray(values), jnp.asarray(values), "int32"), "float32")
+    int4 = formats.named("int4")
+    k, v = int4.decode_pair(int4.encode_pair(jnp.asarray(values), jnp.asarray(values)), "float32")
     size, plain = (np.linalg.norm(part, axis=1) for part in (values, np.delete(values, 3, axis=1)))
     # What all numbers have in common falls on one of those that they are rotated to.
     assert np.mean(np.linalg.norm(k - values, axis=1) / plain) < (0.13 if offset else 0.1)
@@ -289,8 +297,9 @@ def test_four_bits_are_near_what_was_written(head_dim, offset):
 @pytest.mark.parametrize("stored", ["bfloat16", *CODES])
 def test_what_is_stored_is_stored_again_as_near(stored):
     values = np.random.default_rng(0).normal(size=(2, 50, 32)).astype(np.float32)
-    once = decode(encode(*map(jnp.asarray, values), stored), "float32")
-    again = decode(encode(*once, stored), "float32")
+    storage = formats.of(stored)
+    once = storage.decode_pair(storage.encode_pair(*map(jnp.asarray, values)), "float32")
+    again = storage.decode_pair(storage.encode_pair(*once), "float32")
     assert np.linalg.norm(np.subtract(again, once)) < 0.1 * np.linalg.norm(values)
 
 
@@ -300,7 +309,8 @@ def test_the_largest_numbers_of_a_dtype_come_back_finite(stored, dtype):
     random, most = np.random.default_rng(0), float(jnp.finfo(dtype).max)
     values = (most * random.uniform(-1, 1, size=(500, 16))).astype(jnp.dtype(dtype))
     values[:, 0] = most
-    for part in decode(encode(jnp.asarray(values), jnp.asarray(values), stored), dtype):
+    storage = formats.of(stored)
+    for part in storage.decode_pair(storage.encode_pair(jnp.asarray(values), jnp.asarray(values)), dtype):
         assert np.isfinite(float64(part)[0]).all()
 
 
@@ -309,7 +319,7 @@ def test_every_code_is_read_as_numpy_reads_it(stored):
     codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(stored))
     want = reference.numbers(codes).astype(np.float32)
     real = np.isfinite(want)
-    np.testing.assert_array_equal(as_float32(jnp.asarray(codes))[real], want[real])
+    np.testing.assert_array_equal(formats.of(stored).widen(jnp.asarray(codes))[real], want[real])
 
 
 @pytest.mark.usefixtures("no_shape_checks")

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import formats
 from pallas_kernels.paged_attention import ptx
-from pallas_kernels.quantization import as_float32
 
 CODES = np.arange(256, dtype=np.uint32)
 HALVES = {"f16x2": jnp.float16, "bf16x2": jnp.bfloat16}
@@ -60,18 +60,18 @@ def run(name: str, operands: list[np.ndarray]) -> np.ndarray:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("codes", ["int8", "uint8"])
 def test_every_code_becomes_its_number(monkeypatch, codes, dtype):
-    written = []
+    storage, written = formats.of(codes), []
 
     def one(assembly, *, args, **options):
         written.append(assembly)
         return args
 
     monkeypatch.setattr(ptx.plgpu, "elementwise_inline_asm", one)
-    ptx.numbers(jnp.zeros(2, jnp.int32), codes, dtype)
-    assert len(written) == 4 and ptx.converts(codes, dtype)
+    ptx.values(jnp.zeros(2, jnp.int32), storage.assembly[dtype], dtype)
+    assert len(written) == 4
     # NaN is never stored.
     stored = CODES if codes == "int8" else CODES[(CODES & 0x7F) != 0x7F]
-    want = np.asarray(as_float32(jnp.asarray(stored, jnp.uint8).view(codes)), np.float64)
+    want = np.asarray(storage.widen(jnp.asarray(stored, jnp.uint8).view(codes)), np.float64)
     other = np.roll(stored, 1)
     for place, assembly in enumerate(written):
         # The other bytes of the words are the worst there are.
@@ -82,4 +82,6 @@ def test_every_code_becomes_its_number(monkeypatch, codes, dtype):
 
 
 def test_what_has_no_assembly_is_known():
-    assert not ptx.converts("int8", "float32") and not ptx.converts("int32", "bfloat16")
+    assert (
+        "float32" not in formats.named("int8").assembly and "bfloat16" not in formats.named("int4").assembly
+    )

@@ -7,14 +7,15 @@ import pytest
 
 from benchmarks import tune
 from benchmarks.attention_problems import decode, uniform
-from pallas_kernels import paged_attention
+from pallas_kernels import formats, paged_attention
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention import tables, tuning
 from pallas_kernels.paged_attention.tables import Shape, Values
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, make
 
 H100 = Device("sm_90", 132, "NVIDIA H100 80GB HBM3")
-DECODE = dict(tokens=64, seqs=64, group=4, head_dim=128, dtype=jnp.bfloat16, q_dtype=jnp.bfloat16)
+BFLOAT16 = formats.named("bfloat16")
+DECODE = dict(tokens=64, seqs=64, group=4, head_dim=128, storage=BFLOAT16, q_dtype=jnp.bfloat16)
 ROW = dict(queries="one", head_dim=128, group=4, pool="bfloat16", dtype="bfloat16")
 
 
@@ -61,7 +62,7 @@ def test_a_kernel_is_cut_up_as_the_table_says_and_right(table):
         seqs=arguments.kv_lengths.shape[0],
         group=group,
         head_dim=q.shape[2],
-        dtype=k_pages.dtype,
+        storage=formats.of(k_pages.dtype),
         q_dtype=q.dtype,
     )
     table("", {shape: Values(key_tile=16, num_warps=1, num_stages=7)})

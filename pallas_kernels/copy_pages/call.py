@@ -1,0 +1,16 @@
+"""What a backend of `copy_pages` is asked for."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Array, Int
+
+from pallas_kernels.checks import Pool
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Call:
+    """The arguments of `api.copy_pages`, checked; page ids are int32."""
+
+    pool: Pool
+    sources: Int[Array, " copies"]
+    destinations: Int[Array, " copies"]

@@ -1,0 +1,74 @@
+"""Storage formats: how K and V lie in a pool.
+
+A format is one object in one file of this folder, and one line of `_FILES`. Nothing else asks which format a
+pool has: what differs is a method or a field of `base.Format`, which documents each. Who uses what:
+
+    configs, planner        `name`, `bits`, `row_size`, `scale_shapes`, `token_bytes`, `refuses`
+    checks of arguments     `storage_dtype`, `scale_shapes`, `scale_dtype`
+    append, gather          `encode`, `decode`; a Triton kernel: `rows`, `write_view`, `encode_in_kernel`
+    copy and move           nothing: they move memory
+    attention in XLA        `queries`, `outputs`, `widen`, `widened_values`
+    attention in Triton     `queries`, `outputs`, `parts`, `read_view`, `layout`, then for each tile `unpack`
+                            (or `assembly`), `load_scales`, `tile_values`; `tuned` and `lacks` by device
+
+A pool has an array of pages for K and one for V, and of a quantized format an array of scales beside each.
+The functions of `pallas_kernels` take arrays; they find the format by the dtype of the pages, the first in
+the order below, unless `kv_format` names another.
+"""
+
+from importlib import import_module
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from pallas_kernels.formats.base import Format as Format
+
+_FILES = (
+    "floats",
+    "int8",
+    "fp8",
+    "int4",
+)
+_MODULES = [import_module(f"{__name__}.{file}") for file in _FILES]
+# By name: what configs and commands offer.
+FORMATS: dict[str, Format] = {one.name: one for module in _MODULES for one in module.FORMATS}
+# And what is read where an array of it is given, though no config makes one.
+_READABLE = [*FORMATS.values(), *(one for module in _MODULES for one in getattr(module, "ALSO_READ", ()))]
+
+
+def of(dtype: DTypeLike, name: str | None = None) -> Format:
+    """The format of pages of this dtype.
+
+    Args:
+      dtype: of the pages.
+      name: of the format, where several have pages of one dtype. Default: the first.
+
+    Raises:
+      ValueError: for a dtype that no format stores, or that the named one does not.
+
+    Example:
+      >>> of("int8").name, of("uint8").name
+      ('int8', 'fp8')
+    """
+    dtype = jnp.dtype(dtype)
+    for one in _READABLE:
+        if dtype == one.storage_dtype and name in (None, one.name):
+            return one
+    if name is not None:
+        known = named(name)
+        raise ValueError(f"pages of {name} are {known.storage_dtype}, not {dtype}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"k_pages must be floating point, not {dtype}")
+    codes = ", ".join(f"{one.storage_dtype} ({one.name})" for one in FORMATS.values() if one.quantized)
+    raise ValueError(f"k_pages of {dtype} are not served; codes: {codes}")
+
+
+def named(name: str) -> Format:
+    """The format that configs call this.
+
+    Raises:
+      ValueError: for a name that is none.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"format {name!r} is not known; known: {', '.join(FORMATS)}")
+    return FORMATS[name]
