@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from pallas_kernels.formats import FORMATS
+
 # `dtype` and `quantization` of the cache; no dtype means the model's.
 KV_DTYPES = {
     storage.short or name: (None, name) if storage.quantized else (name, None)
