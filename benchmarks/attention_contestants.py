@@ -20,7 +20,7 @@ import pallas_kernels
 from benchmarks.attention_problems import Arrays, Problem
 from benchmarks.timing import of_one_more, stopwatch
 from pallas_kernels import formats
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 HAS_GPU = jax.default_backend() == "gpu"
 # Over the layers, of the longer program on a GPU; the shorter has one.

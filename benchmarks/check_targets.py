@@ -52,8 +52,8 @@ from jax.sharding import AbstractMesh
 import pallas_kernels
 from pallas_kernels import formats
 from pallas_kernels.device import Device
-from pallas_kernels.paged_attention import rows as attention_rows
-from pallas_kernels.paged_attention.tuning import choose, choose_mass, choose_shared, lacks, lacks_mass
+from pallas_kernels.paged_attention.triton import rows as attention_rows
+from pallas_kernels.paged_attention.triton.tuning import choose, choose_mass, choose_shared, lacks, lacks_mass
 from pallas_kernels.sizes import next_power_of_two
 
 BYTES_IN_FLIGHT = 40 * 1024

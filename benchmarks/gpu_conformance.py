@@ -19,8 +19,8 @@ import numpy as np
 import pallas_kernels
 from pallas_kernels import formats
 from pallas_kernels.device import Device
-from pallas_kernels.paged_attention.tuning import lacks as lacks_attention
-from pallas_kernels.paged_attention.tuning import lacks_mass
+from pallas_kernels.paged_attention.triton.tuning import lacks as lacks_attention
+from pallas_kernels.paged_attention.triton.tuning import lacks_mass
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Arguments, Case, make
 

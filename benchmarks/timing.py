@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from pallas_kernels.paged_attention.tables import file_name
+from pallas_kernels.paged_attention.triton.tables import file_name
 
 Name = TypeVar("Name", bound=Hashable)
 RESULTS = Path(__file__).with_name("results")

@@ -1,6 +1,6 @@
 """Which tiles, splits, warps and stages are fastest on this GPU? Writes the table that attention reads.
 
-For each class of shapes the search begins with the rule of `pallas_kernels.paged_attention.tuning` and
+For each class of shapes the search begins with the rule of `pallas_kernels.paged_attention.triton.tuning` and
 changes one value at a time. Every candidate is held to NumPy float64 before it is timed; those that pass
 take turns with the best so far on all the problems of the class, and one is taken where it is faster beyond
 the spread: the lower quartile of the rounds' ratios (geometric means over the problems) above 1.01.
@@ -34,9 +34,9 @@ from benchmarks.attention_problems import Problem, build, decode, expected, ragg
 from benchmarks.timing import Sample, conditions, interleave, publish, times
 from pallas_kernels import formats, use_backend
 from pallas_kernels.device import Device
-from pallas_kernels.paged_attention import tables, tuning
-from pallas_kernels.paged_attention.tables import Shape, Values
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton import tables, tuning
+from pallas_kernels.paged_attention.triton.tables import Shape, Values
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 ROUNDS = 7 if HAS_GPU else 2
 # How many times as fast a candidate must be, at the lower quartile.

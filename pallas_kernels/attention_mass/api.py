@@ -14,7 +14,7 @@ from pallas_kernels.checks import (
 )
 from pallas_kernels.dispatch import serve
 from pallas_kernels.paged_attention.call import Scoring, Sequences
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 
 def attention_mass(

@@ -27,13 +27,13 @@ from pallas_kernels.attention_mass.weights import log_weights
 from pallas_kernels.device import Device
 from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
-from pallas_kernels.paged_attention import tuning as tunings
 from pallas_kernels.paged_attention.call import Scoring
 from pallas_kernels.paged_attention.masks import sees
-from pallas_kernels.paged_attention.rows import Rows, rows_like
-from pallas_kernels.paged_attention.scores import LOG2E, add_up, cap, product_for
-from pallas_kernels.paged_attention.tiles import assembled, read_tile, scale_loader
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton import tuning as tunings
+from pallas_kernels.paged_attention.triton.rows import Rows, rows_like
+from pallas_kernels.paged_attention.triton.scores import LOG2E, add_up, cap, product_for
+from pallas_kernels.paged_attention.triton.tiles import assembled, read_tile, scale_loader
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 # Programs for each that can be resident: more even out what they take, fewer begin less often.
 _WAVES = 8

@@ -19,7 +19,7 @@ from pallas_kernels.words import WORD, as_words, from_words
 
 if TYPE_CHECKING:
     from pallas_kernels.device import Device
-    from pallas_kernels.paged_attention.tuning import Tuning
+    from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 
 class Format(ABC):
@@ -40,7 +40,7 @@ class Format(ABC):
       halves_tiles: a tile that two threads would copy is halved instead, for it is cheap to convert.
       max_rows: of a Triton program's matrix product, where registers bound it.
       assembly: NVIDIA's assembly that makes two elements of what lies in `r` the values in `$0`, by the name
-        of their dtype: see `paged_attention.ptx`.
+        of their dtype: see `paged_attention.triton.ptx`.
     """
 
     name: str
@@ -212,7 +212,7 @@ class Format(ABC):
         """The rule's tuning, changed where this format wants another.
 
         Args:
-          tuning: of `paged_attention.tuning.rule`.
+          tuning: of `paged_attention.triton.tuning.rule`.
           device: the GPU.
           head_dim: of the pool.
           row_bytes: of a head as it is multiplied, up to a power of two.

@@ -19,7 +19,7 @@ from pallas_kernels.formats.base import Format
 from pallas_kernels.words import WORD, as_words
 
 if TYPE_CHECKING:
-    from pallas_kernels.paged_attention.tuning import Tuning
+    from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 # Rows below this are stored as zeros: the inverse of their scale would overflow.
 _LEAST = 1e-30

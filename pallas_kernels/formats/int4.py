@@ -23,7 +23,7 @@ from pallas_kernels.sizes import next_power_of_two
 
 if TYPE_CHECKING:
     from pallas_kernels.device import Device
-    from pallas_kernels.paged_attention.tuning import Tuning
+    from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 # Elements of a head, beyond which the place of a spike has no room.
 _MOST = 512

@@ -9,7 +9,7 @@ from pallas_kernels.checks import check_layer, check_options, check_pool, check_
 from pallas_kernels.dispatch import serve
 from pallas_kernels.paged_attention import prefixes
 from pallas_kernels.paged_attention.call import Call, Scoring, Sequences
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 
 def paged_attention(

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.checks import Options, Pool
 from pallas_kernels.paged_attention.prefixes import Prefixes
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import attention_mass
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 from tests.kernels import reference
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
 

@@ -18,7 +18,7 @@ from pallas_kernels import (
     paged_attention,
     use_backend,
 )
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 from tests.kernels import reference
 from tests.kernels.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import formats
-from pallas_kernels.paged_attention import ptx
+from pallas_kernels.paged_attention.triton import ptx
 
 CODES = np.arange(256, dtype=np.uint32)
 HALVES = {"f16x2": jnp.float16, "bf16x2": jnp.bfloat16}

@@ -9,8 +9,8 @@ from benchmarks import tune
 from benchmarks.attention_problems import decode, uniform
 from pallas_kernels import formats, paged_attention
 from pallas_kernels.device import Device
-from pallas_kernels.paged_attention import tables, tuning
-from pallas_kernels.paged_attention.tables import Shape, Values
+from pallas_kernels.paged_attention.triton import tables, tuning
+from pallas_kernels.paged_attention.triton.tables import Shape, Values
 from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, make
 
 H100 = Device("sm_90", 132, "NVIDIA H100 80GB HBM3")

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from pallas_kernels.device import Device
 from pallas_kernels.formats import Format
-from pallas_kernels.paged_attention import tables
+from pallas_kernels.paged_attention.triton import tables
 from pallas_kernels.sizes import next_power_of_two
 
 # Rows of a matrix product that a program takes: query tokens x query heads of a KV head.

@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.formats import Format
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 # The softmax counts in powers of two.
 LOG2E = log2(e)

@@ -7,8 +7,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 
 from pallas_kernels.formats import Format
-from pallas_kernels.paged_attention import ptx
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton import ptx
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 
 def assembled(storage: Format, q_dtype, tuning: Tuning, interpret: bool) -> DTypeLike | None:

@@ -10,8 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.formats.base import Layout, plain_layout
 from pallas_kernels.paged_attention import softmax
-from pallas_kernels.paged_attention.scores import LOG2E, scale_in_two
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton.scores import LOG2E, scale_in_two
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 from pallas_kernels.sizes import next_power_of_two
 
 

@@ -1,4 +1,4 @@
-"""`paged_attention` in Pallas Triton, for CUDA from sm_80 and ROCm from gfx942.
+"""What is launched for `paged_attention` in Pallas Triton, and the kernels.
 
 One program takes one item of the schedule for one KV head: a query tile, with all query heads of the KV
 head as the rows of one matrix product, and a run of key tiles. So every byte of K and V is read once,
@@ -27,22 +27,17 @@ from pallas_kernels.device import Device
 from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
 from pallas_kernels.paged_attention import schedule, softmax
-from pallas_kernels.paged_attention import tuning as tunings
 from pallas_kernels.paged_attention.call import Call, Scoring
 from pallas_kernels.paged_attention.masks import sees
-from pallas_kernels.paged_attention.rows import Rows, rows_like
-from pallas_kernels.paged_attention.scores import add_up, cap, product_for, scale_in_two
-from pallas_kernels.paged_attention.tiles import assembled, read_tile, scale_loader
-from pallas_kernels.paged_attention.tuning import Tuning
+from pallas_kernels.paged_attention.triton import tuning as tunings
+from pallas_kernels.paged_attention.triton.rows import Rows, rows_like
+from pallas_kernels.paged_attention.triton.scores import add_up, cap, product_for, scale_in_two
+from pallas_kernels.paged_attention.triton.tiles import assembled, read_tile, scale_loader
+from pallas_kernels.paged_attention.triton.tuning import Tuning
 from pallas_kernels.ragged import ragged_rows
 
 # Below any scale but zero, and its inverse is finite.
 _LEAST_SCALE = 1e-35
-
-
-def lacks(call: Call) -> str | None:
-    """What the kernel lacks for these arrays on this device, if anything."""
-    return tunings.lacks(Device.current(), call.q, call.pool.storage)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
