@@ -1,7 +1,8 @@
 """Attention over paged K and V, and the writes that go with it. Plain arrays in, plain arrays out.
 
-Each operation has a folder: `api.py` checks the call and picks a backend, `xla.py` is the
-specification and what a CPU runs, `triton.py` is the kernel in Pallas Triton (CUDA and ROCm).
+Each operation has a folder: `api.py` checks the call, `call.py` is the record of it that `dispatch` hands to
+the backend that serves it, `xla.py` is the specification and what a CPU runs, `triton` is the kernel in
+Pallas Triton (CUDA and ROCm). `formats` says how K and V are stored.
 """
 
 from pallas_kernels.append_kv import append_kv as append_kv

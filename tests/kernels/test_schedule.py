@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import cost
+from pallas_kernels import cost, formats
 from pallas_kernels.paged_attention import prefixes, schedule
 from tests.kernels.cases import Case, make
 
@@ -202,7 +202,7 @@ def test_flops_and_bytes_are_those_counted_by_hand():
         kv_heads=2,
         head_dim=8,
         q_dtype=jnp.float32,
-        kv_dtype=jnp.bfloat16,
+        storage=formats.named("bfloat16"),
     )
     products = 2 * 10 * 4  # q with k, and p with v: for each pair and query head
     assert counted.flops == products * 8 * 2  # a multiplication and an addition a dimension
@@ -210,7 +210,9 @@ def test_flops_and_bytes_are_those_counted_by_hand():
     assert counted.bytes_accessed == 2 * 8 * 2 * 8 * 2 + 2 * 3 * 4 * 8 * 4
     assert cost.causal([5, 3], [0, 2]) == (3, 5)
 
-    appended = cost.append_kv(tokens=3, kv_heads=2, head_dim=8, dtype=jnp.float32, pool_dtype=jnp.float16)
+    appended = cost.append_kv(
+        tokens=3, kv_heads=2, head_dim=8, dtype=jnp.float32, storage=formats.named("float16")
+    )
     assert (appended.flops, appended.bytes_accessed) == (0, 2 * 3 * 2 * 8 * (4 + 2))
     copied = cost.copy_pages(copies=5, layers=3, page_numbers=2 * 4 * 8, dtype=jnp.bfloat16)
     assert copied.bytes_accessed == 2 * 2 * 5 * 3 * 64 * 2
