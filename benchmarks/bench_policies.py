@@ -20,7 +20,7 @@ Exit status: 0, or 1 where a bar is missed. The last line of output is one JSON 
 import argparse
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pydoc_data.topics import topics
 from typing import Any
