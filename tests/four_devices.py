@@ -1,7 +1,7 @@
 """Every operation on four host devices; run in a process of its own, which has four.
 
-`python -m tests.four_devices none` (or `int8`) prints a line for each that is as on one device, and fails at
-the first that is not.
+`python -m tests.four_devices none decode` (or `int8`; further names of `OPERATIONS` and `POLICIES`) prints a
+line for each that is as on one device, and fails at the first that is not.
 """
 
 import sys
@@ -20,13 +20,14 @@ from jaxkv.sampling import SamplingBatch, sample, sample_each
 LAYERS, TOKENS = 2, 4
 SEQS = jnp.arange(4, dtype=jnp.int32)
 ROPE = jaxkv.Rope.of(head_dim=16, theta=10000.0)
-POLICIES = [
+_POLICIES = [
     SlidingWindow(2, sinks=0, positions="cache", rope=ROPE),
     HeavyHitter(4, 2),
     LeastRecentlyUsed(4),
     SemanticMerge(4, 2),
     PromptCompress(4, observe_last=2),
 ]
+POLICIES = {type(policy).__name__: policy for policy in _POLICIES}
 
 
 def decode(cache, seqs, x):
@@ -86,7 +87,7 @@ def sampled(cache, seqs, x):
     return cache, [(sample(keys[0], logits, way), sample_each(keys, logits, way)) for way in ways]
 
 
-OPERATIONS = decode, options, table_operations, sampled
+OPERATIONS = {f.__name__: f for f in (decode, options, table_operations, sampled)}
 
 
 def assert_same(got, want):
@@ -134,7 +135,7 @@ WAYS = {
 }
 
 
-def main(quantization):
+def main(quantization, *names):
     config = jaxkv.CacheConfig(
         num_layers=LAYERS,
         num_kv_heads=2,
@@ -149,14 +150,9 @@ def main(quantization):
     normal = partial(jax.random.normal, dtype=jnp.float32)
     cache, _ = jax.jit(decode)(jaxkv.init(config), SEQS, normal(jax.random.key(0), (20, 4, 16)))
     x = normal(jax.random.key(1), (TOKENS, 4, 16))
-    cases = [(operation.__name__, operation, cache) for operation in OPERATIONS]
-    if config.quantization is None:
-        # What a policy does with codes is what it does with numbers.
-        cases += [
-            (type(policy).__name__, evicting, replace(cache, policy=jaxkv.init(config, policy).policy))
-            for policy in POLICIES
-        ]
-    for name, operation, cache in cases:
+    for name in names:
+        operation = OPERATIONS.get(name, evicting)
+        cache = replace(cache, policy=jaxkv.init(config, POLICIES.get(name)).policy)
         want = jax.jit(operation)(cache, SEQS, x)
         assert cache.policy is None or want[0].stats.evictions > 0
         for way_name, way in WAYS.items():
@@ -166,4 +162,4 @@ def main(quantization):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
