@@ -82,7 +82,7 @@ def table_operations(cache, seqs, x):
 def sampled(cache, seqs, x):
     """Tokens drawn from logits that are sharded as `seqs` are."""
     settings = [jaxkv.Sampling(temperature=0.5 + n, top_k=9 - n, top_p=0.9) for n in range(4)]
-    keys, logits = jax.random.split(jax.random.key(0), 4), x[:, 0]
+    keys, logits = jax.random.split(jax.random.key(0), 4), x.sum(axis=1)
     ways = [*settings[:1], jaxkv.Sampling(temperature=1.0), jaxkv.Sampling(), SamplingBatch.of(settings)]
     return cache, [(sample(keys[0], logits, way), sample_each(keys, logits, way)) for way in ways]
 

@@ -99,7 +99,7 @@ def test_what_a_layer_was_given_counts_in_any_format_even_zeros(quantization):
     tokens = jnp.zeros(40, jnp.int32)
     for lengths in ([33, 5, 2], [0, 0, 0]):
         cache, seqs = jaxkv.init(config), jnp.array([0, -1, 1])
-        _, cache, _, _, unwritten = step(Counts(2), cache, seqs, jnp.array(lengths), tokens)
+        _, cache, _, unwritten = step(Counts(2), cache, seqs, jnp.array(lengths), tokens)
         assert unwritten.tolist() == [False, False, *[sum(lengths) > 0] * 2]
         jaxkv.check_invariants(cache)
 

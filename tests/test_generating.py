@@ -270,7 +270,7 @@ def test_the_parts_serve_a_caller_s_own_jit_and_compact_between_them(model, expe
     seqs = jnp.arange(4)
     flat = [token for prompt in PROMPTS for token in prompt]
     lengths = jnp.array([len(prompt) for prompt in PROMPTS])
-    logits, cache, _, status = jax.jit(prefill, donate_argnames="cache")(
+    logits, cache, status = jax.jit(prefill, donate_argnames="cache")(
         model, cache, seqs, lengths, jnp.array(flat)
     )
     jaxkv.raise_for_status(status)

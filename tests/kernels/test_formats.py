@@ -3,9 +3,9 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxkv.cli_options import KV_DTYPES
 
 from jaxkv import CacheConfig
+from jaxkv.cli.options import KV_DTYPES
 from jaxkv.planner import ModelShape, kv_cache_bytes
 from pallas_kernels import formats
 from pallas_kernels.formats import FORMATS
