@@ -98,7 +98,7 @@ def test_greedy_text_is_that_of_a_dense_cache_before_and_after_compact(smollm2, 
     for slot, prompt in enumerate(prompts):
         seqs = jnp.where(jnp.arange(8) == slot, jnp.arange(8), -1)
         tokens = jnp.zeros(128, jnp.int32).at[: len(prompt)].set(jnp.array(prompt))
-        logits, cache, _, status = chunk(model, cache, seqs, jnp.where(seqs >= 0, len(prompt), 0), tokens)
+        logits, cache, status = chunk(model, cache, seqs, jnp.where(seqs >= 0, len(prompt), 0), tokens)
         jaxkv.raise_for_status(status)
         last[slot] = logits[slot]
     begin = jax.jit(partial(start, max_new_tokens=NEW_TOKENS, sampling=GREEDY), donate_argnums=0)
