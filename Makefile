@@ -4,13 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-planners clean
+.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
+
+# What to run first, in under a minute: who owns which page, arguments, plans, and how the code hangs together.
+FAST := $(addprefix tests/, test_structure.py test_pages.py test_forking.py test_arguments.py test_config.py \
+	test_state.py test_packing.py test_merge.py test_sampling.py test_plan_command.py kernels/test_tables.py \
+	models/test_gguf.py models/test_special_tokens.py)
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 2 -q -m 'not slow' $(FAST)
 
 # Real weights again: through interpreted kernels, quantized pools, and a compaction half way. More policies.
 test-slow: $(VENV)/.installed
