@@ -13,8 +13,8 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
 
 # What to run first, in under a minute: who owns which page, arguments, plans, and how the code hangs together.
-FAST := $(addprefix tests/, test_structure.py test_pages.py test_forking.py test_arguments.py test_config.py \
-	test_state.py test_packing.py test_merge.py test_sampling.py test_plan_command.py kernels/test_tables.py \
+FAST := $(addprefix tests/, test_structure.py test_pages.py test_arguments.py test_config.py \
+	test_state.py test_packing.py test_merge.py test_plan_command.py kernels/test_tables.py \
 	models/test_gguf.py models/test_special_tokens.py)
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q -m 'not slow' $(FAST)
