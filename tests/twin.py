@@ -151,19 +151,16 @@ class Twin:
         return want.status[:count]
 
     def fork(self, parents, children) -> list[Status]:
-        count = len(parents)
-        parents, children = self._padded(parents), self._padded(children)
-        self.cache, status = programs().fork(self.cache, parents, children)
-        want = self.oracle.fork(parents, children)
-        assert [Status(s) for s in status.tolist()] == want
-        self.check()
-        return want[:count]
+        return self._of_pairs("fork", parents, children)
 
     def reorder(self, seqs, parents) -> list[Status]:
-        count = len(seqs)
-        seqs, parents = self._padded(seqs), self._padded(parents)
-        self.cache, status = programs().reorder(self.cache, seqs, parents)
-        want = self.oracle.reorder(seqs, parents)
+        return self._of_pairs("reorder", seqs, parents)
+
+    def _of_pairs(self, name, one, other) -> list[Status]:
+        count = len(one)
+        one, other = self._padded(one), self._padded(other)
+        self.cache, status = getattr(programs(), name)(self.cache, one, other)
+        want = getattr(self.oracle, name)(one, other)
         assert [Status(s) for s in status.tolist()] == want
         self.check()
         return want[:count]

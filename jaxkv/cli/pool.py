@@ -8,7 +8,7 @@ from jaxkv.cli.options import KV_DTYPES
 from jaxkv.config import CacheConfig
 from jaxkv.errors import SequenceTooLongError
 from jaxkv.generating import PREFILL_CHUNK
-from jaxkv.policies import Policy, PromptCompress
+from jaxkv.policies import Policy
 
 if TYPE_CHECKING:
     from jaxkv.models import LoadedModel  # which needs an extra
@@ -67,19 +67,13 @@ def check_context(
         raise SequenceTooLongError(f"{name} has {num_tokens} tokens; {loaded.name} was trained on {context}")
     if policy is None:
         return
-    if isinstance(policy, PromptCompress):
-        reached = new + (num_tokens if policy.positions == "original" else min(num_tokens, policy.budget))
-        if reached > context:
-            raise SequenceTooLongError(
-                f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}, which "
-                f"keeps all new ones; {loaded.name} was trained on {context}"
-            )
+    config = loaded.config.cache_config(num_pages=1, page_size=options.page_size)
+    reached = policy.last_position(config, num_tokens, new, PREFILL_CHUNK)
+    if reached <= context:
         return
-    positions = policy.most_positions(loaded.config.cache_config(num_pages=1, page_size=options.page_size))
-    reached = num_tokens + new if positions is None else positions + min(num_tokens, PREFILL_CHUNK)
-    if reached > context:
-        advice = "positions=cache goes on for ever" if positions is None else "keep less"
-        raise SequenceTooLongError(
-            f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}; "
-            f"{loaded.name} was trained on {context}: {advice}"
-        )
+    start = f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}"
+    trained = f"{loaded.name} was trained on {context}"
+    if policy.once:
+        raise SequenceTooLongError(f"{start}, which keeps all new ones; {trained}")
+    advice = "positions=cache goes on for ever" if policy.most_positions(config) is None else "keep less"
+    raise SequenceTooLongError(f"{start}; {trained}: {advice}")

@@ -147,6 +147,11 @@ class Policy:
         """Token slots that `evict` writes anew of a sequence whose pages siblings share. Default: none."""
         return 0
 
+    def last_position(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
+        """The position that a prompt and its continuation reach at most; arguments as of `token_slots`."""
+        most = self.most_positions(config)
+        return num_tokens + new_tokens if most is None else most + min(num_tokens, largest)
+
     def token_slots(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
         """Token slots that a prompt and what it is continued with fill at most.
 

@@ -73,6 +73,10 @@ class PromptCompress(TokenPolicy):
         """Nothing is evicted on the way."""
         return config.page_size
 
+    def last_position(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
+        """All new tokens come after the prompt, or after what is left of it."""
+        return new_tokens + (num_tokens if self.positions == "original" else min(num_tokens, self.budget))
+
     def token_slots(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
         """The whole prompt, or what is left of it and all new tokens."""
         return max(num_tokens, self.capacity(config) + new_tokens)
