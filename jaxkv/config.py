@@ -1,12 +1,16 @@
 """Static sizes of a cache and what follows from them."""
 
+from bisect import bisect_right
 from dataclasses import dataclass, fields
+from math import prod
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxkv import groups as grouping
 from jaxkv.arguments import real, whole
+from jaxkv.groups import Group, Home
 from jaxkv.units import format_bytes
 from pallas_kernels.formats import FORMATS, Format
 
@@ -27,16 +31,25 @@ class CacheConfig:
 
     Attributes:
       num_layers: attention layers that share the page table.
-      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA).
-      head_dim: elements a head.
-      num_pages: pages in the pool, shared by all sequences.
-      page_size: token places a page.
-      max_seqs: rows of the page table.
-      max_pages_per_seq: width of a row. Default: the whole pool.
+      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA). Where `layer_kv_heads` says
+        otherwise this becomes that of the first kind of layers.
+      head_dim: elements a head. With `layer_head_dims` likewise.
+      num_pages: pages in the pool, shared by all sequences and groups of layers.
+      page_size: token slots a page, in layers of the first kind. Kinds with smaller heads have more.
+      max_seqs: sequences.
+      max_pages_per_seq: pages of a sequence in a group with full attention. Default: the whole pool.
       dtype: of K and V: "float32", "bfloat16" or "float16".
       quantization: how they are stored. None: as they are. "int8" or "fp8" (E4M3FN): in one byte, with a
         float32 scale for each token and KV head. "int4": two to a byte, rotated, with a step and zero point
         for groups of about 32; `head_dim` must be a multiple of 8. `dtype` is then what `gather` returns.
+      layer_windows: for each layer the tokens that a token attends to, itself included; None for all of them.
+        A layer with a window gives back the pages that no token to come can see. Default: all layers are full.
+      layer_kv_heads, layer_head_dims: of each layer, where layers differ.
+      group_layers: layers that share a row of the page table and a page. Default: what takes the fewest bytes
+        for one sequence of `max_tokens_per_seq` tokens, with at most 8 groups; see `groups`.
+      rollback: tokens kept in each layer with a window beyond what it can see, so that `truncate` can take as
+        many back, counted from before the last `allocate`.
+      max_chunk: most tokens of one sequence in one `allocate`, where any layer has a window.
       compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
       compact_automatically: `generate` compacts when `should_compact` says so.
 
@@ -50,14 +63,20 @@ class CacheConfig:
     """
 
     num_layers: int
-    num_kv_heads: int
-    head_dim: int
+    num_kv_heads: int = None  # type: ignore[assignment]  # filled in below
+    head_dim: int = None  # type: ignore[assignment]
     num_pages: int
     page_size: int = 16
     max_seqs: int = 64
     max_pages_per_seq: int = None  # type: ignore[assignment]  # filled in below
     dtype: str = "bfloat16"
     quantization: str | None = None
+    layer_windows: tuple[int | None, ...] | None = None
+    layer_kv_heads: tuple[int, ...] | None = None
+    layer_head_dims: tuple[int, ...] | None = None
+    group_layers: int | None = None
+    rollback: int = 0
+    max_chunk: int = 512
     compaction_threshold: float = 0.3
     compact_automatically: bool = False
 
@@ -65,25 +84,22 @@ class CacheConfig:
         if self.max_pages_per_seq is None:
             object.__setattr__(self, "max_pages_per_seq", self.num_pages)
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
+        object.__setattr__(self, "num_layers", _count("num_layers", self.num_layers))
+        self._settle_layers()
         for field in fields(self):
             if field.type in (int, "int"):
                 # As Python's own, so that configs of equal numbers have equal hashes and texts.
-                object.__setattr__(self, field.name, _count(field.name, getattr(self, field.name)))
-        if self.max_pages_per_seq > self.num_pages:
-            raise ValueError(
-                f"max_pages_per_seq={self.max_pages_per_seq} must not exceed num_pages={self.num_pages}"
-            )
-        for name in ("num_pages", "max_pages_per_seq"):
-            places = getattr(self, name) * self.page_size
-            if places >= MAX_TOKENS:
-                raise ValueError(f"{name} * page_size = {places} token places; must be below {MAX_TOKENS}")
+                least = 0 if field.name == "rollback" else 1
+                object.__setattr__(self, field.name, _count(field.name, getattr(self, field.name), least))
+        self._check_sizes()
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(
                 f"quantization={self.quantization!r} is not supported; "
                 f"allowed: None, {', '.join(map(repr, QUANTIZATIONS))}"
             )
-        if allowed := self.storage.refuses(self.head_dim):
-            raise ValueError(f"head_dim={self.head_dim} must be {allowed}, for {self.storage.name}")
+        for head_dim in {self.head_dim, *(self.layer_head_dims or ())}:
+            if allowed := self.storage.refuses(head_dim):
+                raise ValueError(f"head_dim={head_dim} must be {allowed}, for {self.storage.name}")
         threshold = real(self.compaction_threshold)
         if threshold is None or not 0 <= threshold <= 1:
             raise ValueError(
@@ -93,6 +109,43 @@ class CacheConfig:
         if not isinstance(self.compact_automatically, (bool, np.bool_)):
             raise ValueError(f"compact_automatically={self.compact_automatically!r} must be True or False")
         object.__setattr__(self, "compact_automatically", bool(self.compact_automatically))
+        self._check_groups()
+
+    def _settle_layers(self):
+        """What is said of each layer, as tuples of Python's own; None where all layers are alike."""
+        for name, of_all in (("layer_kv_heads", "num_kv_heads"), ("layer_head_dims", "head_dim")):
+            values = _per_layer(name, getattr(self, name), self.num_layers, optional=False)
+            if values is not None and len(set(values)) == 1:
+                object.__setattr__(self, of_all, values[0])
+                values = None
+            object.__setattr__(self, name, values)
+        windows = _per_layer("layer_windows", self.layer_windows, self.num_layers, optional=True)
+        alike = windows is None or not any(windows)
+        object.__setattr__(self, "layer_windows", None if alike else windows)
+        first = next(iter(grouping.kinds_of(self)))
+        object.__setattr__(self, "num_kv_heads", first.num_kv_heads)
+        object.__setattr__(self, "head_dim", first.head_dim)
+
+    def _check_sizes(self):
+        full = self.layer_windows is None or None in self.layer_windows
+        if full and self.max_pages_per_seq > self.num_pages:
+            raise ValueError(
+                f"max_pages_per_seq={self.max_pages_per_seq} must not exceed num_pages={self.num_pages}"
+            )
+        for name in ("num_pages", "max_pages_per_seq"):
+            slots = getattr(self, name) * self.page_size
+            if slots >= MAX_TOKENS:
+                raise ValueError(f"{name} * page_size = {slots} token places; must be below {MAX_TOKENS}")
+
+    def _check_groups(self):
+        for shape in grouping.kinds_of(self):
+            grouping.page_size(self, shape)  # raises where a kind does not fit
+        if self.group_layers is not None:
+            object.__setattr__(self, "group_layers", _count("group_layers", self.group_layers))
+            if self.group_layers > self.num_layers:
+                raise ValueError(
+                    f"group_layers={self.group_layers} must not exceed num_layers={self.num_layers}"
+                )
 
     @classmethod
     def contiguous(
@@ -134,15 +187,49 @@ class CacheConfig:
         return self.max_pages_per_seq * self.page_size
 
     @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups of layers, those with full attention first; group `g` has the rows
+        `g * max_seqs` to `(g + 1) * max_seqs` of the page table."""
+        return grouping.groups_of(self)
+
+    @property
+    def homes(self) -> tuple[Home, ...]:
+        """Where each layer's K and V are: its group, and its number among the group's layers."""
+        return grouping.homes_of(self)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether K and V have the same shape in all layers."""
+        return self.layer_kv_heads is None and self.layer_head_dims is None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the page table: one for each group and sequence."""
+        return len(self.groups) * self.max_seqs
+
+    @property
+    def num_columns(self) -> int:
+        """Pages of the widest row of the page table."""
+        return max(group.columns for group in self.groups)
+
+    @property
     def pool_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of K and of V: `[layers, pages, kv_heads, page_size, row]`; a row is the format's."""
+        """Shape of K and of V: `[layers, pages, kv_heads, page_size, row]`; a row is the format's.
+
+        The layers are those of a group. Layers of another kind than the first view a page in their own shape.
+        """
         row = self.storage.row_size(self.head_dim)
-        return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, row)
+        return (grouping.group_layers(self), self.num_pages, self.num_kv_heads, self.page_size, row)
 
     @property
     def scale_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of K's and V's scales; none for a pool of numbers."""
-        return self.storage.scale_shapes(self.pool_shape)
+        """Shapes of K's and V's scales; none for a pool of numbers.
+
+        Where layers differ in shape, `[layers, pages, elements]` for the kind that needs most.
+        """
+        if self.uniform:
+            return self.storage.scale_shapes(self.pool_shape)
+        return tuple((grouping.group_layers(self), self.num_pages, slots) for slots in grouping.scale_slots(self))
 
     @property
     def scale_dtype(self) -> str:
@@ -161,9 +248,11 @@ class CacheConfig:
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of one page in all layers: K and V, and their scales."""
-        of_a_token = self.storage.token_bytes(self.num_kv_heads, self.head_dim)
-        return self.num_layers * self.page_size * of_a_token
+        """Bytes of one page in all layers of a group: K and V, and their scales."""
+        elements = 2 * self.page_size * grouping.row_elements(self, self.groups[0].shape)
+        scales = sum(prod(shape[2:]) for shape in self.scale_shapes)
+        of_a_layer = elements * _itemsize(self.storage_dtype) + scales * _itemsize(self.scale_dtype)
+        return grouping.group_layers(self) * of_a_layer
 
     @property
     def pool_bytes(self) -> int:
@@ -173,7 +262,7 @@ class CacheConfig:
     @property
     def page_table_bytes(self) -> int:
         """Bytes of the page table's rows, lengths, positions and fingerprint."""
-        return 4 * self.max_seqs * (self.max_pages_per_seq + 2) + _FINGERPRINT_BYTES
+        return 4 * (self.num_rows * (self.num_columns + 1) + self.max_seqs) + _FINGERPRINT_BYTES
 
     @property
     def allocator_bytes(self) -> int:
@@ -189,7 +278,7 @@ class CacheConfig:
         return format_bytes(self.estimated_memory_bytes())
 
     def max_context_length(self, concurrency: int = 1) -> int:
-        """Tokens that each of `concurrency` sequences can hold at once.
+        """Tokens that each of `concurrency` sequences can hold at once, decoded one at a time.
 
         Raises:
           ValueError: for more sequences than `max_seqs`.
@@ -197,18 +286,41 @@ class CacheConfig:
         concurrency = _count("concurrency", concurrency)
         if concurrency > self.max_seqs:
             raise ValueError(f"concurrency={concurrency} is more than max_seqs={self.max_seqs}")
-        return min(self.max_pages_per_seq, self.num_pages // concurrency) * self.page_size
+        if self.layer_windows is None and len(self.groups) == 1:
+            return min(self.max_pages_per_seq, self.num_pages // concurrency) * self.page_size
+        fits = range(self.max_tokens_per_seq + 1)
+        return bisect_right(fits, self.num_pages // concurrency, key=self.pages_for_seq) - 1
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` places fill, the last one perhaps in part."""
+        """Pages of a group with full attention that `num_tokens` tokens fill, the last one perhaps in part."""
         return -(-num_tokens // self.page_size)
 
+    def pages_for_seq(self, num_tokens: int) -> int:
+        """Pages that a sequence of `num_tokens` tokens holds at most while it is decoded, in all groups."""
+        return sum(grouping.decode_pages(self, group.shape, num_tokens) for group in self.groups)
 
-def _count(name: str, value: object) -> int:
+
+def _count(name: str, value: object, least: int = 1) -> int:
     number = whole(value)
-    if number is None or number < 1:
-        raise ValueError(f"{name}={value!r} must be a positive integer")
+    if number is None or number < least:
+        raise ValueError(f"{name}={value!r} must be a {'positive integer' if least else 'whole number of 0 or more'}")
     return number
+
+
+def _per_layer(name: str, values: object, num_layers: int, *, optional: bool) -> tuple | None:
+    """One positive integer for each layer, or None too where that is allowed."""
+    if values is None:
+        return None
+    if not isinstance(values, (tuple, list, np.ndarray)) or len(values) != num_layers:
+        raise ValueError(f"{name}={values!r} must have an entry for each of num_layers={num_layers} layers")
+    return tuple(
+        None if optional and value is None else _count(f"{name}[{layer}]", value)
+        for layer, value in enumerate(values)
+    )
+
+
+def _itemsize(dtype: str) -> int:
+    return jnp.dtype(dtype).itemsize
 
 
 def _dtype_name(dtype: object) -> str:

@@ -13,8 +13,7 @@ from enum import IntEnum
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, UInt32
 
-from jaxkv.state import Batch, KVCache, PageTable
-from pallas_kernels.checks import as_layer, check_layer
+from jaxkv.state import Batch, PageTable
 
 # The two words start from different seeds. The multipliers and shifts are MurmurHash3's finalizer's.
 _SEEDS = (0x9E3779B9, 0x7F4A7C15)
@@ -59,20 +58,6 @@ def stamp(
 def is_current(table: PageTable, batch: Batch) -> Bool[Array, ""]:
     """Whether the table is as `allocate` left it when it made the batch."""
     return jnp.all(table.fingerprint == batch.fingerprint)
-
-
-def layer_for(cache: KVCache, layer: int | Int[Array, ""], batch: Batch) -> Int[Array, ""]:
-    """The layer; one past the last for a batch that the cache cannot serve, which no kernel reads or writes.
-
-    Raises:
-      ValueError: for a layer that is no integer, or a Python int that is no layer; for a batch of another
-        config.
-    """
-    num_layers = cache.config.num_layers
-    check_layer(layer, num_layers)
-    if batch.config != cache.config:
-        raise ValueError(f"the batch is of another cache: {batch.config}, not {cache.config}")
-    return jnp.where(is_current(cache.table, batch), as_layer(layer), jnp.int32(num_layers))
 
 
 def _mix(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:

@@ -40,8 +40,8 @@ def init(config: CacheConfig, policy: Policy | None = None) -> KVCache:
             *(jnp.zeros(shape, config.scale_dtype) for shape in config.scale_shapes),
         ),
         table=PageTable(
-            pages=jnp.full((seqs, config.max_pages_per_seq), pages, jnp.int32),
-            lengths=jnp.zeros(seqs, jnp.int32),
+            pages=jnp.full((config.num_rows, config.num_columns), pages, jnp.int32),
+            lengths=jnp.zeros(config.num_rows, jnp.int32),
             positions=jnp.zeros(seqs, jnp.int32),
             refcounts=jnp.zeros(pages, jnp.int32),
             free_pages=jnp.arange(pages - 1, -1, -1, dtype=jnp.int32),

@@ -27,7 +27,9 @@ class Status(IntEnum):
       INVALID_SEQ: refused: a slot beyond `max_seqs`, one that an earlier entry names, or an empty parent.
       OCCUPIED: refused by `fork`: the child is in use, taken by an earlier entry, or its own parent.
       PADDING: a negative slot: nothing was asked.
-      INVALID_LENGTH: refused by `allocate`: `num_tokens` is negative, or reaches past `total_tokens`.
+      INVALID_LENGTH: refused by `allocate`: `num_tokens` is negative, reaches past `total_tokens`, or is more
+        than `max_chunk` where a layer has a window; refused by `truncate`: the length is negative.
+      ROLLBACK_TOO_LONG: refused by `truncate`: it would need tokens that were released or rewritten.
     """
 
     OK = 0
@@ -37,33 +39,36 @@ class Status(IntEnum):
     OCCUPIED = 4
     PADDING = 5
     INVALID_LENGTH = 6
+    ROLLBACK_TOO_LONG = 7
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class KVPool:
-    """All pages of all layers, of `config.storage_dtype`; `gather` gives their values.
+    """All pages, of `config.storage_dtype`; `gather` gives their values. `layers` are those of one group.
 
     Of a quantized pool K and V are codes; else there are no scales.
 
-    A row is `head_dim` numbers, or words of eight codes, and then its scales are words too.
+    A row is `head_dim` numbers, or words of eight codes, and then its scales are words too. Where layers differ
+    in shape, this is the shape of the first kind, and the scales of a page have one axis.
     """
 
     k: Shaped[Array, "layers pages kv_heads page_size row"]
     v: Shaped[Array, "layers pages kv_heads page_size row"]
-    k_scale: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None
-    v_scale: Shaped[Array, "layers pages kv_heads page_size *v_words"] | None = None
+    k_scale: Shaped[Array, "layers pages *words"] | None = None
+    v_scale: Shaped[Array, "layers pages *v_words"] | None = None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PageTable:
-    """Who owns which page.
+    """Who owns which page. A row is that of one group of layers and one sequence: `group * max_seqs + slot`.
 
     Attributes:
-      pages: page ids of each sequence in token order, `num_pages` past its last page.
-      lengths: token places in use.
-      positions: position of the next token; more than `lengths` once a policy dropped tokens.
+      pages: page ids of each row in token order, `num_pages` past its last page.
+      lengths: token slots in use of each row.
+      positions: position of each sequence's next token, 0 for an empty slot; more than `lengths` once a policy
+        dropped tokens or a window released some.
       refcounts: table entries that name each page.
       free_pages: a stack of page ids, `free_pages[:num_free]`; its top is handed out first.
       num_free: pages on the stack.
@@ -71,8 +76,8 @@ class PageTable:
         histories have equal fingerprints.
     """
 
-    pages: Int[Array, "seqs pages_per_seq"]
-    lengths: Int[Array, " seqs"]
+    pages: Int[Array, "rows pages_per_seq"]
+    lengths: Int[Array, " rows"]
     positions: Int[Array, " seqs"]
     refcounts: Int[Array, " pages"]
     free_pages: Int[Array, " pages"]
@@ -184,9 +189,11 @@ class Batch:
       seqs, num_tokens: as given to `allocate`.
       status: a `Status` for each entry.
       query_starts: first row of each entry, and the end of the last.
-      kv_lengths: places of each sequence, this step's among them; 0 for a refused entry.
+      kv_lengths: token slots of each sequence in groups with full attention, this step's among them; where
+        there are none, its tokens so far. 0 for a refused entry.
       positions: of each token, for RoPE; 0 for padding.
-      page_ids, offsets: the place of each token; page id `num_pages` for padding.
+      row_lengths: token slots of each sequence in each group; 0 for a refused entry.
+      page_ids, offsets: where each token is written in each group; page id `num_pages` for padding.
       num_free: pages free after the call.
       fingerprint: of the page table after the call.
       config: of the cache.
@@ -200,8 +207,9 @@ class Batch:
     query_starts: Int[Array, " seqs+1"]
     kv_lengths: Int[Array, " seqs"]
     positions: Int[Array, " tokens"]
-    page_ids: Int[Array, " tokens"]
-    offsets: Int[Array, " tokens"]
+    row_lengths: Int[Array, "groups seqs"]
+    page_ids: Int[Array, "groups tokens"]
+    offsets: Int[Array, "groups tokens"]
     num_free: Int[Array, ""]
     fingerprint: UInt32[Array, "2"]
     config: CacheConfig = field(metadata={"static": True})

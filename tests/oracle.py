@@ -16,14 +16,54 @@ from tests.kernels import reference
 
 
 @dataclass
-class Sequence:
-    tokens: np.ndarray  # [length, 2, layers, kv_heads, head_dim]: k and v of every token
+class Row:
+    """One group's part of a sequence.
+
+    `tokens` [count, 2, layers, kv_heads, head_dim]: k and v of every token slot. Where the group has a window,
+    of every token there ever was: those before `start` were released, and no result may depend on that.
+    """
+
+    tokens: np.ndarray
     pages: list[int] = field(default_factory=list)
+    start: int = 0
+
+    @property
+    def length(self) -> int:
+        return len(self.tokens) - self.start
+
+    def copy(self) -> "Row":
+        return Row(self.tokens.copy(), list(self.pages), self.start)
+
+
+@dataclass
+class Sequence:
+    """`tokens`, `pages` and `length` are those of the first group, with full attention if any group has it."""
+
+    rows: list[Row]
     position: int = 0
 
     @property
     def length(self) -> int:
-        return len(self.tokens)
+        return self.rows[0].length
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return self.rows[0].tokens
+
+    @tokens.setter
+    def tokens(self, tokens):
+        self.rows[0].tokens = tokens
+
+    @property
+    def pages(self) -> list[int]:
+        return self.rows[0].pages
+
+    @pages.setter
+    def pages(self, pages):
+        self.rows[0].pages = pages
+
+    def copy(self) -> "Sequence":
+        return Sequence([row.copy() for row in self.rows], self.position)
 
 
 @dataclass
@@ -31,23 +71,30 @@ class Batch:
     status: list[Status]
     query_starts: list[int]
     kv_lengths: list[int]
-    rows: dict[int, tuple[int, int, int]]  # row of the token axis -> slot, place, position
+    rows: dict[int, tuple[int, int, int]]  # row of the token axis -> slot, token slot, position
+    indices: dict[int, list[int]]  # row of the token axis -> token slot in the row of each group
     handed_out: list[int]  # labels, in the order their pages leave the stack
 
 
 class Oracle:
     def __init__(self, config: CacheConfig):
-        self.config = config
+        self.config, self.groups = config, config.groups
+        self.windowed = [group for group, of in enumerate(self.groups) if of.window is not None]
+        self.home = {
+            layer: (group, index)
+            for group, of in enumerate(self.groups)
+            for index, layer in enumerate(of.layers)
+        }
         self.sequences = [self.empty() for _ in range(config.max_seqs)]
         self.labels = 0
         self.stats = Counter()
 
     def empty(self) -> Sequence:
-        config = self.config
-        return Sequence(np.zeros((0, 2, config.num_layers, config.num_kv_heads, config.head_dim)))
+        shapes = [(0, 2, len(of.layers), of.num_kv_heads, of.head_dim) for of in self.groups]
+        return Sequence([Row(np.zeros(shape)) for shape in shapes])
 
     def owners(self) -> Counter:
-        return Counter(page for sequence in self.sequences for page in sequence.pages)
+        return Counter(page for sequence in self.sequences for row in sequence.rows for page in row.pages)
 
     @property
     def num_used(self) -> int:
@@ -65,33 +112,35 @@ class Oracle:
 
     def allocate(self, seqs, num_tokens, total_tokens, waiting=()) -> Batch:
         """`waiting`: slots that a policy found no pages for, and refuses until there are some."""
+        self.release(self.valid(seqs, num_tokens, total_tokens))
         owners, used, free = self.owners(), self.num_used, self.num_free
-        batch = Batch([], [0], [], {}, [])
+        batch = Batch([], [0], [], {}, {}, [])
         named, starved, row = set(), False, 0
         for slot, count in zip(map(int, seqs), map(int, num_tokens), strict=True):
             first, row = row, row + max(count, 0)
             batch.query_starts.append(min(row, total_tokens))
-            copies, fresh = self.need(slot, count, owners)
+            need = self.need(slot, count, owners)
+            pages = sum(copies + fresh for copies, fresh in need)
             if slot < 0:
                 status = Status.PADDING
             elif slot >= self.config.max_seqs or slot in named:
                 status = Status.INVALID_SEQ
-            elif count < 0 or (count > 0 and row > total_tokens):
+            elif count < 0 or (count > 0 and row > total_tokens) or self.too_many_at_once(count):
                 status = Status.INVALID_LENGTH
             elif count == 0:
                 status = Status.OK
             elif slot in waiting:
                 status = Status.OUT_OF_PAGES
-            elif self.sequences[slot].length + count > self.config.max_tokens_per_seq:
+            elif self.stored(slot) + count > self.config.max_tokens_per_seq:
                 status = Status.SEQUENCE_TOO_LONG
-            elif copies + fresh and (starved or copies + fresh > free):
+            elif pages and (starved or pages > free):
                 status, starved = Status.OUT_OF_PAGES, True
             else:
-                status, free = Status.OK, free - copies - fresh
-                self.extend(slot, count, copies, fresh, first, batch)
+                status, free = Status.OK, free - pages
+                self.extend(slot, count, need, first, batch)
             named.add(slot)
             batch.status.append(status)
-            batch.kv_lengths.append(self.sequences[slot].length if status == Status.OK else 0)
+            batch.kv_lengths.append(self.stored(slot) if status == Status.OK else 0)
         handed_out = len(batch.handed_out)
         self.stats["total_allocations"] += handed_out
         self.stats["total_deallocations"] += used + handed_out - self.num_used
@@ -101,64 +150,107 @@ class Oracle:
         )
         return batch
 
-    def growing(self, seqs, num_tokens, total_tokens) -> list[int]:
-        """The slots whose new tokens do not fit their tail page: a policy evicts from them first."""
-        growing, named, row = [], set(), 0
+    def stored(self, slot) -> int:
+        """Token slots that count against the longest a sequence may be: with windows only, every token."""
+        sequence = self.sequences[slot]
+        return sequence.length if self.groups[0].window is None else sequence.position
+
+    def too_many_at_once(self, count) -> bool:
+        return bool(self.windowed) and count > self.config.max_chunk
+
+    def valid(self, seqs, num_tokens, total_tokens) -> list[tuple[int, int]]:
+        """Entries that ask for tokens and are refused at most for want of room."""
+        valid, named, row = [], set(), 0
         for slot, count in zip(map(int, seqs), map(int, num_tokens), strict=True):
             row += max(count, 0)
-            valid = 0 <= slot < self.config.max_seqs and slot not in named and row <= total_tokens
+            known = 0 <= slot < self.config.max_seqs and slot not in named
             named.add(slot)
-            if valid and count > -self.sequences[slot].length % self.config.page_size:
-                growing.append(slot)
-        return growing
+            if known and count > 0 and row <= total_tokens and not self.too_many_at_once(count):
+                valid.append((slot, count))
+        return valid
 
-    def need(self, slot, count, owners) -> tuple[int, int]:
-        """Pages for the copy of a shared part-full tail, and fresh pages."""
+    def growing(self, seqs, num_tokens, total_tokens) -> list[int]:
+        """The slots whose new tokens do not fit their tail page: a policy evicts from them first."""
+        valid = self.valid(seqs, num_tokens, total_tokens)
+        return [s for s, count in valid if count > -self.sequences[s].length % self.config.page_size]
+
+    def release(self, entries):
+        """Whole pages of tokens that no token to come can see, even once `rollback` tokens are taken back."""
+        used = self.num_used
+        for slot, _ in entries:
+            sequence = self.sequences[slot]
+            for group in self.windowed:
+                of, row = self.groups[group], sequence.rows[group]
+                first_kept = max(0, sequence.position - (of.window - 1) - self.config.rollback)
+                pages = max(0, first_kept - row.start) // of.page_size
+                row.start += pages * of.page_size
+                del row.pages[:pages]
+        self.stats["total_deallocations"] += used - self.num_used
+
+    def need(self, slot, count, owners) -> list[tuple[int, int]]:
+        """For each group the pages for the copy of a shared part-full tail, and fresh pages."""
         if not (0 <= slot < self.config.max_seqs and count > 0):
-            return 0, 0
-        sequence, page_size = self.sequences[slot], self.config.page_size
-        part_full = sequence.length % page_size > 0
-        copies = int(part_full and owners[sequence.pages[-1]] > 1)
-        return copies, -(-(sequence.length + count) // page_size) - len(sequence.pages)
+            return [(0, 0) for _ in self.groups]
+        need = []
+        for of, row in zip(self.groups, self.sequences[slot].rows, strict=True):
+            part_full = row.length % of.page_size > 0
+            copies = int(part_full and owners[row.pages[-1]] > 1)
+            need.append((copies, -(-(row.length + count) // of.page_size) - len(row.pages)))
+        return need
 
-    def extend(self, slot, count, copies, fresh, first_row, batch):
+    def extend(self, slot, count, need, first_row, batch):
         sequence = self.sequences[slot]
         for i in range(count):
-            place, position = sequence.length + i, sequence.position + i
-            batch.rows[first_row + i] = (slot, place, position)
-        new = [self.new_page() for _ in range(copies + fresh)]
-        sequence.pages = sequence.pages[: len(sequence.pages) - copies] + new
-        unwritten = np.full((count, *sequence.tokens.shape[1:]), np.nan)
-        sequence.tokens = np.concatenate([sequence.tokens, unwritten])
+            batch.rows[first_row + i] = (slot, sequence.length + i, sequence.position + i)
+            batch.indices[first_row + i] = [row.length + i for row in sequence.rows]
+        for row, (copies, fresh) in zip(sequence.rows, need, strict=True):
+            new = [self.new_page() for _ in range(copies + fresh)]
+            row.pages = row.pages[: len(row.pages) - copies] + new
+            row.tokens = np.concatenate([row.tokens, np.full((count, *row.tokens.shape[1:]), np.nan)])
+            batch.handed_out += new
+            self.stats["copy_on_write_copies"] += copies
         sequence.position += count
-        batch.handed_out += new
-        self.stats["copy_on_write_copies"] += copies
 
-    def append(self, batch: Batch, k, v):
-        """k and v [layers, tokens, kv_heads, head_dim]."""
+    def append(self, batch: Batch, layer, k, v):
+        """k and v [tokens, kv_heads, head_dim]."""
         if self.config.quantization:
             dtype, storage = self.config.dtype, self.config.storage_dtype
             k, v, *scales = reference.encode(k, v, np.dtype(storage))
             pairs = zip((k, v), scales, strict=True)
             k, v = (reference.dequantize(*pair).astype(np.float32).astype(dtype) for pair in pairs)
-        for row, (slot, place, _) in batch.rows.items():
-            self.sequences[slot].tokens[place] = k[:, row], v[:, row]
+        group, index = self.home[layer]
+        for number, (slot, _, _) in batch.rows.items():
+            row = self.sequences[slot].rows[group]
+            row.tokens[row.start + batch.indices[number][group], :, index] = k[number], v[number]
 
     # reading -------------------------------------------------------------------------------
 
     def gather(self, layer, slot) -> tuple[np.ndarray, np.ndarray]:
-        tokens = self.sequences[slot].tokens
-        return tokens[:, 0, layer], tokens[:, 1, layer]
+        """What is stored. Where the layer has a window, by position, and zeros for what was released."""
+        group, index = self.home[layer]
+        row = self.sequences[slot].rows[group]
+        tokens = row.tokens[:, :, index].copy()
+        tokens[: row.start] = 0
+        return tokens[:, 0], tokens[:, 1]
 
-    def attend(self, layer, slot, q, last, **options) -> tuple[np.ndarray, np.ndarray]:
-        """(out, lse) of q [tokens, q_heads, head_dim], whose last row sits at place `last`."""
-        k, v = self.gather(layer, slot)
-        return reference.attention(q, k[: last + 1], v[: last + 1], **options)
+    def attend(self, layer, slot, q, last, window=None, **options) -> tuple[np.ndarray, np.ndarray]:
+        """(out, lse) of q [tokens, q_heads, head_dim], whose last row is token `last` of the first group.
+
+        Over every token there ever was, in a layer with a window: what is released must make no difference.
+        """
+        group, index = self.home[layer]
+        of, sequence = self.groups[group], self.sequences[slot]
+        row = sequence.rows[group]
+        if of.window is not None:
+            window = of.window if window is None else min(window, of.window)
+        end = len(row.tokens) - (sequence.length - 1 - last)
+        k, v = row.tokens[:end, 0, index], row.tokens[:end, 1, index]
+        return reference.attention(q, k, v, window=window, **options)
 
     # sharing and giving back ---------------------------------------------------------------
 
     def fork(self, parents, children) -> list[Status]:
-        before, taken, status = [s.length for s in self.sequences], set(), []
+        before, taken, status = [s.position for s in self.sequences], set(), []
         for parent, child in zip(map(int, parents), map(int, children), strict=True):
             if parent < 0 or child < 0:
                 status.append(Status.PADDING)
@@ -173,8 +265,7 @@ class Oracle:
             else:
                 status.append(Status.OK)
                 taken.add(child)
-                source = self.sequences[parent]
-                self.sequences[child] = Sequence(source.tokens.copy(), list(source.pages), source.position)
+                self.sequences[child] = self.sequences[parent].copy()
         return status
 
     def reorder(self, seqs, parents) -> list[Status]:
@@ -184,29 +275,55 @@ class Oracle:
                 status.append(Status.PADDING)
                 continue
             beyond = max(slot, parent) >= self.config.max_seqs
-            if beyond or slot in named or (slot != parent and before[parent].length == 0):
+            if beyond or slot in named or (slot != parent and before[parent].position == 0):
                 status.append(Status.INVALID_SEQ)
             else:
                 status.append(Status.OK)
                 named.add(slot)
-                source = before[parent]
-                self.sequences[slot] = Sequence(source.tokens.copy(), list(source.pages), source.position)
+                self.sequences[slot] = before[parent].copy()
         self.stats["total_deallocations"] += used - self.num_used
         return status
 
-    def truncate(self, seqs, lengths):
-        used = self.num_used
-        for slot, length in zip(map(int, seqs), map(int, lengths), strict=True):
-            if not 0 <= slot < self.config.max_seqs:
-                continue
-            sequence = self.sequences[slot]
-            if length == 0:
-                self.sequences[slot] = self.empty()
-            elif 0 < length < sequence.length:
-                sequence.position -= sequence.length - length
-                sequence.tokens = sequence.tokens[:length]
-                sequence.pages = sequence.pages[: -(-length // self.config.page_size)]
+    def truncate(self, seqs, lengths) -> list[Status]:
+        """`lengths`: tokens that each sequence has afterwards, those that were dropped included."""
+        used, pairs = self.num_used, list(zip(map(int, seqs), map(int, lengths), strict=True))
+        shortest = {}
+        for slot, length in pairs:
+            if 0 <= slot < self.config.max_seqs and length >= 0:
+                shortest[slot] = min(length, shortest.get(slot, length))
+        refused = {slot for slot, length in shortest.items() if not self.cut(slot, length)}
         self.stats["total_deallocations"] += used - self.num_used
+        return [
+            Status.PADDING
+            if slot < 0
+            else Status.INVALID_SEQ
+            if slot >= self.config.max_seqs
+            else Status.INVALID_LENGTH
+            if length < 0
+            else Status.ROLLBACK_TOO_LONG
+            if slot in refused
+            else Status.OK
+            for slot, length in pairs
+        ]
+
+    def cut(self, slot, length) -> bool:
+        """False where it would need tokens that are gone."""
+        sequence = self.sequences[slot]
+        by = sequence.position - length
+        if by <= 0:
+            return True
+        if length == 0:
+            self.sequences[slot] = self.empty()
+            return True
+        for of, row in zip(self.groups, sequence.rows, strict=True):
+            seen_from = 0 if of.window is None else max(0, length - of.window + 1)
+            if row.start > seen_from or row.length <= by and of.window is None:
+                return False
+        for of, row in zip(self.groups, sequence.rows, strict=True):
+            row.tokens = row.tokens[: len(row.tokens) - by]
+            row.pages = row.pages[: -(-row.length // of.page_size)]
+        sequence.position = length
+        return True
 
     def free(self, seqs):
         self.truncate(seqs, [0] * len(seqs))
@@ -258,16 +375,17 @@ class Oracle:
 
     def profile(self) -> dict[str, int | float]:
         """What `memory_profile` must count, but for where pages lie."""
-        owners, page_size = self.owners(), self.config.page_size
-        fullest = dict.fromkeys(owners, 0)
+        owners = self.owners()
+        sizes, fullest = {}, dict.fromkeys(owners, 0)
         for sequence in self.sequences:
-            for number, page in enumerate(sequence.pages):
-                held = min(page_size, sequence.length - number * page_size)
-                fullest[page] = max(fullest[page], held)
-        tokens, stored = sum(s.length for s in self.sequences), sum(fullest.values())
-        places = len(owners) * page_size
+            for of, row in zip(self.groups, sequence.rows, strict=True):
+                for number, page in enumerate(row.pages):
+                    held = min(of.page_size, row.length - number * of.page_size)
+                    fullest[page], sizes[page] = max(fullest[page], held), of.page_size
+        tokens = sum(row.length for sequence in self.sequences for row in sequence.rows)
+        stored, places = sum(fullest.values()), sum(sizes.values())
         return dict(
-            active_seqs=sum(s.length > 0 for s in self.sequences),
+            active_seqs=sum(s.position > 0 for s in self.sequences),
             tokens=tokens,
             stored_tokens=stored,
             physical_pages=len(owners),
