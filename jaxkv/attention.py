@@ -10,9 +10,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from jaxkv.fingerprint import layer_for
+from jaxkv.groups import Group
+from jaxkv.layers import Located, Place, by_position, kinds_for, locate, of_shape, serve_batch, view
 from jaxkv.operation import axis_of, operation
-from jaxkv.state import Batch, KVCache
+from jaxkv.pages import in_use, rows_of
+from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import paged_attention
 from pallas_kernels.checks import Options, check_options
 
@@ -25,7 +27,7 @@ def attend(
     q: Float[Array, "tokens q_heads head_dim"],
     *,
     scale: float | None = ...,
-    window: int | None = ...,
+    window: int | Literal["layer"] | None = ...,
     sink_tokens: int = ...,
     softcap: float | None = ...,
     sink_logits: Float[Array, " q_heads"] | None = ...,
@@ -42,7 +44,7 @@ def attend(
     q: Float[Array, "tokens q_heads head_dim"],
     *,
     scale: float | None = ...,
-    window: int | None = ...,
+    window: int | Literal["layer"] | None = ...,
     sink_tokens: int = ...,
     softcap: float | None = ...,
     sink_logits: Float[Array, " q_heads"] | None = ...,
@@ -58,7 +60,7 @@ def attend(
     q: Float[Array, "tokens q_heads head_dim"],
     *,
     scale: float | None = None,
-    window: int | None = None,
+    window: int | Literal["layer"] | None = "layer",
     sink_tokens: int = 0,
     softcap: float | None = None,
     sink_logits: Float[Array, " q_heads"] | None = None,
@@ -76,14 +78,17 @@ def attend(
 
     Args:
       cache: the cache after this layer's `append`.
-      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN.
+      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN. Where the config
+        has layers of several kinds, `window` must say which kind a traced one is of; of another kind every
+        result is NaN.
       batch: of this step. Once the page table has changed it is stale, and every result is NaN.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
-      window: a token sees itself and the `window - 1` places before it. The batch's own holds, with its
-        `sink_tokens`, where it is smaller.
-      sink_tokens: and its sequence's first so many places, which the window does not hide (StreamingLLM,
-        arXiv:2309.17453). Without a `window` here or there it must be 0.
+      window: a token attends to itself and the `window - 1` token slots before it; None for all of them. Default:
+        the layer's own, as the config has it. A narrower one is allowed. In layers with full attention the
+        window of the cache's policy holds, with its `sink_tokens`, where it is smaller.
+      sink_tokens: and to its sequence's first so many token slots, which the window does not hide (StreamingLLM,
+        arXiv:2309.17453). Without a window it must be 0, and in a layer whose window releases them.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
       backend: "auto", "xla", or "triton" on a GPU.
@@ -95,7 +100,7 @@ def attend(
       With `return_lse` also float32 `[tokens, q_heads]`, `-inf` for those.
 
     Raises:
-      ValueError: for wrong shapes, dtypes or options, at trace time.
+      ValueError: for wrong shapes, dtypes or options, at trace time; for a window wider than the layer's.
       NotImplementedError: for a backend that cannot serve the call.
 
     Example:
@@ -106,11 +111,10 @@ def attend(
       >>> float(jaxkv.attend(cache, 0, batch, jnp.ones((1, 2, 8)))[0, 1, 0])
       3.0
     """
-    layer = layer_for(cache, layer, batch)
     q = _queries(q, batch)
-    options = _options(batch, scale, window, sink_tokens, softcap)
+    (place, kind), options = _located(cache, layer, batch, q, scale, window, sink_tokens, softcap)
     sink_logits = None if sink_logits is None else jnp.asarray(sink_logits)
-    out, lse = _attend(cache, layer, batch, q, sink_logits, backend=backend, options=options)
+    out, lse = _attend(cache, place, batch, q, sink_logits, kind=kind, backend=backend, options=options)
     return (out, lse) if return_lse else out
 
 
@@ -122,7 +126,7 @@ def attention_mass(
     lse: Float[Array, "tokens q_heads"],
     *,
     scale: float | None = None,
-    window: int | None = None,
+    window: int | Literal["layer"] | None = "layer",
     sink_tokens: int = 0,
     softcap: float | None = None,
     backend: str = "auto",
@@ -160,11 +164,10 @@ def attention_mass(
       >>> jaxkv.attention_mass(cache, 0, batch, q, lse)[0, 0, :3].tolist()
       [1.5, 0.5, 0.0]
     """
-    layer = layer_for(cache, layer, batch)
     q, lse = _queries(q, batch), jnp.asarray(lse)
-    options = _options(batch, scale, window, sink_tokens, softcap)
+    (place, kind), options = _located(cache, layer, batch, q, scale, window, sink_tokens, softcap)
     with _naming_both_sides(backend):
-        return _attention_mass(cache, layer, batch, q, lse, backend=backend, options=options)
+        return _attention_mass(cache, place, batch, q, lse, kind=kind, backend=backend, options=options)
 
 
 def _queries(q: Array, batch: Batch) -> Array:
@@ -174,16 +177,50 @@ def _queries(q: Array, batch: Batch) -> Array:
     return q
 
 
-def _options(
-    batch: Batch, scale: float | None, window: int | None, sink_tokens: int, softcap: float | None
-) -> Options:
-    """Of the call, with the batch's own window where it is smaller."""
+def _located(
+    cache: KVCache, layer, batch: Batch, q: Array, scale, window, sink_tokens, softcap
+) -> tuple[Located, Options]:
+    """The layer, none where the cache cannot serve the batch, and the options of the call."""
+    kinds = of_shape(kinds_for(cache.config, layer), "q", head_dim=q.shape[-1])
+    if len(kinds) > 1:
+        kinds = _named_by(window, kinds)
+    located = serve_batch(cache, locate(cache.config, layer, kinds), batch)
+    own = kinds[0].window
+    if isinstance(window, str):
+        if window != "layer":
+            raise ValueError(f"window={window!r} must be an integer, None or 'layer'")
+        window = own
+    options = check_options(scale, window, sink_tokens, softcap)
+    if own is None:
+        return located, _within_policy(batch, options)
+    if options.window is None or options.window > own:
+        raise ValueError(f"window={window!r} is wider than the layer's own, {own}: what is beyond is released")
+    if options.sink_tokens:
+        raise ValueError(f"sink_tokens={sink_tokens!r}: a layer with a window of {own} releases its first tokens")
+    return located, options
+
+
+def _named_by(window: int | str | None, kinds: list[Group]) -> list[Group]:
+    """The kind that a traced layer is of."""
+    named = [kind for kind in kinds if kind.window == window]
+    if len(named) != 1:
+        windows = ", ".join(str(kind.window) for kind in kinds)
+        raise ValueError(
+            f"window={window!r}: the layer is traced, and the config has layers of several kinds; window must say "
+            f"which one is meant: {windows}"
+        )
+    return named
+
+
+def _within_policy(batch: Batch, options: Options) -> Options:
+    """With the policy's window where it is smaller."""
+    window, sinks = options.window, options.sink_tokens
     if batch.window is not None and (window is None or batch.window < window):
-        window, sink_tokens = batch.window, max(sink_tokens, batch.sink_tokens)
-    return check_options(scale, window, sink_tokens, softcap)
+        return options._replace(window=batch.window, sink_tokens=max(sinks, batch.sink_tokens))
+    return options
 
 
-def _like_queries(_cache: KVCache, _layer, _batch, q: Array, *_) -> tuple[PartitionSpec, PartitionSpec]:
+def _like_queries(_cache: KVCache, _place, _batch, q: Array, *_) -> tuple[PartitionSpec, PartitionSpec]:
     spec = PartitionSpec(axis_of(q, 0), axis_of(q, 1))
     return spec, spec
 
@@ -192,51 +229,74 @@ def _like_kv_heads(cache: KVCache, *_) -> PartitionSpec:
     return PartitionSpec(None, axis_of(cache.pool.k, 2))
 
 
-@operation(results=_like_queries, static=("backend", "options"))
+@operation(results=_like_queries, static=("kind", "backend", "options"))
 @jax.named_scope("jaxkv.attend")
 def _attend(
     cache: KVCache,
-    layer: Array,
+    place: Place,
     batch: Batch,
     q: Array,
     sink_logits: Array | None,
     *,
+    kind: Group,
     backend: str,
     options: Options,
 ) -> tuple[Array, Array]:
-    pool = cache.pool
+    pool = view(cache.pool, cache.config, kind)
     out, lse = paged_attention(
         q,
         pool.k,
         pool.v,
-        *_rows(cache, batch),
+        *_rows(cache, place, batch, kind),
         sink_logits=sink_logits,
         v_scales=pool.v_scale,
         return_lse=True,
-        **_paged(cache, layer, batch, backend, options),
+        **_paged(cache, pool, place, batch, backend, options),
     )
     return out, lse
 
 
-@operation(results=_like_kv_heads, static=("backend", "options"))
+@operation(results=_like_kv_heads, static=("kind", "backend", "options"))
 @jax.named_scope("jaxkv.attention_mass")
 def _attention_mass(
-    cache: KVCache, layer: Array, batch: Batch, q: Array, lse: Array, *, backend: str, options: Options
+    cache: KVCache,
+    place: Place,
+    batch: Batch,
+    q: Array,
+    lse: Array,
+    *,
+    kind: Group,
+    backend: str,
+    options: Options,
 ) -> Array:
-    paged = _paged(cache, layer, batch, backend, options)
-    return pallas_kernels.attention_mass(q, cache.pool.k, *_rows(cache, batch), lse, **paged)
+    pool = view(cache.pool, cache.config, kind)
+    rows = _rows(cache, place, batch, kind)
+    mass = pallas_kernels.attention_mass(
+        q, pool.k, *rows, lse, **_paged(cache, pool, place, batch, backend, options)
+    )
+    if kind.window is None:
+        return mass[..., : cache.config.max_tokens_per_seq]
+    _, stored, _ = rows
+    start = rows_of(cache.table.positions, in_use(batch.seqs, cache.config.max_seqs)) - stored
+    return by_position(mass, jnp.where(batch.ok, start, 0), stored, cache.config.max_tokens_per_seq, axis=2)
 
 
-def _rows(cache: KVCache, batch: Batch) -> tuple[Array, Array, Array]:
-    return cache.table.pages, batch.kv_lengths, batch.query_starts
+def _rows(cache: KVCache, place: Place, batch: Batch, kind: Group) -> tuple[Array, Array, Array]:
+    pages = cache.table.pages
+    if kind.columns < pages.shape[1]:
+        pages = pages[:, : kind.columns]
+    return pages, batch.row_lengths[place.group], batch.query_starts
 
 
-def _paged(cache: KVCache, layer: Array, batch: Batch, backend: str, options: Options) -> dict[str, Any]:
+def _paged(
+    cache: KVCache, pool: KVPool, place: Place, batch: Batch, backend: str, options: Options
+) -> dict[str, Any]:
+    max_seqs = cache.config.max_seqs
     return dict(
         # The row of padding and of a refused entry is never read: they see nothing.
-        table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
-        layer=layer,
-        k_scales=cache.pool.k_scale,
+        table_rows=place.group * max_seqs + jnp.clip(batch.seqs, 0, max_seqs - 1),
+        layer=place.index,
+        k_scales=pool.k_scale,
         kv_format=cache.config.storage.name,
         backend=backend,
         **options._asdict(),

@@ -22,7 +22,11 @@ class SlotOccupiedError(JaxKVError):
 
 
 class InvalidLengthError(JaxKVError):
-    """`num_tokens` is negative, or reaches past `total_tokens`."""
+    """`num_tokens` or a length is negative, or more tokens are asked for than one call takes."""
+
+
+class RollbackTooLongError(JaxKVError):
+    """`truncate` would need tokens that were released or rewritten."""
 
 
 class CacheCorruptedError(JaxKVError):

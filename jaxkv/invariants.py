@@ -3,12 +3,14 @@
 import jax
 import numpy as np
 
+from jaxkv.config import CacheConfig
 from jaxkv.errors import (
     CacheCorruptedError,
     InvalidLengthError,
     InvalidSequenceError,
     JaxKVError,
     OutOfPagesError,
+    RollbackTooLongError,
     SequenceTooLongError,
     SlotOccupiedError,
 )
@@ -24,7 +26,11 @@ _ERRORS = {
     Status.OCCUPIED: (SlotOccupiedError, "the child slot is in use"),
     Status.INVALID_LENGTH: (
         InvalidLengthError,
-        "num_tokens is negative or its rows reach past total_tokens",
+        "num_tokens or the length is negative, or more than one call takes",
+    ),
+    Status.ROLLBACK_TOO_LONG: (
+        RollbackTooLongError,
+        "the cut would need tokens that were released or rewritten",
     ),
 }
 
@@ -33,12 +39,12 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     """Raises for the first entry that is neither OK nor PADDING. Host side: it waits for the device.
 
     Args:
-      batch_or_status: what `allocate`, `fork` or `reorder` returned, or an array of `Status`. They may be
+      batch_or_status: what `allocate`, `fork`, `reorder` or `truncate` returned, or an array of `Status`. They may be
         stacked, as `scan` and `vmap` do; an entry is then named by its whole index, the step first.
 
     Raises:
       OutOfPagesError, SequenceTooLongError, InvalidSequenceError, SlotOccupiedError,
-      InvalidLengthError: with the entry and, from a `Batch`, its slot, what it asked for and what
+      InvalidLengthError, RollbackTooLongError: with the entry and, from a `Batch`, its slot, what it asked for and what
         there was.
 
     Example:
@@ -81,7 +87,9 @@ def _numbers(batch: Batch, entry: tuple[int, ...], error: type[JaxKVError]) -> s
     if error is InvalidSequenceError:
         return f" (max_seqs is {config.max_seqs})"
     if error is InvalidLengthError:
-        return f" ({batch.positions.shape[-1]})"
+        most = batch.positions.shape[-1]
+        windowed = config.layer_windows is not None
+        return f" (total_tokens is {most}" + (f", max_chunk {config.max_chunk})" if windowed else ")")
     return ""
 
 
@@ -109,8 +117,8 @@ def _check_shapes(cache: KVCache) -> None:
     expected = {
         "pool.k": (pool.k, config.pool_shape, config.storage_dtype),
         "pool.v": (pool.v, config.pool_shape, config.storage_dtype),
-        "table.pages": (table.pages, (config.max_seqs, config.max_pages_per_seq), "int32"),
-        "table.lengths": (table.lengths, (config.max_seqs,), "int32"),
+        "table.pages": (table.pages, (config.num_rows, config.num_columns), "int32"),
+        "table.lengths": (table.lengths, (config.num_rows,), "int32"),
         "table.positions": (table.positions, (config.max_seqs,), "int32"),
         "table.refcounts": (table.refcounts, (config.num_pages,), "int32"),
         "table.free_pages": (table.free_pages, (config.num_pages,), "int32"),
@@ -137,28 +145,41 @@ def _check_shapes(cache: KVCache) -> None:
 def _check_rows(cache: KVCache, table) -> np.ndarray:
     """Lengths, positions, and each row: valid distinct pages, then only `num_pages`. Returns who is owned."""
     config = cache.config
-    for name, most in (("lengths", config.max_tokens_per_seq), ("positions", np.iinfo(np.int32).max)):
-        values = getattr(table, name)
-        _refuse((values < 0) | (values > most), f"slot {{}}: {name} {{}} is not in 0..{most}", values)
+    sizes = np.repeat([group.page_size for group in config.groups], config.max_seqs)
+    columns = np.repeat([group.columns for group in config.groups], config.max_seqs)
+    position = np.tile(table.positions, len(config.groups))
+    most = np.iinfo(np.int32).max
     _refuse(
-        (table.lengths > table.positions) | (table.lengths == 0) & (table.positions > 0),
-        "slot {}: position {} does not fit its length",
-        table.positions,
+        (table.positions < 0) | (table.positions > most), f"slot {{}}: position {{}} is not in 0..{most}", table.positions
     )
-    used = -(-table.lengths // config.page_size)
-    owned = np.arange(config.max_pages_per_seq) < used[:, None]
+    for number in np.flatnonzero((table.lengths < 0) | (table.lengths > sizes * columns))[:1]:
+        most = sizes[number] * columns[number]
+        raise CacheCorruptedError(f"{_row(config, number)}: length {table.lengths[number]} is not in 0..{most}")
+    # A row may be empty before its sequence's next token, where its window has released all others.
+    full = np.repeat([group.window is None for group in config.groups], config.max_seqs)
+    for number in np.flatnonzero((table.lengths > position) | full & (table.lengths == 0) & (position > 0))[:1]:
+        raise CacheCorruptedError(f"{_row(config, number)}: position {position[number]} does not fit its length")
+    used = -(-table.lengths // sizes)
+    owned = np.arange(config.num_columns) < used[:, None]
     good = (table.pages >= 0) & (table.pages < config.num_pages)
     wrong = np.where(owned, ~good, table.pages != config.num_pages)
-    for slot, column in np.argwhere(wrong)[:1]:
+    for number, column in np.argwhere(wrong)[:1]:
         raise CacheCorruptedError(
-            f"slot {slot}: entry {column} of its row is {table.pages[slot, column]}, "
-            f"with {used[slot]} pages in use of a pool of {config.num_pages}"
+            f"{_row(config, number)}: entry {column} of its row is {table.pages[number, column]}, "
+            f"with {used[number]} pages in use of a pool of {config.num_pages}"
         )
-    for slot in np.flatnonzero(used > 1):
-        ids, times = np.unique(table.pages[slot, : used[slot]], return_counts=True)
+    for number in np.flatnonzero(used > 1):
+        ids, times = np.unique(table.pages[number, : used[number]], return_counts=True)
         if times.max() > 1:
-            raise CacheCorruptedError(f"slot {slot}: page {ids[times.argmax()]} stands twice in its row")
+            raise CacheCorruptedError(
+                f"{_row(config, number)}: page {ids[times.argmax()]} stands twice in its row"
+            )
     return owned
+
+
+def _row(config: CacheConfig, number: int) -> str:
+    group, slot = divmod(int(number), config.max_seqs)
+    return f"slot {slot}" + (f", group {group}" if len(config.groups) > 1 else "")
 
 
 def _check_counts(cache: KVCache, table, owned: np.ndarray) -> None:

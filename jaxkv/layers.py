@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Shaped
 
 from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import is_current
@@ -91,6 +91,11 @@ def of_shape(kinds: list[Group], what: str, *, head_dim: int | None, kv_heads: i
     return fitting
 
 
+def widest(kinds: list[Group]) -> Group:
+    """The kind with the longest rows."""
+    return max(kinds, key=lambda kind: kind.columns)
+
+
 def serve_batch(cache: KVCache, located: Located, batch: Batch) -> Located:
     """The layer; none for a batch that the cache cannot serve, which no kernel reads or writes.
 
@@ -128,3 +133,28 @@ def whole(pool: KVPool, config: CacheConfig) -> KVPool:
     shapes = config.pool_shape, config.pool_shape, *config.scale_shapes
     leaves = (pool.k, pool.v, pool.k_scale, pool.v_scale)
     return KVPool(*(leaf.reshape(shape) for leaf, shape in zip(leaves, shapes, strict=False) if leaf is not None))
+
+
+def by_position(
+    rows: Shaped[Array, "entries ..."],
+    start: Int[Array, " entries"],
+    stored: Int[Array, " entries"],
+    max_tokens: int,
+    *,
+    axis: int = 1,
+) -> Shaped[Array, "entries ..."]:
+    """What rows hold for their token slots, at the tokens' positions; zeros elsewhere.
+
+    Args:
+      rows: an axis of them for token slots.
+      start: position of each row's first token slot.
+      stored: token slots in use.
+      max_tokens: positions, static.
+      axis: of the token slots.
+    """
+    slot = jnp.arange(max_tokens, dtype=jnp.int32)[None] - start[:, None]
+    kept = (slot >= 0) & (slot < stored[:, None])
+    shape = [rows.shape[0], *(1,) * (rows.ndim - 1)]
+    shape[axis] = max_tokens
+    index = jnp.clip(slot, 0, rows.shape[axis] - 1).reshape(shape)
+    return jnp.where(kept.reshape(shape), jnp.take_along_axis(rows, index, axis=axis), 0)

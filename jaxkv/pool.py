@@ -7,12 +7,13 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxkv.fingerprint import layer_for
+from jaxkv.groups import Group
+from jaxkv.layers import Place, by_position, kinds_for, locate, of_shape, serve_batch, view, whole, widest
 from jaxkv.operation import REPLICATED, as_given, axis_of, operation
-from jaxkv.pages import check_vectors, rows_of
+from jaxkv.pages import check_vectors, in_use, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
-from pallas_kernels.checks import as_layer, check_layer, is_layer
+from pallas_kernels.checks import is_layer
 
 
 def append(
@@ -34,7 +35,8 @@ def append(
 
     Args:
       cache: the cache that `allocate` returned with `batch`.
-      layer: Python int or traced int32. Of a traced one that is no layer nothing is written.
+      layer: Python int or traced int32. Of a traced one that is no layer, or one whose heads are of another
+        shape than `k`, nothing is written.
       batch: of this step. Once the page table has changed it is stale, and nothing is written.
       k, v: new keys (after RoPE) and values, converted to the pool's dtype or quantized. Rows of
         padding and of refused sequences are not written.
@@ -51,26 +53,31 @@ def append(
       >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
       >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)))
     """
-    return _append(cache, layer_for(cache, layer, batch), batch, jnp.asarray(k), jnp.asarray(v))
+    k, v, config = jnp.asarray(k), jnp.asarray(v), cache.config
+    kinds = kinds_for(config, layer)
+    if len(kinds) > 1 and k.ndim == 3:
+        kinds = of_shape(kinds, "k", head_dim=k.shape[2], kv_heads=k.shape[1])
+    place, kind = serve_batch(cache, locate(config, layer, kinds), batch)
+    return _append(cache, place, batch, k, v, kind=kind)
 
 
-@operation(results=lambda cache, *_: as_given(cache))
+@operation(results=lambda cache, *_: as_given(cache), static=("kind",))
 @jax.named_scope("jaxkv.append")
-def _append(cache: KVCache, layer: Array, batch: Batch, k: Array, v: Array) -> KVCache:
-    pool = cache.pool
+def _append(cache: KVCache, place: Place, batch: Batch, k: Array, v: Array, *, kind: Group) -> KVCache:
+    pool = view(cache.pool, cache.config, kind)
     written = append_kv(
         pool.k,
         pool.v,
         k,
         v,
-        batch.page_ids,
-        batch.offsets,
-        layer=layer,
+        batch.page_ids[place.group],
+        batch.offsets[place.group],
+        layer=place.index,
         k_scales=pool.k_scale,
         v_scales=pool.v_scale,
         kv_format=cache.config.storage.name,
     )
-    return replace(cache, pool=KVPool(*written))
+    return replace(cache, pool=whole(KVPool(*written), cache.config))
 
 
 def gather(
@@ -88,8 +95,12 @@ def gather(
       seqs: slots. Padding, empty slots and slots beyond `max_seqs` give zeros and length 0.
 
     Returns:
-      `(k, v, lengths)`; K and V are zero past each length. `max_tokens` is
-      `config.max_tokens_per_seq`.
+      `(k, v, lengths)`; K and V are zero past each length. `max_tokens` is `config.max_tokens_per_seq`. In a
+      layer with a window of its own tokens are at their positions, and zeros where they were released; its
+      length is then the sequence's tokens so far.
+
+    Raises:
+      ValueError: for a traced layer where layers differ in shape.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -99,9 +110,11 @@ def gather(
       (1, 32, 2, 8)
     """
     (seqs,) = check_vectors(seqs=seqs)
-    config = cache.config
-    check_layer(layer, config.num_layers)
-    return _gather(cache, as_layer(layer), seqs)
+    kinds = kinds_for(cache.config, layer)
+    if len({(kind.num_kv_heads, kind.head_dim) for kind in kinds}) > 1:
+        raise ValueError("gather takes a traced layer only where all layers have heads of one shape")
+    place, kind = locate(cache.config, layer, kinds)
+    return _gather(cache, place, seqs, kind=widest(kinds) if len(kinds) > 1 else kind)
 
 
 def _gathered_specs(cache: KVCache, *_):
@@ -109,23 +122,31 @@ def _gathered_specs(cache: KVCache, *_):
     return dense, dense, REPLICATED
 
 
-@operation(results=_gathered_specs)
-def _gather(cache: KVCache, layer: Array, seqs: Array) -> tuple[Array, Array, Array]:
-    config = cache.config
-    slot = jnp.where(seqs < 0, config.max_seqs, seqs)
-    lengths = rows_of(cache.table.lengths, slot)
-    pages = rows_of(cache.table.pages, slot, config.num_pages)
-    real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None] < lengths[:, None]
+@operation(results=_gathered_specs, static=("kind",))
+def _gather(cache: KVCache, place: Place, seqs: Array, *, kind: Group) -> tuple[Array, Array, Array]:
+    config, max_tokens = cache.config, cache.config.max_tokens_per_seq
+    slot = in_use(seqs, config.max_seqs)
+    row = jnp.where(slot < config.max_seqs, place.group * config.max_seqs + slot, config.num_rows)
+    stored = rows_of(cache.table.lengths, row)
+    pages = rows_of(cache.table.pages, row, config.num_pages)[:, : kind.columns]
+    windowed = [group.window is not None for group in config.groups]
+    start = rows_of(cache.table.positions, slot) - stored
+    start = jnp.where(jnp.asarray(windowed)[place.group], start, 0)
+    exists, index = is_layer(place.index, config.pool_shape[0]), jnp.clip(place.index, 0, config.pool_shape[0] - 1)
 
     def dense(tiles):
-        tokens = jnp.swapaxes(tiles, 2, 3).reshape(*real.shape, config.num_kv_heads, config.head_dim)
-        return jnp.where(exists, jnp.where(real[..., None, None], tokens, 0), jnp.nan)
+        tokens = jnp.swapaxes(tiles, 2, 3).reshape(seqs.shape[0], -1, kind.num_kv_heads, kind.head_dim)
+        if any(windowed):
+            tokens = by_position(tokens, start, stored, max_tokens)
+        else:
+            real = jnp.arange(max_tokens, dtype=jnp.int32)[None] < stored[:, None]
+            tokens = jnp.where(real[..., None, None], tokens[:, :max_tokens], 0)
+        return jnp.where(exists, tokens, jnp.nan)
 
-    exists = is_layer(layer, config.num_layers)
-    layer = jnp.clip(layer, 0, config.num_layers - 1)
-    rows = [leaf.at[layer, pages].get(mode="fill", fill_value=0) for leaf in jax.tree.leaves(cache.pool)]
-    k, v = config.storage.decode_pair(rows, config.dtype)
-    return dense(k), dense(v), lengths
+    pool = jax.tree.leaves(view(cache.pool, config, kind))
+    tiles = [leaf.at[index, pages].get(mode="fill", fill_value=0)[:, :, :, : kind.page_size] for leaf in pool]
+    k, v = config.storage.decode_pair(tiles, config.dtype)
+    return dense(k), dense(v), start + stored
 
 
 def keys(

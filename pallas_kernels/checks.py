@@ -86,7 +86,9 @@ def _check_scales(
         raise ValueError(f"pages of {pages.dtype} need {name}")
     of_keys, of_values = storage.scale_shapes(pages.shape)
     shape, dtype = of_keys if keys else of_values, storage.scale_dtype
-    if scales.shape != shape or scales.dtype != dtype:
+    # Of each page and head there may be more than there are token slots.
+    fits = len(scales.shape) == len(shape) and scales.shape[3] >= shape[3]
+    if not fits or scales.shape != (*shape[:3], scales.shape[3], *shape[4:]) or scales.dtype != dtype:
         raise ValueError(f"{name} must be {dtype}{list(shape)}, not {scales.dtype}{list(scales.shape)}")
 
 

@@ -65,6 +65,56 @@ SHAPES = {
         "total_tokens": 10,
     },
 }
+GROUPED = {
+    "one full layer among windows": {
+        "config": replace(BASE, num_layers=3, num_pages=20, max_pages_per_seq=6, layer_windows=(5, None, 5), max_chunk=9),
+        "q_heads": 2,
+        "total_tokens": 12,
+    },
+    "windows of one and three, pages of one": {
+        "config": replace(
+            BASE, num_layers=3, page_size=1, num_pages=30, max_pages_per_seq=9, layer_windows=(None, 1, 3), max_chunk=6
+        ),
+        "q_heads": 2,
+        "total_tokens": 8,
+    },
+    "windows only": {
+        "config": replace(BASE, num_pages=8, max_pages_per_seq=9, layer_windows=(6, 6), max_chunk=7),
+        "q_heads": 2,
+        "total_tokens": 9,
+    },
+    "windows below and of a page, rollback": {
+        "config": replace(
+            BASE, num_layers=3, num_pages=18, max_pages_per_seq=5, layer_windows=(2, None, 4), rollback=3, max_chunk=8
+        ),
+        "q_heads": 2,
+        "total_tokens": 10,
+    },
+    "a window beyond the context, groups of one layer": {
+        "config": replace(
+            BASE, num_layers=4, num_pages=16, max_pages_per_seq=4, layer_windows=(99, None, 99, None), group_layers=1
+        ),
+        "q_heads": 2,
+        "total_tokens": 10,
+    },
+    "kinds of three shapes, int8": {
+        "config": replace(
+            BASE, num_layers=3, page_size=4, num_pages=24, max_pages_per_seq=4, quantization="int8", max_chunk=8,
+            layer_windows=(3, None, 5), layer_kv_heads=(2, 1, 4), layer_head_dims=(8, 16, 4), rollback=1,
+        ),
+        "q_heads": 4,
+        "total_tokens": 10,
+    },
+    "kinds of two shapes, int4": {
+        "config": replace(
+            BASE, num_layers=3, page_size=4, num_pages=20, max_pages_per_seq=4, quantization="int4", max_chunk=8,
+            layer_windows=(3, None, 3), layer_kv_heads=(2, 1, 2), layer_head_dims=(8, 32, 8),
+        ),
+        "q_heads": 2,
+        "total_tokens": 10,
+    },
+}
+SHAPES |= GROUPED
 EXAMPLES = int(os.environ.get("JAXKV_EXAMPLES", "300"))
 
 
@@ -106,7 +156,7 @@ class Machine(RuleBasedStateMachine):
     def fill_a_row(self, data, over):
         """Up to the last place of a row, or one past it."""
         slot = data.draw(st.integers(0, self.twin.config.max_seqs - 1))
-        room = self.twin.config.max_tokens_per_seq - self.twin.oracle.sequences[slot].length
+        room = self.twin.config.max_tokens_per_seq - self.twin.oracle.stored(slot)
         self.twin.extend([slot], [min(room + over, self.twin.total_tokens)])
 
     @rule(data=st.data())
@@ -141,8 +191,10 @@ class Machine(RuleBasedStateMachine):
         shared = [
             slot
             for slot, sequence in enumerate(self.twin.oracle.sequences)
-            if sequence.length % self.twin.config.page_size and owners[sequence.pages[-1]] > 1
+            for of, row in zip(self.twin.config.groups, sequence.rows, strict=True)
+            if row.length % of.page_size and owners[row.pages[-1]] > 1
         ]
+        shared = list(dict.fromkeys(shared))
         if shared:
             seqs = data.draw(st.permutations(shared))[: self.twin.entries]
             self.twin.extend(seqs, [tokens] * len(seqs))
@@ -151,7 +203,8 @@ class Machine(RuleBasedStateMachine):
     def drop_by_policy(self, data, tokens):
         """A policy that dropped tokens leaves a position ahead of its length."""
         live = self.slots_by(lambda length: length > 0)
-        if live:
+        # A window counts by positions: of sequences with one, policies move no positions.
+        if live and not self.twin.oracle.windowed:
             self.twin.advance_position(data.draw(st.sampled_from(live)), tokens)
 
     @rule(data=st.data())
@@ -165,7 +218,7 @@ class Machine(RuleBasedStateMachine):
     @rule(data=st.data())
     def roll_back_a_little(self, data):
         cuts = data.draw(self.near_cuts)
-        lengths = [s.length for s in self.twin.oracle.sequences]
+        lengths = [s.position for s in self.twin.oracle.sequences]
         self.twin.truncate([slot for slot, _ in cuts], [lengths[slot] - by for slot, by in cuts])
 
     @rule()
@@ -175,7 +228,7 @@ class Machine(RuleBasedStateMachine):
 
     def slots_by(self, condition):
         sequences = enumerate(self.twin.oracle.sequences)
-        return [slot for slot, sequence in sequences if condition(sequence.length)]
+        return [slot for slot, sequence in sequences if condition(sequence.position)]
 
 
 def entries(twin, entry):

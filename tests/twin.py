@@ -6,6 +6,7 @@ memory that is not a sequence's own cannot go unseen.
 """
 
 import functools
+from math import lcm
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,53 +40,81 @@ def poisoning(operation):
 
 
 def extend(cache, old_batch, seqs, num_tokens, k, v, q):
-    """Allocate, then append and attend in every layer, as a model does. k, v, q: [layers, tokens, ..].
+    """Allocate, then append and attend in every layer, as a model does. k, v, q: [tokens, ..] of each layer.
 
     An earlier batch tries to write too, and to attend: once the page table has changed it must do neither.
     """
-    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q.shape[1])
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q[0].shape[0])
     stale = jnp.any(old_batch.fingerprint != cache.table.fingerprint)
     old_batch = replace(old_batch, page_ids=jnp.where(stale, old_batch.page_ids, cache.config.num_pages))
     cache = jaxkv.append(cache, 0, old_batch, k[0], v[0])
     nothing = jnp.isnan(jaxkv.attend(cache, 0, old_batch, q[0])).all() | ~stale
+    if len(cache.config.groups) > 1:
+        results = []
+        for layer in range(len(q)):
+            cache = jaxkv.append(cache, layer, batch, k[layer], v[layer])
+            results.append(jaxkv.attend(cache, layer, batch, q[layer], return_lse=True))
+        out, lse = zip(*results, strict=True)
+        return cache, batch, out, lse, nothing
 
     def one_layer(cache, layer):
         layer, k, v, q = layer
         cache = jaxkv.append(cache, layer, batch, k, v)
         return cache, jaxkv.attend(cache, layer, batch, q, return_lse=True)
 
-    layers = jnp.arange(q.shape[0], dtype=jnp.int32)
-    cache, (out, lse) = jax.lax.scan(one_layer, cache, (layers, k, v, q))
+    layers = jnp.arange(len(q), dtype=jnp.int32)
+    cache, (out, lse) = jax.lax.scan(one_layer, cache, (layers, *map(jnp.stack, (k, v, q))))
     return cache, batch, out, lse, nothing
 
 
 class View(NamedTuple):
-    k: jax.Array
-    v: jax.Array
-    gathered: jax.Array
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+    lengths: tuple[jax.Array, ...]
     starts: jax.Array
-    out: jax.Array
-    lse: jax.Array
+    counts: jax.Array
+    attended: list[tuple[jax.Array, jax.Array]]
     narrow: jax.Array
     profile: jaxkv.MemoryProfile
 
 
 def look(cache, q, sinks) -> View:
-    """Everything that can be read: each slot gathered, and its last tokens' attention."""
-    max_seqs, num_layers = cache.config.max_seqs, cache.config.num_layers
-    slots = jnp.arange(max_seqs, dtype=jnp.int32)
-    gathered = [jaxkv.gather(cache, layer, slots) for layer in range(num_layers)]
+    """Everything that can be read: each slot gathered, and its last tokens' attention in each kind of layer."""
+    config = cache.config
+    slots = jnp.arange(config.max_seqs, dtype=jnp.int32)
+    gathered = [jaxkv.gather(cache, layer, slots) for layer in range(config.num_layers)]
     # Without the policy's window: the oracle says what is there, not what a batch may see.
     _, batch = jaxkv.allocate(
-        replace(cache, policy=None), slots, jnp.zeros_like(slots), total_tokens=q.shape[0]
+        replace(cache, policy=None), slots, jnp.zeros_like(slots), total_tokens=q[0].shape[0]
     )
-    counts = jnp.minimum(cache.table.lengths, LOOKS)
+    # As few as the shortest row has: a group's row may be empty just before its next token.
+    counts = jnp.minimum(jnp.min(cache.table.lengths.reshape(-1, config.max_seqs), axis=0), LOOKS)
     starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
     batch = replace(batch, num_tokens=counts, query_starts=starts)
-    out, lse = jaxkv.attend(cache, 0, batch, q, return_lse=True)
-    narrow = jaxkv.attend(cache, num_layers - 1, batch, q, sink_logits=sinks, **SEEN_THROUGH)
-    k, v, lengths = (jnp.stack(parts) for parts in zip(*gathered, strict=True))
-    return View(k, v, lengths, starts, out, lse, narrow, jaxkv.memory_profile(cache))
+    attended = [
+        jaxkv.attend(cache, layer, batch, q[layer], window=still_seen(config, layer), return_lse=True)
+        for layer in looked_at(config)
+    ]
+    last = config.num_layers - 1
+    narrow = jaxkv.attend(cache, last, batch, q[last], sink_logits=sinks, **seen_through(config, last))
+    k, v, lengths = zip(*gathered, strict=True)
+    return View(k, v, lengths, starts, counts, attended, narrow, jaxkv.memory_profile(cache))
+
+
+def looked_at(config) -> list[int]:
+    """A layer of each group, the first."""
+    return [group.layers[0] for group in config.groups]
+
+
+def still_seen(config, layer) -> int | None:
+    """The window through which the last tokens can be looked at again: the next token's is what is kept."""
+    window = config.groups[config.homes[layer].group].window
+    return None if window is None else max(1, window - LOOKS)
+
+
+def seen_through(config, layer) -> dict:
+    window = still_seen(config, layer)
+    return SEEN_THROUGH if window is None else SEEN_THROUGH | {"window": min(SEEN_THROUGH["window"], window)}
 
 
 class Programs(NamedTuple):
@@ -108,7 +137,7 @@ def programs() -> Programs:
         fork=donated(jaxkv.fork),
         reorder=donated(jaxkv.reorder),
         free=donated(lambda cache, seqs: (jaxkv.free(cache, seqs),)),
-        truncate=donated(lambda cache, seqs, lengths: (jaxkv.truncate(cache, seqs, lengths),)),
+        truncate=donated(jaxkv.truncate),
         compact=donated(jaxkv.compact),
         look=jax.jit(look),
     )
@@ -119,7 +148,7 @@ class Twin:
 
     def __init__(self, config: CacheConfig = SMALL, *, policy=None, entries=5, total_tokens=40, q_heads=None):
         self.config, self.entries, self.total_tokens = config, entries, total_tokens
-        self.q_heads = q_heads or 2 * config.num_kv_heads
+        self.q_heads = q_heads or 2 * lcm(*(group.num_kv_heads for group in config.groups))
         self.cache, self.oracle = poisoned_init(config, policy), Oracle(config)
         self.options = {}  # of every `attend` in `extend`
         nobody = np.full(entries, -1, np.int32)
@@ -132,18 +161,18 @@ class Twin:
 
     def extend(self, seqs, num_tokens) -> list[Status]:
         """allocate; append and attend in every layer."""
-        count, config = len(seqs), self.config
+        count = len(seqs)
         seqs, num_tokens = self._padded(seqs), self._padded(num_tokens, fill=0)
-        shape = (config.num_layers, self.total_tokens)
-        k, v = (self._normal(*shape, config.num_kv_heads, config.head_dim) for _ in "kv")
-        q = self._normal(*shape, self.q_heads, config.head_dim)
+        k, v = (self._of_layers(self.total_tokens) for _ in "kv")
+        q = self._of_layers(self.total_tokens, self.q_heads)
         stack = self._stack()
         self.cache, self.batch, out, lse, nothing = programs().extend(
             self.cache, self.batch, seqs, num_tokens, k, v, q
         )
         assert nothing, "a stale batch saw something"
         want = self.oracle.allocate(seqs, num_tokens, self.total_tokens)
-        self.oracle.append(want, _float64(k), _float64(v))
+        for layer, pair in enumerate(zip(k, v, strict=True)):
+            self.oracle.append(want, layer, *map(_float64, pair))
         batch, out, lse = jax.device_get((self.batch, out, lse))
         self.check()
         self._check_batch(batch, want, stack)
@@ -171,11 +200,8 @@ class Twin:
         self.oracle.free(seqs)
         self.check()
 
-    def truncate(self, seqs, lengths):
-        seqs, lengths = self._padded(seqs), self._padded(lengths, fill=0)
-        (self.cache,) = programs().truncate(self.cache, seqs, lengths)
-        self.oracle.truncate(seqs, lengths)
-        self.check()
+    def truncate(self, seqs, lengths) -> list[Status]:
+        return self._of_pairs("truncate", seqs, lengths)
 
     def compact(self) -> int:
         self.cache, num_moved = programs().compact(self.cache)
@@ -185,7 +211,12 @@ class Twin:
         assert np.all(table.refcounts[:used] > 0), "a hole below a live page"
         assert self._stack() == list(range(used, self.config.num_pages))
         # A policy may have moved a shared page to another column in one of its rows: its first reader counts.
-        mentions = [page for slot in range(self.config.max_seqs) for page in self.pages(slot)]
+        mentions = [
+            page
+            for group in range(len(self.config.groups))
+            for slot in range(self.config.max_seqs)
+            for page in self.pages(slot, group)
+        ]
         assert list(dict.fromkeys(mentions)) == list(range(used)), "pages are out of order"
         return int(num_moved)
 
@@ -201,38 +232,39 @@ class Twin:
         self.oracle.sequences[slot].position += tokens
         self.check()
 
-    def pages(self, slot) -> list[int]:
+    def pages(self, slot, group=0) -> list[int]:
         """The ids of a sequence's pages, in token order."""
-        count = len(self.oracle.sequences[slot].pages)
-        return np.asarray(self.cache.table.pages)[slot, :count].tolist()
+        count = len(self.oracle.sequences[slot].rows[group].pages)
+        return np.asarray(self.cache.table.pages)[group * self.config.max_seqs + slot, :count].tolist()
 
     def check(self):
         """Everything the cache says of itself and everything that can be read from it."""
         config, oracle = self.config, self.oracle
         jaxkv.check_invariants(self.cache)
-        q = self._normal(LOOKS * config.max_seqs, self.q_heads, config.head_dim)
+        q = self._of_layers(LOOKS * config.max_seqs, self.q_heads)
         table, stats, view = jax.device_get(
             (self.cache.table, self.cache.stats, programs().look(self.cache, q, self.sinks))
         )
         self._check_table(table)
         self._check_stats(stats)
         self._check_profile(view.profile)
-        lengths = [sequence.length for sequence in oracle.sequences]
-        places = view.k.shape[2]
-        assert places == config.max_tokens_per_seq
         for layer in range(config.num_layers):
-            np.testing.assert_array_equal(view.gathered[layer], lengths)
-            for slot, length in enumerate(lengths):
-                for got, want in zip((view.k, view.v), oracle.gather(layer, slot), strict=True):
-                    np.testing.assert_array_equal(got[layer, slot, :length], want)
-                    assert not got[layer, slot, length:].any(), "not zero past the length"
+            assert view.k[layer].shape[1] == config.max_tokens_per_seq
+            for slot in range(config.max_seqs):
+                stored = oracle.gather(layer, slot)
+                length = len(stored[0])
+                assert view.lengths[layer][slot] == length
+                for got, want in zip((view.k[layer], view.v[layer]), stored, strict=True):
+                    np.testing.assert_array_equal(got[slot, :length], want[: got.shape[1]])
+                    assert not got[slot, length:].any(), "not zero past the length"
         self._check_look(view, q)
 
     # the parts of a comparison -------------------------------------------------------------
 
     def _check_table(self, table):
         config, sequences = self.config, self.oracle.sequences
-        assert table.lengths.tolist() == [s.length for s in sequences]
+        rows = [s.rows[group] for group in range(len(config.groups)) for s in sequences]
+        assert table.lengths.tolist() == [row.length for row in rows]
         assert table.positions.tolist() == [s.position for s in sequences]
         assert table.num_free == self.oracle.num_free
         # What a batch depends on: which pages a sequence has, and where in its text it stands.
@@ -240,10 +272,10 @@ class Twin:
         before = self.table_of.setdefault(table.fingerprint.tobytes(), state)
         assert before == state, "two states of the table have one fingerprint"
         self.id_of = {}
-        for slot, sequence in enumerate(sequences):
-            ids, beyond = np.split(table.pages[slot], [len(sequence.pages)])
+        for number, row in enumerate(rows):
+            ids, beyond = np.split(table.pages[number], [len(row.pages)])
             assert np.all(beyond == config.num_pages)
-            for label, page in zip(sequence.pages, ids.tolist(), strict=True):
+            for label, page in zip(row.pages, ids.tolist(), strict=True):
                 assert self.id_of.setdefault(label, page) == page, "a shared page has two ids"
         assert len(set(self.id_of.values())) == len(self.id_of), "two pages have one id"
         refcounts = np.zeros(config.num_pages, np.int32)
@@ -273,43 +305,52 @@ class Twin:
         assert batch.kv_lengths.tolist() == want.kv_lengths
         for row in range(self.total_tokens):
             if row in want.rows:
-                slot, place, position = want.rows[row]
-                page = self.oracle.sequences[slot].pages[place // config.page_size]
+                slot, _, position = want.rows[row]
                 assert batch.positions[row] == position
-                assert batch.page_ids[row] == self.id_of[page]
-                assert batch.offsets[row] == place % config.page_size
+                for group, index in enumerate(want.indices[row]):
+                    size = config.groups[group].page_size
+                    page = self.oracle.sequences[slot].rows[group].pages[index // size]
+                    assert batch.page_ids[group, row] == self.id_of[page]
+                    assert batch.offsets[group, row] == index % size
             else:
                 assert batch.positions[row] == 0
-                assert batch.page_ids[row] == config.num_pages
+                assert np.all(batch.page_ids[:, row] == config.num_pages)
         assert [self.id_of[label] for label in want.handed_out] == stack[: len(want.handed_out)]
 
     def _check_attention(self, out, lse, want, q):
         """Rows of refused and padding entries are zero; the others see their sequence."""
-        expected, expected_lse = np.zeros(out.shape), np.full(lse.shape, -np.inf)
-        for row, (slot, place, _) in want.rows.items():
-            for layer in range(self.config.num_layers):
-                one = _float64(q[layer, row : row + 1])
+        for layer in range(self.config.num_layers):
+            expected, expected_lse = np.zeros(out[layer].shape), np.full(lse[layer].shape, -np.inf)
+            for row, (slot, place, _) in want.rows.items():
+                one = _float64(q[layer][row : row + 1])
                 seen = self.oracle.attend(layer, slot, one, place, **self.options)
-                expected[layer, row], expected_lse[layer, row] = seen
-        self._close(out, expected)
-        self._close(lse, expected_lse)
+                expected[row], expected_lse[row] = seen
+            self._close(out[layer], expected)
+            self._close(lse[layer], expected_lse)
 
     def _check_look(self, view, q):
-        out, lse, narrow = np.zeros(q.shape), np.full(q.shape[:2], -np.inf), np.zeros(q.shape)
-        row, last_layer, sinks = 0, self.config.num_layers - 1, _float64(self.sinks)
+        """The last tokens' attention, as many of them as the shortest row has."""
+        rows, row = {}, 0
         for slot, sequence in enumerate(self.oracle.sequences):
             assert view.starts[slot] == row
-            count, last = min(sequence.length, LOOKS), sequence.length - 1
+            count = min(LOOKS, *(of.length for of in sequence.rows))
+            assert view.counts[slot] == count
             if count:
-                rows, row = slice(row, row + count), row + count
-                asked = _float64(q[rows])
-                out[rows], lse[rows] = self.oracle.attend(0, slot, asked, last)
-                narrow[rows], _ = self.oracle.attend(
-                    last_layer, slot, asked, last, sink_logits=sinks, **SEEN_THROUGH
-                )
-        self._close(view.out, out)
-        self._close(view.lse, lse)
-        self._close(view.narrow, narrow)
+                rows[slot], row = slice(row, row + count), row + count
+        for layer, (out, lse) in zip(looked_at(self.config), view.attended, strict=True):
+            want, want_lse = self._looked(layer, q[layer], rows, window=still_seen(self.config, layer))
+            self._close(out, want)
+            self._close(lse, want_lse)
+        last, sinks = self.config.num_layers - 1, _float64(self.sinks)
+        options = seen_through(self.config, last)
+        self._close(view.narrow, self._looked(last, q[last], rows, sink_logits=sinks, **options)[0])
+
+    def _looked(self, layer, q, rows, **options):
+        out, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+        for slot, of in rows.items():
+            last = self.oracle.sequences[slot].length - 1
+            out[of], lse[of] = self.oracle.attend(layer, slot, _float64(q[of]), last, **options)
+        return out, lse
 
     def _close(self, got, want):
         assert not np.isnan(got).any()
@@ -317,6 +358,11 @@ class Twin:
         np.testing.assert_allclose(_float64(got), want, rtol=tolerance, atol=tolerance)
 
     # inputs --------------------------------------------------------------------------------
+
+    def _of_layers(self, count, heads=None):
+        """Random tokens for each layer, of its KV heads or of so many."""
+        shapes = [self.config.groups[home.group] for home in self.config.homes]
+        return tuple(self._normal(count, heads or of.num_kv_heads, of.head_dim) for of in shapes)
 
     def _padded(self, entries, fill=-1):
         return np.array([*entries, *[fill] * (self.entries - len(entries))], np.int32)

@@ -123,10 +123,11 @@ def page_map(cache: KVCache) -> PageMap:
     table = jax.device_get(cache.table)
     owner = np.full(config.num_pages, config.max_seqs)
     tokens = np.zeros(config.num_pages, np.int64)
-    before = np.arange(config.max_pages_per_seq) * config.page_size
-    held = np.clip(table.lengths[:, None] - before, 0, config.page_size)
-    slots, columns = np.nonzero(held)
-    pages = table.pages[slots, columns]
-    np.minimum.at(owner, pages, slots)
-    np.maximum.at(tokens, pages, held[slots, columns])
-    return PageMap(owner, np.asarray(table.refcounts), tokens, config.page_size, 1, config.max_seqs)
+    sizes = np.repeat([group.page_size for group in config.groups], config.max_seqs)[:, None]
+    held = np.clip(table.lengths[:, None] - np.arange(config.num_columns) * sizes, 0, sizes)
+    rows, columns = np.nonzero(held)
+    pages, largest = table.pages[rows, columns], int(sizes.max())
+    np.minimum.at(owner, pages, rows % config.max_seqs)
+    # As much of the largest page as this one is full.
+    np.maximum.at(tokens, pages, held[rows, columns] * largest // sizes[rows, 0])
+    return PageMap(owner, np.asarray(table.refcounts), tokens, largest, 1, config.max_seqs)

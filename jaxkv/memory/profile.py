@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.operation import REPLICATED, operation
-from jaxkv.pages import num_spanned
+from jaxkv.pages import lengths, num_spanned
 from jaxkv.state import AllocationStats, KVCache, PageTable, on_host
 from jaxkv.units import common_unit, format_bytes
 
@@ -28,21 +28,25 @@ class MemoryProfile:
     too, so right to seven digits, or int64 with JAX's 64-bit types on.
 
     Attributes:
-      lengths: token places of each sequence.
+      lengths: token slots of each sequence, in groups with full attention; where there are none, its tokens.
+      row_lengths: token slots of each sequence in each group.
       num_used: pages that somebody owns.
       num_shared: pages with more than one owner.
       num_spanned: pages from the first to the last that is used.
-      num_stored: token places in use, those of a shared page once, as far as its fullest owner reaches.
+      num_stored: token slots in use, those of a shared page once, as far as its fullest owner reaches.
+      num_slots: token slots of the pages in use.
       stats: the counters.
       config: of the cache.
       num_policy_bytes: what the cache's policy remembers.
     """
 
     lengths: Int[Array, " seqs"]
+    row_lengths: Int[Array, "groups seqs"]
     num_used: Int[Array, ""]
     num_shared: Int[Array, ""]
     num_spanned: Int[Array, ""]
     num_stored: Int[Array, ""]
+    num_slots: Int[Array, ""]
     stats: AllocationStats
     config: CacheConfig = field(metadata={"static": True})
     num_policy_bytes: int = field(default=0, metadata={"static": True})
@@ -70,7 +74,8 @@ class MemoryProfile:
     @property
     def logical_pages(self) -> int:
         """Page table entries in use: a shared page counts once for each owner."""
-        return _total(-(-_number(self.lengths) // self.config.page_size))
+        sizes = np.asarray([group.page_size for group in self.config.groups], np.int32)[:, None]
+        return _total(_total(-(-_number(self.row_lengths) // sizes)))
 
     @property
     def shared_pages(self) -> int:
@@ -113,12 +118,12 @@ class MemoryProfile:
 
         1 is no waste; part-full pages lower it, sharing lifts it above 1. 1 for an empty cache.
         """
-        return _share(self.tokens, self._owned_places, of_nothing=1.0)
+        return _share(_total(_total(_wide(_number(self.row_lengths)))), self._owned_places, of_nothing=1.0)
 
     @property
     def bytes_per_token(self) -> int:
-        """K and V of one token in all layers, with their scales."""
-        return self.config.page_bytes // self.config.page_size
+        """K and V of one token in all layers, with their scales, before any window releases them."""
+        return sum(self.config.page_bytes // group.page_size for group in self.config.groups)
 
     @property
     def pool_bytes(self) -> int:
@@ -167,7 +172,7 @@ class MemoryProfile:
 
     @property
     def _owned_places(self) -> int:
-        return _times(self.physical_pages, self.config.page_size)
+        return _wide(_number(self.num_slots))
 
     def as_dict(self) -> dict[str, Any]:
         """Every number by its name, the counters among them: as the properties give them."""
@@ -262,25 +267,34 @@ def memory_profile(cache: KVCache) -> MemoryProfile:
 
 @operation(results=lambda cache: REPLICATED)
 def _memory_profile(cache: KVCache) -> MemoryProfile:
-    table = cache.table
+    table, config = cache.table, cache.config
+    held, slots = _tokens_in_pages(table, config)
     return MemoryProfile(
-        # Copies: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
-        lengths=jnp.copy(table.lengths),
+        lengths=lengths(cache),
+        # A copy: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
+        row_lengths=jnp.copy(table.lengths).reshape(-1, config.max_seqs),
         num_used=jnp.sum(table.refcounts > 0, dtype=jnp.int32),
         num_shared=jnp.sum(table.refcounts > 1, dtype=jnp.int32),
         num_spanned=num_spanned(table),
-        num_stored=jnp.sum(_tokens_in_pages(table, cache.config), dtype=jnp.int32),
+        num_stored=jnp.sum(held, dtype=jnp.int32),
+        num_slots=jnp.sum(slots, dtype=jnp.int32),
         stats=AllocationStats(jnp.copy(cache.stats.counters)),
         config=cache.config,
         num_policy_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache.policy)),
     )
 
 
-def _tokens_in_pages(table: PageTable, config: CacheConfig) -> Int[Array, " pages"]:
-    """Token places in use of each page; of several owners the fullest counts."""
-    before = jnp.arange(config.max_pages_per_seq, dtype=jnp.int32) * config.page_size
-    held = jnp.clip(table.lengths[:, None] - before[None], 0, config.page_size)
-    return jnp.zeros(config.num_pages, jnp.int32).at[table.pages].max(held, mode="drop")
+def _tokens_in_pages(
+    table: PageTable, config: CacheConfig
+) -> tuple[Int[Array, " pages"], Int[Array, " pages"]]:
+    """Token slots in use of each page, of several owners the fullest counts; and all slots of pages in use."""
+    sizes = [group.page_size for group in config.groups for _ in range(config.max_seqs)]
+    size = jnp.asarray(sizes, jnp.int32)[:, None]
+    before = jnp.arange(config.num_columns, dtype=jnp.int32)[None] * size
+    held = jnp.clip(table.lengths[:, None] - before, 0, size)
+    none = jnp.zeros(config.num_pages, jnp.int32)
+    all_of = jnp.where(held > 0, size, 0)
+    return tuple(none.at[table.pages].max(values, mode="drop") for values in (held, all_of))
 
 
 def unused_share(lengths: Iterable[int], page_size: int) -> float:

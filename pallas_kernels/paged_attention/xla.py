@@ -357,7 +357,7 @@ class KeyTiles:
         start = where.start * (run * self.pages // self.size)
         if pages.ndim == 3:
             if self.pages > _MAX_SLICES:
-                return convert(pages.at[layer, where.ids].get(mode="promise_in_bounds"))[None]
+                return convert(pages.at[layer, where.ids].get(mode="promise_in_bounds")[:, :run])[None]
             runs = [
                 jax.lax.dynamic_slice(pages, (layer, where.ids[i], start), (1, 1, run))[0]
                 for i in range(self.pages)
@@ -366,7 +366,7 @@ class KeyTiles:
         if self.pages > _MAX_SLICES:
             heads = jnp.arange(kv_heads, dtype=jnp.int32)
             tile = pages.at[layer, where.ids[None, :], heads[:, None]].get(mode="promise_in_bounds")
-            return convert(tile)
+            return convert(tile[..., :run])
         zero = jnp.zeros((), jnp.int32)
         runs = [
             jax.lax.dynamic_slice(pages, (layer, where.ids[i], zero, start), (1, 1, kv_heads, run))[0, 0]
