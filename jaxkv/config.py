@@ -299,6 +299,16 @@ class CacheConfig:
         """Pages that a sequence of `num_tokens` tokens holds at most while it is decoded, in all groups."""
         return sum(grouping.decode_pages(self, group.shape, num_tokens) for group in self.groups)
 
+    def pages_for_chunk(self, num_tokens: int) -> int:
+        """Pages more that such a sequence holds while a chunk of its prompt is prefilled: none without windows."""
+        most = sum(min(group.columns, -(-num_tokens // group.page_size)) for group in self.groups)
+        return most - self.pages_for_seq(num_tokens)
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """The layers with full attention."""
+        return tuple(sorted(layer for group in self.groups if group.window is None for layer in group.layers))
+
 
 def _count(name: str, value: object, least: int = 1) -> int:
     number = whole(value)

@@ -161,8 +161,9 @@ def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
 
 
 def _peak_unshared(state: Decoding, cache: KVCache) -> Int[Array, ""]:
-    lengths, page_size = cache.table.lengths, cache.config.page_size
-    held = jnp.sum((lengths + page_size - 1) // page_size, dtype=jnp.int32)
+    config = cache.config
+    sizes = jnp.asarray([group.page_size for group in config.groups], jnp.int32)[:, None]
+    held = jnp.sum(pages_for(cache.table.lengths.reshape(-1, config.max_seqs), sizes), dtype=jnp.int32)
     return jnp.maximum(state.peak_unshared, held)
 
 

@@ -127,6 +127,8 @@ def chunks(prompts: list[list[int]], size: int, most: int, whole: bool):
 
 def most_at_once(policy: Policy | None, config: CacheConfig, largest: int) -> int:
     """Tokens of one prompt in a prefill step of `largest` tokens."""
+    if config.layer_windows is not None:
+        largest = min(largest, config.max_chunk)
     return largest if policy is None else policy.most_at_once(config, largest)
 
 

@@ -12,6 +12,7 @@ from jaxkv.arguments import whole
 from jaxkv.config import MAX_TOKENS, CacheConfig
 from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.packing import most_at_once
+from jaxkv.pages import lengths
 from jaxkv.policies import Policy
 from jaxkv.state import KVCache
 from jaxkv.units import format_bytes, parse_bytes
@@ -39,10 +40,13 @@ def for_context_length(context: int, *, memory: str | int | None = None, **optio
         raise ValueError(f"context={context!r} must be a positive integer")
     one = CacheConfig(**options, num_pages=1, max_pages_per_seq=1)
     row = one.pages_for(tokens)
+    # Of a group with full attention, then of one sequence in all groups and while its prompt is prefilled.
+    one = replace(one, num_pages=row, max_pages_per_seq=row)
+    of_seq, more_of_chunk = one.pages_for_seq(tokens), one.pages_for_chunk(tokens)
     if memory is None:
-        return replace(one, num_pages=row * one.max_seqs, max_pages_per_seq=row)
+        return replace(one, num_pages=of_seq * one.max_seqs + more_of_chunk)
     allowed = parse_bytes(memory)
-    least = replace(one, num_pages=row, max_pages_per_seq=row)
+    least = replace(one, num_pages=of_seq + more_of_chunk)
     spare = allowed - least.estimated_memory_bytes()
     if spare < 0:
         raise ValueError(
@@ -51,7 +55,7 @@ def for_context_length(context: int, *, memory: str | int | None = None, **optio
         )
     # A page more takes its bytes, a refcount and a place on the free stack.
     more = spare // (one.page_bytes + 8)
-    return replace(least, num_pages=min(row + more, (MAX_TOKENS - 1) // one.page_size))
+    return replace(least, num_pages=min(least.num_pages + more, (MAX_TOKENS - 1) // one.page_size))
 
 
 def from_preset(name: str, *, memory: str | int | None = None, **options: Any) -> CacheConfig:
@@ -106,28 +110,35 @@ def token_slots(
 
 
 def pool_sizes(
-    lengths: Sequence[int], slots: Sequence[int], num_samples: int, page_size: int, policy: Policy | None
+    make: Callable[..., CacheConfig],
+    lengths: Sequence[int],
+    slots: Sequence[int],
+    num_samples: int,
+    policy: Policy | None,
 ) -> dict[str, int]:
-    """Arguments of `CacheConfig` for a pool that holds every sequence at its longest.
+    """Arguments of `make` for a pool that holds every sequence at its longest.
 
     Args:
+      make: makes the `CacheConfig` of `num_pages` and other sizes.
       lengths: tokens of each prompt.
       slots: token slots of each prompt and a continuation, at most.
       num_samples: continuations of each prompt.
-      page_size: token slots a page.
       policy: what is forgotten.
     """
-    pages = [-(-count // page_size) for count in slots]
-    # Samples of a prompt copy its partly filled last page before the one they share is given back.
-    spare = len(lengths) if num_samples > 1 else 0
+    most = make(num_pages=1).pages_for(max(slots))
+    config = make(num_pages=most, max_pages_per_seq=most)
+    pages = [config.pages_for_seq(count) for count in slots]
+    # Samples of a prompt copy its partly filled last pages before the ones they share are given back.
+    spare = len(lengths) * len(config.groups) if num_samples > 1 else 0
+    spare += config.pages_for_chunk(max(slots))
     if policy is not None and (num_samples > 1 or len(lengths) > 1):
         # And what a policy keeps of shared pages goes to pages of each sequence's own.
-        spare += sum(-(-policy.copied_tokens(length) // page_size) for length in lengths)
+        spare += sum(-(-policy.copied_tokens(length) // config.page_size) for length in lengths)
     return dict(
         num_pages=sum(pages) * num_samples + spare,
-        page_size=page_size,
+        page_size=config.page_size,
         max_seqs=len(lengths) * num_samples,
-        max_pages_per_seq=max(pages),
+        max_pages_per_seq=most,
     )
 
 
@@ -172,7 +183,7 @@ def fitting_config(
     ]
     if policy is None and max_context is not None:
         slots = [min(count, max_context) for count in slots]
-    sizes = pool_sizes(lengths, slots, num_samples, page_size, policy)
+    sizes = pool_sizes(make, lengths, slots, num_samples, policy)
     if num_pages is not None:
         sizes |= dict(num_pages=num_pages, max_pages_per_seq=min(sizes["max_pages_per_seq"], num_pages))
     return make(**sizes)
@@ -204,8 +215,8 @@ def check_fit(
     most = None
     if policy is not None and not policy.once:
         most = policy.most_kept(config) + most_at_once(policy, config, prefill_chunk)
-    lengths = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(cache.table.lengths)
-    held = {number: int(lengths[slots[number]]) for number in prompts}
+    held_now = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(lengths(cache))
+    held = {number: int(held_now[slots[number]]) for number in prompts}
     for number, prompt in prompts.items():
         before = held[number]
         if before + len(prompt) > config.max_tokens_per_seq and most is None:
@@ -216,11 +227,12 @@ def check_fit(
             )
     if most is not None:
         shared = min(shared, config.pages_for(most))
-    pages = shared + copied_pages(cache, [slots[number] for number in prompts])
+    of_shared = config.pages_for_seq(shared * config.page_size)
+    pages = of_shared + copied_pages(cache, [slots[number] for number in prompts])
     for number, prompt in prompts.items():
         before = held[number]
         after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
-        pages += config.pages_for(after) - config.pages_for(before) - shared
+        pages += config.pages_for_seq(after) - config.pages_for_seq(before) - of_shared
     if policy is not None and shared:
         # What is kept of shared pages goes to pages of each sequence's own, before the others are released.
         pages += len(prompts) * config.pages_for(policy.copied_tokens(config.max_tokens_per_seq))
@@ -237,7 +249,12 @@ def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
     """Partly filled last pages that others share: the first write to each goes to a copy."""
     if cache is None:
         return 0
-    table, size = cache.table, cache.config.page_size
-    lengths, pages, refcounts = (np.asarray(x) for x in (table.lengths, table.pages, table.refcounts))
-    tails = [pages[slot, lengths[slot] // size] for slot in slots if lengths[slot] % size]
+    table, config = cache.table, cache.config
+    stored, pages, refcounts = (np.asarray(x) for x in (table.lengths, table.pages, table.refcounts))
+    rows = [
+        (number * config.max_seqs + slot, group.page_size)
+        for number, group in enumerate(config.groups)
+        for slot in slots
+    ]
+    tails = [pages[row, stored[row] // size] for row, size in rows if stored[row] % size]
     return sum(int(refcounts[page] > 1) for page in tails)

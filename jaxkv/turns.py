@@ -37,7 +37,7 @@ class Turn:
     @property
     def is_new(self) -> bool:
         """Whether no prompt has anything before it."""
-        return self.cache is None or not np.asarray(self.cache.table.lengths)[self.slots[:, 0]].any()
+        return self.cache is None or not np.asarray(self.cache.table.positions)[self.slots[:, 0]].any()
 
 
 def new_turn(request: Request, config: CacheConfig) -> Turn:
@@ -113,7 +113,7 @@ def _own_slots(seqs: Sequence[int] | None, count: int, max_seqs: int) -> list[in
 
 def _empty_slots(cache: KVCache, owned: list[int], more: int) -> np.ndarray:
     """For the samples of each prompt beside the first, `[prompts, more]`: the lowest that are empty."""
-    empty = [slot for slot in np.flatnonzero(np.asarray(cache.table.lengths) == 0) if slot not in owned]
+    empty = [slot for slot in np.flatnonzero(np.asarray(cache.table.positions) == 0) if slot not in owned]
     needed = len(owned) * more
     if needed > len(empty):
         raise ValueError(
