@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
+from jaxkv.entries import clean_slots, rows_of
 from jaxkv.groups import Group
 from jaxkv.layers import Located, Place, by_position, kinds_for, locate, of_shape, serve_batch, view
 from jaxkv.operation import axis_of, operation
-from jaxkv.pages import in_use, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import paged_attention
 from pallas_kernels.checks import Options, check_options
@@ -277,7 +277,7 @@ def _attention_mass(
     if kind.window is None:
         return mass[..., : cache.config.max_tokens_per_seq]
     _, stored, _ = rows
-    start = rows_of(cache.table.positions, in_use(batch.seqs, cache.config.max_seqs)) - stored
+    start = rows_of(cache.table.positions, clean_slots(batch.seqs, cache.config.max_seqs, once=False)) - stored
     return by_position(mass, jnp.where(batch.ok, start, 0), stored, cache.config.max_tokens_per_seq, axis=2)
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.entries import rows_of
 from jaxkv.eviction import observe
-from jaxkv.pages import rows_of
 from jaxkv.state import Batch, KVCache
 
 
@@ -93,7 +93,7 @@ def _checked(model, results: Any, tokens, cache: KVCache, batch: Batch, rows, ne
     if not isinstance(returned, KVCache) or returned.config != cache.config:
         raise ValueError(f"{name} must return the cache that append returned, not {returned!r:.200}")
     config = cache.config
-    shape = (config.num_layers, len(batch.seqs), config.num_kv_heads, config.max_tokens_per_seq)
+    shape = (len(config.full_layers), len(batch.seqs), config.num_kv_heads, config.max_tokens_per_seq)
     if needs_mass and getattr(mass[0], "shape", None) != shape:
         found = list(getattr(mass[0], "shape", [type(mass[0]).__name__]))
         raise ValueError(f"{name} must return mass {list(shape)}, not {found}")

@@ -12,6 +12,7 @@ from jaxkv.config import CacheConfig
 from jaxkv.fingerprint import is_current
 from jaxkv.groups import Group
 from jaxkv.state import Batch, KVCache, KVPool
+from pallas_kernels import copy_pages, move_pages
 from pallas_kernels.checks import as_layer, check_layer
 
 
@@ -133,6 +134,22 @@ def whole(pool: KVPool, config: CacheConfig) -> KVPool:
     shapes = config.pool_shape, config.pool_shape, *config.scale_shapes
     leaves = (pool.k, pool.v, pool.k_scale, pool.v_scale)
     return KVPool(*(leaf.reshape(shape) for leaf, shape in zip(leaves, shapes, strict=False) if leaf is not None))
+
+
+def copied_within(pool: KVPool, config: CacheConfig, sources: Array, destinations: Array) -> KVPool:
+    """The pool after copies of whole pages; see `pallas_kernels.copy_pages`."""
+    seen = view(pool, config, config.groups[0])
+    scales = dict(k_scales=seen.k_scale, v_scales=seen.v_scale)
+    pages = copy_pages(seen.k, seen.v, sources, destinations, **scales, kv_format=config.storage.name)
+    return whole(KVPool(*pages), config)
+
+
+def moved_within(pool: KVPool, config: CacheConfig, targets: Array) -> KVPool:
+    """The pool after whole pages moved, as if all at once; see `pallas_kernels.move_pages`."""
+    seen = view(pool, config, config.groups[0])
+    scales = dict(k_scales=seen.k_scale, v_scales=seen.v_scale)
+    pages = move_pages(seen.k, seen.v, targets, **scales, kv_format=config.storage.name)
+    return whole(KVPool(*pages), config)
 
 
 def by_position(

@@ -1,32 +1,26 @@
-"""Who owns which page: free, truncate, and how pages come off the stack and go back. No K or V in sight.
-
-The cost of each function follows the batch and its pages, never the size of the pool: pages come
-off a stack by rank (a running sum over the batch), and go back to it the same way. An index that
-should do nothing is out of range (`num_pages`, `max_seqs`) and dropped.
-"""
+"""Rows of the page table: free, truncate, and walks over the pages of many rows. No K or V in sight."""
 
 from dataclasses import replace
-from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.config import CacheConfig
+from jaxkv.entries import check_vectors, clean_slots, first_fault, page_sizes, pages_for, rows_of, table_rows
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.operation import as_given, operation
-from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState
+from jaxkv.operation import REPLICATED, as_given, operation
+from jaxkv.ownership import count, release
+from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 from pallas_kernels import control_flow
-from pallas_kernels.checks import as_int32
+from pallas_kernels.control_flow import skip_where_idle
 from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
 _CHUNK = 1024
-_Amount: TypeAlias = Int[Array, ""] | int
 
 
 def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
-    """Gives the pages of `seqs` back; a page returns to the stack when its last owner lets go.
+    """Releases the pages of `seqs`; a page is free again when its last owner releases it.
 
     Padding, empty slots, slots beyond `max_seqs` and a slot named again are passed over.
 
@@ -45,100 +39,152 @@ def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
       2
     """
     (seqs,) = check_vectors(seqs=seqs)
-    return truncate(cache, seqs, jnp.zeros_like(seqs))
+    return truncate(cache, seqs, jnp.zeros_like(seqs))[0]
 
 
-def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " seqs"]) -> KVCache:
-    """Shortens sequences, as after rejected speculative tokens; pages left empty are given back.
+def truncate(
+    cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " seqs"]
+) -> tuple[KVCache, Int[Array, " seqs"]]:
+    """Takes back the last tokens of sequences, as after rejected speculative tokens.
 
-    A longer length than now and a negative one do nothing, nor do padding, empty slots and slots
-    beyond `max_seqs`. Of several lengths for one slot the smallest holds.
+    Pages left empty are released. A longer length than now does nothing. Of several lengths for one slot the
+    smallest holds. The tokens of the last `allocate` can always be taken back, and where a layer has a window
+    `CacheConfig.rollback` more. To 0 tokens any sequence can be cut.
 
     Args:
       cache: the cache.
-      seqs: slots.
-      lengths: token places to keep, one number an entry.
+      seqs: slots; a negative one is padding.
+      lengths: tokens that each sequence has afterwards, its next position; those that a policy dropped count.
 
     Returns:
-      The cache. Cut to zero, a slot is empty, as after `free`.
+      The cache and a `Status` for each entry: INVALID_SEQ for a slot beyond `max_seqs`, INVALID_LENGTH for a
+      negative length, ROLLBACK_TOO_LONG where tokens would be needed that a window released or a policy
+      dropped. Such a sequence is as it was. Cut to 0, a slot is empty, as after `free`.
+
+    Raises:
+      ValueError: for wrong shapes or dtypes, at trace time.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
       >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=2, page_size=4)
       >>> cache, _ = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([7]), total_tokens=7)
-      >>> cache = jaxkv.truncate(cache, jnp.array([0]), jnp.array([3]))
-      >>> int(cache.table.lengths[0]), int(cache.table.num_free)
-      (3, 1)
+      >>> cache, status = jaxkv.truncate(cache, jnp.array([0]), jnp.array([3]))
+      >>> int(status[0]), int(cache.table.lengths[0]), int(cache.table.num_free)
+      (0, 3, 1)
     """
-    table, stats, policy = _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
-    return replace(cache, table=table, stats=stats, policy=policy)
+    table, stats, policy, status = _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
+    return replace(cache, table=table, stats=stats, policy=policy), status
 
 
-@operation(results=lambda cache, *_: as_given((cache.table, cache.stats, cache.policy)))
+@operation(results=lambda cache, *_: (*as_given((cache.table, cache.stats, cache.policy)), REPLICATED))
 def _truncate(
     cache: KVCache, seqs: Array, lengths: Array
-) -> tuple[PageTable, AllocationStats, PolicyState | None]:
+) -> tuple[PageTable, AllocationStats, PolicyState | None, Array]:
     config, table = cache.config, cache.table
-    slot = jnp.where((seqs < 0) | (lengths < 0), config.max_seqs, seqs)
-    old = rows_of(table.lengths, slot)
-    new_lengths = table.lengths.at[slot].min(lengths, mode="drop")
-    new = rows_of(new_lengths, slot)
-    once = is_first(slot, config.max_seqs)
-    cut = jnp.where(once, old - new, 0)
-    kept = pages_for(new, config.page_size)
-    ends = jnp.cumsum(jnp.where(once, pages_for(old, config.page_size) - kept, 0), dtype=jnp.int32)
-
-    def give_back(table: PageTable, entry, place):
-        row, column = rows_of(slot, entry, config.max_seqs), rows_of(kept, entry) + place
-        page = table.pages.at[row, column].get(mode="fill", fill_value=config.num_pages)
-        # The row depends on the page that was read: that orders the two, and spares a copy of the table.
-        row = jnp.where(page < config.num_pages, row, config.max_seqs)
-        pages = table.pages.at[row, column].set(config.num_pages, mode="drop")
-        return release_pages(replace(table, pages=pages), page)
-
-    num_free = table.num_free
-    table = for_each_page(give_back, table, ends, seqs.shape[0] * config.max_pages_per_seq)
-    positions = table.positions.at[slot].add(-cut, mode="drop")
-    emptied = jnp.where(new == 0, slot, config.max_seqs)
-    table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
-    table = stamp(table, Operation.TRUNCATE, cut > 0, slot, new)
+    asked = clean_slots(seqs, config.max_seqs, where=lengths >= 0, once=False)
+    slot = clean_slots(asked, config.max_seqs)
+    shortest = table.positions.at[asked].min(lengths, mode="drop")
+    row, size = table_rows(slot, config), page_sizes(config)
+    position, new_position = rows_of(table.positions, slot), rows_of(shortest, slot)
+    old = rows_of(table.lengths, row)
+    # Of an empty sequence nothing is left in any group.
+    new = jnp.where(new_position == 0, 0, old - (position - new_position))
+    refused = (new_position < position) & (new_position > 0) & _is_gone(cache, slot, new, new_position)
+    new, new_position = jnp.where(refused, old, new), jnp.where(refused, position, new_position)
+    table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), size, config)
+    table = replace(table, positions=table.positions.at[slot].set(new_position, mode="drop"))
+    cut = new_position < position
+    table = stamp(table, Operation.TRUNCATE, cut, slot, new_position)
     policy = cache.policy
     if policy is not None:
-        shortened = jnp.where(cut > 0, slot, config.max_seqs)
-        policy = replace(policy, values=policy.rule.forget(policy.values, shortened))
-    return table, count(cache.stats, num_released=table.num_free - num_free), policy
-
-
-def release_pages(table: PageTable, page_ids: Int[Array, " entries"]) -> PageTable:
-    """One owner lets go of each page named; those that nobody holds go to the stack, once.
-
-    An id of `num_pages` is passed over; a page named twice loses two owners.
-    """
-    num_pages = table.refcounts.shape[0]
-    refcounts = table.refcounts.at[page_ids].add(-1, mode="drop")
-    dead = refcounts.at[page_ids].get(mode="fill", fill_value=1) == 0
-    # Several entries may name one dead page. They write their numbers, below zero, where its count
-    # was; the one that reads its own back pushes the page.
-    mark = -1 - jnp.arange(page_ids.shape[0], dtype=jnp.int32)
-    refcounts = refcounts.at[jnp.where(dead, page_ids, num_pages)].min(mark, mode="drop")
-    pushes = dead & (refcounts.at[page_ids].get(mode="fill", fill_value=0) == mark)
-    refcounts = refcounts.at[jnp.where(pushes, page_ids, num_pages)].set(0, mode="drop")
-    rank = jnp.cumsum(pushes, dtype=jnp.int32)
-    place = jnp.where(pushes, table.num_free + rank - 1, num_pages)
-    return replace(
-        table,
-        refcounts=refcounts,
-        free_pages=table.free_pages.at[place].set(page_ids, mode="drop"),
-        num_free=table.num_free + rank[-1],
+        policy = replace(policy, values=policy.rule.forget(policy.values, jnp.where(cut, slot, config.max_seqs)))
+    # Each entry has its slot's answer.
+    refused = jnp.zeros(config.max_seqs, bool).at[slot].set(refused, mode="drop")
+    status = first_fault(
+        (seqs < 0, Status.PADDING),
+        (seqs >= config.max_seqs, Status.INVALID_SEQ),
+        (lengths < 0, Status.INVALID_LENGTH),
+        (rows_of(refused, asked, False), Status.ROLLBACK_TOO_LONG),
     )
+    return table, count(cache.stats, cache.table, table), policy, status
+
+
+def _is_gone(cache: KVCache, slot: Array, lengths: Array, positions: Array) -> Bool[Array, " entries"]:
+    """Whether a sequence cut so far would need tokens that were released or rewritten.
+
+    Args:
+      cache: before the cut.
+      slot: of each entry.
+      lengths: `[groups, entries]`, token slots in each row afterwards.
+      positions: tokens of each sequence afterwards.
+    """
+    windows = jnp.asarray([[group.window or 0] for group in cache.config.groups], jnp.int32)
+    # The first token that the next one attends to; the first that is stored.
+    seen = jnp.maximum(positions[None] - windows + 1, 0)
+    gone = jnp.where(windows > 0, positions[None] - lengths > seen, lengths < 1)
+    gone = jnp.any(gone, axis=0)
+    return gone if cache.policy is None else gone | cache.policy.rule.needs(cache, slot, positions)
+
+
+def _shorten(
+    table: PageTable, row: Array, old: Array, new: Array, size: Array, config: CacheConfig
+) -> PageTable:
+    """Rows of the table cut to new lengths, each row once; pages left empty are released."""
+    entries = row.shape[0] // size.shape[0]
+    size = jnp.repeat(size[:, 0], entries)
+    kept = pages_for(new, size)
+    ends = jnp.cumsum(pages_for(old, size) - kept, dtype=jnp.int32)
+
+    def give_back(table: PageTable, entry, place):
+        at, column = rows_of(row, entry, config.num_rows), rows_of(kept, entry) + place
+        page = rows_of(table.pages, (at, column), config.num_pages)
+        # The row depends on the page that was read: that orders the two, and spares a copy of the table.
+        at = jnp.where(page < config.num_pages, at, config.num_rows)
+        pages = table.pages.at[at, column].set(config.num_pages, mode="drop")
+        return release(replace(table, pages=pages), page)
+
+    table = for_each_page(give_back, table, ends, row.shape[0] * config.num_columns)
+    return replace(table, lengths=table.lengths.at[row].set(new, mode="drop"))
+
+
+def release_windows(cache: KVCache, slot: Int[Array, " entries"]) -> KVCache:
+    """Releases the pages that no token to come can see, in groups with a window.
+
+    By the sequence's position, and so that `rollback` tokens can be taken back.
+
+    Args:
+      cache: the cache.
+      slot: each slot once; `max_seqs` for an entry that does nothing.
+    """
+    config = cache.config
+    windowed = [number for number, group in enumerate(config.groups) if group.window is not None]
+    if not windowed:
+        return cache
+    # Groups with a window come last.
+    row, size = table_rows(slot, config)[windowed[0] :], page_sizes(config)[windowed[0] :]
+    behind = jnp.asarray([[config.groups[number].window - 1 + config.rollback] for number in windowed], jnp.int32)
+    position = rows_of(cache.table.positions, slot)[None]
+    start = position - rows_of(cache.table.lengths, row)
+    dropped = jnp.maximum(position - behind - start, 0) // size
+    size = jnp.broadcast_to(size, row.shape).reshape(-1)
+    row, dropped = row.reshape(-1), dropped.reshape(-1)
+
+    def release_pages(carry: tuple[PageTable, AllocationStats]) -> tuple[PageTable, AllocationStats]:
+        table, stats = carry
+        released = drop_pages(table, row, jnp.zeros_like(row), dropped, size, config)
+        return released, count(stats, table, released)
+
+    carry = skip_where_idle(jnp.any(dropped > 0), release_pages, (cache.table, cache.stats))
+    return replace(cache, table=carry[0], stats=carry[1])
 
 
 def drop_pages(
     table: PageTable,
-    slot: Int[Array, " entries"],
-    first: Int[Array, " entries"],
-    dropped: Int[Array, " entries"],
-    page_size: int,
+    row: Int[Array, " rows"],
+    first: Int[Array, " rows"],
+    dropped: Int[Array, " rows"],
+    size: Int[Array, " rows"],
+    config: CacheConfig,
 ) -> PageTable:
     """Takes whole pages out of rows; what stands behind them moves up. Lengths follow, positions stay.
 
@@ -146,30 +192,31 @@ def drop_pages(
 
     Args:
       table: the page table.
-      slot: each slot once; one beyond the table for an entry that does nothing.
+      row: each row once; `num_rows` for an entry that does nothing.
       first: column of the first page that goes.
       dropped: how many go, full ones.
-      page_size: token places a page.
+      size: token slots a page.
+      config: of the cache.
     """
-    num_pages, most = table.refcounts.shape[0], slot.shape[0] * table.pages.shape[1]
-    max_seqs = table.lengths.shape[0]
-    dropped = jnp.where(slot < max_seqs, dropped, 0)
+    num_pages, num_rows = config.num_pages, config.num_rows
+    most = row.shape[0] * config.num_columns
+    dropped = jnp.where(row < num_rows, dropped, 0)
 
     def give_back(table: PageTable, entry, place):
-        at = rows_of(slot, entry, max_seqs), rows_of(first, entry) + place
-        return release_pages(table, rows_of(table.pages, at, num_pages))
+        at = rows_of(row, entry, num_rows), rows_of(first, entry) + place
+        return release(table, rows_of(table.pages, at, num_pages))
 
     def move_up(table: PageTable, entry, place):
-        row, column = rows_of(slot, entry, max_seqs), rows_of(first, entry) + place
+        at, column = rows_of(row, entry, num_rows), rows_of(first, entry) + place
         # Past the end of a row stands `num_pages`, which moves up too.
-        behind = rows_of(table.pages, (row, column + rows_of(dropped, entry)), num_pages)
-        return replace(table, pages=table.pages.at[row, column].set(behind, mode="drop"))
+        behind = rows_of(table.pages, (at, column + rows_of(dropped, entry)), num_pages)
+        return replace(table, pages=table.pages.at[at, column].set(behind, mode="drop"))
 
-    moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, slot), page_size) - first, 0)
+    moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, row), size) - first, 0)
     table = for_each_page(give_back, table, jnp.cumsum(dropped, dtype=jnp.int32), most)
     table = for_each_page(move_up, table, jnp.cumsum(moved, dtype=jnp.int32), most)
-    table = stamp(table, Operation.DROP_PAGES, dropped > 0, slot, first, dropped)
-    return replace(table, lengths=table.lengths.at[slot].add(-dropped * page_size, mode="drop"))
+    table = stamp(table, Operation.DROP_PAGES, dropped > 0, row, first, dropped)
+    return replace(table, lengths=table.lengths.at[row].add(-dropped * size, mode="drop"))
 
 
 def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: int) -> PageTable:
@@ -210,57 +257,6 @@ def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries
     return control_flow.fori_loop(0, steps, lambda step, table: body(table, columns + step * size), table)
 
 
-def rows_of(values: Array, index: Int[Array, "..."] | tuple[Array, ...], fill: int = 0) -> Array:
-    """`values[index]`, `fill` where the index is past the end."""
-    return values.at[index].get(mode="fill", fill_value=fill)
-
-
-def is_first(slot: Int[Array, " entries"], max_seqs: int) -> Bool[Array, " entries"]:
-    """Whether an entry is the first to name its slot; never for a slot beyond `max_seqs`."""
-    number = jnp.arange(slot.shape[0], dtype=jnp.int32)
-    first = jnp.full(max_seqs, slot.shape[0], jnp.int32).at[slot].min(number, mode="drop")
-    return rows_of(first, slot, -1) == number
-
-
-def check_vectors(**vectors: Array) -> list[Array]:
-    """int32 vectors of one length, or a `ValueError` naming the argument that is not."""
-    arrays = {
-        name: vector if isinstance(vector, jax.Array) else np.asarray(vector)
-        for name, vector in vectors.items()
-    }
-    length = None
-    for name, array in arrays.items():
-        if array.ndim != 1 or array.shape[0] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}")
-        if length not in (None, array.shape[0]):
-            raise ValueError(
-                f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"
-            )
-        length = array.shape[0]
-    return [as_int32(array) for array in arrays.values()]
-
-
-def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
-    return (num_tokens + page_size - 1) // page_size
-
-
-def count(
-    stats: AllocationStats, *, num_taken: _Amount = 0, num_released: _Amount = 0, **others: _Amount
-) -> AllocationStats:
-    """Adds to the counters; the peak is reached before pages are given back."""
-    increments = others | dict(
-        total_allocations=num_taken,
-        total_deallocations=num_released,
-        current_pages=num_taken - num_released,
-        peak_pages=jnp.maximum(stats.current_pages + num_taken - stats.peak_pages, 0),
-    )
-    amounts = jnp.stack([jnp.asarray(increments.get(name, 0), jnp.int32) for name in stats.names()])
-    counters = stats.counters + amounts
-    # A counter that has grown past the largest int32 stays there instead of turning negative.
-    overflow = (amounts > 0) & (counters < stats.counters)
-    return AllocationStats(jnp.where(overflow, jnp.iinfo(jnp.int32).max, counters))
-
-
 def lengths(cache: KVCache) -> Int[Array, " seqs"]:
     """Token slots in use of each sequence, 0 for an empty one.
 
@@ -268,7 +264,8 @@ def lengths(cache: KVCache) -> Int[Array, " seqs"]:
       cache: the cache. It may be donated to a later call while the lengths are still wanted.
 
     Returns:
-      int32 `[max_seqs]`, in tokens. After an eviction this is less than the sequence's position.
+      int32 `[max_seqs]`, in tokens, of groups with full attention; where there are none, the tokens so far.
+      After an eviction this is less than the sequence's position.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -278,10 +275,5 @@ def lengths(cache: KVCache) -> Int[Array, " seqs"]:
       [0, 3]
     """
     # A copy: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
-    return jnp.copy(cache.table.lengths)
-
-
-def num_spanned(table: PageTable) -> Int[Array, ""]:
-    """Pages from the first of the pool to the highest that is used."""
-    number = jnp.arange(1, table.refcounts.shape[0] + 1, dtype=jnp.int32)
-    return jnp.max(jnp.where(table.refcounts > 0, number, 0))
+    table, config = cache.table, cache.config
+    return jnp.copy(table.positions if config.groups[0].window else table.lengths[: config.max_seqs])

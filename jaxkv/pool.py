@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxkv.entries import check_vectors, clean_slots, rows_of
 from jaxkv.groups import Group
 from jaxkv.layers import Place, by_position, kinds_for, locate, of_shape, serve_batch, view, whole, widest
 from jaxkv.operation import REPLICATED, as_given, axis_of, operation
-from jaxkv.pages import check_vectors, in_use, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
 from pallas_kernels.checks import is_layer
@@ -125,7 +125,7 @@ def _gathered_specs(cache: KVCache, *_):
 @operation(results=_gathered_specs, static=("kind",))
 def _gather(cache: KVCache, place: Place, seqs: Array, *, kind: Group) -> tuple[Array, Array, Array]:
     config, max_tokens = cache.config, cache.config.max_tokens_per_seq
-    slot = in_use(seqs, config.max_seqs)
+    slot = clean_slots(seqs, config.max_seqs, once=False)
     row = jnp.where(slot < config.max_seqs, place.group * config.max_seqs + slot, config.num_rows)
     stored = rows_of(cache.table.lengths, row)
     pages = rows_of(cache.table.pages, row, config.num_pages)[:, : kind.columns]

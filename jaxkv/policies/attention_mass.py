@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.pages import rows_of
+from jaxkv.entries import rows_of
 from jaxkv.policies.base import Step, check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
 from jaxkv.state import Batch
@@ -15,7 +15,7 @@ from jaxkv.state import Batch
 
 def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
     """A number for each token place, layer and KV head, `[seqs, layers, kv_heads, max_tokens]`."""
-    shape = config.max_seqs, config.num_layers, config.num_kv_heads, config.max_tokens_per_seq
+    shape = config.max_seqs, len(config.full_layers), config.num_kv_heads, config.max_tokens_per_seq
     return jnp.zeros(shape, dtype)
 
 
