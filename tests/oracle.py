@@ -382,11 +382,11 @@ class Oracle:
                 for number, page in enumerate(row.pages):
                     held = min(of.page_size, row.length - number * of.page_size)
                     fullest[page], sizes[page] = max(fullest[page], held), of.page_size
-        tokens = sum(row.length for sequence in self.sequences for row in sequence.rows)
+        readable = sum(row.length for sequence in self.sequences for row in sequence.rows)
         stored, places = sum(fullest.values()), sum(sizes.values())
         return dict(
             active_seqs=sum(s.position > 0 for s in self.sequences),
-            tokens=tokens,
+            tokens=sum(self.stored(slot) for slot in range(self.config.max_seqs)),
             stored_tokens=stored,
             physical_pages=len(owners),
             logical_pages=sum(owners.values()),
@@ -395,5 +395,5 @@ class Oracle:
             free_pages=self.num_free,
             unused_places=places - stored,
             fragmentation=(places - stored) / places if places else 0.0,
-            efficiency=tokens / places if places else 1.0,
+            efficiency=readable / places if places else 1.0,
         )
