@@ -58,4 +58,4 @@ def first_state(config: CacheConfig, policy: Policy) -> PolicyState:
     if not isinstance(policy, Policy):
         raise ValueError(f"policy={policy!r} must be a jaxkv.Policy")
     policy.check(config)
-    return PolicyState(policy.first_values(config), policy)
+    return PolicyState(policy.first_values(config), jnp.zeros(config.max_seqs, jnp.int32), policy)

@@ -30,7 +30,7 @@ _Carry = TypeVar("_Carry")
 
 
 class Rewrite(NamedTuple):
-    """Sequences that are rewritten.
+    """Sequences that are rewritten, in the groups with full attention.
 
     Attributes:
       slot: of each entry; `max_seqs` for one that is not.
@@ -39,8 +39,8 @@ class Rewrite(NamedTuple):
     """
 
     slot: Int[Array, " entries"]
-    old: Int[Array, "entries pages_per_seq"]
-    new: Int[Array, "entries pages_per_seq"]
+    old: Int[Array, "groups entries pages_per_seq"]
+    new: Int[Array, "groups entries pages_per_seq"]
     status: Int[Array, " entries"]
 
 

@@ -156,11 +156,15 @@ class PolicyState:
 
     Attributes:
       values: arrays whose first axis is `seqs`; those with four axes are
-        `[seqs, layers, kv_heads, max_tokens]`, a number for each token slot.
+        `[seqs, layers, kv_heads, max_tokens]`, a value for each token slot; the layers are those with full
+        attention.
+      least: token slots that `truncate` must leave of each sequence, unless it empties it: those before were
+        rewritten, or dropped tokens stood between them.
       rule: the `jaxkv.Policy` whose state it is.
     """
 
     values: dict[str, Shaped[Array, "seqs ..."]]
+    least: Int[Array, " seqs"]
     rule: Any = field(metadata={"static": True})
 
 

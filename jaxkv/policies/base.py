@@ -106,19 +106,6 @@ class Policy:
         """
         return values
 
-    def restart(self, values: dict[str, Array], slot: Int[Array, " entries"]) -> dict[str, Array]:
-        """`PolicyState.values` after some sequences became empty, beside `forget`. Default: as they are."""
-        return values
-
-    def needs(
-        self, cache: KVCache, slot: Int[Array, " entries"], positions: Int[Array, " entries"]
-    ) -> Bool[Array, " entries"]:
-        """Whether sequences cut to so many tokens would need some that were dropped or rewritten.
-
-        `truncate` refuses that. Default: never.
-        """
-        return jnp.zeros(slot.shape, bool)
-
     def is_due(self, cache: KVCache, slot: Int[Array, " entries"]) -> Bool[Array, " entries"]:
         """Whether `evict` has something to drop. Default: never, where nothing keeps `evict` from dropping.
 
