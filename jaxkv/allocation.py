@@ -175,7 +175,10 @@ def _request(config: CacheConfig, seqs: Array, num_tokens: Array, total: int) ->
         (seqs < 0, Status.PADDING),
         (slot == config.max_seqs, Status.INVALID_SEQ),
         ((num_tokens < 0) | (ends > total) & (num_tokens > 0), Status.INVALID_LENGTH),
-        (num_tokens > (MAX_TOKENS if config.layer_windows is None else config.max_chunk), Status.INVALID_LENGTH),
+        (
+            num_tokens > (MAX_TOKENS if config.layer_windows is None else config.max_chunk),
+            Status.INVALID_LENGTH,
+        ),
     )
     return _Request(slot, num_tokens, ends, status)
 
@@ -211,11 +214,13 @@ def _grant(cache: KVCache, request: _Request, total: int) -> tuple[PageTable, _G
     status = jnp.where(too_long, Status.SEQUENCE_TOO_LONG, status)
     wants = (status == Status.OK) & (num_tokens > 0)
     tail = rows_of(table.pages, (row, length // size), config.num_pages)
-    copies = wants & (length % size > 0) & (num_owners(table, tail) > 1)
+    copies = wants[None] & (length % size > 0) & (num_owners(table, tail) > 1)
     # A copy takes the column of the page it is made from.
     first_column = pages_for(length, size) - copies.astype(jnp.int32)
-    need = jnp.where(wants, pages_for(length + num_tokens[None], size) - first_column, 0)
-    table, taken = take(table, jnp.sum(need, axis=0, dtype=jnp.int32), _most_pages(config, total, slot.shape[0]))
+    need = jnp.where(wants[None], pages_for(length + num_tokens[None], size) - first_column, 0)
+    table, taken = take(
+        table, jnp.sum(need, axis=0, dtype=jnp.int32), _most_pages(config, total, slot.shape[0])
+    )
     granted = wants & taken.granted
     # Of an entry's pages each group has a run, in order.
     start = taken.starts[None] + jnp.cumsum(need, axis=0, dtype=jnp.int32) - need
@@ -229,10 +234,10 @@ def _grant(cache: KVCache, request: _Request, total: int) -> tuple[PageTable, _G
         num_tokens=jnp.where(granted, num_tokens, 0),
         ends=ends,
         tail=tail,
-        copies=copies & granted,
+        copies=copies & granted[None],
         taken=taken,
         start=start,
-        first_page=jnp.where(granted & (need > 0), first_page, config.num_pages),
+        first_page=jnp.where(granted[None] & (need > 0), first_page, config.num_pages),
         first_column=first_column,
     )
     return table, grant
@@ -250,15 +255,17 @@ def _place_tokens(config: CacheConfig, grant: _Grant, total: int) -> _Tokens:
     of_groups = grant.row, grant.length, grant.tail, grant.first_column, grant.start - grant.first_column
     shared = jnp.stack([grant.num_tokens, grant.position, *jnp.concatenate(of_groups)], axis=1)
     num_tokens, position, *rest = rows_of(shared, entry).T
-    row, length, tail, first_column, start = jnp.stack(rest).reshape(len(of_groups), *grant.row.shape[:1], total)
+    row, length, tail, first_column, start = jnp.stack(rest).reshape(
+        len(of_groups), *grant.row.shape[:1], total
+    )
     real, index, size = num_tokens > 0, length + offset[None], page_sizes(config)
     column = index // size
     is_new = column >= first_column
     page = jnp.where(is_new, rows_of(grant.taken.pages, start + column), tail)
-    opens = real & is_new & ((index % size == 0) | (offset == 0))
+    opens = real[None] & is_new & ((index % size == 0) | (offset[None] == 0))
     return _Tokens(
-        page_ids=jnp.where(real, page, config.num_pages),
-        offsets=jnp.where(real, index % size, 0),
+        page_ids=jnp.where(real[None], page, config.num_pages),
+        offsets=jnp.where(real[None], index % size, 0),
         positions=jnp.where(real, position + offset, 0),
         row=jnp.where(opens, row, config.num_rows),
         column=column,
@@ -291,7 +298,7 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
     config, table, entries = cache.config, cache.table, seqs.shape[0]
     status = grant.status[:entries]
     lengths = (grant.length + grant.num_tokens[None])[:, :entries]
-    row_lengths = jnp.where(status == Status.OK, lengths, 0)
+    row_lengths = jnp.where(status[None] == Status.OK, lengths, 0)
     if config.groups[0].window is None:
         kv_lengths = row_lengths[0]
     else:

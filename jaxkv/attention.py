@@ -194,9 +194,13 @@ def _located(
     if own is None:
         return located, _within_policy(batch, options)
     if options.window is None or options.window > own:
-        raise ValueError(f"window={window!r} is wider than the layer's own, {own}: what is beyond is released")
+        raise ValueError(
+            f"window={window!r} is wider than the layer's own, {own}: what is beyond is released"
+        )
     if options.sink_tokens:
-        raise ValueError(f"sink_tokens={sink_tokens!r}: a layer with a window of {own} releases its first tokens")
+        raise ValueError(
+            f"sink_tokens={sink_tokens!r}: a layer with a window of {own} releases its first tokens"
+        )
     return located, options
 
 
@@ -277,7 +281,9 @@ def _attention_mass(
     if kind.window is None:
         return mass[..., : cache.config.max_tokens_per_seq]
     _, stored, _ = rows
-    start = rows_of(cache.table.positions, clean_slots(batch.seqs, cache.config.max_seqs, once=False)) - stored
+    start = (
+        rows_of(cache.table.positions, clean_slots(batch.seqs, cache.config.max_seqs, once=False)) - stored
+    )
     return by_position(mass, jnp.where(batch.ok, start, 0), stored, cache.config.max_tokens_per_seq, axis=2)
 
 

@@ -6,10 +6,12 @@ from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.entries import rows_of
 from jaxkv.eviction import observe
+from jaxkv.layers import view, whole
 from jaxkv.state import Batch, KVCache
 
 
@@ -110,24 +112,26 @@ def mark_layers(cache: KVCache, batch: Batch) -> KVCache:
       cache: as `allocate` returned it.
       batch: of the same call. Where it has no tokens nothing is marked.
     """
-    page, offset = _first_slot(batch)
-
-    def fill(leaf: Array) -> Array:
-        return leaf.at[:, page, :, offset].set(_mark(leaf), mode="drop")
-
-    return replace(cache, pool=jax.tree.map(fill, cache.pool))
+    config, pool = cache.config, cache.pool
+    for number, group in enumerate(config.groups):
+        page, offset = _first_slot(batch, number)
+        seen = view(pool, config, group)
+        seen = jax.tree.map(lambda leaf: leaf.at[:, page, :, offset].set(_mark(leaf), mode="drop"), seen)
+        pool = whole(seen, config)
+    return replace(cache, pool=pool)
 
 
 def unwritten_layers(cache: KVCache, batch: Batch) -> Bool[Array, " layers"]:
     """Which layers still hold the mark of `mark_layers`."""
-    page, offset = _first_slot(batch)
-
-    def is_marked(leaf: Array) -> Array:
-        slot = leaf.at[:, page, :, offset].get(mode="fill", fill_value=0)
-        return jnp.all(slot.reshape(leaf.shape[0], -1) == _mark(leaf), axis=1)
-
-    marked = jnp.stack([is_marked(leaf) for leaf in jax.tree.leaves(cache.pool)])
-    return jnp.all(marked, axis=0) & (page < cache.config.num_pages)
+    config, of_groups = cache.config, []
+    for number, group in enumerate(config.groups):
+        page, offset = _first_slot(batch, number)
+        leaves = jax.tree.leaves(view(cache.pool, config, group))
+        slots = [leaf.at[:, page, :, offset].get(mode="fill", fill_value=0) for leaf in leaves]
+        marked = [jnp.all(slot.reshape(slot.shape[0], -1) == _mark(slot), axis=1) for slot in slots]
+        of_groups.append(jnp.all(jnp.stack(marked), axis=0) & (page < config.num_pages))
+    groups, indices = (np.array(numbers) for numbers in zip(*config.homes, strict=True))
+    return jnp.stack(of_groups)[groups, indices]
 
 
 def _mark(leaf: Array) -> Array:
@@ -136,8 +140,8 @@ def _mark(leaf: Array) -> Array:
     return jnp.asarray(jnp.finfo(leaf.dtype).min if floating else jnp.iinfo(leaf.dtype).max, leaf.dtype)
 
 
-def _first_slot(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:
-    """Page and offset of the batch's first token; page `num_pages` if it has none."""
+def _first_slot(batch: Batch, group: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """Page and offset of the batch's first token in a group; page `num_pages` if it has none."""
     num_pages = batch.config.num_pages
-    first = jnp.argmax(batch.page_ids < num_pages)
-    return rows_of(batch.page_ids, first, num_pages), rows_of(batch.offsets, first)
+    first = jnp.argmax(batch.page_ids[group] < num_pages)
+    return rows_of(batch.page_ids[group], first, num_pages), rows_of(batch.offsets[group], first)

@@ -229,7 +229,9 @@ class CacheConfig:
         """
         if self.uniform:
             return self.storage.scale_shapes(self.pool_shape)
-        return tuple((grouping.group_layers(self), self.num_pages, slots) for slots in grouping.scale_slots(self))
+        return tuple(
+            (grouping.group_layers(self), self.num_pages, slots) for slots in grouping.scale_slots(self)
+        )
 
     @property
     def scale_dtype(self) -> str:
@@ -313,7 +315,9 @@ class CacheConfig:
 def _count(name: str, value: object, least: int = 1) -> int:
     number = whole(value)
     if number is None or number < least:
-        raise ValueError(f"{name}={value!r} must be a {'positive integer' if least else 'whole number of 0 or more'}")
+        raise ValueError(
+            f"{name}={value!r} must be a {'positive integer' if least else 'whole number of 0 or more'}"
+        )
     return number
 
 

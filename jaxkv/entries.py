@@ -58,7 +58,7 @@ def clean_slots(
 def table_rows(slot: Int[Array, " entries"], config: CacheConfig) -> Int[Array, "groups entries"]:
     """The rows of the page table of each slot, `num_rows` for a slot of `max_seqs`."""
     first = jnp.arange(len(config.groups), dtype=jnp.int32)[:, None] * config.max_seqs
-    return jnp.where(slot < config.max_seqs, first + slot[None], config.num_rows)
+    return jnp.where(slot[None] < config.max_seqs, first + slot[None], config.num_rows)
 
 
 def full_rows(slot: Int[Array, " entries"], config: CacheConfig) -> Int[Array, " rows"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 from jaxkv.entries import check_vectors, clean_slots
 from jaxkv.fingerprint import is_current
 from jaxkv.operation import REPLICATED, as_given, operation
+from jaxkv.pages import release_windows
 from jaxkv.policies.base import Step
 from jaxkv.state import Batch, KVCache, PolicyState, Status
 
@@ -95,8 +96,9 @@ def evict(cache: KVCache, seqs: Int[Array, " entries"]) -> tuple[KVCache, Int[Ar
       seqs: slots; padding, empty slots and a slot named again are passed over.
 
     Returns:
-      The cache, and how many token slots each sequence gave up: none without a policy, or where there are
-      too few free pages for what it keeps of pages that others share.
+      The cache, and how many token slots each sequence gave up to the policy: none without one, or where there
+      are too few free pages for what it keeps of pages that others share. What the window of a layer hides
+      from every token to come is released too.
 
     Raises:
       ValueError: for wrong shapes or dtypes, at trace time.
@@ -111,11 +113,13 @@ def evict(cache: KVCache, seqs: Int[Array, " entries"]) -> tuple[KVCache, Int[Ar
       ([4], 5)
     """
     (seqs,) = check_vectors(seqs=seqs)
-    return (cache, jnp.zeros_like(seqs)) if cache.policy is None else _evict(cache, seqs)
+    idle = cache.policy is None and cache.config.layer_windows is None
+    return (cache, jnp.zeros_like(seqs)) if idle else _evict(cache, seqs)
 
 
 @operation(results=lambda cache, _: (as_given(cache), REPLICATED))
 @jax.named_scope("jaxkv.evict")
 def _evict(cache: KVCache, seqs: Array) -> tuple[KVCache, Array]:
-    assert cache.policy is not None
-    return cache.policy.rule.evict(cache, clean_slots(seqs, cache.config.max_seqs))
+    slot = clean_slots(seqs, cache.config.max_seqs)
+    cache = release_windows(cache, slot)
+    return (cache, jnp.zeros_like(seqs)) if cache.policy is None else cache.policy.rule.evict(cache, slot)

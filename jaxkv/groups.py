@@ -108,7 +108,10 @@ def page_size(config: "CacheConfig", shape: Shape) -> int:
     Raises:
       ValueError: where that is no whole number.
     """
-    elements, own = config.page_size * row_elements(config, next(iter(kinds_of(config)))), row_elements(config, shape)
+    elements, own = (
+        config.page_size * row_elements(config, next(iter(kinds_of(config)))),
+        row_elements(config, shape),
+    )
     if elements % own:
         step = own // _common_divisor(elements // config.page_size, own)
         raise ValueError(

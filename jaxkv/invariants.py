@@ -150,15 +150,23 @@ def _check_rows(cache: KVCache, table) -> np.ndarray:
     position = np.tile(table.positions, len(config.groups))
     most = np.iinfo(np.int32).max
     _refuse(
-        (table.positions < 0) | (table.positions > most), f"slot {{}}: position {{}} is not in 0..{most}", table.positions
+        (table.positions < 0) | (table.positions > most),
+        f"slot {{}}: position {{}} is not in 0..{most}",
+        table.positions,
     )
     for number in np.flatnonzero((table.lengths < 0) | (table.lengths > sizes * columns))[:1]:
         most = sizes[number] * columns[number]
-        raise CacheCorruptedError(f"{_row(config, number)}: length {table.lengths[number]} is not in 0..{most}")
+        raise CacheCorruptedError(
+            f"{_row(config, number)}: length {table.lengths[number]} is not in 0..{most}"
+        )
     # A row may be empty before its sequence's next token, where its window has released all others.
     full = np.repeat([group.window is None for group in config.groups], config.max_seqs)
-    for number in np.flatnonzero((table.lengths > position) | full & (table.lengths == 0) & (position > 0))[:1]:
-        raise CacheCorruptedError(f"{_row(config, number)}: position {position[number]} does not fit its length")
+    for number in np.flatnonzero((table.lengths > position) | full & (table.lengths == 0) & (position > 0))[
+        :1
+    ]:
+        raise CacheCorruptedError(
+            f"{_row(config, number)}: position {position[number]} does not fit its length"
+        )
     used = -(-table.lengths // sizes)
     owned = np.arange(config.num_columns) < used[:, None]
     good = (table.pages >= 0) & (table.pages < config.num_pages)

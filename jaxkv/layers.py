@@ -71,7 +71,9 @@ def kinds_for(config: CacheConfig, layer: int | Array) -> list[Group]:
     return list({group.shape: group for group in reversed(groups)}.values())[::-1]
 
 
-def of_shape(kinds: list[Group], what: str, *, head_dim: int | None, kv_heads: int | None = None) -> list[Group]:
+def of_shape(
+    kinds: list[Group], what: str, *, head_dim: int | None, kv_heads: int | None = None
+) -> list[Group]:
     """Those with heads of this shape, where there are several; a `ValueError` where there are none.
 
     Args:
@@ -82,9 +84,7 @@ def of_shape(kinds: list[Group], what: str, *, head_dim: int | None, kv_heads: i
     if len(kinds) == 1:
         return kinds
     fitting = [
-        kind
-        for kind in kinds
-        if head_dim in (None, kind.head_dim) and kv_heads in (None, kind.num_kv_heads)
+        kind for kind in kinds if head_dim in (None, kind.head_dim) and kv_heads in (None, kind.num_kv_heads)
     ]
     if not fitting:
         shapes = ", ".join(sorted({f"[{kind.num_kv_heads}, {kind.head_dim}]" for kind in kinds}))
@@ -133,7 +133,9 @@ def whole(pool: KVPool, config: CacheConfig) -> KVPool:
         return pool
     shapes = config.pool_shape, config.pool_shape, *config.scale_shapes
     leaves = (pool.k, pool.v, pool.k_scale, pool.v_scale)
-    return KVPool(*(leaf.reshape(shape) for leaf, shape in zip(leaves, shapes, strict=False) if leaf is not None))
+    return KVPool(
+        *(leaf.reshape(shape) for leaf, shape in zip(leaves, shapes, strict=False) if leaf is not None)
+    )
 
 
 def copied_within(pool: KVPool, config: CacheConfig, sources: Array, destinations: Array) -> KVPool:

@@ -88,16 +88,21 @@ def _truncate(
     position, new_position = rows_of(table.positions, slot), rows_of(shortest, slot)
     old = rows_of(table.lengths, row)
     # Of an empty sequence nothing is left in any group.
-    new = jnp.where(new_position == 0, 0, old - (position - new_position))
+    new = jnp.where(new_position[None] == 0, 0, old - (position - new_position)[None])
     refused = (new_position < position) & (new_position > 0) & _is_gone(cache, slot, new, new_position)
-    new, new_position = jnp.where(refused, old, new), jnp.where(refused, position, new_position)
+    new, new_position = jnp.where(refused[None], old, new), jnp.where(refused, position, new_position)
     table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), size, config)
     table = replace(table, positions=table.positions.at[slot].set(new_position, mode="drop"))
     cut = new_position < position
     table = stamp(table, Operation.TRUNCATE, cut, slot, new_position)
     policy = cache.policy
     if policy is not None:
-        policy = replace(policy, values=policy.rule.forget(policy.values, jnp.where(cut, slot, config.max_seqs)))
+        emptied = jnp.where(new_position == 0, slot, config.max_seqs)
+        policy = replace(
+            policy,
+            values=policy.rule.forget(policy.values, jnp.where(cut, slot, config.max_seqs)),
+            least=policy.least.at[emptied].set(0, mode="drop"),
+        )
     # Each entry has its slot's answer.
     refused = jnp.zeros(config.max_seqs, bool).at[slot].set(refused, mode="drop")
     status = first_fault(
@@ -121,9 +126,8 @@ def _is_gone(cache: KVCache, slot: Array, lengths: Array, positions: Array) -> B
     windows = jnp.asarray([[group.window or 0] for group in cache.config.groups], jnp.int32)
     # The first token that the next one attends to; the first that is stored.
     seen = jnp.maximum(positions[None] - windows + 1, 0)
-    gone = jnp.where(windows > 0, positions[None] - lengths > seen, lengths < 1)
-    gone = jnp.any(gone, axis=0)
-    return gone if cache.policy is None else gone | cache.policy.rule.needs(cache, slot, positions)
+    least = 1 if cache.policy is None else jnp.maximum(rows_of(cache.policy.least, slot), 1)[None]
+    return jnp.any(jnp.where(windows > 0, positions[None] - lengths > seen, lengths < least), axis=0)
 
 
 def _shorten(
@@ -162,7 +166,9 @@ def release_windows(cache: KVCache, slot: Int[Array, " entries"]) -> KVCache:
         return cache
     # Groups with a window come last.
     row, size = table_rows(slot, config)[windowed[0] :], page_sizes(config)[windowed[0] :]
-    behind = jnp.asarray([[config.groups[number].window - 1 + config.rollback] for number in windowed], jnp.int32)
+    behind = jnp.asarray(
+        [[config.groups[number].window - 1 + config.rollback] for number in windowed], jnp.int32
+    )
     position = rows_of(cache.table.positions, slot)[None]
     start = position - rows_of(cache.table.lengths, row)
     dropped = jnp.maximum(position - behind - start, 0) // size

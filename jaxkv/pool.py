@@ -132,7 +132,10 @@ def _gather(cache: KVCache, place: Place, seqs: Array, *, kind: Group) -> tuple[
     windowed = [group.window is not None for group in config.groups]
     start = rows_of(cache.table.positions, slot) - stored
     start = jnp.where(jnp.asarray(windowed)[place.group], start, 0)
-    exists, index = is_layer(place.index, config.pool_shape[0]), jnp.clip(place.index, 0, config.pool_shape[0] - 1)
+    exists, index = (
+        is_layer(place.index, config.pool_shape[0]),
+        jnp.clip(place.index, 0, config.pool_shape[0] - 1),
+    )
 
     def dense(tiles):
         tokens = jnp.swapaxes(tiles, 2, 3).reshape(seqs.shape[0], -1, kind.num_kv_heads, kind.head_dim)

@@ -6,11 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.arguments import whole
+from jaxkv.config import CacheConfig
 from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.layers import copied_within
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.rewrite import numbers, own_pages, stored_as
+from jaxkv.rewrite import Layer, numbers, own_pages, stored_as
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool, Status
 from pallas_kernels import control_flow
@@ -51,7 +52,8 @@ def shift_positions(
       OUT_OF_PAGES where there is no page for a copy. Such a sequence is as it was.
 
     Raises:
-      ValueError: for wrong shapes or dtypes, or a rope of another head_dim, at trace time.
+      ValueError: for wrong shapes or dtypes, or a rope of another head_dim, at trace time; for a cache with
+        layers of several kinds, or with windows.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -64,6 +66,7 @@ def shift_positions(
     """
     seqs, by = check_vectors(seqs=seqs, by=by)
     config = cache.config
+    check_one_kind(config, "shift_positions")
     check_rope(rope, config.head_dim)
     asked, first = first, -1 if whole(first) is None else int(first)
     if first < 0:
@@ -87,7 +90,7 @@ def _shift_positions(
     column = jnp.full_like(slot, first // config.page_size)
     column = jnp.minimum(column, pages_for(length, config.page_size))
     cache, plan = own_pages(cache, jnp.where(moves, slot, config.max_seqs), column, length)
-    copied = (plan.slot < config.max_seqs)[:, None] & (plan.old != plan.new)
+    copied = (plan.slot < config.max_seqs)[None, :, None] & (plan.old != plan.new)
     destinations = jnp.where(copied, plan.new, config.num_pages).reshape(-1)
     pool = copied_within(cache.pool, config, plan.old.reshape(-1), destinations)
     owned = jnp.where(plan.slot < config.max_seqs, pages_for(length, config.page_size) - column, 0)
@@ -96,6 +99,16 @@ def _shift_positions(
     shifted = plan.slot < config.max_seqs
     table = stamp(table, Operation.SHIFT_POSITIONS, shifted, plan.slot, by, jnp.full_like(by, first))
     return replace(cache, pool=pool, table=table), jnp.where(moves, plan.status, status)
+
+
+def check_one_kind(config: CacheConfig, what: str) -> None:
+    """Layers all of one kind: others have other rotary settings."""
+    kinds = {group.shape for group in config.groups}
+    if len(kinds) > 1 or config.layer_windows is not None:
+        windows = ", ".join(str(kind.window) for kind in kinds)
+        raise ValueError(
+            f"{what} needs layers of one kind, with full attention; the cache has windows {windows}"
+        )
 
 
 def check_rope(rope: object, head_dim: int) -> None:
@@ -111,16 +124,16 @@ def check_rope(rope: object, head_dim: int) -> None:
 def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first: int) -> KVPool:
     """A walk over the pages of all sequences, some at a time, in each layer."""
     page_bytes = config.num_kv_heads * config.page_size * config.head_dim * 4
-    most = rows.shape[0] * rows.shape[1]
+    most = rows.shape[1] * rows.shape[2]
     size = max(1, min(most, _VISIT_BYTES // page_bytes))
     ends = jnp.cumsum(owned, dtype=jnp.int32)
     offset = jnp.arange(config.page_size, dtype=jnp.int32)
 
     def visit(trip, keys):
-        layer = trip % config.num_layers
+        layer = Layer.of(trip % config.num_layers, config)
         entry, nth = ragged_rows(ends, size, trip // config.num_layers * size)
         nth = nth + rows_of(column, entry)
-        page = rows_of(rows, (entry, nth), config.num_pages)
+        page, layer = rows_of(rows[layer.group], (entry, nth), config.num_pages), layer.index
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
         turned = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
         new = stored_as(config, turned, keys=True)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import pages_for, rows_of
+from jaxkv.entries import full_rows, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.ownership import count, num_owners, release, take
 from jaxkv.state import KVCache, KVPool, PageTable, Status
@@ -39,8 +39,8 @@ class Rewrite(NamedTuple):
     """
 
     slot: Int[Array, " entries"]
-    old: Int[Array, "groups entries pages_per_seq"]
-    new: Int[Array, "groups entries pages_per_seq"]
+    old: Int[Array, "*groups entries pages_per_seq"]
+    new: Int[Array, "*groups entries pages_per_seq"]
     status: Int[Array, " entries"]
 
 
@@ -62,39 +62,46 @@ def own_pages(
       The cache and the `Rewrite`. Of a sequence that finds too few free pages nothing is changed.
     """
     config = cache.config
-    wanted = jnp.where(slot < config.max_seqs, pages_for(lengths, config.page_size), 0)
-    table, row = _own_rows(cache.table, slot, first[:, None], wanted[:, None], config)
-    slot = jnp.where(row.granted, slot, config.max_seqs)
+    row = full_rows(slot, config)
+    columns, new_lengths = (jnp.tile(x, row.shape[0] // slot.shape[0]) for x in (first, lengths))
+    wanted = jnp.where(row < config.num_rows, pages_for(new_lengths, config.page_size), 0)
+    table, own = _own_rows(cache.table, row, columns[:, None], wanted[:, None], slot.shape[0], config)
+    granted = (slot < config.max_seqs) & own.granted
+    slot = jnp.where(granted, slot, config.max_seqs)
+    row = full_rows(slot, config)
+    new = jnp.where((row < config.num_rows)[:, None], own.new, config.num_pages)
+    released = own.released & (row < config.num_rows)[:, None]
     table = replace(
         table,
-        pages=table.pages.at[slot].set(row.new, mode="drop"),
-        lengths=table.lengths.at[slot].set(lengths, mode="drop"),
+        pages=table.pages.at[row, : new.shape[1]].set(new, mode="drop"),
+        lengths=table.lengths.at[row].set(new_lengths, mode="drop"),
     )
-    table = release(table, jnp.where(row.released, row.old, config.num_pages).reshape(-1))
-    table = stamp(table, Operation.OWN_PAGES, slot < config.max_seqs, slot, first, lengths)
-    stats = count(cache.stats, cache.table, table, num_taken=row.num_taken)
-    status = jnp.where(row.granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
-    return replace(cache, table=table, stats=stats), Rewrite(slot, row.old, row.new, status)
+    table = release(table, jnp.where(released, own.old, config.num_pages).reshape(-1))
+    table = stamp(table, Operation.OWN_PAGES, granted, slot, first, lengths)
+    stats = count(cache.stats, cache.table, table, num_taken=own.num_taken)
+    status = jnp.where(granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
+    old, new = (rows.reshape(-1, *slot.shape, rows.shape[1]) for rows in (own.old, new))
+    return replace(cache, table=table, stats=stats), Rewrite(slot, old, new, status)
 
 
 class _OwnRows(NamedTuple):
-    """Rows of the page table before and after; which are granted, and what of the old is released."""
+    """Rows of the page table before and after, if granted; which entries are, and what of the old is released."""
 
-    old: Int[Array, "entries pages_per_seq"]
-    new: Int[Array, "entries pages_per_seq"]
+    old: Int[Array, "rows pages_per_seq"]
+    new: Int[Array, "rows pages_per_seq"]
     granted: Bool[Array, " entries"]
-    released: Bool[Array, "entries pages_per_seq"]
+    released: Bool[Array, "rows pages_per_seq"]
     num_taken: Int[Array, ""]
 
 
 def _own_rows(
-    table: PageTable, slot: Array, first: Array, wanted: Array, config: CacheConfig
+    table: PageTable, row: Array, first: Array, wanted: Array, entries: int, config: CacheConfig
 ) -> tuple[PageTable, _OwnRows]:
     """Own pages stay in their columns, those beyond the length fill holes, then come fresh ones."""
     num_pages, width = config.num_pages, config.max_pages_per_seq
     column = jnp.arange(width, dtype=jnp.int32)[None, :]
-    entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None]
-    old = rows_of(table.pages, slot, num_pages)
+    number = jnp.arange(row.shape[0], dtype=jnp.int32)[:, None]
+    old = rows_of(table.pages, row, num_pages)[:, :width]
     changes = (column >= first) & (old < num_pages)
     own = changes & (num_owners(table, old) == 1)
     stays, spare = own & (column < wanted), own & (column >= wanted)
@@ -102,49 +109,67 @@ def _own_rows(
     nth_hole = jnp.cumsum(hole, axis=1, dtype=jnp.int32) - 1
     nth_spare = jnp.where(spare, jnp.cumsum(spare, axis=1, dtype=jnp.int32) - 1, width)
     num_holes, num_spare = (jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (hole, spare))
-    table, taken = take(table, jnp.maximum(num_holes - num_spare, 0), old.size)
-    granted = ((slot < config.max_seqs) & taken.granted)[:, None]
+    need = jnp.maximum(num_holes - num_spare, 0).reshape(-1, entries)
+    table, taken = take(table, jnp.sum(need, axis=0, dtype=jnp.int32), old.size)
+    # Of an entry's pages each group has a run, in order.
+    start = (taken.starts[None] + jnp.cumsum(need, axis=0, dtype=jnp.int32) - need).reshape(-1, 1)
     nth_fresh = nth_hole - num_spare[:, None]
-    fresh_page = rows_of(taken.pages, taken.starts[:, None] + nth_fresh, num_pages)
-    spares = jnp.full_like(old, num_pages).at[entry, nth_spare].set(old, mode="drop")
-    spare_page = rows_of(spares, (entry, jnp.where(hole, nth_hole, width)), num_pages)
+    fresh_page = rows_of(taken.pages, start + nth_fresh, num_pages)
+    spares = jnp.full_like(old, num_pages).at[number, nth_spare].set(old, mode="drop")
+    spare_page = rows_of(spares, (number, jnp.where(hole, nth_hole, width)), num_pages)
     new = jnp.where(hole, jnp.where(nth_fresh >= 0, fresh_page, spare_page), num_pages)
     new = jnp.where(stays | ~changes & ~hole, old, new)
     used_again = stays | spare & (nth_spare < num_holes[:, None])
-    return table, _OwnRows(
-        old=old,
-        new=jnp.where(granted, new, num_pages),
-        granted=granted[:, 0],
-        released=changes & granted & ~used_again,
-        num_taken=taken.num_pages,
-    )
+    return table, _OwnRows(old, new, taken.granted, changes & ~used_again, taken.num_pages)
+
+
+class Layer(NamedTuple):
+    """A layer with full attention.
+
+    Attributes:
+      number: among those with full attention.
+      group: number of its group.
+      index: among the layers of its group.
+    """
+
+    number: Int[Array, ""]
+    group: Int[Array, ""]
+    index: Int[Array, ""]
+
+    @classmethod
+    def of(cls, number: Int[Array, ""], config: CacheConfig) -> "Layer":
+        """The layer of this number."""
+        size = config.pool_shape[0]
+        return cls(number, number // size, number % size)
 
 
 def for_each_layer(
-    body: Callable[[_Carry, Array, Rewrite], _Carry], carry: _Carry, rewrite: Rewrite, config: CacheConfig
+    body: Callable[[_Carry, Layer, Rewrite], _Carry], carry: _Carry, rewrite: Rewrite, config: CacheConfig
 ) -> _Carry:
     """Folds `body(carry, layer, some)` over the layers and the sequences that are rewritten.
 
     As many sequences at a time as 16 MiB of one layer's tokens hold, one at least; the last visit is padded.
+    `some` has the pages of the layer's group alone, `[entries, pages_per_seq]`.
     """
-    entries = rewrite.slot.shape[0]
-    row_bytes = config.max_pages_per_seq * config.page_bytes // config.num_layers
+    entries, layers = rewrite.slot.shape[0], len(config.full_layers)
+    row_bytes = config.max_pages_per_seq * config.page_bytes // config.pool_shape[0]
     size = max(1, min(entries, _VISIT_BYTES // row_bytes))
     idle = rewrite.slot == config.max_seqs
     order = jnp.argsort(idle, stable=True).astype(jnp.int32)
     visits = (jnp.sum(~idle, dtype=jnp.int32) + size - 1) // size
 
     def visit(trip: Array, carry: _Carry) -> _Carry:
-        nth = trip // config.num_layers * size + jnp.arange(size, dtype=jnp.int32)
+        layer = Layer.of(trip % layers, config)
+        nth = trip // layers * size + jnp.arange(size, dtype=jnp.int32)
         entry = rows_of(order, nth, entries)
         some = Rewrite(
             rows_of(rewrite.slot, entry, config.max_seqs),
-            *(rows_of(rows, entry, config.num_pages) for rows in (rewrite.old, rewrite.new)),
+            *(rows_of(rows[layer.group], entry, config.num_pages) for rows in (rewrite.old, rewrite.new)),
             status=rows_of(rewrite.status, entry, int(Status.PADDING)),
         )
-        return body(carry, trip % config.num_layers, some)
+        return body(carry, layer, some)
 
-    return control_flow.fori_loop(0, visits * config.num_layers, visit, carry)
+    return control_flow.fori_loop(0, visits * layers, visit, carry)
 
 
 def read_tokens(

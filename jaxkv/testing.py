@@ -9,17 +9,18 @@ import numpy as np
 
 from jaxkv.errors import CacheCorruptedError
 from jaxkv.invariants import check_invariants
+from jaxkv.pages import lengths
 from jaxkv.pool import gather
 from jaxkv.state import KVCache, KVPool
 
-_gather = jax.jit(gather)
+_gather = jax.jit(gather, static_argnums=1)
 
 
 def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
     """Two caches hold the same sequences with the same contents, wherever the pages lie.
 
     Slots, lengths, positions, and K and V of every token in every layer are compared, these
-    exactly. Page ids, page sizes, sharing, the free stack and the counters may differ.
+    exactly; in a layer with a window of the tokens that the next one attends to. Page ids, page sizes, sharing, the free stack and the counters may differ.
 
     Args:
       a: a cache.
@@ -35,16 +36,23 @@ def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
       >>> cache = jaxkv.free(cache, jnp.array([0]))
       >>> jaxkv.testing.assert_caches_equivalent(cache, jaxkv.compact(cache)[0])
     """
-    for name in ("num_layers", "num_kv_heads", "head_dim", "max_seqs"):
+    for name in (
+        "num_layers",
+        "layer_windows",
+        "num_kv_heads",
+        "layer_kv_heads",
+        "head_dim",
+        "layer_head_dims",
+    ):
         _assert_same(getattr(a.config, name), getattr(b.config, name), name)
-    for name in ("lengths", "positions"):
-        pairs = zip(*(np.asarray(getattr(x.table, name)).tolist() for x in (a, b)), strict=True)
+    _assert_same(a.config.max_seqs, b.config.max_seqs, "max_seqs")
+    for name, of in (("lengths", lengths), ("positions", lambda cache: cache.table.positions)):
+        pairs = zip(*(np.asarray(of(x)).tolist() for x in (a, b)), strict=True)
         for slot, (one, other) in enumerate(pairs):
             _assert_same(one, other, f"{name}[{slot}]")
-    lengths = np.asarray(a.table.lengths).tolist()
-    for slot in np.flatnonzero(lengths).tolist():
+    for slot in np.flatnonzero(np.asarray(a.table.positions)).tolist():
         for layer in range(a.config.num_layers):
-            contents = (_contents(x, layer, slot, lengths[slot]) for x in (a, b))
+            contents = _common_contents(a, b, layer, slot)
             for name, one, other in zip("kv", *contents, strict=True):
                 differs = np.any((one != other) & ~(np.isnan(one) & np.isnan(other)), axis=(1, 2))
                 if differs.any():
@@ -131,9 +139,16 @@ def assert_in_place(
         )
 
 
-def _contents(cache: KVCache, layer: int, slot: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-    k, v, _ = _gather(cache, jnp.int32(layer), jnp.array([slot], jnp.int32))
-    return np.asarray(k[0, :length]), np.asarray(v[0, :length])
+def _common_contents(a: KVCache, b: KVCache, layer: int, slot: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """K and V of one slot in both; where the layer has a window, of the tokens that the next one attends to."""
+    config = a.config
+    window = config.groups[config.homes[layer].group].window
+    contents = []
+    for cache in (a, b):
+        k, v, length = _gather(cache, layer, jnp.array([slot], jnp.int32))
+        first = 0 if window is None else max(0, int(length[0]) - window + 1)
+        contents.append((np.asarray(k[0, first : int(length[0])]), np.asarray(v[0, first : int(length[0])])))
+    return contents
 
 
 def _assert_same(one: object, other: object, name: str) -> None:

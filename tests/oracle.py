@@ -317,7 +317,7 @@ class Oracle:
             return True
         for of, row in zip(self.groups, sequence.rows, strict=True):
             seen_from = 0 if of.window is None else max(0, length - of.window + 1)
-            if row.start > seen_from or row.length <= by and of.window is None:
+            if row.start > seen_from or (row.length <= by and of.window is None):
                 return False
         for of, row in zip(self.groups, sequence.rows, strict=True):
             row.tokens = row.tokens[: len(row.tokens) - by]

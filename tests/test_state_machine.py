@@ -67,13 +67,21 @@ SHAPES = {
 }
 GROUPED = {
     "one full layer among windows": {
-        "config": replace(BASE, num_layers=3, num_pages=20, max_pages_per_seq=6, layer_windows=(5, None, 5), max_chunk=9),
+        "config": replace(
+            BASE, num_layers=3, num_pages=20, max_pages_per_seq=6, layer_windows=(5, None, 5), max_chunk=9
+        ),
         "q_heads": 2,
         "total_tokens": 12,
     },
     "windows of one and three, pages of one": {
         "config": replace(
-            BASE, num_layers=3, page_size=1, num_pages=30, max_pages_per_seq=9, layer_windows=(None, 1, 3), max_chunk=6
+            BASE,
+            num_layers=3,
+            page_size=1,
+            num_pages=30,
+            max_pages_per_seq=9,
+            layer_windows=(None, 1, 3),
+            max_chunk=6,
         ),
         "q_heads": 2,
         "total_tokens": 8,
@@ -85,30 +93,58 @@ GROUPED = {
     },
     "windows below and of a page, rollback": {
         "config": replace(
-            BASE, num_layers=3, num_pages=18, max_pages_per_seq=5, layer_windows=(2, None, 4), rollback=3, max_chunk=8
+            BASE,
+            num_layers=3,
+            num_pages=18,
+            max_pages_per_seq=5,
+            layer_windows=(2, None, 4),
+            rollback=3,
+            max_chunk=8,
         ),
         "q_heads": 2,
         "total_tokens": 10,
     },
     "a window beyond the context, groups of one layer": {
         "config": replace(
-            BASE, num_layers=4, num_pages=16, max_pages_per_seq=4, layer_windows=(99, None, 99, None), group_layers=1
+            BASE,
+            num_layers=4,
+            num_pages=16,
+            max_pages_per_seq=4,
+            layer_windows=(99, None, 99, None),
+            group_layers=1,
         ),
         "q_heads": 2,
         "total_tokens": 10,
     },
     "kinds of three shapes, int8": {
         "config": replace(
-            BASE, num_layers=3, page_size=4, num_pages=24, max_pages_per_seq=4, quantization="int8", max_chunk=8,
-            layer_windows=(3, None, 5), layer_kv_heads=(2, 1, 4), layer_head_dims=(8, 16, 4), rollback=1,
+            BASE,
+            num_layers=3,
+            page_size=4,
+            num_pages=24,
+            max_pages_per_seq=4,
+            quantization="int8",
+            max_chunk=8,
+            layer_windows=(3, None, 5),
+            layer_kv_heads=(2, 1, 4),
+            layer_head_dims=(8, 16, 4),
+            rollback=1,
         ),
         "q_heads": 4,
         "total_tokens": 10,
     },
     "kinds of two shapes, int4": {
         "config": replace(
-            BASE, num_layers=3, page_size=4, num_pages=20, max_pages_per_seq=4, quantization="int4", max_chunk=8,
-            layer_windows=(3, None, 3), layer_kv_heads=(2, 1, 2), layer_head_dims=(8, 32, 8),
+            BASE,
+            num_layers=3,
+            page_size=4,
+            num_pages=20,
+            max_pages_per_seq=4,
+            quantization="int4",
+            max_chunk=8,
+            layer_windows=(3, None, 3),
+            layer_kv_heads=(2, 1, 2),
+            layer_head_dims=(8, 32, 8),
         ),
         "q_heads": 2,
         "total_tokens": 10,

@@ -6,8 +6,8 @@ memory that is not a sequence's own cannot go unseen.
 """
 
 import functools
-from math import lcm
 from dataclasses import replace
+from math import lcm
 from typing import NamedTuple
 
 import jax

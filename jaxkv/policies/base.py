@@ -76,7 +76,9 @@ class Policy:
         shapes = {group.shape for group in config.groups if group.window is None}
         if len(shapes) != 1:
             found = "has none" if not shapes else f"has layers of {len(shapes)} shapes"
-            raise ValueError(f"{self} acts on layers with full attention, all of one shape; the cache {found}")
+            raise ValueError(
+                f"{self} acts on layers with full attention, all of one shape; the cache {found}"
+            )
         kept, most = self.most_kept(config), self.capacity(config)
         if kept >= most:
             raise ValueError(f"{self} keeps {kept} of {most} token places; there must be room for one more")

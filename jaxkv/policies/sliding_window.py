@@ -10,7 +10,7 @@ from jaxkv.entries import full_rows, rows_of
 from jaxkv.ownership import count
 from jaxkv.pages import drop_pages
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
-from jaxkv.positions import check_rope, shift_positions
+from jaxkv.positions import check_one_kind, check_rope, shift_positions
 from jaxkv.rope import Rope
 from jaxkv.state import Batch, KVCache
 from pallas_kernels.control_flow import only_if
@@ -76,6 +76,7 @@ class SlidingWindow(Policy):
         """As `Policy.check`."""
         super().check(config)
         if self.positions == "cache":
+            check_one_kind(config, "positions='cache'")
             check_rope(self.rope, config.head_dim)
 
     def view(self, batch: Batch) -> Batch:
@@ -102,7 +103,13 @@ class SlidingWindow(Policy):
         column, size = jnp.full_like(row, first), jnp.full_like(row, config.page_size)
         table = drop_pages(cache.table, row, column, jnp.tile(pages, entries), size, config)
         stats = count_evictions(count(cache.stats, cache.table, table), pages * config.page_size)
-        cache = replace(cache, table=table, stats=stats)
+        state = cache.policy
+        assert state is not None
+        # A cut must leave the window of the token that comes next.
+        least = first * config.page_size + self.window - 1
+        dropped = jnp.where(pages > 0, slot, config.max_seqs)
+        state = replace(state, least=state.least.at[dropped].set(least, mode="drop"))
+        cache = replace(cache, table=table, stats=stats, policy=state)
         if self.rope is None or self.positions == "original":
             return cache
         gap = rows_of(table.positions, slot) - rows_of(table.lengths, slot)

@@ -11,9 +11,19 @@ from jaxtyping import Array, Float, Int, Shaped
 from jaxkv.config import CacheConfig
 from jaxkv.entries import rows_of
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.layers import view, whole
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
-from jaxkv.positions import check_rope
-from jaxkv.rewrite import Rewrite, for_each_layer, numbers, own_pages, read_tokens, stored_as, write_tokens
+from jaxkv.positions import check_one_kind, check_rope
+from jaxkv.rewrite import (
+    Layer,
+    Rewrite,
+    for_each_layer,
+    numbers,
+    own_pages,
+    read_tokens,
+    stored_as,
+    write_tokens,
+)
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool
 from pallas_kernels.control_flow import only_if
@@ -96,6 +106,7 @@ class TokenPolicy(Policy):
         """As `Policy.check`; and what is turned at every eviction must not be rounded to codes each time."""
         super().check(config)
         if self.positions == "cache":
+            check_one_kind(config, "positions='cache'")
             check_rope(self.rope, config.head_dim)
             if config.quantization is not None and not self.once:
                 raise ValueError(
@@ -129,30 +140,33 @@ class TokenPolicy(Policy):
         granted = rewrite.slot < config.max_seqs
         lengths_before = jnp.zeros(config.max_seqs, jnp.int32).at[slot].set(length, mode="drop")
 
-        def visit(carry: tuple[KVPool, dict], layer: Array, some: Rewrite) -> tuple[KVPool, dict]:
+        def visit(carry: tuple[KVPool, dict], layer: Layer, some: Rewrite) -> tuple[KVPool, dict]:
             return self._keep(*carry, layer, some, rows_of(lengths_before, some.slot)[:, None, None], config)
 
         state = cache.policy
         assert state is not None
-        pool, values = for_each_layer(visit, (cache.pool, state.values), rewrite, config)
-        state = replace(state, values=self.forget(values, rewrite.slot))
+        # Policies act on groups with full attention, whose shape is that of the first.
+        pool = view(cache.pool, config, config.groups[0])
+        pool, values = for_each_layer(visit, (pool, state.values), rewrite, config)
+        least = state.least.at[rewrite.slot].set(self.budget, mode="drop")
+        state = replace(state, values=self.forget(values, rewrite.slot), least=least)
         table, dropped = cache.table, jnp.where(granted, length - self.budget, 0)
         if self.positions == "cache":
             table = replace(table, positions=table.positions.at[rewrite.slot].add(-dropped, mode="drop"))
             table = stamp(table, Operation.SHIFT_POSITIONS, dropped > 0, rewrite.slot, -dropped)
         stats = count_evictions(cache.stats, dropped)
-        return replace(cache, pool=pool, table=table, stats=stats, policy=state), dropped
+        return replace(cache, pool=whole(pool, config), table=table, stats=stats, policy=state), dropped
 
     def _keep(
-        self, pool: KVPool, values: dict, layer: Array, some: Rewrite, lengths: Array, config: CacheConfig
+        self, pool: KVPool, values: dict, layer: Layer, some: Rewrite, lengths: Array, config: CacheConfig
     ) -> tuple[KVPool, dict]:
         """One layer of some sequences: which tokens stay, and their move to the front."""
         place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None, None]
         everywhere = jnp.broadcast_to(place, (some.slot.shape[0], config.num_kv_heads, place.shape[-1]))
-        own = {name: rows_of(x, (some.slot, layer)) for name, x in values.items() if x.ndim == 4}
+        own = {name: rows_of(x, (some.slot, layer.number)) for name, x in values.items() if x.ndim == 4}
 
         def read(places: Array) -> KVPool:
-            return read_tokens(pool, layer, some.old, places)
+            return read_tokens(pool, layer.index, some.old, places)
 
         tokens = Tokens(own, self._keys(config, read, everywhere), place, lengths)
         rank = self.rank(tokens)
@@ -164,9 +178,9 @@ class TokenPolicy(Policy):
         if self.positions == "cache":
             stored = self._renumber(config, stored, stood)
         places = after(everywhere[..., : self.budget], *jax.tree.leaves(stored))
-        pool = write_tokens(pool, layer, some.new, places, stored)
+        pool = write_tokens(pool, layer.index, some.new, places, stored)
         changed = {
-            name: values[name].at[some.slot, layer, :, : self.budget].set(x, mode="drop")
+            name: values[name].at[some.slot, layer.number, :, : self.budget].set(x, mode="drop")
             for name, x in own.items()
         }
         return pool, values | changed
