@@ -185,7 +185,7 @@ def _check_rows(cache: KVCache, table) -> np.ndarray:
     return owned
 
 
-def _row(config: CacheConfig, number: int) -> str:
+def _row(config: CacheConfig, number: int | np.integer) -> str:
     group, slot = divmod(int(number), config.max_seqs)
     return f"slot {slot}" + (f", group {group}" if len(config.groups) > 1 else "")
 

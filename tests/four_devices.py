@@ -69,14 +69,14 @@ def evicting(cache, seqs, x):
 
 def table_operations(cache, seqs, x):
     """Those that move no K or V, one after the other, then compaction."""
-    cache = jaxkv.truncate(cache, seqs, seqs + 2)
+    cache, cut = jaxkv.truncate(cache, seqs, seqs + 2)
     cache = jaxkv.free(cache, jnp.array([2, 3]))
     cache, status = jaxkv.fork(cache, jnp.array([0, 1]), jnp.array([2, 3]))
     cache, shifted = jaxkv.shift_positions(cache, seqs, seqs, rope=ROPE)
     cache, reordered = jaxkv.reorder(cache, seqs, jnp.array([1, 0, 0, 3]))
     cache, moved = jaxkv.compact(jaxkv.free(cache, jnp.array([0])))
     seen = jaxkv.gather(cache, 1, seqs), jaxkv.lengths(cache), jaxkv.memory_profile(cache)
-    return cache, (status, shifted, reordered, moved, seen)
+    return cache, (cut, status, shifted, reordered, moved, seen)
 
 
 def sampled(cache, seqs, x):

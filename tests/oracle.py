@@ -37,10 +37,14 @@ class Row:
 
 @dataclass
 class Sequence:
-    """`tokens`, `pages` and `length` are those of the first group, with full attention if any group has it."""
+    """`tokens`, `pages` and `length` are those of the first group, with full attention if any group has it.
+
+    `least`: token slots that a cut must leave there, unless it empties the sequence: a policy rewrote them.
+    """
 
     rows: list[Row]
     position: int = 0
+    least: int = 0
 
     @property
     def length(self) -> int:
@@ -63,7 +67,7 @@ class Sequence:
         self.rows[0].pages = pages
 
     def copy(self) -> "Sequence":
-        return Sequence([row.copy() for row in self.rows], self.position)
+        return Sequence([row.copy() for row in self.rows], self.position, self.least)
 
 
 @dataclass
@@ -317,7 +321,8 @@ class Oracle:
             return True
         for of, row in zip(self.groups, sequence.rows, strict=True):
             seen_from = 0 if of.window is None else max(0, length - of.window + 1)
-            if row.start > seen_from or (row.length <= by and of.window is None):
+            least = 0 if of.window is not None else max(1, sequence.least)
+            if row.start > seen_from or row.length - by < least:
                 return False
         for of, row in zip(self.groups, sequence.rows, strict=True):
             row.tokens = row.tokens[: len(row.tokens) - by]

@@ -26,7 +26,7 @@ class Programs(NamedTuple):
 @functools.cache
 def programs(policy) -> Programs:
     def extend(cache, seqs, num_tokens, k, v, q):
-        cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q.shape[1])
+        cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=q[0].shape[0])
 
         def one_layer(cache, layer):
             layer, k, v, q = layer
@@ -34,8 +34,8 @@ def programs(policy) -> Programs:
             out, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
             return cache, (out, lse, jaxkv.attention_mass(cache, layer, batch, q, lse))
 
-        layers = jnp.arange(q.shape[0], dtype=jnp.int32)
-        cache, (out, lse, mass) = jax.lax.scan(one_layer, cache, (layers, k, v, q))
+        layers = jnp.arange(len(q), dtype=jnp.int32)
+        cache, (out, lse, mass) = jax.lax.scan(one_layer, cache, (layers, *map(jnp.stack, (k, v, q))))
         return jaxkv.observe(cache, batch, mass), batch, out, lse, mass
 
     def shift(cache, seqs, by):
@@ -66,11 +66,10 @@ class PolicyTwin(Twin):
         return np.zeros((0, self.config.num_layers, self.config.num_kv_heads))
 
     def extend(self, seqs, num_tokens):
-        count, config = len(seqs), self.config
+        count = len(seqs)
         seqs, num_tokens = self._padded(seqs), self._padded(num_tokens, fill=0)
-        shape = (config.num_layers, self.total_tokens)
-        k, v = (self._normal(*shape, config.num_kv_heads, config.head_dim) for _ in "kv")
-        q = self._normal(*shape, self.q_heads, config.head_dim)
+        k, v = (self._of_layers(self.total_tokens) for _ in "kv")
+        q = self._of_layers(self.total_tokens, self.q_heads)
         growing = [] if self.policy.once else self.oracle.growing(seqs, num_tokens, self.total_tokens)
         stack = self._stack_after_evicting(growing)
         self.cache, *rest = programs(self.policy).extend(self.cache, seqs, num_tokens, k, v, q)
@@ -78,7 +77,8 @@ class PolicyTwin(Twin):
         evicted = self._evict(growing)
         waiting = [slot for slot in due if slot not in evicted]
         want = self.oracle.allocate(seqs, num_tokens, self.total_tokens, waiting)
-        self.oracle.append(want, np.asarray(k, np.float64), np.asarray(v, np.float64))
+        for layer, pair in enumerate(zip(k, v, strict=True)):
+            self.oracle.append(want, layer, *(np.asarray(x, np.float64) for x in pair))
         batch, out, lse, mass = jax.device_get(rest)
         assert batch.fingerprint.tolist() == np.asarray(self.cache.table.fingerprint).tolist()
         self.check()
@@ -113,7 +113,7 @@ class PolicyTwin(Twin):
             rows = slice(want.query_starts[entry], want.query_starts[entry + 1])
             expected = np.zeros(mass[:, entry].shape)
             for layer in range(config.num_layers):
-                weights = self._weights(layer, slot, np.asarray(q[layer, rows], np.float64))
+                weights = self._weights(layer, slot, np.asarray(q[layer][rows], np.float64))
                 by_head = weights.reshape(weights.shape[0], config.num_kv_heads, group, -1).sum((0, 2))
                 expected[layer, :, : sequence.length] = by_head
             np.testing.assert_allclose(mass[:, entry], expected, rtol=MASS, atol=MASS)
@@ -176,8 +176,9 @@ class PolicyTwin(Twin):
 
     def truncate(self, seqs, lengths):
         before = [sequence.length for sequence in self.oracle.sequences]
-        super().truncate(seqs, lengths)
+        status = super().truncate(seqs, lengths)
         self._forget(before)
+        return status
 
     def free(self, seqs):
         before = [sequence.length for sequence in self.oracle.sequences]
@@ -224,7 +225,7 @@ class PolicyTwin(Twin):
         sequence, policy, memory = self.oracle.sequences[slot], self.policy, self.memory[slot]
         old, budget = sequence.tokens, policy.budget
         sequence.tokens, self.memory[slot] = old[:budget].copy(), memory[:budget].copy()
-        self.seen[slot] = 0
+        self.seen[slot], sequence.least = 0, budget
         for layer in range(self.config.num_layers):
             for head in range(self.config.num_kv_heads):
                 own, remembered = old[:, :, layer, head], memory[:, layer, head]
@@ -266,6 +267,8 @@ class PolicyTwin(Twin):
             )
             self.oracle.drop_pages(slot, first, pages)
             dropped[slot] = pages * page_size
+            if pages:
+                sequence.least = first * page_size + policy.window - 1
             gap = sequence.position - sequence.length
             if policy.positions == "cache" and gap >= policy.window:
                 far[slot] = gap

@@ -173,7 +173,7 @@ class Variants(chex.TestCase):
         cache, status = fork(cache, jnp.array([0, 0, 3]), jnp.array([1, 2, 2]))
         assert status.tolist() == [OK, OK, INVALID_SEQ]
         cache, batch = allocate(cache, jnp.array([2]), jnp.array([1]))
-        assert batch.page_ids.tolist() == [1]
-        assert batch.offsets.tolist() == [1]
+        assert batch.page_ids.tolist() == [[1]]
+        assert batch.offsets.tolist() == [[1]]
         assert cache.table.refcounts[:3].tolist() == [2, 1, 0]
         jaxkv.check_invariants(cache)

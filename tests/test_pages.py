@@ -206,7 +206,7 @@ def test_padding_and_refused_entries_take_the_rows_they_asked_for():
 def test_the_token_axis_is_by_default_one_token_an_entry():
     cache = jaxkv.init(SMALL)
     _, batch = jitted.allocate(cache, ints(0, 2, 1), ints(1, 1, 1))
-    assert batch.positions.shape == batch.page_ids.shape == (3,)
+    assert batch.positions.shape == batch.page_ids[0].shape == (3,)
     assert batch.query_starts.tolist() == [0, 1, 2, 3]
 
 
@@ -224,7 +224,7 @@ def test_positions_go_on_where_a_policy_left_them():
     twin.extend([1], [2])
     assert twin.cache.table.positions[1] == 102
     twin.fork([1], [0])
-    twin.truncate([1], [4])
+    twin.truncate([1], [101])
     assert twin.cache.table.positions[:2].tolist() == [102, 101]
     twin.truncate([1], [0])
     assert twin.cache.table.positions[1] == 0

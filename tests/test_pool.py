@@ -44,7 +44,7 @@ def test_append_touches_one_layer_and_only_the_places_of_its_batch():
     k, v = tokens(SMALL, 8, seed=5)
     after = jitted.append(cache, 1, batch, k, v).pool
     places = {(int(page), int(offset)): row for row, (page, offset) in enumerate(
-        zip(batch.page_ids, batch.offsets, strict=True)) if page < SMALL.num_pages}  # fmt: skip
+        zip(batch.page_ids[0], batch.offsets[0], strict=True)) if page < SMALL.num_pages}  # fmt: skip
     assert sorted(places.values()) == [0, 1, 5]
     for old, new, values in ((before.k, after.k, k), (before.v, after.v, v)):
         want = old.copy()

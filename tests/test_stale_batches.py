@@ -37,7 +37,7 @@ def evicted(policy, cache):
 
 CHANGES = {
     "free": lambda cache: jitted.free(cache, ints(2)),
-    "truncate": lambda cache: jitted.truncate(cache, ints(1), ints(9)),
+    "truncate": lambda cache: jitted.truncate(cache, ints(1), ints(9))[0],
     "allocate": lambda cache: jitted.allocate(cache, ints(0), ints(1))[0],
     "fork": lambda cache: jitted.fork(cache, ints(1), ints(3))[0],
     "reorder": lambda cache: jitted.reorder(cache, ints(0, 1), ints(1, 0))[0],
@@ -79,7 +79,7 @@ def test_a_stale_batch_leaves_the_next_owner_of_its_page_alone():
 
 def test_calls_that_change_nothing_leave_a_batch_as_good_as_it_was():
     cache, batch = filled_with_a_batch()
-    after = jitted.free(jitted.truncate(cache, ints(0, 1), ints(40, 10)), ints(-1, 3))
+    after = jitted.free(jitted.truncate(cache, ints(0, 1), ints(40, 10))[0], ints(-1, 3))
     after, status = jitted.fork(after, ints(0), ints(1))
     assert status[0] == jaxkv.Status.OCCUPIED
     after, refused = jitted.allocate(after, ints(0, 9), ints(0, 1))

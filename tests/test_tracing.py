@@ -56,7 +56,7 @@ def test_every_operation_traces_once_over_a_changing_cache():
     def shuffle(cache, slots, counts, lengths):
         cache, _ = jaxkv.allocate(cache, slots, counts, total_tokens=16)
         cache, _ = jaxkv.fork(cache, slots, slots[::-1])
-        cache = jaxkv.truncate(cache, slots, lengths)
+        cache, _ = jaxkv.truncate(cache, slots, lengths)
         cache = jaxkv.free(cache, slots[:2])
         return jaxkv.compact(cache)[0]
 

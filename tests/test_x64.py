@@ -42,7 +42,8 @@ def test_every_operation_keeps_its_dtypes_under_x64(page_size):
         cache, status = jax.jit(jaxkv.reorder)(cache, seqs, seqs[::-1])
         assert status.dtype == jnp.int32
         cache, _ = jax.jit(jaxkv.allocate)(cache, seqs + 1, ones)
-        cache = jax.jit(jaxkv.truncate)(cache, seqs, 3 * ones)
+        cache, status = jax.jit(jaxkv.truncate)(cache, seqs, 3 * ones)
+        assert status.dtype == jnp.int32
         cache = jax.jit(jaxkv.free)(cache, seqs[:1])
         cache, num_moved = jax.jit(jaxkv.compact)(cache)
         assert num_moved.dtype == jnp.int32
