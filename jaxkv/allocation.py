@@ -36,13 +36,13 @@ def allocate(
         after    A [a b c d][e f 6 7][8 . . .]             B [a b c d][e f . .]
                             copied   fresh
 
-    In all groups of layers or in none, and all or nothing for each sequence, earlier entries first: from the first entry that finds too few
-    free pages, every later entry that needs a page is refused too. A refused sequence is exactly as
-    it was. The first write to a part-full tail page that others share goes to a copy.
+    In all groups of layers or in none, and all or nothing for each sequence, earlier entries first: from the
+    first entry that finds too few free pages, every later entry that needs a page is refused too. A refused
+    sequence is exactly as it was. The first write to a part-full tail page that others share goes to a copy.
 
     What the window of a layer hides from every token to come is released first, for each valid entry with
-    tokens, and is free for this call. It goes by the position before the call, so that the tokens of this call
-    can be taken back.
+    tokens, and is free for this call. It goes by the position before the call: the tokens of this call can be
+    taken back. It stands even if the entry is then refused.
 
     A cache with a policy evicts what is due first, from each valid entry whose tokens do not fit its tail
     page; what is given up is free for this call. It stands even if the entry is then refused. One that finds
@@ -51,8 +51,8 @@ def allocate(
     Args:
       cache: the cache.
       seqs: slots; a negative one is padding. A slot may be named once a call.
-      num_tokens: tokens to make room for, one element an entry; at most `config.max_chunk` where a layer has a
-        window.
+      num_tokens: tokens to make room for, one element an entry. Where a layer has a window at most
+        `config.max_chunk`.
       total_tokens: static length of the token axis. Default: `len(seqs)`, plain decode.
 
     Returns:

@@ -78,17 +78,17 @@ def attend(
 
     Args:
       cache: the cache after this layer's `append`.
-      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN. Where the config
-        has layers of several kinds, `window` must say which kind a traced one is of; of another kind every
-        result is NaN.
+      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN. Where layers
+        are of several kinds, `window` must say which kind a traced one is of; of another all is NaN.
       batch: of this step. Once the page table has changed it is stale, and every result is NaN.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
-      window: a token attends to itself and the `window - 1` token slots before it; None for all of them. Default:
-        the layer's own, as the config has it. A narrower one is allowed. In layers with full attention the
-        window of the cache's policy holds, with its `sink_tokens`, where it is smaller.
-      sink_tokens: and to its sequence's first so many token slots, which the window does not hide (StreamingLLM,
-        arXiv:2309.17453). Without a window it must be 0, and in a layer whose window releases them.
+      window: a token attends to itself and the `window - 1` token slots before it; None for all of them.
+        Default: the layer's own, as the config has it. A narrower one is allowed. In layers with full
+        attention the window of the cache's policy holds, with its `sink_tokens`, where it is smaller.
+      sink_tokens: and to its sequence's first so many token slots, which the window does not hide
+        (StreamingLLM, arXiv:2309.17453). Without a window it must be 0, and in a layer whose window releases
+        them.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
       backend: "auto", "xla", or "triton" on a GPU.
@@ -210,8 +210,8 @@ def _named_by(window: int | str | None, kinds: list[Group]) -> list[Group]:
     if len(named) != 1:
         windows = ", ".join(str(kind.window) for kind in kinds)
         raise ValueError(
-            f"window={window!r}: the layer is traced, and the config has layers of several kinds; window must say "
-            f"which one is meant: {windows}"
+            f"window={window!r}: the layer is traced, and layers are of several kinds; window must say which "
+            f"one is meant: {windows}"
         )
     return named
 

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, cast
 
 import jax
@@ -114,11 +115,13 @@ def mark_layers(cache: KVCache, batch: Batch) -> KVCache:
     """
     config, pool = cache.config, cache.pool
     for number, group in enumerate(config.groups):
-        page, offset = _first_slot(batch, number)
-        seen = view(pool, config, group)
-        seen = jax.tree.map(lambda leaf: leaf.at[:, page, :, offset].set(_mark(leaf), mode="drop"), seen)
-        pool = whole(seen, config)
+        fill = partial(_fill_slot, *_first_slot(batch, number))
+        pool = whole(jax.tree.map(fill, view(pool, config, group)), config)
     return replace(cache, pool=pool)
+
+
+def _fill_slot(page: Array, offset: Array, leaf: Array) -> Array:
+    return leaf.at[:, page, :, offset].set(_mark(leaf), mode="drop")
 
 
 def unwritten_layers(cache: KVCache, batch: Batch) -> Bool[Array, " layers"]:

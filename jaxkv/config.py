@@ -31,8 +31,8 @@ class CacheConfig:
 
     Attributes:
       num_layers: attention layers that share the page table.
-      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA). Where `layer_kv_heads` says
-        otherwise this becomes that of the first kind of layers.
+      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA). Where `layer_kv_heads`
+        says otherwise this becomes that of the first kind of layers: one with full attention if there is any.
       head_dim: elements a head. With `layer_head_dims` likewise.
       num_pages: pages in the pool, shared by all sequences and groups of layers.
       page_size: token slots a page, in layers of the first kind. Kinds with smaller heads have more.
@@ -43,7 +43,7 @@ class CacheConfig:
         float32 scale for each token and KV head. "int4": two to a byte, rotated, with a step and zero point
         for groups of about 32; `head_dim` must be a multiple of 8. `dtype` is then what `gather` returns.
       layer_windows: for each layer the tokens that a token attends to, itself included; None for all of them.
-        A layer with a window gives back the pages that no token to come can see. Default: all layers are full.
+        A layer with a window releases the pages that no token to come can see. Default: all are full.
       layer_kv_heads, layer_head_dims: of each layer, where layers differ.
       group_layers: layers that share a row of the page table and a page. Default: what takes the fewest bytes
         for one sequence of `max_tokens_per_seq` tokens, with at most 8 groups; see `groups`.
@@ -294,7 +294,7 @@ class CacheConfig:
         return bisect_right(fits, self.num_pages // concurrency, key=self.pages_for_seq) - 1
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages of a group with full attention that `num_tokens` tokens fill, the last one perhaps in part."""
+        """Pages that `num_tokens` tokens fill in a group with full attention, the last perhaps in part."""
         return -(-num_tokens // self.page_size)
 
     def pages_for_seq(self, num_tokens: int) -> int:
@@ -302,7 +302,7 @@ class CacheConfig:
         return sum(grouping.decode_pages(self, group.shape, num_tokens) for group in self.groups)
 
     def pages_for_chunk(self, num_tokens: int) -> int:
-        """Pages more that such a sequence holds while a chunk of its prompt is prefilled: none without windows."""
+        """Pages more that it holds while a chunk of its prompt is prefilled: none without windows."""
         most = sum(min(group.columns, -(-num_tokens // group.page_size)) for group in self.groups)
         return most - self.pages_for_seq(num_tokens)
 

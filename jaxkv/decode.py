@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.causal_lm import run_model
+from jaxkv.entries import pages_for
 from jaxkv.pages import free
 from jaxkv.prefill import prefill as prefill
 from jaxkv.prefill import tidied

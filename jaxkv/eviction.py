@@ -96,9 +96,9 @@ def evict(cache: KVCache, seqs: Int[Array, " entries"]) -> tuple[KVCache, Int[Ar
       seqs: slots; padding, empty slots and a slot named again are passed over.
 
     Returns:
-      The cache, and how many token slots each sequence gave up to the policy: none without one, or where there
-      are too few free pages for what it keeps of pages that others share. What the window of a layer hides
-      from every token to come is released too.
+      The cache, and how many token slots each sequence gave up to the policy: none without one, or where
+      there are too few free pages for what it keeps of pages that others share. What the window of a layer
+      hides from every token to come is released too.
 
     Raises:
       ValueError: for wrong shapes or dtypes, at trace time.

@@ -5,8 +5,8 @@
     group        1   1   0   2   2   0            group 0 is full; groups 1 and 2 release their old pages
 
 Layers with the same window and shape are of one kind. A kind is divided into groups of `group_layers` layers.
-A group has a row of the page table for each sequence, and a page belongs to one group at a time. Every page has
-as many elements as any other, so a kind with smaller heads has more tokens a page.
+A group has a row of the page table for each sequence, and a page belongs to one group at a time. All pages
+have equally many elements, so a kind with smaller heads has more tokens a page.
 """
 
 from dataclasses import dataclass
@@ -65,7 +65,7 @@ class Home(NamedTuple):
     """Where a layer's K and V are: its group, and its number among the group's layers."""
 
     group: int
-    index: int
+    nth: int
 
 
 def kinds_of(config: "CacheConfig") -> dict[Shape, tuple[int, ...]]:
@@ -95,9 +95,9 @@ def groups_of(config: "CacheConfig") -> tuple[Group, ...]:
 def homes_of(config: "CacheConfig") -> tuple[Home, ...]:
     """Where each layer's K and V are."""
     homes = {
-        layer: Home(number, index)
+        layer: Home(number, nth)
         for number, group in enumerate(groups_of(config))
-        for index, layer in enumerate(group.layers)
+        for nth, layer in enumerate(group.layers)
     }
     return tuple(homes[layer] for layer in range(config.num_layers))
 
@@ -115,8 +115,8 @@ def page_size(config: "CacheConfig", shape: Shape) -> int:
     if elements % own:
         step = own // _common_divisor(elements // config.page_size, own)
         raise ValueError(
-            f"page_size={config.page_size}: a page of that many tokens would hold {elements / own:.2f} tokens of "
-            f"layers with {shape.num_kv_heads} KV heads of {shape.head_dim}; take a multiple of {step}"
+            f"page_size={config.page_size}: a page would hold {elements / own:.2f} tokens of layers with "
+            f"{shape.num_kv_heads} KV heads of {shape.head_dim}; take a multiple of {step}"
         )
     return elements // own
 
@@ -151,8 +151,8 @@ def decode_pages(config: "CacheConfig", shape: Shape, num_tokens: int) -> int:
 def group_layers(config: "CacheConfig") -> int:
     """Layers a group: as configured, or those that take the fewest bytes.
 
-    The bytes are those of one sequence of `max_tokens_per_seq` tokens, padding included. At most `MOST_GROUPS`
-    groups, unless there are more kinds than that; of equals the fewest groups.
+    The bytes are those of one sequence of `max_tokens_per_seq` tokens, padding included. At most
+    `MOST_GROUPS` groups, unless there are more kinds than that; of equals the fewest groups.
     """
     if config.group_layers is not None:
         return config.group_layers

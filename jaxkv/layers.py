@@ -1,7 +1,7 @@
 """Where a layer's K and V are: the rows of its group, and its view of the pool."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,11 +54,11 @@ def locate(config: CacheConfig, layer: int | Array, kinds: list[Group]) -> Locat
         known = (number >= 0) & (number < config.num_layers)
         at = jnp.clip(number, 0, config.num_layers - 1)
         of_group = jnp.asarray([home.group for home in config.homes], jnp.int32)
-        index = [home.index if groups[home.group].shape in shapes else past for home in config.homes]
+        index = [home.nth if groups[home.group].shape in shapes else past for home in config.homes]
         index = jnp.where(known, jnp.asarray(index, jnp.int32)[at], jnp.int32(past))
         return Located(Place(of_group[at], index), kinds[0])
     home = config.homes[int(layer)]
-    place = Place(jnp.asarray(home.group, jnp.int32), jnp.asarray(home.index, jnp.int32))
+    place = Place(jnp.asarray(home.group, jnp.int32), jnp.asarray(home.nth, jnp.int32))
     return Located(place, groups[home.group])
 
 
@@ -141,17 +141,19 @@ def whole(pool: KVPool, config: CacheConfig) -> KVPool:
 def copied_within(pool: KVPool, config: CacheConfig, sources: Array, destinations: Array) -> KVPool:
     """The pool after copies of whole pages; see `pallas_kernels.copy_pages`."""
     seen = view(pool, config, config.groups[0])
-    scales = dict(k_scales=seen.k_scale, v_scales=seen.v_scale)
-    pages = copy_pages(seen.k, seen.v, sources, destinations, **scales, kv_format=config.storage.name)
+    pages = copy_pages(seen.k, seen.v, sources, destinations, **_beside_pages(seen, config))
     return whole(KVPool(*pages), config)
 
 
 def moved_within(pool: KVPool, config: CacheConfig, targets: Array) -> KVPool:
     """The pool after whole pages moved, as if all at once; see `pallas_kernels.move_pages`."""
     seen = view(pool, config, config.groups[0])
-    scales = dict(k_scales=seen.k_scale, v_scales=seen.v_scale)
-    pages = move_pages(seen.k, seen.v, targets, **scales, kv_format=config.storage.name)
+    pages = move_pages(seen.k, seen.v, targets, **_beside_pages(seen, config))
     return whole(KVPool(*pages), config)
+
+
+def _beside_pages(pool: KVPool, config: CacheConfig) -> dict[str, Any]:
+    return dict(k_scales=pool.k_scale, v_scales=pool.v_scale, kv_format=config.storage.name)
 
 
 def by_position(

@@ -161,14 +161,12 @@ def release_windows(cache: KVCache, slot: Int[Array, " entries"]) -> KVCache:
       slot: each slot once; `max_seqs` for an entry that does nothing.
     """
     config = cache.config
-    windowed = [number for number, group in enumerate(config.groups) if group.window is not None]
-    if not windowed:
+    windows = [group.window for group in config.groups if group.window is not None]
+    if not windows:
         return cache
     # Groups with a window come last.
-    row, size = table_rows(slot, config)[windowed[0] :], page_sizes(config)[windowed[0] :]
-    behind = jnp.asarray(
-        [[config.groups[number].window - 1 + config.rollback] for number in windowed], jnp.int32
-    )
+    row, size = (of[-len(windows) :] for of in (table_rows(slot, config), page_sizes(config)))
+    behind = jnp.asarray([[window - 1 + config.rollback] for window in windows], jnp.int32)
     position = rows_of(cache.table.positions, slot)[None]
     start = position - rows_of(cache.table.lengths, row)
     dropped = jnp.maximum(position - behind - start, 0) // size

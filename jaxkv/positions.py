@@ -133,7 +133,7 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         layer = Layer.of(trip % config.num_layers, config)
         entry, nth = ragged_rows(ends, size, trip // config.num_layers * size)
         nth = nth + rows_of(column, entry)
-        page, layer = rows_of(rows[layer.group], (entry, nth), config.num_pages), layer.index
+        page, layer = rows_of(rows[layer.group], (entry, nth), config.num_pages), layer.nth
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
         turned = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
         new = stored_as(config, turned, keys=True)

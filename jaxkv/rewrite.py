@@ -85,7 +85,7 @@ def own_pages(
 
 
 class _OwnRows(NamedTuple):
-    """Rows of the page table before and after, if granted; which entries are, and what of the old is released."""
+    """Rows of the page table before and after, if granted; which entries are; what of the old is released."""
 
     old: Int[Array, "rows pages_per_seq"]
     new: Int[Array, "rows pages_per_seq"]
@@ -129,12 +129,12 @@ class Layer(NamedTuple):
     Attributes:
       number: among those with full attention.
       group: number of its group.
-      index: among the layers of its group.
+      nth: among the layers of its group.
     """
 
     number: Int[Array, ""]
     group: Int[Array, ""]
-    index: Int[Array, ""]
+    nth: Int[Array, ""]
 
     @classmethod
     def of(cls, number: Int[Array, ""], config: CacheConfig) -> "Layer":

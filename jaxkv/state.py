@@ -49,8 +49,8 @@ class KVPool:
 
     Of a quantized pool K and V are codes; else there are no scales.
 
-    A row is `head_dim` numbers, or words of eight codes, and then its scales are words too. Where layers differ
-    in shape, this is the shape of the first kind, and the scales of a page have one axis.
+    A row is `head_dim` elements, or words of eight codes, and then its scales are words too. Where layers
+    differ in shape, this is the shape of the first kind, and the scales of a page have one axis.
     """
 
     k: Shaped[Array, "layers pages kv_heads page_size row"]
@@ -67,8 +67,8 @@ class PageTable:
     Attributes:
       pages: page ids of each row in token order, `num_pages` past its last page.
       lengths: token slots in use of each row.
-      positions: position of each sequence's next token, 0 for an empty slot; more than `lengths` once a policy
-        dropped tokens or a window released some.
+      positions: position of each sequence's next token, 0 for an empty slot; more than `lengths` once a
+        policy dropped tokens or a window released some.
       refcounts: table entries that name each page.
       free_pages: a stack of page ids, `free_pages[:num_free]`; its top is handed out first.
       num_free: pages on the stack.

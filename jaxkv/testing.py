@@ -19,8 +19,9 @@ _gather = jax.jit(gather, static_argnums=1)
 def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
     """Two caches hold the same sequences with the same contents, wherever the pages lie.
 
-    Slots, lengths, positions, and K and V of every token in every layer are compared, these
-    exactly; in a layer with a window of the tokens that the next one attends to. Page ids, page sizes, sharing, the free stack and the counters may differ.
+    Slots, lengths, positions, and K and V of every token in every layer are compared, these exactly; in a
+    layer with a window, of the tokens that the next one attends to. Page ids, page sizes, sharing, the free
+    stack and the counters may differ.
 
     Args:
       a: a cache.
@@ -140,7 +141,7 @@ def assert_in_place(
 
 
 def _common_contents(a: KVCache, b: KVCache, layer: int, slot: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """K and V of one slot in both; where the layer has a window, of the tokens that the next one attends to."""
+    """K and V of one slot in both; where the layer has a window, what the next token attends to."""
     config = a.config
     window = config.groups[config.homes[layer].group].window
     contents = []

@@ -19,8 +19,8 @@ from tests.kernels import reference
 class Row:
     """One group's part of a sequence.
 
-    `tokens` [count, 2, layers, kv_heads, head_dim]: k and v of every token slot. Where the group has a window,
-    of every token there ever was: those before `start` were released, and no result may depend on that.
+    `tokens` [count, 2, layers, kv_heads, head_dim]: k and v of every token slot. Where the group has a
+    window, of every token there ever was: those before `start` were released, and that must show nowhere.
     """
 
     tokens: np.ndarray

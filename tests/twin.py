@@ -79,7 +79,7 @@ class View(NamedTuple):
 
 
 def look(cache, q, sinks) -> View:
-    """Everything that can be read: each slot gathered, and its last tokens' attention in each kind of layer."""
+    """Everything that can be read: each slot gathered, and its last tokens' attention in each group."""
     config = cache.config
     slots = jnp.arange(config.max_seqs, dtype=jnp.int32)
     gathered = [jaxkv.gather(cache, layer, slots) for layer in range(config.num_layers)]

@@ -288,14 +288,15 @@ def _memory_profile(cache: KVCache) -> MemoryProfile:
 def _tokens_in_pages(
     table: PageTable, config: CacheConfig
 ) -> tuple[Int[Array, " pages"], Int[Array, " pages"]]:
-    """Token slots in use of each page, of several owners the fullest counts; and all slots of pages in use."""
+    """Token slots in use of each page, as far as its fullest owner reaches; and all slots of pages in use."""
     sizes = [group.page_size for group in config.groups for _ in range(config.max_seqs)]
     size = jnp.asarray(sizes, jnp.int32)[:, None]
     before = jnp.arange(config.num_columns, dtype=jnp.int32)[None] * size
     held = jnp.clip(table.lengths[:, None] - before, 0, size)
     none = jnp.zeros(config.num_pages, jnp.int32)
     all_of = jnp.where(held > 0, size, 0)
-    return tuple(none.at[table.pages].max(values, mode="drop") for values in (held, all_of))
+    held, all_of = (none.at[table.pages].max(values, mode="drop") for values in (held, all_of))
+    return held, all_of
 
 
 def unused_share(lengths: Iterable[int], page_size: int) -> float:

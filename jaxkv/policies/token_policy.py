@@ -166,7 +166,7 @@ class TokenPolicy(Policy):
         own = {name: rows_of(x, (some.slot, layer.number)) for name, x in values.items() if x.ndim == 4}
 
         def read(places: Array) -> KVPool:
-            return read_tokens(pool, layer.index, some.old, places)
+            return read_tokens(pool, layer.nth, some.old, places)
 
         tokens = Tokens(own, self._keys(config, read, everywhere), place, lengths)
         rank = self.rank(tokens)
@@ -178,7 +178,7 @@ class TokenPolicy(Policy):
         if self.positions == "cache":
             stored = self._renumber(config, stored, stood)
         places = after(everywhere[..., : self.budget], *jax.tree.leaves(stored))
-        pool = write_tokens(pool, layer.index, some.new, places, stored)
+        pool = write_tokens(pool, layer.nth, some.new, places, stored)
         changed = {
             name: values[name].at[some.slot, layer.number, :, : self.budget].set(x, mode="drop")
             for name, x in own.items()
