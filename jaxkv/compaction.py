@@ -104,7 +104,7 @@ def maybe_compact(cache: KVCache) -> KVCache:
 @operation(results=as_given)
 def _maybe_compact(cache: KVCache) -> KVCache:
     # A loop of no trip or one. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
-    # temporary memory for a pool of 4 GiB (benchmarks/check_aot.py); a loop's carry stays where it is.
+    # temporary memory for a pool of 4 GiB (tests/compiled/check_aot.py); a loop's carry stays where it is.
     trips = should_compact(cache).astype(jnp.int32)
     return control_flow.fori_loop(0, trips, lambda _, cache: _compact(cache)[0], cache)
 

@@ -1,6 +1,5 @@
 """Assertions for tests of code that uses the cache. Import it by name: `import jaxkv.testing`."""
 
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.errors import CacheCorruptedError
+from jaxkv.hlo import copies_of
 from jaxkv.invariants import check_invariants
 from jaxkv.pool import gather
 from jaxkv.state import KVCache, KVPool
@@ -116,10 +116,8 @@ def assert_in_place(
             f"only {memory.alias_size_in_bytes} bytes of the results reuse donated memory; "
             f"the pool has {sum(sizes)}: is the cache donated and returned?"
         )
-    for pool in pools:
-        copy = re.search(_copy_of(pool), hlo)
-        if copy:
-            raise AssertionError(f"the compiled program copies a whole pool: {copy[0].strip()}")
+    for copy in copies_of(hlo, {pool.shape for pool in pools}):
+        raise AssertionError(f"the compiled program copies a whole pool: {copy}")
     allowed = max_temp_bytes
     if allowed is None:
         # The scales of codes are small.
@@ -143,9 +141,3 @@ def _assert_same(one: object, other: object, name: str) -> None:
 
 def _bytes(array: jax.Array | jax.ShapeDtypeStruct) -> int:
     return array.size * jnp.dtype(array.dtype).itemsize
-
-
-def _copy_of(pool: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """Matches a copy instruction of optimized HLO whose result is shaped like the pool."""
-    shape = ",".join(str(size) for size in pool.shape)
-    return rf"[^\n]*= \(?\w+\[{shape}\]\S* copy(?:-start)?\([^\n]*"

@@ -5,18 +5,14 @@ A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit c
 
 import argparse
 import io
-import os
 import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-import jax
-
 from jaxkv.cli import demo, generate, plan, profile
 from jaxkv.cli.options import EPILOG
-from jaxkv.errors import JaxKVError
-from jaxkv.extras import missing
+from jaxkv.cli.reporting import Parser, exit_code, leave
 
 # Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
 # the models' extra are imported when the command runs.
@@ -27,35 +23,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     _lose_no_text()
     options = parser().parse_args(arguments)
-    try:
-        return COMMANDS[options.command].run(options)
-    except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, JaxKVError, OSError) as error:
-        print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"jaxkv: error: {missing(error)}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        print(f"jaxkv: error: the device refused: {reason}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\njaxkv: stopped", file=sys.stderr)
-        return 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+    return exit_code("jaxkv", lambda: COMMANDS[options.command].run(options))
 
 
 def parser() -> argparse.ArgumentParser:
     """Parses a command line. The name of the command is `command`."""
-    top = _Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
+    top = Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=_versions(), help="show versions, and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -83,7 +56,4 @@ def _lose_no_text() -> None:
 
 def entry_point() -> None:
     """What the installed `jaxkv` command calls."""
-    code = main()
-    sys.stdout.flush()
-    # Threads of the runtime may still be in a computation that Ctrl-C left behind.
-    os._exit(code) if code == 130 else sys.exit(code)
+    leave(main())

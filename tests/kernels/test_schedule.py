@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import cost, formats
 from pallas_kernels.paged_attention import prefixes, schedule
-from tests.kernels.cases import Case, make
+from pallas_kernels.reference.cases import Case, make
 
 SEQS, TOKENS, KEY_TILE = 5, 48, 8
 sequences = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 9)), min_size=SEQS, max_size=SEQS)

@@ -1,14 +1,14 @@
-"""A profiler's trace beside a program's text: device time by scope, with nothing counted twice or guessed."""
+"""A profiler's trace and the program's text: device time by scope, with nothing counted twice or guessed."""
 
 import gzip
 import json
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 import jaxkv
 from benchmarks.traces import Division, device_events, divide, part_of, read_trace
-from tests.caches import SMALL, ints, normal
 
 # As XLA writes a module for a GPU; three kernels of one Pallas name would be three custom calls.
 HLO = """HloModule jit_step, is_scheduled=true
@@ -138,16 +138,18 @@ def test_the_newest_trace_of_a_folder_is_read(tmp_path):
 
 
 def test_a_real_trace_of_a_step_is_divided_whole(tmp_path):
+    config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=8, num_pages=8, dtype="float32")
+
     @jax.jit
     def step(cache, k, q):
-        cache, batch = jaxkv.allocate(cache, ints(0, 1), ints(1, 1))
+        cache, batch = jaxkv.allocate(cache, jnp.array([0, 1]), jnp.array([1, 1]))
         cache = jaxkv.append(cache, 0, batch, k, k)
         return cache, jaxkv.attend(cache, 0, batch, q)
 
-    k, q = normal(2, SMALL.num_kv_heads, SMALL.head_dim), normal(2, 4, SMALL.head_dim)
-    compiled = step.lower(jaxkv.init(SMALL), k, q).compile()
+    k, q = jnp.ones((2, 2, 8)), jnp.ones((2, 4, 8))
+    compiled = step.lower(jaxkv.init(config), k, q).compile()
     with jax.profiler.trace(tmp_path):
-        jax.block_until_ready(compiled(jaxkv.init(SMALL), k, q))
+        jax.block_until_ready(compiled(jaxkv.init(config), k, q))
     division = divide(read_trace(tmp_path), compiled.as_text())
     assert {"allocate", "append", "attend"} <= set(division.parts)
     assert division.unnamed == 0

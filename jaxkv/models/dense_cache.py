@@ -1,4 +1,4 @@
-"""A hand-written static cache: what a JAX user writes today, and what the paged cache is held against.
+"""A hand-written static cache: what a JAX user writes by hand, and what the paged cache is compared with.
 
 One buffer `[seqs, kv_heads, max_tokens, head_dim]` a layer (heads-major, the fastest layout on a CPU), a
 length for each sequence, attention over the whole buffer with a mask. The model code is the same.
@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.models import Llama, ModelConfig
+from jaxkv.models.config import ModelConfig
+from jaxkv.models.llama import Llama
 
 
 @jax.tree_util.register_dataclass

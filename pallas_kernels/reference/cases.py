@@ -1,4 +1,4 @@
-"""The table of arguments that every backend is tested with, and benchmarks draw on."""
+"""The cases of attention over pages that every backend is tested with, and their arguments."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.kernels import reference
+from pallas_kernels.reference import operations as reference
 
 
 @dataclass(frozen=True)
 class Case:
-    """Attention over pages: `lengths[i]` places of sequence i, its last `queries[i]` of them asking."""
+    """Attention over pages: sequence i has `lengths[i]` tokens; the last `queries[i]` are queries."""
 
     name: str
     lengths: Sequence[int]
-    queries: Sequence[int] | None = None  # default: decode, one for each sequence with any place
+    queries: Sequence[int] | None = None  # default: decode, one for each sequence with any token
     q_heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64
@@ -64,7 +64,7 @@ WORST = {"int8": (-128, np.nan), "uint8": (0x7F, np.nan), "int32": (-1, -1)}
 
 
 def make(case: Case, seed: int = 0) -> Arguments:
-    """Random arguments. Pages lie in random order, and every place of the pool and row of q that
+    """Random arguments. Pages lie in random order, and every token slot of the pool and row of q that
     belongs to no sequence holds NaN: past a length, in a spare page, in another layer."""
     random = np.random.default_rng(seed)
     dtype = jnp.dtype(case.dtype)
@@ -79,8 +79,8 @@ def make(case: Case, seed: int = 0) -> Arguments:
         like, shared = case.begins_like.get(row, (0, 0))
         page_table[row, :shared] = page_table[like, :shared]
         page_table[row, shared:pages] = [order.pop() for _ in range(pages - shared)]
-        for place in range(length):
-            at = case.layer, page_table[row, place // case.page_size], slice(None), place % case.page_size
+        for index in range(length):
+            at = case.layer, page_table[row, index // case.page_size], slice(None), index % case.page_size
             for pages in pools:
                 pages[at] = random.normal(size=(case.kv_heads, case.head_dim))
     query_starts = np.cumsum([0, *case.num_queries], dtype=np.int32)
@@ -92,12 +92,12 @@ def make(case: Case, seed: int = 0) -> Arguments:
     if case.stored is None:
         k_pages, v_pages = (pages.astype(dtype) for pages in pools)
     else:
-        k_pages, v_pages, k_scales, v_scales = reference.encode(*pools, np.dtype(case.stored))
-        # Of places that belong to no sequence the codes are the worst there are, and the scales NaN.
-        nobodys = np.isnan(pools[0][..., 0])
+        k_pages, v_pages, k_scales, v_scales = reference.encode(pools[0], pools[1], np.dtype(case.stored))
+        # Token slots that belong to no sequence hold the worst codes there are, and scales of NaN.
+        unowned = np.isnan(pools[0][..., 0])
         worst, worst_scale = WORST[case.stored]
         for codes, scales in ((k_pages, k_scales), (v_pages, v_scales)):
-            codes[nobodys], scales[nobodys] = worst, worst_scale
+            codes[unowned], scales[unowned] = worst, worst_scale
         options |= {"k_scales": k_scales, "v_scales": v_scales}
     if case.sinks:
         options["sink_logits"] = random.normal(size=case.q_heads).astype(np.float32)
@@ -122,7 +122,7 @@ SHARED_PREFIX = [
         begins_like={1: (0, 17), 2: (1, 17), 4: (0, 9), 5: (4, 12), 7: (0, 8)},
     ),
     Case(
-        "rows of nobody among a run's, and options",
+        "rows of no sequence within a run, and options",
         (150, 0, 170, 200),
         (3, 2, 1, 2),
         begins_like={2: (0, 9), 3: (2, 9)},
@@ -205,7 +205,7 @@ PAGED_ATTENTION = (
         Case("whole prompts", (33, 7, 16), (33, 7, 16)),
         Case("a chunk after a prefix", (200, 48), (64, 16)),
         Case("prefill and decode in one call", (30, 90, 0, 1, 64), (30, 1, 0, 1, 1)),
-        Case("live sequences that ask nothing", (30, 20, 10), (0, 2, 0)),
+        Case("live sequences without queries", (30, 20, 10), (0, 2, 0)),
         Case("nothing to see at all", (0, 0), padding_rows=3),
         Case("rows of no sequence", RAGGED, padding_rows=5),
         Case("long against short", (1500, 3, 1), page_size=8),

@@ -1,4 +1,4 @@
-"""Four-bit K and V in NumPy, a row at a time: what `pallas_kernels.int4` is held to, bit for bit."""
+"""Four-bit K and V in NumPy, a row at a time: what `pallas_kernels.formats.int4` is held to, bit for bit."""
 
 from functools import cache
 
@@ -27,13 +27,13 @@ def quantize_row(row, keys):
     if keys:
         spikes = np.zeros_like(row)
         for first in range(0, len(row), 2 * size):
-            places = [np.argmax(np.abs(row[at : at + size])) for at in (first, first + size)]
-            found = [row[first + nth * size + place] for nth, place in enumerate(places)]
+            peaks = [np.argmax(np.abs(row[at : at + size])) for at in (first, first + size)]
+            found = [row[first + nth * size + peak] for nth, peak in enumerate(peaks)]
             unit = power(max(abs(found[0]), abs(found[1])), 5)
             counts = [int(np.clip(np.round(x / unit), -31, 31)) if unit else 0 for x in found]
-            for nth, (place, count) in enumerate(zip(places, counts, strict=True)):
-                spikes[first + nth * size + place] = count * unit
-            spike_words.append(pack(unit, (6, *places), (6, *(count + 32 for count in counts))))
+            for nth, (peak, count) in enumerate(zip(peaks, counts, strict=True)):
+                spikes[first + nth * size + peak] = count * unit
+            spike_words.append(pack(unit, (6, *peaks), (6, *(count + 32 for count in counts))))
         row = row - spikes
     unit = power(np.max(np.abs(row)), 16)
     if unit:
@@ -48,7 +48,7 @@ def quantize_row(row, keys):
         steps = [int(np.clip(np.round(step / unit), 0, 127)) if unit else 0 for step in (one, other)]
         scale_words.append(pack(unit, (7, *steps), (5, one_zero, other_zero)))
     codes = np.concatenate([codes for codes, _, _ in groups]).reshape(8, -1)
-    words = sum(codes[part].astype(np.int64) << (4 * part) for part in range(8))
+    words = np.sum([codes[part].astype(np.int64) << (4 * part) for part in range(8)], axis=0)
     return words.astype(np.uint32).view(np.int32), np.array(scale_words + spike_words, np.int32)
 
 
@@ -75,8 +75,8 @@ def dequantize_row(words, scales):
             unit, (step, zero) = unpack(scales[pair], nth, (7, 5))
             row[group] = unit * step * (codes[group] - zero / 2)
             if len(scales) > pairs:
-                unit, (place, count) = unpack(scales[pairs + pair], nth, (6, 6))
-                spikes[group.start + place] += unit * (count - 32)
+                unit, (peak, count) = unpack(scales[pairs + pair], nth, (6, 6))
+                spikes[group.start + peak] += unit * (count - 32)
     return hadamard(head_dim, stored=False) @ row + spikes
 
 
@@ -90,7 +90,7 @@ def power(value, bits):
 
 
 def pack(unit, *fields):
-    """The exponent as float32 has it, and two numbers of so many bits for each field."""
+    """The exponent as float32 has it, and two integers of so many bits for each field."""
     word = int(np.float32(unit).view(np.int32)) >> 23
     for bits, one, other in fields:
         word = (word << bits | int(one)) << bits | int(other)
@@ -98,12 +98,12 @@ def pack(unit, *fields):
 
 
 def unpack(word, nth, widths):
-    word, numbers = int(word) & 0xFFFFFFFF, []
+    word, fields = int(word) & 0xFFFFFFFF, []
     for bits in reversed(widths):
-        numbers.append(word >> (bits * (1 - nth)) & (1 << bits) - 1)
+        fields.append(word >> (bits * (1 - nth)) & (1 << bits) - 1)
         word >>= 2 * bits
     unit = (np.uint32(word << 23)).view(np.float32).astype(np.float64)
-    return unit, numbers[::-1]
+    return unit, fields[::-1]
 
 
 @cache

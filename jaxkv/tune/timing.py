@@ -1,8 +1,8 @@
-"""Timing several things side by side, so that a machine's moods fall on all of them alike.
+"""Timing several functions side by side, so that a change in the machine's load affects all of them alike.
 
-Whatever is compared runs in the same process, in rounds: each round times every contestant a few
-times, in an order that rotates, and keeps the median. A ratio is taken within each round and its
-median over the rounds is reported, with the quartiles as its spread.
+What is compared runs in the same process, in rounds. Each round times every function a few times, in an
+order that rotates, and keeps the median. A ratio is taken within each round; its median over the rounds is
+reported, with the quartiles as its spread.
 """
 
 import json
@@ -21,18 +21,17 @@ import jax
 from pallas_kernels.paged_attention.triton.tables import file_name
 
 Name = TypeVar("Name", bound=Hashable)
-RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Numbers, one a round: seconds, or ratios of them."""
+    """Values, one a round: seconds, or ratios of them."""
 
     rounds: tuple[float, ...]
 
     @property
     def median(self) -> float:
-        """The middle one."""
+        """The middle value."""
         return statistics.median(self.rounds)
 
     @property
@@ -44,11 +43,11 @@ class Sample:
         return low, high
 
     def over(self, other: "Sample") -> "Sample":
-        """The ratio to another contestant of the same rounds."""
+        """The ratio to another sample of the same rounds."""
         return Sample(tuple(a / b for a, b in zip(self.rounds, other.rounds, strict=True)))
 
     def as_json(self) -> dict[str, float]:
-        """Median, quartiles and least, to four digits, and how many rounds."""
+        """Median, quartiles and least value, to four digits, and the number of rounds."""
         low, high = self.quartiles
         values = {"median": self.median, "low": low, "high": high, "least": min(self.rounds)}
         return {name: float(f"{value:.4g}") for name, value in values.items()} | {"rounds": len(self.rounds)}
@@ -62,9 +61,9 @@ def stopwatch(function: Callable, *arguments: object) -> tuple[float, Any]:
 
 
 def of_one_more(seconds: Callable[[int], float], *, few: int, many: int) -> float:
-    """Seconds of a call, as what a program of many takes longer than one of few.
+    """Seconds of one call: the difference between a program of many calls and one of few.
 
-    What surrounds the calls is left out: a launch, a wait, and of attention its schedule, which a model's
+    It leaves out what surrounds the calls: the launch, the wait, and attention's schedule, which a model's
     layers share. On an H100 that was some 600 us a program, nearly as long as a call.
 
     Args:
@@ -75,29 +74,29 @@ def of_one_more(seconds: Callable[[int], float], *, few: int, many: int) -> floa
 
 
 def interleave(
-    contestants: Mapping[Name, Callable[[], float]], *, rounds: int, repeats: int = 1, warm_up: int = 2
+    functions: Mapping[Name, Callable[[], float]], *, rounds: int, repeats: int = 1, warm_up: int = 2
 ) -> dict[Name, Sample]:
-    """Times contestants in turns.
+    """Times functions in turns.
 
     Args:
-      contestants: each does its work once and returns the seconds of the part that counts, so that
-        what it must prepare goes untimed.
-      rounds: numbers to collect of each.
-      repeats: runs of each a round, whose median is the round's number.
+      functions: each does its work once and returns the seconds of the part that counts, so that its
+        preparation is not timed.
+      rounds: values to collect of each.
+      repeats: runs of each a round, whose median is the round's value.
       warm_up: runs of each beforehand (compiling, first touches), not counted.
 
     Returns:
       A sample of each, in the same rounds.
     """
-    for run in contestants.values():
+    for run in functions.values():
         for _ in range(warm_up):
             run()
-    names = list(contestants)
+    names = list(functions)
     seconds: dict[Name, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         turn = number % len(names)
         for name in names[turn:] + names[:turn]:
-            seconds[name].append(statistics.median(contestants[name]() for _ in range(repeats)))
+            seconds[name].append(statistics.median(functions[name]() for _ in range(repeats)))
     return {name: Sample(tuple(values)) for name, values in seconds.items()}
 
 
@@ -122,7 +121,7 @@ def machine() -> str:
 
 
 def conditions() -> dict[str, object]:
-    """What a reader of the numbers should know of where they come from."""
+    """Where and when figures were measured."""
     return {
         "machine": machine(),
         "date": datetime.now(UTC).date().isoformat(),
@@ -132,11 +131,11 @@ def conditions() -> dict[str, object]:
     }
 
 
-def publish(benchmark: str, document: Mapping[str, object], *, keep: bool = True) -> None:
-    """Prints a result as the last line; to keep it, writes it under `results/` by machine and date."""
+def publish(benchmark: str, document: Mapping[str, object], folder: Path | None = None) -> None:
+    """Prints a result as the last line of output, and writes it to a folder by machine and date."""
     whole = {"benchmark": benchmark, **conditions(), **document}
-    if keep:
-        RESULTS.mkdir(exist_ok=True)
-        path = RESULTS / f"{benchmark}-{whole['machine']}-{whole['date']}.json"
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{benchmark}-{whole['machine']}-{whole['date']}.json"
         path.write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps(whole))

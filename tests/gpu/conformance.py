@@ -1,6 +1,6 @@
-"""The kernels beside NumPy float64: what `check_gpu` runs first. A seed gives the same inputs again.
+"""The kernels against NumPy float64: what `check_gpu` runs first. A seed gives the same inputs again.
 
-    python -m benchmarks.gpu_conformance [--cases PART ...] [--seed N ...] [--share K/N] [--only WHAT]
+    python -m tests.gpu.conformance [--cases PART ...] [--seed N ...] [--share K/N] [--only WHAT]
 
 Exit status: 0, or 1 where a result is wrong. The last line of output is one JSON document.
 """
@@ -17,12 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import pallas_kernels
-from pallas_kernels import formats
+from pallas_kernels import formats, reference
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention.triton.tuning import lacks as lacks_attention
 from pallas_kernels.paged_attention.triton.tuning import lacks_mass
-from tests.kernels import reference
-from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Arguments, Case, make
+from pallas_kernels.reference.cases import PAGED_ATTENTION, TOLERANCE, Arguments, Case, make
 
 HAS_GPU = jax.default_backend() == "gpu"
 CASES = [*PAGED_ATTENTION, Case("71 heads on one", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16")]
@@ -36,7 +35,7 @@ def conformance(cases: Sequence[Case], seeds: Sequence[int] = (0,)) -> list[dict
 
 
 def _run(case: Case, backend: str, seeds: Sequence[int]) -> list[dict]:
-    """One program, with each seed's numbers; none where the device lacks something."""
+    """One program, with each seed's inputs; nothing where the device lacks something."""
     first = make(case)
     no_attention, no_mass = lacking(*first.arrays[:2]) if backend == "triton" else (None, None)
     if no_attention:
@@ -72,20 +71,20 @@ def program(case: Case, backend: str, *, mass: bool) -> Any:
     static = {name: option for name, option in options if not isinstance(option, np.ndarray)}
     static |= {"layer": case.layer, "backend": backend, "interpret": backend != "xla" and not HAS_GPU}
     results = _attention_and_mass if mass else _attention
-    return jax.jit(lambda arrays, numbers: results(*arrays, **numbers, **static))
+    return jax.jit(lambda arrays, more: results(*arrays, **more, **static))
 
 
 def _differences(case: Case, arguments: Arguments, got: Sequence[jax.Array]) -> list[dict]:
-    """Of out, lse and mass those that lie too far from float64."""
+    """Of out, lse and mass, those whose error against float64 is too large."""
     rows = arguments.page_table, arguments.kv_lengths, arguments.query_starts
     q, pages, options = arguments.q, (arguments.k_pages, arguments.v_pages), arguments.options
     out, lse = reference.paged_attention(q, *pages, *rows, layer=case.layer, **options)
     mass = reference.attention_mass(q, pages[0], *rows, layer=case.layer, **options)
     wanted = {
         "out": (out, TOLERANCE[case.dtype]),
-        # Four-bit keys become numbers of q's dtype before they meet q.
+        # Four-bit keys are decoded to q's dtype before they meet q.
         "lse": (lse, TOLERANCE[case.dtype if case.stored == "int32" else "float32"]),
-        # What a place received from many queries is a sum, and so is its rounding.
+        # What a token received from many queries is a sum, and so is its rounding.
         "mass": (mass, TOLERANCE["float32"] * max(1.0, mass.max())),
     }
     found = []
@@ -120,21 +119,21 @@ def _attention_and_mass(q, k_pages, v_pages, page_table, kv_lengths, query_start
 def write_conformance(dtypes: tuple[str, ...] = WRITTEN, seed: int = 0) -> list[dict]:
     """Append, page copy and moves, with entries that must do nothing among them; returns what failed.
 
-    Four-bit codes must be the reference's, bit for bit; others stand for the same numbers.
+    Four-bit codes must be the reference's, bit for bit; others must stand for the same values.
     """
     failures = []
     for dtype in dtypes:
-        # The same, whoever else is tried.
+        # The same inputs, whichever other dtypes are tried.
         random = np.random.default_rng([seed, WRITTEN.index(dtype)])
         storage = formats.of(dtype)
         codes = storage.quantized
-        numbers = jnp.bfloat16 if codes else jnp.dtype(dtype)
-        k, v = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.float32 if codes else numbers)
+        values = jnp.bfloat16 if codes else jnp.dtype(dtype)
+        k, v = random.normal(size=(2, 3, 40, 3, 7, 80)).astype(jnp.float32 if codes else values)
         pool = reference.encode(k, v, np.dtype(dtype)) if codes else (k, v)
         lacking = storage.lacks(Device.current(), row_size=4) if HAS_GPU else None
         if lacking:
             print(f"writes of {dtype} are left to the xla backend: no {lacking}")
-        k, v = random.normal(size=(2, 33, 3, 80)).astype(numbers)
+        k, v = random.normal(size=(2, 33, 3, 80)).astype(values)
         page = np.where(np.arange(33) % 5 == 4, 40, random.permutation(40)[:33]).astype(np.int32)
         offset = random.integers(0, 7, size=33).astype(np.int32)
         sources, destinations = np.arange(20, dtype=np.int32), np.arange(20, 40, dtype=np.int32)
@@ -142,7 +141,7 @@ def write_conformance(dtypes: tuple[str, ...] = WRITTEN, seed: int = 0) -> list[
         calls = {
             "append_kv": ((k, v, page, offset), {"layer": 1}),
             "copy_pages": ((sources, destinations), {}),
-            # One long cycle, and pages that trade places.
+            # One long cycle, and two pages that are exchanged.
             "move_pages": ((np.r_[1:30, 0, 31, 30, 32:40].astype(np.int32),), {}),
         }
         for name, (arguments, options) in calls.items():
@@ -171,13 +170,13 @@ def _equal(got, want) -> bool:
 
 
 def _near(got, want) -> bool:
-    """Codes and scales that stand for the same numbers, but for how a half is rounded."""
+    """Codes and scales that stand for the same values, but for how a half is rounded."""
     got = [np.asarray(array) for array in got]
-    numbers = [
+    values = [
         [reference.dequantize(codes, scales) for codes, scales in zip(pool[:2], pool[2:], strict=True)]
         for pool in (got, want)
     ]
-    return all(np.allclose(one, other, rtol=0.13, atol=0.03) for one, other in zip(*numbers, strict=True))
+    return all(np.allclose(one, other, rtol=0.13, atol=0.03) for one, other in zip(*values, strict=True))
 
 
 def _poison(compiled) -> None:
@@ -190,7 +189,7 @@ def _poison(compiled) -> None:
 
 def main() -> int:
     """Runs a share of the cases, and of the writes; returns the exit status."""
-    parser = argparse.ArgumentParser(description="The kernels beside NumPy float64.")
+    parser = argparse.ArgumentParser(description="The kernels against NumPy float64.")
     parser.add_argument("--cases", nargs="+", default=[""], metavar="PART", help="of the cases' names")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument("--share", default="1/1", metavar="K/N", help="the K-th of N shares of the work")

@@ -3,11 +3,11 @@
 import jax.numpy as jnp
 import numpy as np
 
-from tests.kernels import reference_int4
+from pallas_kernels.reference import int4
 
 
 def attention(q, k, v, **options):
-    """Causal attention of one sequence, whose last places the queries are.
+    """Causal attention of one sequence; the queries are those of its last tokens.
 
     q [tokens, q_heads, head_dim], k and v [length, kv_heads, head_dim]
     -> out [tokens, q_heads, head_dim], lse [tokens, q_heads].
@@ -26,10 +26,10 @@ def softmax(q, k, *, scale=None, window=None, sink_tokens=0, softcap=None, sink_
     scores = np.einsum("tqd,nqd->tqn", q, k) * (head_dim**-0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
-    place, seen = np.arange(length - tokens, length)[:, None], np.arange(length)
-    visible = seen <= place
+    query, key = np.arange(length - tokens, length)[:, None], np.arange(length)
+    visible = key <= query
     if window is not None:
-        visible &= (seen > place - window) | (seen < sink_tokens)
+        visible &= (key > query - window) | (key < sink_tokens)
     scores = np.where(visible[:, None, :], scores, -np.inf)
     top = scores.max(axis=-1) if sink_logits is None else np.maximum(scores.max(axis=-1), sink_logits)
     total = np.exp(scores - top[..., None]).sum(axis=-1)
@@ -60,7 +60,7 @@ def paged_attention(
     shared_prefix=None,
     **options,
 ):
-    """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf. What sequences share
+    """(out, lse) for every row of q; rows of no sequence are zero, with lse -inf. A shared prefix
     changes nothing."""
     q = q.astype(np.float64)
     pool = [(pages,) if scales is None else (pages, scales)
@@ -90,7 +90,7 @@ def attention_mass(
     shared_prefix=None,
     **options,
 ):
-    """The weights that each place received from its sequence's queries and the query heads of a KV head."""
+    """The weights that each token received from its sequence's queries, summed over a KV head's group."""
     q, arrays = q.astype(np.float64), (k_pages,) if k_scales is None else (k_pages, k_scales)
     kv_heads, page_size = k_pages.shape[2:4]
     mass = np.zeros((len(kv_lengths), kv_heads, page_table.shape[1] * page_size))
@@ -120,7 +120,7 @@ def append_kv(k_pages, v_pages, k, v, page_ids, offsets, *, layer=0, k_scales=No
 def encode(k, v, dtype):
     """Codes of K and of V, and the scales of each."""
     if dtype == np.int32:
-        (k, k_scale), (v, v_scale) = (reference_int4.quantize(x, keys=x is k) for x in (k, v))
+        (k, k_scale), (v, v_scale) = (int4.quantize(x, keys=x is k) for x in (k, v))
     else:
         (k, k_scale), (v, v_scale) = (quantize(x, dtype) for x in (k, v))
     return k, v, k_scale, v_scale
@@ -153,20 +153,20 @@ def quantize(values, dtype):
     return codes.view(dtype), (most * (one / largest) * factor)[..., 0]
 
 
-def numbers(codes):
-    """What codes stand for, but for their scale; any other array as it is."""
+def unscaled(codes):
+    """The values of codes, before their scale; any other array as it is."""
     return codes.view(jnp.float8_e4m3fn) if codes.dtype == np.uint8 else codes
 
 
 def dequantize(codes, scales=None):
     if codes.dtype == np.int32:
-        return reference_int4.dequantize(codes, scales)
-    values = numbers(codes).astype(np.float64)
+        return int4.dequantize(codes, scales)
+    values = unscaled(codes).astype(np.float64)
     return values if scales is None else values * scales[..., None]
 
 
 def move_pages(k_pages, v_pages, targets, *, k_scales=None, v_scales=None):
-    """What is left where nothing came to is as it was."""
+    """A page that nothing moves to stays as it was."""
     live = [page for page, target in enumerate(targets) if 0 <= target < len(targets)]
     pool = [array for array in (k_pages, v_pages, k_scales, v_scales) if array is not None]
     moved = tuple(array.copy() for array in pool)

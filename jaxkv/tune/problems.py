@@ -1,4 +1,4 @@
-"""What `bench_attention` races over: shapes, and their arrays."""
+"""Problems of attention to time: shapes, their arrays, and the result by NumPy float64."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cost, formats
-from tests.kernels import reference
+from pallas_kernels import cost, formats, reference
 
-# Of the float64 reference, by dtype of the queries; twice as much for what a peer rounds on its way.
+# Against the float64 reference, by dtype of the queries; wide enough for what other libraries round.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-5}
 
 
@@ -21,7 +20,7 @@ class Problem:
     """Attention of the last `queries[i]` of `lengths[i]` tokens, of each sequence.
 
     Attributes:
-      race: "decode", "prefill" or "shared prefix".
+      kind: "decode", "prefill" or "shared prefix".
       lengths, queries: one a sequence.
       heads: query heads, KV heads and head_dim.
       page_size: tokens a page.
@@ -31,7 +30,7 @@ class Problem:
       layers: of the pool, taken in turns, so that what was just read is not read again from a cache.
     """
 
-    race: str
+    kind: str
     lengths: tuple[int, ...]
     queries: tuple[int, ...]
     heads: tuple[int, int, int] = (32, 8, 128)
@@ -51,7 +50,7 @@ class Problem:
         heads = "/".join(map(str, self.heads))
         stored = {"uint8": "fp8"}.get(self.stored, self.stored)
         return (
-            f"{self.race} {len(self.lengths)} x {spread}{asked}{prefix}, {heads}, pages of {self.page_size}, "
+            f"{self.kind} {len(self.lengths)} x {spread}{asked}{prefix}, {heads}, pages of {self.page_size}, "
             f"{stored}"
         )
 
@@ -85,7 +84,7 @@ class Arrays(NamedTuple):
 
 
 def build(problem: Problem) -> Arrays:
-    """Random numbers; the pages lie in random order."""
+    """Random values; the pages are in random order."""
     q_heads, kv_heads, head_dim = problem.heads
     shared = problem.shared // problem.page_size
     own = [-(-length // problem.page_size) - shared for length in problem.lengths]
@@ -116,7 +115,7 @@ def build(problem: Problem) -> Arrays:
 
 
 def tokens_of(arrays: Arrays, seq: int, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """K and V of a sequence, `[length, kv_heads, head_dim]`, as numbers."""
+    """K and V of a sequence, `[length, kv_heads, head_dim]`, decoded."""
     length = int(arrays.kv_lengths[seq])
     ids = np.asarray(arrays.page_table[seq])[: -(-length // arrays.k_pages.shape[3])]
     tokens = []
@@ -132,7 +131,7 @@ def expected(problem: Problem, arrays: Arrays) -> dict[tuple[int, int], np.ndarr
     """The result by NumPy float64 for layer 0: rows of the first, the longest and the last sequence."""
     want, chosen = {}, {0, int(np.argmax(problem.lengths)), len(problem.lengths) - 1}
     for seq in sorted(chosen):
-        first, end = (int(place) for place in arrays.query_starts[seq : seq + 2])
+        first, end = (int(start) for start in arrays.query_starts[seq : seq + 2])
         # Of a long run of queries, the last ones.
         first = max(first, end - 16)
         q, k, v = (np.asarray(array, np.float64) for array in (arrays.q[first:end], *tokens_of(arrays, seq)))
@@ -143,7 +142,7 @@ def expected(problem: Problem, arrays: Arrays) -> dict[tuple[int, int], np.ndarr
 def worst_error(
     problem: Problem, want: dict[tuple[int, int], np.ndarray], out: jax.Array | np.ndarray
 ) -> float:
-    """How far a result lies from what is expected, in units of the tolerance."""
+    """The largest error of a result, in units of the tolerance."""
     out, worst = np.asarray(out, np.float64), 0.0
     for (first, end), values in want.items():
         # Not Python's max, which a NaN would pass.

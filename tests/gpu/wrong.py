@@ -1,7 +1,7 @@
-"""Kernels that are wrong on purpose: what `compute-sanitizer` must catch before its word counts.
+"""Kernels that are wrong on purpose: what `compute-sanitizer` must catch before its result counts.
 
-    compute-sanitizer --tool memcheck python -m benchmarks.gpu_wrong bounds
-    compute-sanitizer --tool racecheck python -m benchmarks.gpu_wrong race
+    compute-sanitizer --tool memcheck python -m tests.gpu.wrong bounds
+    compute-sanitizer --tool racecheck python -m tests.gpu.wrong race
 
 Exit status: 0; the sanitizer gives its own.
 """
@@ -18,11 +18,11 @@ RACE = b"""
 .visible .entry race(.param .u64 out) {
   .reg .u32 %r<7>;
   .reg .u64 %rd<5>;
-  .shared .align 4 .b8 places[512];
+  .shared .align 4 .b8 shared_words[512];
   ld.param.u64 %rd1, [out];
   cvta.to.global.u64 %rd2, %rd1;
   mov.u32 %r1, %tid.x;
-  mov.u32 %r2, places;
+  mov.u32 %r2, shared_words;
   shl.b32 %r3, %r1, 2;
   add.u32 %r4, %r2, %r3;
   st.shared.u32 [%r4], %r1;
@@ -39,7 +39,7 @@ THREADS = 128
 
 
 def write_out_of_bounds() -> None:
-    """Writes 128 numbers past the end of an array of as many."""
+    """Writes 128 elements past the end of an array of as many."""
     import jax
     import jax.numpy as jnp
     from jax.experimental.pallas import triton as plgpu
@@ -62,7 +62,7 @@ def race() -> None:
 
     Raises:
       OSError: where there is no driver.
-      RuntimeError: with the driver's number for what went wrong.
+      RuntimeError: with the driver's error code.
     """
     driver = ctypes.CDLL("libcuda.so.1")
 

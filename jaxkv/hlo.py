@@ -1,7 +1,7 @@
 """Reading optimized HLO: which instructions write a new buffer, and what each was traced as."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
@@ -9,8 +9,8 @@ from typing import NamedTuple
 _ELEMENT_BYTES = {"pred": 1, "bf16": 2} | {
     f"{kind}{bits}": bits // 8 for kind in "suf" for bits in (8, 16, 32, 64)
 }
-# These name, group or hand on buffers that others wrote.
-_HAND_ON = {
+# These name, group or pass on buffers that others wrote.
+_PASS_ON = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "opt-barrier", "after-all"),
     *("while", "conditional", "call", "copy-done", "async-update", "async-done"),
 }
@@ -43,6 +43,15 @@ class Instruction(NamedTuple):
 Computation = dict[str, Instruction]
 
 
+def copies_of(hlo: str, shapes: Collection[tuple[int, ...]]) -> Iterator[str]:
+    """The lines of instructions that copy an array of one of these shapes."""
+    for body in _parse(hlo).values():
+        for instruction in body.values():
+            found = [_dims(shape) for _, shape in _ARRAY.findall(instruction.shape)]
+            if instruction.opcode in ("copy", "copy-start") and not set(found).isdisjoint(shapes):
+                yield f"{instruction.name} = {instruction.shape} {instruction.opcode}({instruction.rest}"
+
+
 def new_buffers(hlo: str, at_least: int) -> Iterator[str]:
     """Instructions that write a new buffer of `at_least` bytes, as `opcode dtype[shape]`.
 
@@ -60,7 +69,7 @@ def new_buffers(hlo: str, at_least: int) -> Iterator[str]:
         if name in fused:
             continue
         for instruction in body.values():
-            if instruction.opcode in _HAND_ON or _in_place(instruction, computations):
+            if instruction.opcode in _PASS_ON or _in_place(instruction, computations):
                 continue
             for dtype, shape in _ARRAY.findall(instruction.shape):
                 if _size(dtype, shape) >= at_least:
@@ -73,7 +82,7 @@ def launches(hlo: str) -> Iterator[str]:
     for instruction in next(iter(_parse(entry).values())).values():
         if instruction.opcode == "custom-call" and (name := _KERNEL_NAME.search(instruction.rest)):
             yield name[1]
-        elif instruction.opcode not in _HAND_ON:
+        elif instruction.opcode not in _PASS_ON:
             yield instruction.opcode
 
 
@@ -130,7 +139,7 @@ def _fused_op_names(instruction: Instruction, computations: dict[str, Computatio
     """Of all that a fusion computes, its result first."""
     bodies = [computations[name] for name in _fused(instruction)]
     within = sorted((i for body in bodies for i in body.values()), key=lambda i: not i.is_root)
-    return [_op_name(i) for i in within if i.opcode not in _HAND_ON or i.is_root]
+    return [_op_name(i) for i in within if i.opcode not in _PASS_ON or i.is_root]
 
 
 def _parse(hlo: str) -> dict[str, Computation]:
@@ -179,4 +188,8 @@ def _behind_bitcasts(instruction: Instruction, body: Computation) -> Instruction
 
 
 def _size(dtype: str, shape: str) -> int:
-    return prod(int(n) for n in shape.split(",") if n) * _ELEMENT_BYTES.get(dtype, 1)
+    return prod(_dims(shape)) * _ELEMENT_BYTES.get(dtype, 1)
+
+
+def _dims(shape: str) -> tuple[int, ...]:
+    return tuple(int(size) for size in shape.split(",") if size)

@@ -1,6 +1,6 @@
 """What SmolLM2 writes on this device in float32, greedily: 64 tokens for each of three prompts, as JSON.
 
-    python -m benchmarks.gpu_text [--weights PATH]
+    python -m tests.gpu.text [--weights PATH]
 
 Exit status: 0, or 2 where the weights are not there.
 """
@@ -23,13 +23,13 @@ QUESTIONS = (
 
 
 def tokens(weights: str) -> list[list[int]]:
-    """Its ids, whatever it writes: no token ends a text."""
+    """The token ids of each text; none ends one early."""
     loaded = load(weights, dtype="float32")
     if loaded.tokenizer is None:
         raise ModelLoadError(f"{weights}: has no tokenizer")
     prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": text}]) for text in QUESTIONS]
     config = loaded.config.cache_config(num_pages=64, max_seqs=4, max_pages_per_seq=16, dtype="float32")
-    # A GPU would multiply float32 with ten bits of it otherwise.
+    # A GPU would multiply float32 in TF32 otherwise, with ten bits.
     with jax.default_matmul_precision("highest"):
         result = jaxkv.generate(loaded.model, config, prompts, max_new_tokens=NEW_TOKENS)
     return [samples[0] for samples in result.tokens]

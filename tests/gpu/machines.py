@@ -1,9 +1,10 @@
 """Histories of operations on this device, each beside its oracle: the tests' state machines, counted.
 
 Every operation is applied to a poisoned cache and to the plain Python one, and everything that can be read is
-compared. Of the policies' machines those whose choice no rounding can turn: windows, and least recently used.
+compared. Of the policies' machines only those run whose choice no rounding can change: windows, and least
+recently used.
 
-    python -m benchmarks.gpu_machines [--policies] [--operations N] [--seed N] [--shapes PART ...]
+    python -m tests.gpu.machines [--policies] [--operations N] [--seed N] [--shapes PART ...]
         [--shape NAME]
 
 Exit status: 0, or 1 where a history goes wrong (Hypothesis prints the shortest it found). The last line of
@@ -65,7 +66,7 @@ def run(kind: type[Machine], shape: dict, operations: int, first_seed: int) -> i
 
 
 def shapes_of(policies: bool) -> dict[str, dict]:
-    """The caches, or those whose policy makes no choice that rounding could turn."""
+    """The caches, or those whose policy makes no choice that rounding could change."""
     if not policies:
         return SHAPES
     exact = SlidingWindow, LeastRecentlyUsed

@@ -13,7 +13,7 @@
 `bench_attention` and `bench_step` say how fast they are. Without a GPU it says so, and rehearses: some of the
 cases, the kernels interpreted, and short histories.
 
-    python -m benchmarks.check_gpu [--only PART ...] [--cases PART ...] [--seed N] [--weights PATH]
+    python -m tests.gpu.check_gpu [--only PART ...] [--cases PART ...] [--seed N] [--weights PATH]
         [--jobs N] [--limit SECONDS]
 
 Most of the time goes into compiling: with `--jobs` the parts run beside each other, and the cases in so many
@@ -28,14 +28,13 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 # Some parts are processes of their own, and need memory too.
@@ -43,32 +42,21 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from benchmarks.gpu_conformance import CASES, HAS_GPU, WRITTEN, conformance, write_conformance
-from benchmarks.timing import publish
+from jaxkv.tune.timing import publish
+from tests.gpu.conformance import CASES, HAS_GPU, WRITTEN, conformance, write_conformance
+from tests.gpu.running import LATE, Options, judged, module, not_run, outcome
 
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 OPERATIONS = 1000 if HAS_GPU else 20
 MEMCHECKED = (
     *("window over", "rows of no", "71", "prefill and", "samples", "sink tokens over"),
     *("decode of int8, float16", "decode of uint8", "decode of int4", "shared prefix of int8"),
 )
-# The exit status of what was ended for being late.
-LATE = 124
 # Ours, and those that are wrong on purpose; to check the compiler's as well takes ten times as long.
 CHECKED_KERNELS = "attention", "append", "copy_", "move_", "wrong", "race"
 # Without a GPU every sixteenth case, and the shapes that compile soonest.
 REHEARSED, REHEARSED_SHAPES = 16, ("one sequence",)
 REHEARSED_WINDOWS = ("least recently",)
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the command line asks for."""
-
-    seed: int
-    weights: str
-    cases: tuple[str, ...]
-    jobs: int = 1
-    limit: float | None = None
 
 
 def check_conformance(options: Options) -> dict[str, Any]:
@@ -84,7 +72,7 @@ def check_conformance(options: Options) -> dict[str, Any]:
     failures += conformance(chosen, list(seeds))
     for seed, few in seeds.items():
         failures += write_conformance(WRITTEN if HAS_GPU else few, seed)
-    return _said(
+    return outcome(
         not failures,
         f"{len(chosen)} cases, seeds 0 and {options.seed}, {len(failures)} wrong",
         failures=failures,
@@ -97,18 +85,18 @@ def _shared_conformance(options: Options) -> dict[str, Any]:
     arguments = ["--seed", *map(str, seeds), "--cases", *(options.cases or ("",))]
 
     def run(nth: int) -> subprocess.CompletedProcess[str]:
-        return _module(options, "gpu_conformance", *arguments, "--share", f"{nth + 1}/{options.jobs}")
+        return module(options, "conformance", *arguments, "--share", f"{nth + 1}/{options.jobs}")
 
     with ThreadPoolExecutor(options.jobs) as pool:
         shares = list(pool.map(run, range(options.jobs)))
     failures, broken, late = [], [], 0
     for done in shares:
-        *said, last = done.stdout.splitlines() or [""]
-        print(*said, sep="\n", end="\n" if said else "", flush=True)
+        *lines, last = done.stdout.splitlines() or [""]
+        print(*lines, sep="\n", end="\n" if lines else "", flush=True)
         if last.startswith("{"):
             failures += json.loads(last)["failures"]
             continue
-        failures += [line for line in (*said, last) if line.startswith("WRONG")]
+        failures += [line for line in (*lines, last) if line.startswith("WRONG")]
         if done.returncode == LATE:
             late += 1
         else:
@@ -116,7 +104,7 @@ def _shared_conformance(options: Options) -> dict[str, Any]:
     note = f"{options.jobs} processes, seeds 0 and {options.seed}, {len(failures)} wrong"
     note += "".join(f"; one ended with {end}" for end in broken)
     note += f"; {late} not finished in {options.limit:.0f} s" if late else ""
-    return _judged(not failures and not broken, late > 0, note, failures=failures)
+    return judged(not failures and not broken, late > 0, note, failures=failures)
 
 
 def check_text(options: Options) -> dict[str, Any]:
@@ -126,24 +114,24 @@ def check_text(options: Options) -> dict[str, Any]:
 
     def write(platform: str) -> subprocess.CompletedProcess[str]:
         environment = {"JAX_PLATFORMS": platform}
-        return _module(options, "gpu_text", "--weights", options.weights, environment=environment)
+        return module(options, "text", "--weights", options.weights, environment=environment)
 
     written = []
     with ThreadPoolExecutor(len(platforms)) as pool:
         for done in pool.map(write, platforms):
             if done.returncode == LATE:
-                return _not_run(f"not finished in {options.limit:.0f} s")
+                return not_run(f"not finished in {options.limit:.0f} s")
             if done.returncode == 2 or "No module named" in done.stderr:
-                return _not_run(done.stderr.strip().splitlines()[-1])
+                return not_run(done.stderr.strip().splitlines()[-1])
             if done.returncode:
-                return _said(False, f"exit {done.returncode}: {done.stderr[-2000:]}")
+                return outcome(False, f"exit {done.returncode}: {done.stderr[-2000:]}")
             written.append(json.loads(done.stdout.splitlines()[-1]))
     here, there = written[0]["tokens"], written[-1]["tokens"]
     if not HAS_GPU:
         note = f"{sum(map(len, here))} tokens of a CPU, and no GPU's to hold beside them"
         return {"ran": True, "right": None, "note": note}
     differing = [_first_difference(*pair) for pair in zip(here, there, strict=True)]
-    return _said(
+    return outcome(
         here == there,
         f"{len(here)} texts, {sum(map(len, here))} tokens; first differences from a CPU's: {differing}",
         platform=written[0]["platform"],
@@ -152,7 +140,7 @@ def check_text(options: Options) -> dict[str, Any]:
 
 def _first_difference(one: list[int], other: list[int]) -> int | None:
     return next(
-        (place for place, pair in enumerate(zip(one, other, strict=True)) if len(set(pair)) > 1), None
+        (index for index, pair in enumerate(zip(one, other, strict=True)) if len(set(pair)) > 1), None
     )
 
 
@@ -161,15 +149,15 @@ def check_machine(
 ) -> dict[str, Any]:
     """The tests' state machine, in processes of its own; what they print is printed as they end."""
     try:
-        from benchmarks.gpu_machines import shapes_of
+        from tests.gpu.machines import shapes_of
     except ModuleNotFoundError as error:
-        return _not_run(str(error))
+        return not_run(str(error))
     names = list(shapes_of("--policies" in extra)) if HAS_GPU and options.jobs > 1 else []
     each = [("--shape", name) for name in names] or [() if HAS_GPU else ("--shapes", *shapes)]
     arguments = ["--operations", str(-(-OPERATIONS // len(each))), "--seed", str(options.seed), *extra]
     counted, broken, late = {}, [], 0
     with ThreadPoolExecutor(len(each)) as pool:
-        run = partial(_module, options, "gpu_machines", *arguments)
+        run = partial(module, options, "machines", *arguments)
         for done in pool.map(lambda chosen: run(*chosen), each):
             print(done.stdout, end="", flush=True)
             lines = done.stdout.splitlines()
@@ -178,15 +166,15 @@ def check_machine(
                 late += 1
             elif done.returncode:
                 broken.append(f"exit {done.returncode}: {(done.stdout + done.stderr)[-2000:]}")
-    said = f"{sum(counted.values())} operations in {len(counted)} shapes, seed {options.seed}"
-    said += "".join(f"; {end}" for end in broken)
-    said += f"; {late} processes not finished in {options.limit:.0f} s" if late else ""
+    note = f"{sum(counted.values())} operations in {len(counted)} shapes, seed {options.seed}"
+    note += "".join(f"; {end}" for end in broken)
+    note += f"; {late} processes not finished in {options.limit:.0f} s" if late else ""
     enough = late > 0 or sum(counted.values()) >= OPERATIONS
-    return _judged(enough and not broken, late > 0, said, operations=counted)
+    return judged(enough and not broken, late > 0, note, operations=counted)
 
 
 def check_policies(options: Options) -> dict[str, Any]:
-    """The policies' machines, of which no rounding turns the choice."""
+    """The machines of policies whose choice no rounding can change."""
     return check_machine(options, "--policies", shapes=REHEARSED_WINDOWS)
 
 
@@ -194,64 +182,25 @@ def check_sanitizer(options: Options, tool: str, wrong: str) -> dict[str, Any]:
     """What `compute-sanitizer` says of a few cases, once it has caught a kernel that is wrong on purpose."""
     command = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if not HAS_GPU or command is None:
-        return _not_run("no GPU" if not HAS_GPU else "compute-sanitizer is not installed")
+        return not_run("no GPU" if not HAS_GPU else "compute-sanitizer is not installed")
     under = [command, "--tool", tool, "--error-exitcode", "9"]
     for name in CHECKED_KERNELS:
         under += ["--kernel-name", f"kernel_substring={name}"]
     # Each buffer an allocation of its own, to the byte: within one pool of memory nothing would be out of
     # bounds, and `platform` gives out whole pages of it.
     environment = {"XLA_PYTHON_CLIENT_ALLOCATOR": "cuda_async"}
-    caught = _module(options, "gpu_wrong", wrong, under=under, environment=environment)
+    caught = module(options, "wrong", wrong, under=under, environment=environment)
     if caught.returncode != 9:
-        said = f"worthless: it does not report the kernel that is wrong on purpose (exit {caught.returncode})"
-        return _said(False, f"{said}: {(caught.stdout + caught.stderr)[-500:]}")
+        note = f"worthless: it does not report the kernel that is wrong on purpose (exit {caught.returncode})"
+        return outcome(False, f"{note}: {(caught.stdout + caught.stderr)[-500:]}")
     for what in (("attention", "--cases", *MEMCHECKED), ("writes",)):
-        ours = _module(options, "gpu_conformance", "--only", *what, under=under, environment=environment)
+        ours = module(options, "conformance", "--only", *what, under=under, environment=environment)
         if ours.returncode == LATE:
-            return _not_run(f"{what[0]} not finished in {options.limit:.0f} s")
+            return not_run(f"{what[0]} not finished in {options.limit:.0f} s")
         if ours.returncode:
-            said = (ours.stdout + ours.stderr)[-2000:]
-            return _said(False, f"{what[0]}: exit {ours.returncode}: {said}")
-    return _said(True, "clean")
-
-
-def _module(
-    options: Options,
-    name: str,
-    *arguments: str,
-    under: list[str] | None = None,
-    environment: Mapping[str, str] | None = None,
-) -> subprocess.CompletedProcess[str]:
-    """Runs one of the modules beside this one; its status is `LATE` where `--limit` ended it."""
-    command = [*(under or ()), sys.executable, "-m", f"benchmarks.{name}", *arguments]
-    everything = {**os.environ, **(environment or {})}
-    pipe = subprocess.PIPE
-    # A session of its own, so that what a sanitizer runs ends with it.
-    with subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, env=everything, start_new_session=True
-    ) as process:
-        try:
-            said = process.communicate(timeout=options.limit)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            said = process.communicate()
-            return subprocess.CompletedProcess(command, LATE, *said)
-    return subprocess.CompletedProcess(command, process.returncode, *said)
-
-
-def _said(right: bool, note: str, **more: Any) -> dict[str, Any]:
-    return {"ran": True, "right": right, "note": note, **more}
-
-
-def _judged(right: bool, unfinished: bool, note: str, **more: Any) -> dict[str, Any]:
-    """What was wrong stays wrong; what was not finished is not right."""
-    if right and unfinished:
-        return {"ran": False, "right": None, "note": note, **more}
-    return _said(right, note, **more)
-
-
-def _not_run(reason: str) -> dict[str, Any]:
-    return {"ran": False, "right": None, "note": f"not run: {reason}"}
+            output = (ours.stdout + ours.stderr)[-2000:]
+            return outcome(False, f"{what[0]}: exit {ours.returncode}: {output}")
+    return outcome(True, "clean")
 
 
 PARTS: dict[str, Callable[[Options], dict[str, Any]]] = {
@@ -294,7 +243,8 @@ def main(arguments: list[str] | None = None) -> int:
     with ThreadPoolExecutor(len(chosen) if options.jobs > 1 else 1) as pool:
         results = dict(zip(chosen, pool.map(run, chosen), strict=True))
     document = {"on_gpu": HAS_GPU, "seed": seed, "parts": results}
-    publish("gpu", document, keep=HAS_GPU and given.only is None and not given.cases)
+    keep = HAS_GPU and given.only is None and not given.cases
+    publish("gpu", document, RESULTS if keep else None)
     return 1 if any(result["right"] is False for result in results.values()) else 0
 
 

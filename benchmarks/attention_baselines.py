@@ -1,14 +1,13 @@
-"""Who races in `bench_attention`: our backends, and every peer that is installed.
+"""What `bench_attention` compares with: attention on dense caches, JAX's own kernel, and PyTorch's.
 
-A contestant is prepared from a problem's arrays, which it may lay out as it likes, outside the clock. It says
-why it cannot run by raising `Absent`.
+A baseline is prepared from a problem's arrays, in whatever layout it wants, outside the clock. It raises
+`Absent` to say why it cannot run.
 """
 
 import functools
 import importlib.util
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -16,63 +15,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import pallas_kernels
-from benchmarks.attention_problems import Arrays, Problem
-from benchmarks.timing import of_one_more, stopwatch
+from jaxkv.tune.implementation import HAS_GPU, LONGER, Implementation, of_jax, of_one_call
+from jaxkv.tune.problems import Arrays, Problem
 from pallas_kernels import formats
-from pallas_kernels.paged_attention.triton.tuning import Tuning
-
-HAS_GPU = jax.default_backend() == "gpu"
-# Over the layers, of the longer program on a GPU; the shorter has one.
-_ROUNDS = 11
 
 
 class Absent(Exception):
-    """A contestant that cannot run this problem here, and why."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """What the race needs.
-
-    Attributes:
-      check: the result for layer 0, `[tokens, q_heads, head_dim]`.
-      seconds: does the work and says how long one layer took.
-    """
-
-    check: Callable[[], Any]
-    seconds: Callable[[], float]
-
-
-def jaxkv(
-    problem: Problem,
-    arrays: Arrays,
-    *,
-    backend: str,
-    shared_prefix: bool | None = None,
-    tuning: Tuning | None = None,
-) -> Contestant:
-    """Ours."""
-    scales = dict(zip(("k_scales", "v_scales"), arrays.scales, strict=False))
-
-    def attend(layer, q, pages, rows, scales):
-        return pallas_kernels.paged_attention(
-            q,
-            *pages,
-            *rows,
-            layer=layer,
-            backend=backend,
-            shared_prefix=shared_prefix,
-            tuning=tuning,
-            **scales,
-        )
-
-    return of_jax(attend, problem, arrays.q, arrays[1:3], arrays[3:6], scales)
+    """A baseline cannot run this problem here; the message says why."""
 
 
 def dot_product(
     problem: Problem, arrays: Arrays, *, implementation: Literal["cudnn"] | None = None
-) -> Contestant:
+) -> Implementation:
     """`jax.nn.dot_product_attention` on a dense cache, padded to the longest sequence."""
     q, k, v, mask = _dense(problem, arrays)
     causal, masked = _masking(problem)
@@ -87,10 +41,10 @@ def dot_product(
     return of_jax(attend, problem, q, (tuple(k), tuple(v)), mask, unpad=partial(_unpad, problem))
 
 
-def heads_major(problem: Problem, arrays: Arrays, *, transposed: bool) -> Contestant:
+def heads_major(problem: Problem, arrays: Arrays, *, transposed: bool) -> Implementation:
     """Two einsums by hand on a dense cache `[seqs, kv_heads, tokens, head_dim]`, K perhaps transposed."""
-    if problem.race == "prefill":
-        raise Absent("for decode")
+    if problem.kind == "prefill":
+        raise Absent("it is for decode")
     q, k, v, mask = _dense(problem, arrays)
     q_heads, kv_heads, head_dim = problem.heads
     seqs, queries = q.shape[:2]
@@ -111,12 +65,12 @@ def heads_major(problem: Problem, arrays: Arrays, *, transposed: bool) -> Contes
     return of_jax(attend, problem, q, (tuple(k), tuple(v)), mask, unpad=unpad)
 
 
-def jax_own(problem: Problem, arrays: Arrays) -> Contestant:
+def jax_own(problem: Problem, arrays: Arrays) -> Implementation:
     """JAX's paged attention for GPUs, on pools in the layout that it wants. It takes no scale."""
     if not HAS_GPU:
         raise Absent("it needs a GPU")
-    if problem.race == "prefill" or problem.stored != problem.dtype:
-        raise Absent("for decode of floats")
+    if problem.kind == "prefill" or problem.stored != problem.dtype:
+        raise Absent("it is for decode of floats")
     from jax.experimental.pallas.ops.gpu.paged_attention import paged_attention
 
     pools = [tuple(pages.swapaxes(1, 2)) for pages in arrays[1:3]]
@@ -131,7 +85,7 @@ def jax_own(problem: Problem, arrays: Arrays) -> Contestant:
     return of_jax(attend, problem, arrays.q, pools, table, arrays.kv_lengths)
 
 
-def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
+def torch_sdpa(problem: Problem, arrays: Arrays) -> Implementation:
     """PyTorch's `scaled_dot_product_attention` on a dense cache, padded to the longest sequence."""
     if not importlib.util.find_spec("torch"):
         raise Absent("not installed")
@@ -145,8 +99,8 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
     causal, masked = _masking(problem)
 
     def to_torch(array):
-        numbers = torch.from_numpy(np.array(array, np.float32))
-        return numbers.to(device, torch.bfloat16 if problem.dtype == "bfloat16" else torch.float32)
+        values = torch.from_numpy(np.array(array, np.float32))
+        return values.to(device, torch.bfloat16 if problem.dtype == "bfloat16" else torch.float32)
 
     # [.., heads, tokens, head_dim]
     q, k, v = (to_torch(array).transpose(-2, -3).contiguous() for array in (q, k, v))
@@ -162,8 +116,8 @@ def torch_sdpa(problem: Problem, arrays: Arrays) -> Contestant:
     return of_torch(attend, problem, unpad)
 
 
-def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[Any], Any]) -> Contestant:
-    """`attend(layer)` returns a tensor. On a GPU the calls are recorded once and replayed, as servers do it:
+def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[Any], Any]) -> Implementation:
+    """`attend(layer)` returns a tensor. On a GPU the calls are recorded once and replayed, as servers do:
     launching each from Python may take longer than it runs. What is checked is what is timed."""
     import torch  # pyright: ignore[reportMissingImports]
 
@@ -177,7 +131,7 @@ def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[An
         return _recorded(partial(run, calls)) if HAS_GPU else partial(run, calls)
 
     # The longer of the two that are timed.
-    longest = problem.layers * (_ROUNDS if HAS_GPU else 1)
+    longest = problem.layers * (LONGER if HAS_GPU else 1)
 
     @torch.inference_mode()
     def check():
@@ -194,7 +148,7 @@ def of_torch(attend: Callable[[int], Any], problem: Problem, unpad: Callable[[An
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    return Contestant(check, lambda: of_one_call(seconds, problem.layers))
+    return Implementation(check, lambda: of_one_call(seconds, problem.layers))
 
 
 def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
@@ -220,36 +174,10 @@ def _recorded(run: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def _masking(problem: Problem) -> tuple[bool, bool]:
-    """Whether it is causal as dense peers mean it, and whether they need a mask; neither if all is seen."""
+    """Whether dense attention is causal here, and whether it needs a mask; neither if every key is seen."""
     even = len(set(problem.lengths)) == 1
     causal = even and problem.lengths == problem.queries
     return causal, not (causal or (even and max(problem.queries) == 1))
-
-
-def of_one_call(seconds: Callable[[int], float], layers: int = 1) -> float:
-    """Of a program of so many calls, all layers in turn."""
-    if not HAS_GPU:
-        return seconds(layers) / layers
-    return of_one_more(seconds, few=layers, many=_ROUNDS * layers)
-
-
-def of_jax(attend, problem: Problem, q, *arguments, unpad=lambda out: out) -> Contestant:
-    """`attend(layer, q, *arguments)`: several calls in one program, each waiting for the one before."""
-    # Traced once for all calls.
-    attend = jax.jit(attend, static_argnums=0)
-
-    @partial(jax.jit, static_argnums=0)
-    def run(calls, q, *arguments):
-        for call in range(calls):
-            q = (q + attend(call % problem.layers, q, *arguments)).astype(q.dtype)
-        return q
-
-    def seconds(calls: int) -> float:
-        return stopwatch(run, calls, q, *arguments)[0]
-
-    return Contestant(
-        check=lambda: unpad(attend(0, q, *arguments)), seconds=lambda: of_one_call(seconds, problem.layers)
-    )
 
 
 def _dense(problem: Problem, arrays: Arrays):
@@ -265,7 +193,7 @@ def _dense(problem: Problem, arrays: Arrays):
 
 
 def _gathered(arrays: Arrays, *, longest: int, asked_most: int, dtype: str):
-    """On the device: through a host's memory it would take longer than the race."""
+    """On the device: through a host's memory it would take longer than the benchmark."""
 
     def padded(pages, scales=None):
         # [layers, seqs, pages, kv_heads, page_size, head_dim]
