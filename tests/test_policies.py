@@ -585,7 +585,7 @@ def test_what_generate_refuses(model):
         def __call__(self, tokens, cache, batch, *, rows=None):
             raise AssertionError
 
-    with pytest.raises(ValueError, match=r"HeavyHitter .* Plain takes no return_mass"):
+    with pytest.raises(ValueError, match=r"HeavyHitter .* Plain does not accept return_mass"):
         jaxkv.generate(Plain(), cache_config(), PROMPTS, policy=HeavyHitter(8, 4))
     with pytest.raises(ValueError, match=r"policy='lru' must be"):
         jaxkv.generate(model, cache_config(), PROMPTS, policy="lru")

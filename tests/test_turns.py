@@ -171,7 +171,7 @@ REFUSED = {
     ),
     "a policy that saw nothing": (
         dict(policy=HeavyHitter(12, 4)),
-        "remembers its sequences from their first",
+        "must observe sequences from their first",
     ),
 }
 
