@@ -1,6 +1,6 @@
 """The command line: `jaxkv generate`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
 
-A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130.
+A user's mistake prints one line on standard error, with exit code 2. Ctrl-C exits with code 130.
 """
 
 import argparse
@@ -19,18 +19,18 @@ from jaxkv.errors import JaxKVError
 from jaxkv.extras import missing
 
 # Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
-# the models' extra are imported when the command runs.
+# the optional dependencies of `models` are imported when the command runs.
 COMMANDS = {"generate": generate, "profile": profile, "demo": demo, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    _lose_no_text()
+    _escape_unencodable()
     options = parser().parse_args(arguments)
     try:
         return COMMANDS[options.command].run(options)
     except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
+        # The reader closed the pipe, as `head` does. Otherwise Python would report the error again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, JaxKVError, OSError) as error:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        print(f"jaxkv: error: the device refused: {reason}", file=sys.stderr)
+        print(f"jaxkv: error: the device failed: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\njaxkv: stopped", file=sys.stderr)
@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """Parses a command line. The name of the command is `command`."""
+    """The parser; it stores the command's name as `command`."""
     top = _Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=_versions(), help="show versions, and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -73,17 +73,17 @@ def _versions() -> str:
     return f"jaxkv {of('jaxkv')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {platform.python_version()})"
 
 
-def _lose_no_text() -> None:
-    """Characters that an encoding lacks are written as numbers: else the first would end the output."""
+def _escape_unencodable() -> None:
+    """Writes characters that the encoding lacks as escapes; otherwise the first would raise."""
     for stream in (sys.stdout, sys.stderr):
-        # Other ways to handle them are the user's, as by PYTHONIOENCODING.
+        # Keeps other error handlers, which the user chose, as by PYTHONIOENCODING.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def entry_point() -> None:
-    """What the installed `jaxkv` command calls."""
+    """The installed `jaxkv` command."""
     code = main()
     sys.stdout.flush()
-    # Threads of the runtime may still be in a computation that Ctrl-C left behind.
+    # After Ctrl-C, runtime threads may still be computing; do not wait for them.
     os._exit(code) if code == 130 else sys.exit(code)
