@@ -46,7 +46,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--parse-special",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="read special tokens written in prompts, like <|im_end|>, as tokens (default: on, off with --chat)",
+        help="parse special tokens written in prompts, like <|im_end|> (default: only without --chat)",
     )
     text = "end a text before this string; may be repeated (default: none)"
     add("--stop", action="append", default=[], metavar="TEXT", help=text)
