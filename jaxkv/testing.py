@@ -122,7 +122,7 @@ def assert_in_place(
             raise AssertionError(f"the compiled program copies a whole pool: {copy[0].strip()}")
     allowed = max_temp_bytes
     if allowed is None:
-        # Only K counts: scales are smaller.
+        # The scales of codes are small.
         allowed = min(_bytes(pool.k) // pool.k.shape[0] for pool in caches) - 1
     if memory.temp_size_in_bytes > allowed:
         raise AssertionError(

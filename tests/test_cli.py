@@ -236,4 +236,4 @@ def test_profile_shows_a_report_and_maps_and_draws_them(capsys, tiny_model, tmp_
 
 def test_a_pool_that_no_memory_holds_is_refused(capsys):
     arguments = ["generate", "--model", "smollm2-135m", "--prompt", "a", "--page-size", "1000000"]
-    assert "device failed" in fails(capsys, *arguments, "--num-pages", "1000")
+    assert "device refused" in fails(capsys, *arguments, "--num-pages", "1000")

@@ -102,7 +102,7 @@ def test_a_second_run_compiles_nothing_and_says_nothing_more(tmp_path):
     assert kept[0] == kept[1] and any("decode" in name for name in kept[0])
     for run in runs:
         assert [line.split(" ")[0] for line in run.stderr.splitlines() if line] == [
-            "compiled,",
+            "compiled",
             "prefill",
             "2",
         ]

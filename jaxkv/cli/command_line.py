@@ -30,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[options.command].run(options)
     except BrokenPipeError:
-        # The reader closed the pipe, as `head` does. Otherwise Python would report the error again at exit.
+        # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except (ValueError, JaxKVError, OSError) as error:
@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
-        print(f"jaxkv: error: the device failed: {reason}", file=sys.stderr)
+        print(f"jaxkv: error: the device refused: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\njaxkv: stopped", file=sys.stderr)
@@ -54,7 +54,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser() -> argparse.ArgumentParser:
-    """The parser; it stores the command's name as `command`."""
+    """Parses a command line. The name of the command is `command`."""
     top = _Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=_versions(), help="show versions, and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -82,8 +82,8 @@ def _escape_unencodable() -> None:
 
 
 def entry_point() -> None:
-    """The installed `jaxkv` command."""
+    """What the installed `jaxkv` command calls."""
     code = main()
     sys.stdout.flush()
-    # After Ctrl-C, runtime threads may still be computing; do not wait for them.
+    # Threads of the runtime may still be in a computation that Ctrl-C left behind.
     os._exit(code) if code == 130 else sys.exit(code)

@@ -1,14 +1,13 @@
 """`attention_mass` in Pallas Triton, for CUDA from sm_80 and ROCm from gfx942.
 
-One program takes some key tiles of one sequence and KV head, one after the other, and for each of them the
-query tiles that can see it. So every byte of K is read once, and the mass of a place is the sum of one
-program: nothing is added up in memory.
+One program processes some key tiles of one sequence and KV head, and for each of them the query tiles that
+attend to it. So every byte of K is read once, and one program computes the whole mass of a token slot.
 
-    key tiles        0 1 2 3 4 5 6 7      every third is one program's, so that long sequences and the first
-    program 1          x     x     x      places, which most queries see, are shared out evenly
+    key tiles        0 1 2 3 4 5 6 7      with 3 programs each takes every third tile, since most queries
+    program 1          x     x     x      attend to the first tiles
 
-Weights of a query tile are added to those of the tiles before it, number by number; only the total is summed
-over the rows, since these lie in several warps.
+The weights of query tiles are added elementwise. Only the total is summed over the rows, which lie in several
+warps.
 """
 
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from pallas_kernels.paged_attention.triton.scores import LOG2E, add_up, cap, pro
 from pallas_kernels.paged_attention.triton.tiles import assembled, read_tile, scale_loader
 from pallas_kernels.paged_attention.triton.tuning import Tuning
 
-# Programs for each that can be resident: more even out what they take, fewer begin less often.
+# Programs per resident program: more balance the load better, fewer have less overhead.
 _WAVES = 8
 
 
@@ -117,7 +116,7 @@ def _receive(
     size, key_tile = tuning.query_tile, tuning.key_tile
 
     def tiles_that_see(begin):
-        """The first query tile that sees some of the places from `begin` on, and the end of the last."""
+        """The query tiles that attend to the key tile from `begin` on: the first, and the end."""
         end = lax.div(num_rows + (size - 1), np.int32(size))
         if window is not None:
             last = jnp.clip(begin + (key_tile - 1 + window - first_place), 0, num_rows)
