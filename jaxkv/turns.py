@@ -96,7 +96,7 @@ def _check_cache(cache: object, config: CacheConfig | None) -> None:
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
         raise ValueError("the cache was consumed by an earlier call: use the one that it returned")
     if config is not None and config != cache.config:
-        raise ValueError(f"config={config} is not the given cache's, {cache.config}; leave it out")
+        raise ValueError(f"config={config} is not that of the given cache, {cache.config}; leave it out")
 
 
 def _own_slots(seqs: Sequence[int] | None, count: int, max_seqs: int) -> list[int]:

@@ -91,7 +91,7 @@ def _check_scales(
 
 
 def as_int32(array: Array | np.ndarray) -> Array:
-    """Converts to int32; clips values beyond it, which no slot, page or length reaches, so they do not wrap."""
+    """Converts to int32 without overflow: clips to its limits, which no slot, page or length reaches."""
     own, int32 = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
     return jnp.asarray(array.clip(max(own.min, int32.min), min(own.max, int32.max)), jnp.int32)
 
