@@ -45,13 +45,13 @@ def run(call: Call, *, interpret: bool) -> Array:
     def visit_tile(tile, mass):
         seq, num_keys = work.table_row[tile], work.num_keys[tile]
         page_row = page_table[table_rows[seq]]
-        row_places = jnp.repeat(work.places[tile], q.shape[1] // kv_heads)
+        row_indices = jnp.repeat(work.indices[tile], q.shape[1] // kv_heads)
         q_tile, log_sum = at(queries, tile), at(log_sums, tile)
 
         def visit(key_tile, mass):
             where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
             ((k, k_scale),) = keys.read(pool, layer, where)
-            visible = see(row_places, keys.places(where), **hides)
+            visible = see(row_indices, keys.indices(where), **hides)
             scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
             weights = jnp.where(visible[None], jnp.exp(log_weights(scores, log_sum)), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first

@@ -71,8 +71,8 @@ def find(
     """
     num_seqs, width = table_rows.shape[0], page_table.shape[1]
     nth = jnp.arange(num_seqs, dtype=jnp.int32)
-    first_place = kv_lengths - (query_starts[1:] - query_starts[:-1])
-    has_queries = (kv_lengths > 0) & (first_place < kv_lengths)
+    first_index = kv_lengths - (query_starts[1:] - query_starts[:-1])
+    has_queries = (kv_lengths > 0) & (first_index < kv_lengths)
     # The nearest sequences with queries; there may be sequences without queries between them.
     latest = lax.cummax(jnp.where(has_queries, nth, -1))
     next_one = lax.cummin(jnp.where(has_queries, nth, num_seqs), reverse=True)
@@ -82,7 +82,7 @@ def find(
     column = jnp.arange(width, dtype=jnp.int32)
     num_pages = jnp.min(jnp.where(same, width, column[None, :]), axis=1)
     # Shared are only keys before the first query of each sequence, which all its queries attend to.
-    before_queries = jnp.minimum(first_place, first_place[jnp.maximum(before, 0)])
+    before_queries = jnp.minimum(first_index, first_index[jnp.maximum(before, 0)])
     link = jnp.where(has_queries & (before >= 0), jnp.minimum(num_pages * page_size, before_queries), 0)
     others = jnp.maximum(link[jnp.maximum(before, 0)], link.at[after].get(mode="fill", fill_value=0))
     joins = (link >= unit) & (2 * link >= others)

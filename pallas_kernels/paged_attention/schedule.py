@@ -33,7 +33,7 @@ class QueryTiles(NamedTuple):
     Attributes:
       table_row: row of the page table.
       first_row, num_rows: its rows of `q`.
-      first_place: index of its first row in the sequence; row `n` attends to keys up to `first_place + n`.
+      first_index: index of its first row in the sequence; row `n` attends to keys up to `first_index + n`.
       first_key: index of the first key that it visits.
       num_keys: end of the keys that its last row attends to; 0 for padding and for empty sequences.
     """
@@ -41,7 +41,7 @@ class QueryTiles(NamedTuple):
     table_row: Int[Array, " tiles"]
     first_row: Int[Array, " tiles"]
     num_rows: Int[Array, " tiles"]
-    first_place: Int[Array, " tiles"]
+    first_index: Int[Array, " tiles"]
     first_key: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
 
@@ -98,11 +98,11 @@ def query_tiles(
     seq, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size))
     offset = nth * size
     num_rows = jnp.clip(num_queries[seq] - offset, 0, size)
-    first_place = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]
-    key_end = first_place + num_rows if causal else first_place
-    first_key = jnp.zeros_like(first_place)
+    first_index = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]
+    key_end = first_index + num_rows if causal else first_index
+    first_key = jnp.zeros_like(first_index)
     if window is not None:
-        first_key = jnp.maximum(first_place - window + 1, 0)
+        first_key = jnp.maximum(first_index - window + 1, 0)
     own_seq = jnp.minimum(seq, num_seqs - 1)
     if skipped is not None:
         first_key = jnp.maximum(first_key, skipped[own_seq])
@@ -110,7 +110,7 @@ def query_tiles(
         table_row=table_rows[own_seq].astype(jnp.int32),
         first_row=starts[seq] + offset,
         num_rows=num_rows,
-        first_place=first_place,
+        first_index=first_index,
         first_key=first_key,
         num_keys=jnp.where((lengths[seq] > 0) & (num_rows > 0), key_end, 0),
     )

@@ -66,12 +66,12 @@ def run(call: Call, *, interpret: bool):
 
         def visit_tile(tile, done):
             page_row, num_keys = page_table[work.table_row[tile]], work.num_keys[tile]
-            row_places, q_tile = jnp.repeat(work.places[tile], group), at(queries, tile)
+            row_indices, q_tile = jnp.repeat(work.indices[tile], group), at(queries, tile)
 
             def visit(key_tile, seen):
                 where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
                 (k, k_scale), (v, v_scale) = keys.read(pool, layer, where)
-                visible = see(row_places, keys.places(where), **hides)
+                visible = see(row_indices, keys.indices(where), **hides)
                 scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
                 weigh = _weigh if v_scale is None else lambda p, v: _weigh(p * v_scale.swapaxes(1, 2), v)
                 return softmax.extend(seen, scores, visible[None], v, product=weigh)
@@ -83,7 +83,7 @@ def run(call: Call, *, interpret: bool):
         return control_flow.fori_loop(0, work.num_keys.shape[0], visit_tile, seen)
 
     def nothing_seen(work: Work) -> softmax.Partial:
-        num_tiles, size = work.places.shape
+        num_tiles, size = work.indices.shape
         return softmax.empty((num_tiles, kv_heads, size * group), head_dim)
 
     size = query_tile(tokens, sequences.count)
@@ -104,7 +104,7 @@ def run(call: Call, *, interpret: bool):
             )
             m, l, o = (pack(part, work, kv_heads) for part in by_token)  # noqa: E741
             # A run may include padding rows, which attend to nothing.
-            is_query = jnp.repeat(work.places >= 0, group, axis=1)[:, None]
+            is_query = jnp.repeat(work.indices >= 0, group, axis=1)[:, None]
             seen = softmax.Partial(m[..., 0], l[..., 0], o)
             return jax.tree.map(partial(_where_rows, is_query), seen, nothing_seen(work))
 
@@ -112,7 +112,7 @@ def run(call: Call, *, interpret: bool):
     seen = visit_tiles(work, seen)
     rows = work.rows
     if sinks is not None:
-        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.places.shape[1]))[None]
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.indices.shape[1]))[None]
     out, lse = (jnp.where(exists, part, jnp.nan) for part in softmax.finish(seen, sinks))
     return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
 
@@ -127,10 +127,10 @@ def _where_rows(mask, one, other):
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (one.ndim - mask.ndim)), one, other)
 
 
-def see(row_places, places, *, window: int | None, sink_tokens: int):
+def see(row_indices, indices, *, window: int | None, sink_tokens: int):
     """The mask `[rows, size]`. An index of -1 is padding: not attended to, and attends to nothing."""
-    return (places >= 0)[None, :] & sees(
-        row_places[:, None], places[None, :], window=window, sink_tokens=sink_tokens
+    return (indices >= 0)[None, :] & sees(
+        row_indices[:, None], indices[None, :], window=window, sink_tokens=sink_tokens
     )
 
 
@@ -175,7 +175,7 @@ class Work(NamedTuple):
 
     Attributes:
       tokens: row of `q` of each tile's rows, `tokens` for padding.
-      places: index of each row in its sequence, -1 for padding.
+      indices: index of each row in its sequence, -1 for padding.
       rows: `(tile, row)` of each token of `q`; every token is in a tile.
       table_row, num_keys: row of the page table, and end of the keys that the tile's last row attends to.
       first_key_tile, num_key_tiles: the key tiles to visit.
@@ -183,7 +183,7 @@ class Work(NamedTuple):
     """
 
     tokens: Int[Array, "tiles query_tile"]
-    places: Int[Array, "tiles query_tile"]
+    indices: Int[Array, "tiles query_tile"]
     rows: tuple[Int[Array, " tokens"], Int[Array, " tokens"]]
     table_row: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
@@ -220,7 +220,7 @@ def plan(
     last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
     return Work(
         tokens=jnp.where(exists, tiles.first_row[:, None] + offset[None, :], tokens),
-        places=jnp.where(exists & has_keys[:, None], tiles.first_place[:, None] + offset[None, :], -1),
+        indices=jnp.where(exists & has_keys[:, None], tiles.first_index[:, None] + offset[None, :], -1),
         rows=ragged_rows(jnp.cumsum(tiles.num_rows, dtype=jnp.int32), tokens),
         table_row=tiles.table_row,
         num_keys=tiles.num_keys,
@@ -302,7 +302,7 @@ class KeyTiles:
             first, skip = columns[0] * self.page_size + start, part * self.size - start
         return _Where(page_row[columns], start, first, skip, jnp.minimum(num_keys - first, self.size))
 
-    def places(self, where: "_Where"):
+    def indices(self, where: "_Where"):
         """The index of each token of a tile; -1 for padding and for tokens of another tile."""
         nth = jnp.arange(self.size, dtype=jnp.int32)
         return jnp.where((nth >= where.skip) & (nth < where.end), where.first + nth, -1)

@@ -201,7 +201,7 @@ def _attend(
     table_row_ref,
     first_row_ref,
     num_rows_ref,
-    first_place_ref,
+    first_index_ref,
     first_key_ref,
     num_keys_ref,
     layer_ref,
@@ -226,22 +226,22 @@ def _attend(
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
-    num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
+    num_keys, first_index, num_rows = num_keys_ref[tile], first_index_ref[tile], num_rows_ref[tile]
     table_row, page_size = table_row_ref[tile], np.int32(k_ref.shape[3])
     mine = rows(first_row_ref[tile], num_rows, head)
-    row_place = first_place + mine.offset
+    row_index = first_index + mine.offset
     q = mine.load(q_ref)
     factor, rest = scale_in_two(scale)
     for more_q_ref in more_q_refs:
         q += mine.load(more_q_ref)
 
-    def places_of(key):
+    def indices_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
 
     def page_ids(key):
-        places = places_of(key)
+        indices = indices_of(key)
         return plgpu.load(
-            page_table_ref.at[table_row, lax.div(places, page_size)], mask=places < num_keys, other=0
+            page_table_ref.at[table_row, lax.div(indices, page_size)], mask=indices < num_keys, other=0
         )
 
     def weigh(p, v):
@@ -256,9 +256,9 @@ def _attend(
 
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
-        places = places_of(key)
-        real = mine.layout.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
-        offsets = lax.rem(places, page_size)
+        indices = indices_of(key)
+        real = mine.layout.in_words & ((indices < num_keys) if edge else (indices >= 0))[:, None]
+        offsets = lax.rem(indices, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.layout.word[None, :])
         k, v = (read_tile(ref.at[at], real, storage, assembled) for ref in (k_ref, v_ref))
         tokens = layer, ids, head, offsets
@@ -266,7 +266,7 @@ def _attend(
         if scale_refs:
             scales = [
                 storage.load_scales(
-                    scale_loader(ref, tokens, places < num_keys), key_tile, q_ref.shape[2], keys=keys
+                    scale_loader(ref, tokens, indices < num_keys), key_tile, q_ref.shape[2], keys=keys
                 )
                 for ref, keys in zip(scale_refs, (True, False), strict=True)
             ]
@@ -284,7 +284,7 @@ def _attend(
         scores = scores * factor
         visible = None
         if edge:
-            visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
+            visible = sees(row_index[:, None], indices[None, :], window=window, sink_tokens=sink_tokens)
         seen = softmax.extend(seen, scores, visible, v, scale=rest, product=weigh_tile, exp=jnp.exp2)
         return seen, next_ids
 
@@ -300,9 +300,9 @@ def _attend(
         seen, _ = lax.fori_loop(low, high, partial(visit, edge=True), (seen, page_ids(low)))
     carry = seen, page_ids(start)
     # In the interior every row attends to every token of a tile, and nothing is masked.
-    low, high = start, jnp.clip((first_place + 1) // key_tile, start, end)
+    low, high = start, jnp.clip((first_index + 1) // key_tile, start, end)
     if window is not None:
-        low = jnp.clip(-((window - first_place - num_rows) // key_tile), start, high)
+        low = jnp.clip(-((window - first_index - num_rows) // key_tile), start, high)
         carry = lax.fori_loop(start, low, partial(visit, edge=True), carry)
     carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
