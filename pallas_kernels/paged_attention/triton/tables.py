@@ -102,7 +102,7 @@ class Values:
             if name in self.given and self.given[name] != next_power_of_two(self.given[name]):
                 raise ValueError(f"{name}={self.given[name]} must be a power of two")
         if (self.key_tile or 16) < 16:
-            raise ValueError(f"key_tile={self.key_tile} must be at least 16, for matrix units")
+            raise ValueError(f"key_tile={self.key_tile} must be 16 or more, for matrix units")
 
     @property
     def given(self) -> dict[str, Any]:
