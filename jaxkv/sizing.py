@@ -205,9 +205,9 @@ def check_fit(
     if policy is not None and not policy.once:
         most = policy.most_kept(config) + most_at_once(policy, config, prefill_chunk)
     lengths = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(cache.table.lengths)
-    held = {number: int(lengths[slots[number]]) for number in prompts}
+    filled = {number: int(lengths[slots[number]]) for number in prompts}
     for number, prompt in prompts.items():
-        before = held[number]
+        before = filled[number]
         if before + len(prompt) > config.max_tokens_per_seq and most is None:
             after = f" after the {before} in its slot" if before else ""
             raise SequenceTooLongError(
@@ -218,7 +218,7 @@ def check_fit(
         shared = min(shared, config.pages_for(most))
     pages = shared + copied_pages(cache, [slots[number] for number in prompts])
     for number, prompt in prompts.items():
-        before = held[number]
+        before = filled[number]
         after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
         pages += config.pages_for(after) - config.pages_for(before) - shared
     if policy is not None and shared:

@@ -1,4 +1,7 @@
-"""Reads a Hugging Face model folder as `transformers` does: `config.json`, rotary settings, weight files."""
+"""Reads a Hugging Face model folder as `transformers` does: `config.json`, rotary settings, weight files.
+
+The model loader and the planner share it, so that both read the same model from a folder.
+"""
 
 import json
 import math
