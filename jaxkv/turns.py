@@ -135,7 +135,7 @@ def with_policy(turn: Turn, policy: Policy | None) -> Turn:
         return turn
     if cache.policy is not None:
         if policy != cache.policy.rule:
-            raise ValueError(f"policy={policy} is not the cache's, {cache.policy.rule}")
+            raise ValueError(f"policy={policy} is not that of the cache, {cache.policy.rule}")
         return turn
     state = first_state(turn.config, policy)
     if state.values and not turn.is_new:
