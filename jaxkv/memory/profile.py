@@ -218,7 +218,7 @@ class MemoryProfile:
             (
                 "fragmentation",
                 f"{self.fragmentation:.1%}",
-                f"{self.unused_places:,} of {slots:,} token slots in owned pages are unused",
+                f"{self.unused_places:,} of {slots:,} owned token slots are unused",
             ),
             (
                 "scatter",
@@ -230,7 +230,7 @@ class MemoryProfile:
                 f"{self.saved_pages:,} pages",
                 f"{format_bytes(self.saved_bytes, unit)}; {self.shared_pages:,} pages are shared",
             ),
-            ("efficiency", f"{self.efficiency:.2f}", "tokens per token slot in owned pages"),
+            ("efficiency", f"{self.efficiency:.2f}", "tokens per owned token slot"),
         ]
         rows += [
             (name.replace("_", " "), f"{value:,}", "since init")
