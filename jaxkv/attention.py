@@ -65,34 +65,34 @@ def attend(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Causal attention of each token over its own sequence, up to and with itself.
+    """Causal attention of each token over its own sequence, up to and including itself.
 
-    Neighbours in the batch that begin with the same pages, as forks do, attend to them once, wherever that
-    reads fewer bytes: `n` sequences that share `s` tokens save `(n - 1) * s` tokens' K and V, which must be
-    more than the partial results it takes to merge. It is looked for with up to 16 tokens a sequence, without
-    a `window`, where the full rows of all sequences but one are 16 MiB of a layer or more.
+    Adjacent sequences of the batch that begin with the same pages, as forks do, read those pages once where
+    that saves memory traffic: `n` sequences that share `s` tokens save reading the K and V of `(n - 1) * s`
+    tokens, but add partial results to merge. Shared pages are looked for with up to 16 tokens per sequence,
+    without a `window`, where the full rows of all sequences but one take at least 16 MiB of a layer.
 
-    For inference: the loop over the pages has no reverse-mode derivative.
+    For inference only: the loop over the pages has no reverse-mode derivative.
 
     Args:
       cache: the cache after this layer's `append`.
-      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN.
-      batch: of this step. Once the page table has changed it is stale, and every result is NaN.
-      q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
-      scale: of the scores. Default: `1 / sqrt(head_dim)`.
-      window: a token sees itself and the `window - 1` places before it. The batch's own holds, with its
-        `sink_tokens`, where it is smaller.
-      sink_tokens: and its sequence's first so many places, which the window does not hide (StreamingLLM,
-        arXiv:2309.17453). Without a `window` here or there it must be 0.
+      layer: Python int or traced int32. Results are NaN for a traced layer out of range.
+      batch: this step's. Once the page table has changed it is stale, and results are NaN.
+      q: queries, after RoPE; `q_heads` is a multiple of the cache's KV heads.
+      scale: factor of the scores. Default: `1 / sqrt(head_dim)`.
+      window: a token attends to itself and the `window - 1` token slots before it. The batch's own window
+        and `sink_tokens` apply where that window is smaller.
+      sink_tokens: first token slots of the sequence, attended to whatever the window (StreamingLLM,
+        arXiv:2309.17453). Must be 0 if neither the call nor the batch has a window.
       softcap: scores become `softcap * tanh(scores / softcap)`.
-      sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
+      sink_logits: one logit per query head, added to the softmax's denominator (gpt-oss).
       backend: "auto", "xla", or "triton" on a GPU.
       return_lse: also return the log-sum-exp of the scores, for merging partial results and for
         `attention_mass`.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype; zeros for padding and refused sequences.
-      With `return_lse` also float32 `[tokens, q_heads]`, `-inf` for those.
+      With `return_lse` also float32 `[tokens, q_heads]`; `-inf` for padding and refused sequences.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options, at trace time.
@@ -127,28 +127,25 @@ def attention_mass(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Float[Array, "entries kv_heads max_tokens"]:
-    """How much attention each token slot received from this step's queries: one more pass over K.
+    """How much attention each token slot received from this step's queries; reads K once more.
 
-    The next write to the pool must wait for this read, or the compiler keeps a copy of the pool. Between the
-    steps of a `lax.scan` over layers it does. In a Python loop say so: `out = jaxkv.after(out, mass)`.
+    The next write to the pool must wait for this read, or the compiler copies the pool. A `lax.scan` over
+    layers ensures that. In a Python loop write `out = jaxkv.after(out, mass)`.
 
     Args:
-      cache: as `attend` had it, before the next layer's `append`.
-      layer: likewise.
-      batch: likewise.
-      q: the queries given to `attend`.
-      lse: what that call returned with `return_lse=True`. If it had `sink_logits`, their share of the softmax
-        is in `lse` and goes to no token slot.
-      scale, window, sink_tokens, softcap: as given to that call.
+      cache, layer, batch, q: as given to `attend`; the cache before the next layer's `append`.
+      lse: what `attend` returned with `return_lse=True`. With `sink_logits` it includes their share of the
+        softmax, which no token slot receives.
+      scale, window, sink_tokens, softcap: as given to `attend`.
       backend: "auto", "xla", or "triton" on a GPU.
 
     Returns:
-      float32: for each entry of the batch, KV head and token slot of the entry's row, the softmax weights of
-      all queries and of all query heads of that KV head, summed. Zero for slots that no query sees, for
-      padding and for refused entries; NaN for a stale batch or a traced layer that does not exist.
+      float32: for each entry of the batch, KV head and token slot of the entry's row, the sum of the softmax
+      weights over all queries and all query heads of that KV head. Zero for slots that no query attends to,
+      for padding and for refused entries; NaN for a stale batch or a traced layer out of range.
 
     Raises:
-      ValueError: for wrong shapes, dtypes or options, at trace time; for a backend that has no kernel for it.
+      ValueError: for wrong shapes, dtypes or options, at trace time; for a backend without such a kernel.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -177,7 +174,7 @@ def _queries(q: Array, batch: Batch) -> Array:
 def _options(
     batch: Batch, scale: float | None, window: int | None, sink_tokens: int, softcap: float | None
 ) -> Options:
-    """Of the call, with the batch's own window where it is smaller."""
+    """The call's options, with the batch's window and sink tokens where that window is smaller."""
     if batch.window is not None and (window is None or batch.window < window):
         window, sink_tokens = batch.window, max(sink_tokens, batch.sink_tokens)
     return check_options(scale, window, sink_tokens, softcap)
@@ -233,7 +230,7 @@ def _rows(cache: KVCache, batch: Batch) -> tuple[Array, Array, Array]:
 
 def _paged(cache: KVCache, layer: Array, batch: Batch, backend: str, options: Options) -> dict[str, Any]:
     return dict(
-        # The row of padding and of a refused entry is never read: they see nothing.
+        # Padding and refused entries have no tokens, so their table row is never read.
         table_rows=jnp.clip(batch.seqs, 0, cache.config.max_seqs - 1),
         layer=layer,
         k_scales=cache.pool.k_scale,
@@ -245,7 +242,7 @@ def _paged(cache: KVCache, layer: Array, batch: Batch, backend: str, options: Op
 
 @contextmanager
 def _naming_both_sides(backend: str) -> Iterator[None]:
-    """What a backend lacks for the mass; who asked for it may be a policy, far from here."""
+    """Adds to a backend's error that a policy may have asked for the mass."""
     try:
         yield
     except NotImplementedError as error:

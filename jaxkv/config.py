@@ -13,12 +13,10 @@ from pallas_kernels.formats import FORMATS, Format
 DTYPES = tuple(name for name, storage in FORMATS.items() if not storage.quantized)
 QUANTIZATIONS = tuple(name for name, storage in FORMATS.items() if storage.quantized)
 
-# Places are counted in int32, and a length plus one call's tokens must not wrap.
+# Token slots are counted in int32; a length plus the tokens of one call must not overflow.
 MAX_TOKENS = 2**30
-# Of `AllocationStats`.
-_COUNTER_BYTES = 40
-# Of `PageTable`.
-_FINGERPRINT_BYTES = 8
+_COUNTER_BYTES = 40  # of `AllocationStats`
+_FINGERPRINT_BYTES = 8  # of `PageTable`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,18 +25,20 @@ class CacheConfig:
 
     Attributes:
       num_layers: attention layers that share the page table.
-      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA).
-      head_dim: elements a head.
+      num_kv_heads: KV heads per layer (equal to the query heads for MHA, 1 for MQA).
+      head_dim: elements per head.
       num_pages: pages in the pool, shared by all sequences.
-      page_size: token places a page.
+      page_size: token slots per page.
       max_seqs: rows of the page table.
-      max_pages_per_seq: width of a row. Default: the whole pool.
+      max_pages_per_seq: pages per row of the page table. Default: `num_pages`.
       dtype: of K and V: "float32", "bfloat16" or "float16".
-      quantization: how they are stored. None: as they are. "int8" or "fp8" (E4M3FN): in one byte, with a
-        float32 scale for each token and KV head. "int4": two to a byte, rotated, with a step and zero point
-        for groups of about 32; `head_dim` must be a multiple of 8. `dtype` is then what `gather` returns.
-      compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
-      compact_automatically: `generate` compacts when `should_compact` says so.
+      quantization: None stores K and V as `dtype`. "int8" and "fp8" (E4M3FN) store one byte per element and
+        a float32 scale per token and KV head. "int4" rotates each row and stores two elements per byte, with
+        a step and zero point per group of about 32; `head_dim` must be a multiple of 8. With quantization
+        `dtype` is what `gather` returns.
+      compaction_threshold: `should_compact` is True when, of the pages up to the highest one in use, more
+        than this share are free; 0 to 1.
+      compact_automatically: `generate` compacts when `should_compact` is True.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -67,16 +67,16 @@ class CacheConfig:
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         for field in fields(self):
             if field.type in (int, "int"):
-                # As Python's own, so that configs of equal numbers have equal hashes and texts.
+                # As Python integers, so that equal configs have equal hashes and the same repr.
                 object.__setattr__(self, field.name, _count(field.name, getattr(self, field.name)))
         if self.max_pages_per_seq > self.num_pages:
             raise ValueError(
                 f"max_pages_per_seq={self.max_pages_per_seq} must not exceed num_pages={self.num_pages}"
             )
         for name in ("num_pages", "max_pages_per_seq"):
-            places = getattr(self, name) * self.page_size
-            if places >= MAX_TOKENS:
-                raise ValueError(f"{name} * page_size = {places} token places; must be below {MAX_TOKENS}")
+            slots = getattr(self, name) * self.page_size
+            if slots >= MAX_TOKENS:
+                raise ValueError(f"{name} * page_size = {slots} token slots; must be below {MAX_TOKENS}")
         if self.quantization is not None and self.quantization not in QUANTIZATIONS:
             raise ValueError(
                 f"quantization={self.quantization!r} is not supported; "
@@ -106,9 +106,9 @@ class CacheConfig:
         dtype: str = "bfloat16",
         quantization: str | None = None,
     ) -> "CacheConfig":
-        """A static cache: one buffer of `max_tokens` places for each sequence.
+        """A static cache: one buffer of `max_tokens` token slots for each sequence.
 
-        It is the paged cache with one page a sequence, so every function serves it;
+        It is the paged cache with one page per sequence, so every function works on it.
         `keys` and `values` give its dense views.
         """
         return cls(
@@ -130,40 +130,40 @@ class CacheConfig:
 
     @property
     def max_tokens_per_seq(self) -> int:
-        """Token places in a full row of the page table."""
+        """Token slots in a full row of the page table."""
         return self.max_pages_per_seq * self.page_size
 
     @property
     def pool_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of K and of V: `[layers, pages, kv_heads, page_size, row]`; a row is the format's."""
+        """Shape of K and of V: `[layers, pages, kv_heads, page_size, row]`; the format gives the row size."""
         row = self.storage.row_size(self.head_dim)
         return (self.num_layers, self.num_pages, self.num_kv_heads, self.page_size, row)
 
     @property
     def scale_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of K's and V's scales; none for a pool of numbers."""
+        """Shapes of K's and V's scales; none for an unquantized pool."""
         return self.storage.scale_shapes(self.pool_shape)
 
     @property
     def scale_dtype(self) -> str:
-        """Of the scales."""
+        """Dtype of the scales."""
         return self.storage.scale_dtype
 
     @property
     def storage(self) -> Format:
-        """How K and V lie in the pool."""
+        """The storage format of K and V."""
         return FORMATS[self.quantization or self.dtype]
 
     @property
     def storage_dtype(self) -> str:
-        """Of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16's bits."""
+        """Dtype of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16."""
         return self.storage.storage_dtype
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page in all layers: K and V, and their scales."""
-        of_a_token = self.storage.token_bytes(self.num_kv_heads, self.head_dim)
-        return self.num_layers * self.page_size * of_a_token
+        token_bytes = self.storage.token_bytes(self.num_kv_heads, self.head_dim)
+        return self.num_layers * self.page_size * token_bytes
 
     @property
     def pool_bytes(self) -> int:
@@ -177,7 +177,7 @@ class CacheConfig:
 
     @property
     def allocator_bytes(self) -> int:
-        """Bytes of refcounts, the free stack and its height."""
+        """Bytes of the refcounts, the free stack and its size."""
         return 4 * (2 * self.num_pages + 1)
 
     def estimated_memory_bytes(self) -> int:
@@ -185,7 +185,7 @@ class CacheConfig:
         return self.pool_bytes + self.page_table_bytes + self.allocator_bytes + _COUNTER_BYTES
 
     def estimated_memory(self) -> str:
-        """The same for people: `4.00 GiB`."""
+        """`estimated_memory_bytes` with a unit: `4.00 GiB`."""
         return format_bytes(self.estimated_memory_bytes())
 
     def max_context_length(self, concurrency: int = 1) -> int:
@@ -200,7 +200,7 @@ class CacheConfig:
         return min(self.max_pages_per_seq, self.num_pages // concurrency) * self.page_size
 
     def pages_for(self, num_tokens: int) -> int:
-        """Pages that `num_tokens` places fill, the last one perhaps in part."""
+        """Pages needed for `num_tokens` tokens, counting a partly filled last page."""
         return -(-num_tokens // self.page_size)
 
 

@@ -1,6 +1,6 @@
 """The command line: `jaxkv generate`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
 
-A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130.
+A user's mistake prints one line on standard error, with exit code 2. Ctrl-C exits with code 130.
 """
 
 import argparse
@@ -15,13 +15,13 @@ from jaxkv.cli.options import EPILOG
 from jaxkv.cli.reporting import Parser, exit_code, leave
 
 # Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
-# the models' extra are imported when the command runs.
+# the optional dependencies of `models` are imported when the command runs.
 COMMANDS = {"generate": generate, "profile": profile, "demo": demo, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    _lose_no_text()
+    _escape_unencodable()
     options = parser().parse_args(arguments)
     return exit_code("jaxkv", lambda: COMMANDS[options.command].run(options))
 
@@ -46,10 +46,10 @@ def _versions() -> str:
     return f"jaxkv {of('jaxkv')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {platform.python_version()})"
 
 
-def _lose_no_text() -> None:
-    """Characters that an encoding lacks are written as numbers: else the first would end the output."""
+def _escape_unencodable() -> None:
+    """Writes characters that the encoding lacks as escapes; otherwise the first would raise."""
     for stream in (sys.stdout, sys.stderr):
-        # Other ways to handle them are the user's, as by PYTHONIOENCODING.
+        # Keeps other error handlers, which the user chose, as by PYTHONIOENCODING.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 

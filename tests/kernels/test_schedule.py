@@ -91,7 +91,7 @@ def test_a_window_with_sink_tokens_visits_what_somebody_sees_and_nothing_twice(w
         keys = jnp.arange(begin, end, dtype=jnp.int32)
         visited = visits(keys, tiles.first_key[tile] // KEY_TILE, jnp.asarray(begin)).tolist()
         rows = range(int(tiles.num_rows[tile])) if tiles.num_keys[tile] else ()
-        places = [int(tiles.first_place[tile]) + row for row in rows]
+        places = [int(tiles.first_index[tile]) + row for row in rows]
         seen = {
             place // KEY_TILE
             for row in places
