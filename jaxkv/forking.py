@@ -67,13 +67,12 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, P
     status = jnp.where((status == Status.OK) & (child == max_seqs), Status.OCCUPIED, status)
     owned = jnp.where(child < max_seqs, pages_for(lengths, config.page_size), 0)
 
-    def share_pages(table: PageTable, entry, place) -> PageTable:
+    def share_pages(table: PageTable, entry, place, _) -> PageTable:
         page = rows_of(table.pages, (rows_of(parent, entry, max_seqs), place), num_pages)
         row = rows_of(child, entry, max_seqs)
         return share(replace(table, pages=table.pages.at[row, place].set(page, mode="drop")), page)
 
-    most = parents.shape[0] * config.max_pages_per_seq
-    table = for_each_page(share_pages, table, jnp.cumsum(owned, dtype=jnp.int32), most)
+    table = for_each_page(share_pages, table, owned)
     table = stamp(table, Operation.FORK, child < max_seqs, parent, child)
     positions = rows_of(table.positions, parent)
     table = replace(

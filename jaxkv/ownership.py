@@ -102,39 +102,64 @@ def share(table: PageTable, pages: Int[Array, "..."]) -> PageTable:
     return replace(table, refcounts=table.refcounts.at[pages].add(1, mode="drop"))
 
 
-def release(table: PageTable, pages: Int[Array, " entries"]) -> PageTable:
+def release(
+    table: PageTable, pages: Int[Array, " entries"], nth: Int[Array, " entries"] | None = None
+) -> PageTable:
     """One owner less for each page named; those left without one go to the stack, once.
 
-    An id of `num_pages` is passed over; a page named twice loses two owners.
+    Args:
+      table: the page table.
+      pages: an id of `num_pages` is passed over; a page named twice loses two owners.
+      nth: how many entries before one name a page, if that is known: it spares a running sum.
     """
     num_pages = table.refcounts.shape[0]
     owners = num_owners(table, pages)
     refcounts = table.refcounts.at[after(pages, owners)].add(-1, mode="drop")
     # A page of one owner is named once. Of others several entries may be the last to name it.
-    pushes, refcounts = skip_where_idle(
-        jnp.any(owners > 1), lambda carry: _push_once(carry[1], pages), (owners == 1, refcounts)
-    )
-    rank = jnp.cumsum(pushes, dtype=jnp.int32)
-    place = jnp.where(pushes, table.num_free + rank - 1, num_pages)
+    sole = owners == 1
+    num_sole, num_shared = jnp.sum(jnp.stack([sole, owners > 1]), axis=1, dtype=jnp.int32)
+    nth = jnp.cumsum(sole, dtype=jnp.int32) - 1 if nth is None else nth
+    pushed = _Pushed(refcounts, jnp.where(sole, nth, num_pages), num_sole)
+    pushed = skip_where_idle(num_shared > 0, lambda pushed: _push_once(pushed, pages), pushed)
+    place = jnp.where(pushed.rank < num_pages, table.num_free + pushed.rank, num_pages)
     return replace(
         table,
-        refcounts=refcounts,
+        refcounts=pushed.refcounts,
         free_pages=table.free_pages.at[place].set(pages, mode="drop"),
-        num_free=table.num_free + rank[-1],
+        num_free=table.num_free + pushed.num_pages,
     )
 
 
-def _push_once(refcounts: Array, pages: Array) -> tuple[Array, Array]:
-    """Which entries push a page that nobody owns any more, one of those that name it; and the counts.
+class _Pushed(NamedTuple):
+    """What `release` pushes.
+
+    Attributes:
+      refcounts: afterwards.
+      rank: of an entry among those that push the page they name; `num_pages` for one that pushes none.
+      num_pages: how many are pushed.
+    """
+
+    refcounts: Int[Array, " pages"]
+    rank: Int[Array, " entries"]
+    num_pages: Int[Array, ""]
+
+
+def _push_once(pushed: _Pushed, pages: Int[Array, " entries"]) -> _Pushed:
+    """Every page without an owner is pushed by one of the entries that name it.
 
     They write their numbers, below zero, where its count was; the one that reads its own back pushes it.
     """
-    num_pages = refcounts.shape[0]
+    refcounts, num_pages = pushed.refcounts, pushed.refcounts.shape[0]
     dead = rows_of(refcounts, pages, 1) == 0
     mark = -1 - jnp.arange(pages.shape[0], dtype=jnp.int32)
     refcounts = refcounts.at[jnp.where(dead, pages, num_pages)].min(mark, mode="drop")
     pushes = dead & (rows_of(refcounts, pages) == mark)
-    return pushes, refcounts.at[jnp.where(pushes, pages, num_pages)].set(0, mode="drop")
+    rank = jnp.cumsum(pushes, dtype=jnp.int32)
+    return _Pushed(
+        refcounts=refcounts.at[jnp.where(pushes, pages, num_pages)].set(0, mode="drop"),
+        rank=jnp.where(pushes, rank - 1, num_pages),
+        num_pages=rank[-1],
+    )
 
 
 def renumber(table: PageTable, target: Int[Array, " pages"]) -> PageTable:
