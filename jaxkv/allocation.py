@@ -84,11 +84,12 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     table = _enter(table, grant, tokens)
     facts = grant.slot, grant.num_tokens, grant.first_page, grant.tail
     table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
+    taken = grant.taken.num_pages
     stats = count(
         cache.stats,
         cache.table,
         table,
-        num_taken=grant.taken.num_pages,
+        num_taken=taken,
         copy_on_write_copies=num_copies,
         refused_allocations=num_refused,
     )
@@ -97,63 +98,37 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
 
 
 class _Request(NamedTuple):
-    """What each entry of an `allocate` asks for.
+    """What each entry of an `allocate` asks for."""
 
-    Attributes:
-      slot: `max_seqs` for padding, and for a slot that is none or named before.
-      num_tokens: as asked for.
-      ends: running sum of it.
-      status: a `Status`, as far as the entries alone tell it.
-    """
-
-    slot: Array
-    num_tokens: Array
-    ends: Array
-    status: Array
+    slot: Array  # `max_seqs` for padding, and for a slot that is none or named before
+    num_tokens: Array  # as asked for
+    ends: Array  # running sum of it
+    status: Array  # a `Status`, as far as the entries alone tell it
 
 
 class _Grant(NamedTuple):
-    """What each entry of an `allocate` gets; one of padding may stand beside a lone entry.
+    """What each entry of an `allocate` gets; one of padding may stand beside a lone entry."""
 
-    Attributes:
-      slot: `max_seqs` for padding.
-      status: a `Status`.
-      length: before the call.
-      ahead: by how much the sequence's positions are ahead of its token slots.
-      num_tokens: granted; 0 for a refused entry.
-      ends: running sum of the tokens asked for.
-      tail: the page that the next token would go to, if it is part full.
-      copies: whether that page is copied first.
-      taken: pages for all entries.
-      first_page: the first of an entry's, `num_pages` if it got none.
-      first_column: column of its row that this goes to.
-    """
-
-    slot: Array
-    status: Array
-    length: Array
-    ahead: Array
-    num_tokens: Array
+    slot: Array  # as in `_Request`, like `ends`
     ends: Array
-    tail: Array
-    copies: Array
+    status: Array  # a `Status`
+    length: Array  # before the call
+    ahead: Array  # by how much the sequence's positions are ahead of its token slots
+    num_tokens: Array  # 0 for a refused entry
+    tail: Array  # the page that the next token would go to, if it is part full
+    copies: Array  # whether that page is copied first
     taken: Taken
-    first_page: Array
-    first_column: Array
+    first_page: Array  # of those taken for the entry; `num_pages` for none
+    first_column: Array  # of its row, where that page goes
 
 
 class _Tokens(NamedTuple):
-    """Where each row of the token axis goes.
-
-    Attributes:
-      page_ids, offsets, positions: as in a `Batch`.
-      row, column: where the page is entered in the table, by the first token on a new one; else no row.
-    """
+    """Where each row of the token axis goes; the first three as in a `Batch`."""
 
     page_ids: Array
     offsets: Array
     positions: Array
-    row: Array
+    row: Array  # where the page is entered in the table, by the first token on a new one; else no row
     column: Array
 
 
@@ -203,11 +178,11 @@ def _grant(cache: KVCache, request: _Request, total: int) -> tuple[PageTable, _G
     first_page = rows_of(taken.pages, taken.starts, config.num_pages)
     grant = _Grant(
         slot=slot,
+        ends=ends,
         status=jnp.where(taken.granted, status, Status.OUT_OF_PAGES),
         length=length,
         ahead=rows_of(table.positions, slot) - length,
         num_tokens=jnp.where(granted, num_tokens, 0),
-        ends=ends,
         tail=tail,
         copies=copies & granted,
         taken=taken,
@@ -221,21 +196,14 @@ def _place_tokens(config: CacheConfig, grant: _Grant, total: int) -> _Tokens:
     """A token slot for each token. A new page is entered in the table by the first token on it."""
     entry, offset = ragged_rows(grant.ends, total)
     # What the tokens of an entry share, in one read.
-    shared = (
-        grant.slot,
-        grant.num_tokens,
-        grant.length,
-        grant.ahead,
-        grant.tail,
-        grant.first_column,
-        grant.taken.starts - grant.first_column,
-    )
+    first = grant.taken.starts - grant.first_column
+    shared = grant.slot, grant.num_tokens, grant.length, grant.ahead, grant.tail, grant.first_column, first
     rows = rows_of(jnp.stack(shared, axis=1), entry)
-    slot, num_tokens, length, ahead, tail, first_column, start = (rows[:, i] for i in range(len(shared)))
+    slot, num_tokens, length, ahead, tail, first_column, first = (rows[:, i] for i in range(len(shared)))
     real, index = num_tokens > 0, length + offset
     column = index // config.page_size
     is_new = column >= first_column
-    page = jnp.where(is_new, rows_of(grant.taken.pages, start + column), tail)
+    page = jnp.where(is_new, rows_of(grant.taken.pages, first + column), tail)
     opens = real & is_new & ((index % config.page_size == 0) | (offset == 0))
     return _Tokens(
         page_ids=jnp.where(real, page, config.num_pages),
@@ -302,7 +270,7 @@ def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:
     """A padding entry beside a lone one.
 
     XLA turns a scatter of one row into a slice update, moves reads of the table past it, and then must
-    copy the table. Scatters of two rows stay scatters, in place.
+    copy the table, though the row comes `after` the reads. Scatters of two rows stay scatters, in place.
     """
     missing = max(0, 2 - seqs.shape[0])
     return jnp.pad(seqs, (0, missing), constant_values=-1), jnp.pad(num_tokens, (0, missing))

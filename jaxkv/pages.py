@@ -12,6 +12,7 @@ from jaxkv.operation import as_given, operation
 from jaxkv.ownership import count, release
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState
 from pallas_kernels import control_flow
+from pallas_kernels.ordering import after
 from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
@@ -82,9 +83,7 @@ def _truncate(
     def give_back(table: PageTable, entry, place, nth):
         row, column = rows_of(slot, entry, config.max_seqs), rows_of(kept, entry) + place
         page = rows_of(table.pages, (row, column), config.num_pages)
-        # The row depends on the page that was read: that orders the two, and spares a copy of the table.
-        row = jnp.where(page < config.num_pages, row, config.max_seqs)
-        pages = table.pages.at[row, column].set(config.num_pages, mode="drop")
+        pages = table.pages.at[after(row, page), column].set(config.num_pages, mode="drop")
         return release(replace(table, pages=pages), page, nth)
 
     table = for_each_page(give_back, table, num_cut)
