@@ -1,6 +1,7 @@
-"""Room for new tokens: pages off the free stack, and a copy of a shared tail page before its first write."""
+"""Room for new tokens: free pages, and a copy of a shared tail page before its first write."""
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -9,10 +10,12 @@ from jaxtyping import Array, Int
 
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
+from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors, count, is_first, pages_for, release_pages, rows_of
-from jaxkv.state import Batch, KVCache, KVPool, Status
+from jaxkv.ownership import Taken, count, num_available, num_owners, release, take
+from jaxkv.state import Batch, KVCache, KVPool, PageTable, Status
+from pallas_kernels.control_flow import skip_where_idle
 from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
@@ -43,7 +46,7 @@ def allocate(
     Args:
       cache: the cache.
       seqs: slots; a negative one is padding. A slot may be named once a call.
-      num_tokens: tokens to make room for, one number an entry.
+      num_tokens: tokens to make room for, one element an entry.
       total_tokens: static length of the token axis. Default: `len(seqs)`, plain decode.
 
     Returns:
@@ -70,182 +73,175 @@ def allocate(
 @jax.named_scope("jaxkv.allocate")
 def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> tuple[KVCache, Batch]:
     request = _request(cache.config, *_at_least_two(seqs, num_tokens), total)
-    cache, waits = _make_room(cache, request)
-    table, num_pages, max_seqs = cache.table, cache.config.num_pages, cache.config.max_seqs
-    grant = _decide(cache, request, waits)
-    tokens = _place_tokens(cache, grant, total)
-    row = jnp.where(tokens.opens, rows_of(grant.slot, tokens.entry), max_seqs)
-    num_taken = jnp.sum(grant.num_pages, dtype=jnp.int32)
-    taken = replace(
-        table,
-        pages=table.pages.at[row, tokens.column].set(tokens.page_ids, mode="drop"),
-        lengths=table.lengths.at[grant.slot].add(grant.num_tokens, mode="drop"),
-        positions=table.positions.at[grant.slot].add(grant.num_tokens, mode="drop"),
-        refcounts=table.refcounts.at[jnp.where(tokens.opens, tokens.page_ids, num_pages)].set(1, mode="drop"),
-        num_free=table.num_free - num_taken,
-    )
-    # What is pushed depends on what was taken: that orders the two, and spares a copy of the stack.
-    top_page = rows_of(table.free_pages, grant.top)
-    copied_to = jnp.where(grant.copies, top_page, num_pages)
-    table = release_pages(taken, jnp.where(copied_to < num_pages, grant.tail, num_pages))
-    first_page = jnp.where(grant.num_pages > 0, top_page, num_pages)
-    facts = grant.slot, grant.num_tokens, first_page, grant.tail
-    table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
-    pool = cache.pool
-    pages = copy_pages(
-        pool.k,
-        pool.v,
-        grant.tail,
-        copied_to,
-        k_scales=pool.k_scale,
-        v_scales=pool.v_scale,
-        kv_format=cache.config.storage.name,
-    )
+    cache, request = _make_room(cache, request)
+    table, grant = _grant(cache, request, total)
+    tokens = _place_tokens(cache.config, grant, total)
     refused = (grant.status != Status.OK) & (grant.status != Status.PADDING)
+    num_copies, num_refused = jnp.sum(jnp.stack([grant.copies, refused]), axis=1, dtype=jnp.int32)
+    pool, table = skip_where_idle(
+        num_copies > 0, partial(_copy_tails, grant=grant, config=cache.config), (cache.pool, table)
+    )
+    table = _enter(table, grant, tokens)
+    facts = grant.slot, grant.num_tokens, grant.first_page, grant.tail
+    table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
+    taken = grant.taken.num_pages
     stats = count(
         cache.stats,
-        num_taken=num_taken,
-        num_released=table.num_free - taken.num_free,
-        copy_on_write_copies=jnp.sum(grant.copies, dtype=jnp.int32),
-        refused_allocations=jnp.sum(refused, dtype=jnp.int32),
+        cache.table,
+        table,
+        num_taken=taken,
+        copy_on_write_copies=num_copies,
+        refused_allocations=num_refused,
     )
-    cache = replace(cache, pool=KVPool(*pages), table=table, stats=stats)
+    cache = replace(cache, pool=pool, table=table, stats=stats)
     return cache, _batch(cache, seqs, num_tokens, grant, tokens, total)
 
 
 class _Request(NamedTuple):
-    """What each entry of an `allocate` asks for.
+    """What each entry of an `allocate` asks for."""
 
-    Attributes:
-      slot: `max_seqs` for padding.
-      num_tokens: as asked for.
-      ends: running sum of it.
-      faults: what is wrong with an entry whatever the cache holds, as lists of masks and of a `Status` each.
-    """
-
-    slot: Array
-    num_tokens: Array
-    ends: Array
-    faults: tuple[list[Array], list[Status]]
+    slot: Array  # `max_seqs` for padding, and for a slot that is none or named before
+    num_tokens: Array  # as asked for
+    ends: Array  # running sum of it
+    status: Array  # a `Status`, as far as the entries alone tell it
 
 
 class _Grant(NamedTuple):
-    """What each entry of an `allocate` gets; one of padding may stand beside a lone entry.
+    """What each entry of an `allocate` gets; one of padding may stand beside a lone entry."""
 
-    Attributes:
-      slot: `max_seqs` for padding.
-      status: a `Status`.
-      length: before the call.
-      num_tokens, num_pages: granted; 0 for a refused entry.
-      ends: running sum of the tokens asked for.
-      tail: the page that the next token would go to, if it is part full.
-      copies: whether that page is copied first.
-      top: place on the free stack of the entry's first page; its others lie below.
-      first_column: column of its row that the first of them goes to.
-    """
-
-    slot: Array
-    status: Array
-    length: Array
-    num_tokens: Array
-    num_pages: Array
+    slot: Array  # as in `_Request`, like `ends`
     ends: Array
-    tail: Array
-    copies: Array
-    top: Array
-    first_column: Array
+    status: Array  # a `Status`
+    length: Array  # before the call
+    ahead: Array  # by how much the sequence's positions are ahead of its token slots
+    num_tokens: Array  # 0 for a refused entry
+    tail: Array  # the page that the next token would go to, if it is part full
+    copies: Array  # whether that page is copied first
+    taken: Taken
+    first_page: Array  # of those taken for the entry; `num_pages` for none
+    first_column: Array  # of its row, where that page goes
 
 
 class _Tokens(NamedTuple):
-    """Where each row of the token axis goes. `opens` marks the first token on a new page."""
+    """Where each row of the token axis goes; the first three as in a `Batch`."""
 
-    entry: Array
-    real: Array
-    place: Array
-    column: Array
     page_ids: Array
-    opens: Array
+    offsets: Array
+    positions: Array
+    row: Array  # where the page is entered in the table, by the first token on a new one; else no row
+    column: Array
 
 
 def _request(config: CacheConfig, seqs: Array, num_tokens: Array, total: int) -> _Request:
     ends = jnp.cumsum(jnp.clip(num_tokens, 0, total + 1), dtype=jnp.int32)
-    slot = jnp.where(seqs < 0, config.max_seqs, seqs)
-    wrong_length = (num_tokens < 0) | (ends > total) & (num_tokens > 0)
-    faults = [seqs < 0, ~is_first(slot, config.max_seqs), wrong_length]
-    return _Request(
-        slot, num_tokens, ends, (faults, [Status.PADDING, Status.INVALID_SEQ, Status.INVALID_LENGTH])
+    slot = clean_slots(seqs, config.max_seqs)
+    status = first_fault(
+        (seqs < 0, Status.PADDING),
+        (slot == config.max_seqs, Status.INVALID_SEQ),
+        ((num_tokens < 0) | (ends > total) & (num_tokens > 0), Status.INVALID_LENGTH),
     )
+    return _Request(slot, num_tokens, ends, status)
 
 
-def _make_room(cache: KVCache, request: _Request) -> tuple[KVCache, Array | None]:
+def _make_room(cache: KVCache, request: _Request) -> tuple[KVCache, _Request]:
     """Evicts what is due from the sequences whose new tokens do not fit their tail page.
 
-    Also says which of them have to wait, for pages to put what they keep. None without such a policy.
+    Those of them that have to wait, for pages to put what they keep, are refused.
     """
     if cache.policy is None or cache.policy.rule.once:
-        return cache, None
+        return cache, request
     config, rule = cache.config, cache.policy.rule
     room = -rows_of(cache.table.lengths, request.slot) % config.page_size
-    wrong, _ = request.faults
-    grows = ~jnp.any(jnp.stack(wrong), axis=0) & (request.num_tokens > room)
+    grows = (request.status == Status.OK) & (request.num_tokens > room)
     slot = jnp.where(grows, request.slot, config.max_seqs)
     cache, _ = rule.evict(cache, slot)
-    return cache, rule.is_due(cache, slot)
+    status = jnp.where(grows & rule.is_due(cache, slot), Status.OUT_OF_PAGES, request.status)
+    return cache, request._replace(status=status)
 
 
-def _decide(cache: KVCache, request: _Request, waits: Array | None) -> _Grant:
+def _grant(cache: KVCache, request: _Request, total: int) -> tuple[PageTable, _Grant]:
     """Counts every need from the state before the call, and says who gets what."""
     config, table = cache.config, cache.table
-    slot, num_tokens, ends, (wrong, reasons) = request
+    slot, num_tokens, ends, status = request
     length = rows_of(table.lengths, slot)
-    if waits is not None:
-        wrong, reasons = [*wrong, waits], [*reasons, Status.OUT_OF_PAGES]
-    status = jnp.select(
-        [*wrong, num_tokens > config.max_tokens_per_seq - length],
-        [*reasons, Status.SEQUENCE_TOO_LONG],
-        Status.OK,
-    ).astype(jnp.int32)
+    too_long = (status == Status.OK) & (num_tokens > config.max_tokens_per_seq - length)
+    status = jnp.where(too_long, Status.SEQUENCE_TOO_LONG, status)
     wants = (status == Status.OK) & (num_tokens > 0)
     tail = rows_of(table.pages, (slot, length // config.page_size), config.num_pages)
-    copies = wants & (length % config.page_size > 0) & (rows_of(table.refcounts, tail) > 1)
-    # A copy takes the place of the page it is made from.
+    copies = wants & (length % config.page_size > 0) & (num_owners(table, tail) > 1)
+    # A copy takes the column of the page it is made from.
     first_column = pages_for(length, config.page_size) - copies.astype(jnp.int32)
     need = jnp.where(wants, pages_for(length + num_tokens, config.page_size) - first_column, 0)
-    # First come, first served: from the first entry that does not fit, none that needs a page does.
-    last = jnp.cumsum(need, dtype=jnp.int32)
-    refused = (need > 0) & (last > table.num_free)
-    granted = wants & ~refused
-    return _Grant(
+    # Each page taken receives a token, and all but two of an entry's a page full of them.
+    table, taken = take(table, need, min(total, total // config.page_size + 2 * slot.shape[0]))
+    granted = wants & taken.granted
+    first_page = rows_of(taken.pages, taken.starts, config.num_pages)
+    grant = _Grant(
         slot=slot,
-        status=jnp.where(refused, Status.OUT_OF_PAGES, status),
-        length=length,
-        num_tokens=jnp.where(granted, num_tokens, 0),
-        num_pages=jnp.where(granted, need, 0),
         ends=ends,
+        status=jnp.where(taken.granted, status, Status.OUT_OF_PAGES),
+        length=length,
+        ahead=rows_of(table.positions, slot) - length,
+        num_tokens=jnp.where(granted, num_tokens, 0),
         tail=tail,
         copies=copies & granted,
-        top=table.num_free - 1 - (last - need),
+        taken=taken,
+        first_page=jnp.where(granted & (need > 0), first_page, config.num_pages),
         first_column=first_column,
+    )
+    return table, grant
+
+
+def _place_tokens(config: CacheConfig, grant: _Grant, total: int) -> _Tokens:
+    """A token slot for each token. A new page is entered in the table by the first token on it."""
+    entry, offset = ragged_rows(grant.ends, total)
+    # What the tokens of an entry share, in one read.
+    first = grant.taken.starts - grant.first_column
+    shared = grant.slot, grant.num_tokens, grant.length, grant.ahead, grant.tail, grant.first_column, first
+    rows = rows_of(jnp.stack(shared, axis=1), entry)
+    slot, num_tokens, length, ahead, tail, first_column, first = (rows[:, i] for i in range(len(shared)))
+    real, index = num_tokens > 0, length + offset
+    column = index // config.page_size
+    is_new = column >= first_column
+    page = jnp.where(is_new, rows_of(grant.taken.pages, first + column), tail)
+    opens = real & is_new & ((index % config.page_size == 0) | (offset == 0))
+    return _Tokens(
+        page_ids=jnp.where(real, page, config.num_pages),
+        offsets=jnp.where(real, index % config.page_size, 0),
+        positions=jnp.where(real, index + ahead, 0),
+        row=jnp.where(opens, slot, config.max_seqs),
+        column=column,
     )
 
 
-def _place_tokens(cache: KVCache, grant: _Grant, total: int) -> _Tokens:
-    """A place for each token. A new page is entered in the table by the first token on it."""
-    page_size, num_pages = cache.config.page_size, cache.config.num_pages
-    entry, offset = ragged_rows(grant.ends, total)
-    real = rows_of(grant.num_tokens, entry) > 0
-    place = rows_of(grant.length, entry) + offset
-    column = place // page_size
-    is_new = column >= rows_of(grant.first_column, entry)
-    # The n-th page of an entry is the n-th from its top of the stack.
-    new = rows_of(cache.table.free_pages, rows_of(grant.top + grant.first_column, entry) - column)
-    return _Tokens(
-        entry=entry,
-        real=real,
-        place=place,
-        column=column,
-        page_ids=jnp.where(real, jnp.where(is_new, new, rows_of(grant.tail, entry)), num_pages),
-        opens=real & is_new & ((place % page_size == 0) | (offset == 0)),
+def _copy_tails(
+    carry: tuple[KVPool, PageTable], grant: _Grant, config: CacheConfig
+) -> tuple[KVPool, PageTable]:
+    """Each shared tail page that is written to, to a page of the entry's own."""
+    pool, table = carry
+    source, destination = (
+        jnp.where(grant.copies, page, config.num_pages) for page in (grant.tail, grant.first_page)
+    )
+    pages = copy_pages(
+        pool.k,
+        pool.v,
+        source,
+        destination,
+        k_scales=pool.k_scale,
+        v_scales=pool.v_scale,
+        kv_format=config.storage.name,
+    )
+    return KVPool(*pages), release(table, source)
+
+
+def _enter(table: PageTable, grant: _Grant, tokens: _Tokens) -> PageTable:
+    """New pages in their rows, and the tokens in lengths and positions."""
+    length = grant.length + grant.num_tokens
+    return replace(
+        table,
+        pages=table.pages.at[tokens.row, tokens.column].set(tokens.page_ids, mode="drop"),
+        lengths=table.lengths.at[grant.slot].set(length, mode="drop"),
+        positions=table.positions.at[grant.slot].set(grant.ahead + length, mode="drop"),
     )
 
 
@@ -254,17 +250,16 @@ def _batch(cache: KVCache, seqs, num_tokens, grant: _Grant, tokens: _Tokens, tot
     status = grant.status[:entries]
     lengths = (grant.length + grant.num_tokens)[:entries]
     starts = jnp.concatenate([jnp.zeros(1, jnp.int32), grant.ends[:entries]])
-    ahead = rows_of(table.positions, grant.slot) - grant.num_tokens - grant.length
     batch = Batch(
         seqs=seqs,
         num_tokens=num_tokens,
         status=status,
         query_starts=jnp.minimum(starts, total),
         kv_lengths=jnp.where(status == Status.OK, lengths, 0),
-        positions=jnp.where(tokens.real, tokens.place + rows_of(ahead, tokens.entry), 0),
+        positions=tokens.positions,
         page_ids=tokens.page_ids,
-        offsets=jnp.where(tokens.real, tokens.place % config.page_size, 0),
-        num_free=table.num_free,
+        offsets=tokens.offsets,
+        num_free=num_available(table),
         fingerprint=table.fingerprint,
         config=config,
     )
@@ -275,7 +270,7 @@ def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:
     """A padding entry beside a lone one.
 
     XLA turns a scatter of one row into a slice update, moves reads of the table past it, and then must
-    copy the table. Scatters of two rows stay scatters, in place.
+    copy the table, though the row comes `after` the reads. Scatters of two rows stay scatters, in place.
     """
     missing = max(0, 2 - seqs.shape[0])
     return jnp.pad(seqs, (0, missing), constant_values=-1), jnp.pad(num_tokens, (0, missing))

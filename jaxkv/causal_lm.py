@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxkv.entries import rows_of
 from jaxkv.eviction import observe
-from jaxkv.pages import rows_of
 from jaxkv.state import Batch, KVCache
 
 

@@ -5,11 +5,12 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxkv.entries import rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import count, num_spanned, rows_of
+from jaxkv.ownership import count, is_live, num_spanned, renumber
 from jaxkv.state import KVCache, KVPool, PageTable
-from pallas_kernels import control_flow
+from pallas_kernels.control_flow import only_if
 from pallas_kernels.move_pages import move_pages
 
 
@@ -27,7 +28,7 @@ def should_compact(cache: KVCache) -> Bool[Array, ""]:
 @operation(results=lambda cache: REPLICATED)
 def _should_compact(cache: KVCache) -> Array:
     used = num_spanned(cache.table)
-    holes = used - jnp.sum(cache.table.refcounts > 0, dtype=jnp.int32)
+    holes = used - jnp.sum(is_live(cache.table), dtype=jnp.int32)
     return holes.astype(jnp.float32) > cache.config.compaction_threshold * used.astype(jnp.float32)
 
 
@@ -40,7 +41,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
 
     Each sequence's pages come in order, lower slots first; a shared page lies where its first reader
     has it. Contents, lengths and sharing stay as they are. Beyond the pool it needs memory for a few
-    numbers a page, and on the `xla` backend for a chunk of pages (about 16 MiB), never a second pool.
+    integers a page, and on the `xla` backend for a chunk of pages (about 16 MiB), never a second pool.
 
     Returns:
       The cache and the number of live pages that changed their id.
@@ -59,7 +60,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
 @operation(results=lambda cache: (as_given(cache), REPLICATED))
 def _compact(cache: KVCache) -> tuple[KVCache, Array]:
     table, num_pages = cache.table, cache.config.num_pages
-    target = _target_ids(table)
+    target = _target_ids(table, num_pages)
     pool = cache.pool
     pages = move_pages(
         pool.k,
@@ -69,14 +70,9 @@ def _compact(cache: KVCache) -> tuple[KVCache, Array]:
         v_scales=pool.v_scale,
         kv_format=cache.config.storage.name,
     )
-    live = table.refcounts > 0
-    num_moved = jnp.sum(live & (target != jnp.arange(num_pages, dtype=jnp.int32)), dtype=jnp.int32)
-    table = replace(
-        table,
-        pages=rows_of(target, table.pages, num_pages),
-        refcounts=jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop"),
-        free_pages=jnp.arange(num_pages - 1, -1, -1, dtype=jnp.int32),
-    )
+    moved = is_live(table) & (target != jnp.arange(num_pages, dtype=jnp.int32))
+    num_moved = jnp.sum(moved, dtype=jnp.int32)
+    table = replace(renumber(table, target), pages=rows_of(target, table.pages, num_pages))
     table = stamp(table, Operation.COMPACT, jnp.ones(1, bool), num_moved[None])
     stats = count(cache.stats, compactions=1, pages_moved=num_moved)
     return replace(cache, pool=KVPool(*pages), table=table, stats=stats), num_moved
@@ -103,15 +99,11 @@ def maybe_compact(cache: KVCache) -> KVCache:
 
 @operation(results=as_given)
 def _maybe_compact(cache: KVCache) -> KVCache:
-    # A loop of no trip or one. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
-    # temporary memory for a pool of 4 GiB (tests/compiled/check_aot.py); a loop's carry stays where it is.
-    trips = should_compact(cache).astype(jnp.int32)
-    return control_flow.fori_loop(0, trips, lambda _, cache: _compact(cache)[0], cache)
+    return only_if(should_compact(cache), lambda cache: _compact(cache)[0], cache)
 
 
-def _target_ids(table: PageTable) -> Int[Array, " pages"]:
+def _target_ids(table: PageTable, num_pages: int) -> Int[Array, " pages"]:
     """Where each live page goes: its rank among first mentions in the table. `num_pages` for the rest."""
-    num_pages = table.refcounts.shape[0]
     mentions = table.pages.reshape(-1)
     number = jnp.arange(mentions.shape[0], dtype=jnp.int32)
     first = jnp.full(num_pages, mentions.shape[0], jnp.int32).at[mentions].min(number, mode="drop")

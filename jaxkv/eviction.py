@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxkv.entries import check_vectors, clean_slots
 from jaxkv.fingerprint import is_current
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors
-from jaxkv.policies.base import Step, named_once
+from jaxkv.policies.base import Step
 from jaxkv.state import Batch, KVCache, PolicyState, Status
 
 
@@ -118,4 +118,4 @@ def evict(cache: KVCache, seqs: Int[Array, " entries"]) -> tuple[KVCache, Int[Ar
 @jax.named_scope("jaxkv.evict")
 def _evict(cache: KVCache, seqs: Array) -> tuple[KVCache, Array]:
     assert cache.policy is not None
-    return cache.policy.rule.evict(cache, named_once(seqs, cache.config))
+    return cache.policy.rule.evict(cache, clean_slots(seqs, cache.config.max_seqs))

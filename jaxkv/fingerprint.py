@@ -51,8 +51,9 @@ def stamp(
     words = jnp.asarray([seed + operation for seed in _SEEDS], jnp.uint32)[:, None]
     for fact in facts:
         words = _mix(words + fact.astype(jnp.uint32)[None, :])
+    words = jnp.concatenate([words, jnp.ones((1, changed.shape[0]), jnp.uint32)])
     words = jnp.sum(jnp.where(changed[None, :], words, jnp.uint32(0)), axis=1, dtype=jnp.uint32)
-    fingerprint = jnp.where(jnp.any(changed), _mix(table.fingerprint + words), table.fingerprint)
+    fingerprint = jnp.where(words[2] > 0, _mix(table.fingerprint + words[:2]), table.fingerprint)
     return replace(table, fingerprint=fingerprint)
 
 

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors, for_each_page, is_first, pages_for, rows_of
+from jaxkv.ownership import share
+from jaxkv.pages import for_each_page
 from jaxkv.state import KVCache, PageTable, PolicyState, Status
 
 
@@ -52,39 +54,26 @@ def fork(
 def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, PolicyState | None, Array]:
     config, table = cache.config, cache.table
     max_seqs, num_pages = config.max_seqs, config.num_pages
-    padding = (parents < 0) | (children < 0)
-    parent = jnp.where(padding, max_seqs, parents)
-    child = jnp.where(padding, max_seqs, children)
+    parent = clean_slots(parents, max_seqs, once=False)
     lengths = rows_of(table.lengths, parent)
-    status = jnp.select(
-        [
-            padding,
-            (parent >= max_seqs) | (child >= max_seqs),
-            parent == child,
-            lengths == 0,
-            rows_of(table.lengths, child) > 0,
-        ],
-        [Status.PADDING, Status.INVALID_SEQ, Status.OCCUPIED, Status.INVALID_SEQ, Status.OCCUPIED],
-        Status.OK,
-    ).astype(jnp.int32)
-    taken = (status == Status.OK) & ~is_first(jnp.where(status == Status.OK, child, max_seqs), max_seqs)
-    status = jnp.where(taken, Status.OCCUPIED, status)
-    child = jnp.where(status == Status.OK, child, max_seqs)
-    owned = jnp.where(status == Status.OK, pages_for(lengths, config.page_size), 0)
-
-    def share(table: PageTable, entry, place) -> PageTable:
-        page = table.pages.at[rows_of(parent, entry, max_seqs), place].get(mode="fill", fill_value=num_pages)
-        row = rows_of(child, entry, max_seqs)
-        return replace(
-            table,
-            pages=table.pages.at[row, place].set(page, mode="drop"),
-            refcounts=table.refcounts.at[page].add(1, mode="drop"),
-        )
-
-    table = for_each_page(
-        share, table, jnp.cumsum(owned, dtype=jnp.int32), parents.shape[0] * config.max_pages_per_seq
+    status = first_fault(
+        ((parents < 0) | (children < 0), Status.PADDING),
+        ((parents >= max_seqs) | (children >= max_seqs), Status.INVALID_SEQ),
+        (parents == children, Status.OCCUPIED),
+        (lengths == 0, Status.INVALID_SEQ),
+        (rows_of(table.lengths, clean_slots(children, max_seqs, once=False)) > 0, Status.OCCUPIED),
     )
-    table = stamp(table, Operation.FORK, status == Status.OK, parent, child)
+    child = clean_slots(children, max_seqs, where=status == Status.OK)
+    status = jnp.where((status == Status.OK) & (child == max_seqs), Status.OCCUPIED, status)
+    owned = jnp.where(child < max_seqs, pages_for(lengths, config.page_size), 0)
+
+    def share_pages(table: PageTable, entry, place, _) -> PageTable:
+        page = rows_of(table.pages, (rows_of(parent, entry, max_seqs), place), num_pages)
+        row = rows_of(child, entry, max_seqs)
+        return share(replace(table, pages=table.pages.at[row, place].set(page, mode="drop")), page)
+
+    table = for_each_page(share_pages, table, owned)
+    table = stamp(table, Operation.FORK, child < max_seqs, parent, child)
     positions = rows_of(table.positions, parent)
     table = replace(
         table,

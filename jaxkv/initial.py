@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from jaxkv.config import CacheConfig
+from jaxkv.ownership import all_free
 from jaxkv.policies import Policy
 from jaxkv.state import AllocationStats, KVCache, KVPool, PageTable, PolicyState
 
@@ -43,10 +44,8 @@ def init(config: CacheConfig, policy: Policy | None = None) -> KVCache:
             pages=jnp.full((seqs, config.max_pages_per_seq), pages, jnp.int32),
             lengths=jnp.zeros(seqs, jnp.int32),
             positions=jnp.zeros(seqs, jnp.int32),
-            refcounts=jnp.zeros(pages, jnp.int32),
-            free_pages=jnp.arange(pages - 1, -1, -1, dtype=jnp.int32),
-            num_free=jnp.asarray(pages, jnp.int32),
             fingerprint=jnp.zeros(2, jnp.uint32),
+            **all_free(pages),
         ),
         stats=AllocationStats(jnp.zeros(len(AllocationStats.names()), jnp.int32)),
         config=config,

@@ -1,32 +1,26 @@
-"""Who owns which page: free, truncate, and how pages come off the stack and go back. No K or V in sight.
-
-The cost of each function follows the batch and its pages, never the size of the pool: pages come
-off a stack by rank (a running sum over the batch), and go back to it the same way. An index that
-should do nothing is out of range (`num_pages`, `max_seqs`) and dropped.
-"""
+"""Rows of the page table: free, truncate, and walks over the pages of many rows. No K or V in sight."""
 
 from dataclasses import replace
-from typing import TypeAlias
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
+from jaxkv.config import CacheConfig
+from jaxkv.entries import check_vectors, clean_slots, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import as_given, operation
+from jaxkv.ownership import count, release
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState
 from pallas_kernels import control_flow
-from pallas_kernels.checks import as_int32
+from pallas_kernels.ordering import after
 from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
 _CHUNK = 1024
-_Amount: TypeAlias = Int[Array, ""] | int
 
 
 def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
-    """Gives the pages of `seqs` back; a page returns to the stack when its last owner lets go.
+    """Releases the pages of `seqs`; a page is free again when its last owner releases it.
 
     Padding, empty slots, slots beyond `max_seqs` and a slot named again are passed over.
 
@@ -49,7 +43,7 @@ def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
 
 
 def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " seqs"]) -> KVCache:
-    """Shortens sequences, as after rejected speculative tokens; pages left empty are given back.
+    """Shortens sequences, as after rejected speculative tokens; pages left empty are released.
 
     A longer length than now and a negative one do nothing, nor do padding, empty slots and slots
     beyond `max_seqs`. Of several lengths for one slot the smallest holds.
@@ -57,7 +51,7 @@ def truncate(cache: KVCache, seqs: Int[Array, " seqs"], lengths: Int[Array, " se
     Args:
       cache: the cache.
       seqs: slots.
-      lengths: token places to keep, one number an entry.
+      lengths: token slots to keep, one element an entry.
 
     Returns:
       The cache. Cut to zero, a slot is empty, as after `free`.
@@ -79,58 +73,29 @@ def _truncate(
     cache: KVCache, seqs: Array, lengths: Array
 ) -> tuple[PageTable, AllocationStats, PolicyState | None]:
     config, table = cache.config, cache.table
-    slot = jnp.where((seqs < 0) | (lengths < 0), config.max_seqs, seqs)
-    old = rows_of(table.lengths, slot)
-    new_lengths = table.lengths.at[slot].min(lengths, mode="drop")
-    new = rows_of(new_lengths, slot)
-    once = is_first(slot, config.max_seqs)
-    cut = jnp.where(once, old - new, 0)
+    asked = clean_slots(seqs, config.max_seqs, where=lengths >= 0, once=False)
+    slot = clean_slots(asked, config.max_seqs)
+    new_lengths = table.lengths.at[asked].min(lengths, mode="drop")
+    old, new = rows_of(table.lengths, slot), rows_of(new_lengths, slot)
     kept = pages_for(new, config.page_size)
-    ends = jnp.cumsum(jnp.where(once, pages_for(old, config.page_size) - kept, 0), dtype=jnp.int32)
+    num_cut = pages_for(old, config.page_size) - kept
 
-    def give_back(table: PageTable, entry, place):
+    def give_back(table: PageTable, entry, place, nth):
         row, column = rows_of(slot, entry, config.max_seqs), rows_of(kept, entry) + place
-        page = table.pages.at[row, column].get(mode="fill", fill_value=config.num_pages)
-        # The row depends on the page that was read: that orders the two, and spares a copy of the table.
-        row = jnp.where(page < config.num_pages, row, config.max_seqs)
-        pages = table.pages.at[row, column].set(config.num_pages, mode="drop")
-        return release_pages(replace(table, pages=pages), page)
+        page = rows_of(table.pages, (row, column), config.num_pages)
+        pages = table.pages.at[after(row, page), column].set(config.num_pages, mode="drop")
+        return release(replace(table, pages=pages), page, nth)
 
-    num_free = table.num_free
-    table = for_each_page(give_back, table, ends, seqs.shape[0] * config.max_pages_per_seq)
-    positions = table.positions.at[slot].add(-cut, mode="drop")
-    emptied = jnp.where(new == 0, slot, config.max_seqs)
-    table = replace(table, lengths=new_lengths, positions=positions.at[emptied].set(0, mode="drop"))
-    table = stamp(table, Operation.TRUNCATE, cut > 0, slot, new)
+    table = for_each_page(give_back, table, num_cut)
+    positions = jnp.where(new == 0, 0, rows_of(table.positions, slot) - (old - new))
+    positions = table.positions.at[slot].set(positions, mode="drop")
+    table = replace(table, lengths=new_lengths, positions=positions)
+    table = stamp(table, Operation.TRUNCATE, new < old, slot, new)
     policy = cache.policy
     if policy is not None:
-        shortened = jnp.where(cut > 0, slot, config.max_seqs)
+        shortened = jnp.where(new < old, slot, config.max_seqs)
         policy = replace(policy, values=policy.rule.forget(policy.values, shortened))
-    return table, count(cache.stats, num_released=table.num_free - num_free), policy
-
-
-def release_pages(table: PageTable, page_ids: Int[Array, " entries"]) -> PageTable:
-    """One owner lets go of each page named; those that nobody holds go to the stack, once.
-
-    An id of `num_pages` is passed over; a page named twice loses two owners.
-    """
-    num_pages = table.refcounts.shape[0]
-    refcounts = table.refcounts.at[page_ids].add(-1, mode="drop")
-    dead = refcounts.at[page_ids].get(mode="fill", fill_value=1) == 0
-    # Several entries may name one dead page. They write their numbers, below zero, where its count
-    # was; the one that reads its own back pushes the page.
-    mark = -1 - jnp.arange(page_ids.shape[0], dtype=jnp.int32)
-    refcounts = refcounts.at[jnp.where(dead, page_ids, num_pages)].min(mark, mode="drop")
-    pushes = dead & (refcounts.at[page_ids].get(mode="fill", fill_value=0) == mark)
-    refcounts = refcounts.at[jnp.where(pushes, page_ids, num_pages)].set(0, mode="drop")
-    rank = jnp.cumsum(pushes, dtype=jnp.int32)
-    place = jnp.where(pushes, table.num_free + rank - 1, num_pages)
-    return replace(
-        table,
-        refcounts=refcounts,
-        free_pages=table.free_pages.at[place].set(page_ids, mode="drop"),
-        num_free=table.num_free + rank[-1],
-    )
+    return table, count(cache.stats, cache.table, table), policy
 
 
 def drop_pages(
@@ -138,7 +103,7 @@ def drop_pages(
     slot: Int[Array, " entries"],
     first: Int[Array, " entries"],
     dropped: Int[Array, " entries"],
-    page_size: int,
+    config: CacheConfig,
 ) -> PageTable:
     """Takes whole pages out of rows; what stands behind them moves up. Lengths follow, positions stay.
 
@@ -149,45 +114,49 @@ def drop_pages(
       slot: each slot once; one beyond the table for an entry that does nothing.
       first: column of the first page that goes.
       dropped: how many go, full ones.
-      page_size: token places a page.
+      config: of the cache.
     """
-    num_pages, most = table.refcounts.shape[0], slot.shape[0] * table.pages.shape[1]
-    max_seqs = table.lengths.shape[0]
+    num_pages, max_seqs = config.num_pages, config.max_seqs
     dropped = jnp.where(slot < max_seqs, dropped, 0)
 
-    def give_back(table: PageTable, entry, place):
+    def give_back(table: PageTable, entry, place, nth):
         at = rows_of(slot, entry, max_seqs), rows_of(first, entry) + place
-        return release_pages(table, rows_of(table.pages, at, num_pages))
+        return release(table, rows_of(table.pages, at, num_pages), nth)
 
-    def move_up(table: PageTable, entry, place):
+    def move_up(table: PageTable, entry, place, _):
         row, column = rows_of(slot, entry, max_seqs), rows_of(first, entry) + place
         # Past the end of a row stands `num_pages`, which moves up too.
         behind = rows_of(table.pages, (row, column + rows_of(dropped, entry)), num_pages)
         return replace(table, pages=table.pages.at[row, column].set(behind, mode="drop"))
 
-    moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, slot), page_size) - first, 0)
-    table = for_each_page(give_back, table, jnp.cumsum(dropped, dtype=jnp.int32), most)
-    table = for_each_page(move_up, table, jnp.cumsum(moved, dtype=jnp.int32), most)
+    moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, slot), config.page_size) - first, 0)
+    table = for_each_page(give_back, table, dropped)
+    table = for_each_page(move_up, table, moved)
     table = stamp(table, Operation.DROP_PAGES, dropped > 0, slot, first, dropped)
-    return replace(table, lengths=table.lengths.at[slot].add(-dropped * page_size, mode="drop"))
+    return replace(table, lengths=table.lengths.at[slot].add(-dropped * config.page_size, mode="drop"))
 
 
-def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: int) -> PageTable:
-    """Folds `body(table, entry, place)` over the pages of ragged rows, a chunk of them at a time.
+def for_each_page(body, table: PageTable, counts: Int[Array, " entries"]) -> PageTable:
+    """Folds `body(table, entry, place, nth)` over some pages of each entry's row, a chunk of them at a time.
 
     Args:
-      body: takes the table and two int32 vectors; `entry` is `len(ends)` for padding.
+      body: takes the table and three int32 vectors: of each page its entry, `len(counts)` for padding; its
+        place among those of the entry; and how many of the chunk come before it.
       table: the page table.
-      ends: inclusive running sum of pages an entry.
-      most: a static bound of `ends[-1]`. At most one chunk: no loop is compiled.
+      counts: pages of each entry, no more than a row has. Where all rows fit one chunk no loop is compiled.
     """
-    size = min(most, _CHUNK)
-    if most <= size:
-        return body(table, *ragged_rows(ends, size))
-    chunks = (ends[-1] + size - 1) // size
-    return control_flow.fori_loop(
-        0, chunks, lambda chunk, table: body(table, *ragged_rows(ends, size, chunk * size)), table
-    )
+    entries, width = counts.shape[0], table.pages.shape[1]
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    if entries * width <= _CHUNK:
+        entry, place = jnp.divmod(jnp.arange(entries * width, dtype=jnp.int32), width)
+        nth = (ends - counts)[entry] + place
+        return body(table, jnp.where(place < counts[entry], entry, entries), place, nth)
+    nth = jnp.arange(_CHUNK, dtype=jnp.int32)
+
+    def visit(chunk: Array, table: PageTable) -> PageTable:
+        return body(table, *ragged_rows(ends, _CHUNK, chunk * _CHUNK), nth)
+
+    return control_flow.fori_loop(0, (ends[-1] + _CHUNK - 1) // _CHUNK, visit, table)
 
 
 def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries: int) -> PageTable:
@@ -210,57 +179,6 @@ def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries
     return control_flow.fori_loop(0, steps, lambda step, table: body(table, columns + step * size), table)
 
 
-def rows_of(values: Array, index: Int[Array, "..."] | tuple[Array, ...], fill: int = 0) -> Array:
-    """`values[index]`, `fill` where the index is past the end."""
-    return values.at[index].get(mode="fill", fill_value=fill)
-
-
-def is_first(slot: Int[Array, " entries"], max_seqs: int) -> Bool[Array, " entries"]:
-    """Whether an entry is the first to name its slot; never for a slot beyond `max_seqs`."""
-    number = jnp.arange(slot.shape[0], dtype=jnp.int32)
-    first = jnp.full(max_seqs, slot.shape[0], jnp.int32).at[slot].min(number, mode="drop")
-    return rows_of(first, slot, -1) == number
-
-
-def check_vectors(**vectors: Array) -> list[Array]:
-    """int32 vectors of one length, or a `ValueError` naming the argument that is not."""
-    arrays = {
-        name: vector if isinstance(vector, jax.Array) else np.asarray(vector)
-        for name, vector in vectors.items()
-    }
-    length = None
-    for name, array in arrays.items():
-        if array.ndim != 1 or array.shape[0] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}")
-        if length not in (None, array.shape[0]):
-            raise ValueError(
-                f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"
-            )
-        length = array.shape[0]
-    return [as_int32(array) for array in arrays.values()]
-
-
-def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
-    return (num_tokens + page_size - 1) // page_size
-
-
-def count(
-    stats: AllocationStats, *, num_taken: _Amount = 0, num_released: _Amount = 0, **others: _Amount
-) -> AllocationStats:
-    """Adds to the counters; the peak is reached before pages are given back."""
-    increments = others | dict(
-        total_allocations=num_taken,
-        total_deallocations=num_released,
-        current_pages=num_taken - num_released,
-        peak_pages=jnp.maximum(stats.current_pages + num_taken - stats.peak_pages, 0),
-    )
-    amounts = jnp.stack([jnp.asarray(increments.get(name, 0), jnp.int32) for name in stats.names()])
-    counters = stats.counters + amounts
-    # A counter that has grown past the largest int32 stays there instead of turning negative.
-    overflow = (amounts > 0) & (counters < stats.counters)
-    return AllocationStats(jnp.where(overflow, jnp.iinfo(jnp.int32).max, counters))
-
-
 def lengths(cache: KVCache) -> Int[Array, " seqs"]:
     """Token slots in use of each sequence, 0 for an empty one.
 
@@ -279,9 +197,3 @@ def lengths(cache: KVCache) -> Int[Array, " seqs"]:
     """
     # A copy: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
     return jnp.copy(cache.table.lengths)
-
-
-def num_spanned(table: PageTable) -> Int[Array, ""]:
-    """Pages from the first of the pool to the highest that is used."""
-    number = jnp.arange(1, table.refcounts.shape[0] + 1, dtype=jnp.int32)
-    return jnp.max(jnp.where(table.refcounts > 0, number, 0))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxkv.entries import check_vectors, clean_slots, rows_of
 from jaxkv.fingerprint import layer_for
 from jaxkv.operation import REPLICATED, as_given, axis_of, operation
-from jaxkv.pages import check_vectors, rows_of
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
 from pallas_kernels.checks import as_layer, check_layer, is_layer
@@ -112,7 +112,7 @@ def _gathered_specs(cache: KVCache, *_):
 @operation(results=_gathered_specs)
 def _gather(cache: KVCache, layer: Array, seqs: Array) -> tuple[Array, Array, Array]:
     config = cache.config
-    slot = jnp.where(seqs < 0, config.max_seqs, seqs)
+    slot = clean_slots(seqs, config.max_seqs, once=False)
     lengths = rows_of(cache.table.lengths, slot)
     pages = rows_of(cache.table.pages, slot, config.num_pages)
     real = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None] < lengths[:, None]

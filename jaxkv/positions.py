@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.arguments import whole
+from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors, is_first, pages_for, rows_of
 from jaxkv.rewrite import numbers, own_pages, stored_as
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool, Status
@@ -29,7 +29,7 @@ def shift_positions(
     rope: Rope,
     first: int = 0,
 ) -> tuple[KVCache, Int[Array, " seqs"]]:
-    """Turns the keys that a sequence kept to positions `by` further on, and its next token's with them.
+    """Rotates the keys that a sequence kept to positions `by` further on, and its next token's with them.
 
         positions       0 1 2 3 | 90 91 92 93        next 94
         by -86, first 4 0 1 2 3 |  4  5  6  7        next  8
@@ -76,17 +76,13 @@ def _shift_positions(
     cache: KVCache, seqs: Array, by: Array, *, rope: Rope, first: int
 ) -> tuple[KVCache, Array]:
     config = cache.config
-    slot = jnp.where(seqs < 0, config.max_seqs, seqs)
+    slot = clean_slots(seqs, config.max_seqs)
     length, position = rows_of(cache.table.lengths, slot), rows_of(cache.table.positions, slot)
-    status = jnp.select(
-        [
-            seqs < 0,
-            ~is_first(slot, config.max_seqs) | (length == 0),
-            (by < length - position) | (by > _MOST - position),
-        ],
-        [Status.PADDING, Status.INVALID_SEQ, Status.INVALID_LENGTH],
-        Status.OK,
-    ).astype(jnp.int32)
+    status = first_fault(
+        (seqs < 0, Status.PADDING),
+        (length == 0, Status.INVALID_SEQ),
+        ((by < length - position) | (by > _MOST - position), Status.INVALID_LENGTH),
+    )
     moves = (status == Status.OK) & (by != 0)
     column = jnp.full_like(slot, first // config.page_size)
     column = jnp.minimum(column, pages_for(length, config.page_size))

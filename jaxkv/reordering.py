@@ -6,11 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxkv.config import CacheConfig
+from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.forking import inherited
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import check_vectors, count, for_each_column, is_first, pages_for, release_pages, rows_of
+from jaxkv.ownership import count, release, share
+from jaxkv.pages import for_each_column
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
+from pallas_kernels.ordering import after
 
 
 def reorder(
@@ -23,9 +27,9 @@ def reorder(
         after    0 [a b c d][g h . .]    1 [a b c d][g h . .]    2 [a b c d][e f . .]
 
     Parents are read as before the call, so slots may trade places. A slot that is its own parent stays as it
-    is. No free page is needed: pages are shared, as after `fork`, and those that no slot continues are given
-    back. The first writer of a shared tail page gets a copy of it from `allocate`, which needs a free page.
-    A policy's state follows.
+    is. No free page is needed: pages are shared, as after `fork`, and those that no slot continues are
+    released. The first writer of a shared tail page gets a copy of it from `allocate`, which needs a free
+    page. A policy's state follows.
 
     Args:
       cache: the cache.
@@ -58,55 +62,48 @@ def reorder(
 def _reorder(
     cache: KVCache, seqs: Array, parents: Array
 ) -> tuple[PageTable, AllocationStats, PolicyState | None, Array]:
-    table, max_seqs = cache.table, cache.config.max_seqs
-    status = _decide(table, seqs, parents)
+    config, table = cache.config, cache.table
+    status = _decide(table, seqs, parents, config.max_seqs)
     changes = (status == Status.OK) & (seqs != parents)
-    slot, parent = jnp.where(changes, seqs, max_seqs), jnp.where(changes, parents, max_seqs)
+    slot, parent = (clean_slots(x, config.max_seqs, where=changes, once=False) for x in (seqs, parents))
     lengths, positions = rows_of(table.lengths, parent), rows_of(table.positions, parent)
-    owned, old = (
-        pages_for(length, cache.config.page_size) for length in (lengths, rows_of(table.lengths, slot))
-    )
-    num_free = table.num_free
-    # A page may stand in another column of its next owner's row, so all are kept before any is released.
-    table = for_each_column(_keep(parent), table, jnp.max(owned), seqs.shape[0])
-    table = for_each_column(_hand_over(slot, parent), table, jnp.max(jnp.maximum(owned, old)), seqs.shape[0])
+    new, old = (pages_for(x, config.page_size) for x in (lengths, rows_of(table.lengths, slot)))
+    # A page may stand in another column of its next owner's row, so all are shared before any is released.
+    table = for_each_column(_share(parent, config), table, jnp.max(new), seqs.shape[0])
+    hand_over = _hand_over(slot, parent, config)
+    table = for_each_column(hand_over, table, jnp.max(jnp.maximum(new, old)), seqs.shape[0])
     table = stamp(table, Operation.REORDER, changes, slot, parent)
     table = replace(
         table,
         lengths=table.lengths.at[slot].set(lengths, mode="drop"),
         positions=table.positions.at[slot].set(positions, mode="drop"),
     )
-    stats = count(cache.stats, num_released=table.num_free - num_free)
+    stats = count(cache.stats, cache.table, table)
     return table, stats, inherited(cache.policy, parent, slot), status
 
 
-def _decide(table: PageTable, seqs: Array, parents: Array) -> Array:
-    max_seqs = table.lengths.shape[0]
-    padding = (seqs < 0) | (parents < 0)
-    empty = rows_of(table.lengths, jnp.where(padding, max_seqs, parents)) == 0
-    status = jnp.select(
-        [padding, (seqs >= max_seqs) | (parents >= max_seqs) | empty & (seqs != parents)],
-        [Status.PADDING, Status.INVALID_SEQ],
-        Status.OK,
-    ).astype(jnp.int32)
-    again = (status == Status.OK) & ~is_first(jnp.where(status == Status.OK, seqs, max_seqs), max_seqs)
-    return jnp.where(again, Status.INVALID_SEQ, status)
+def _decide(table: PageTable, seqs: Array, parents: Array, max_seqs: int) -> Array:
+    empty = rows_of(table.lengths, clean_slots(parents, max_seqs, once=False)) == 0
+    status = first_fault(
+        ((seqs < 0) | (parents < 0), Status.PADDING),
+        ((seqs >= max_seqs) | (parents >= max_seqs) | empty & (seqs != parents), Status.INVALID_SEQ),
+    )
+    once = clean_slots(seqs, max_seqs, where=status == Status.OK)
+    return jnp.where((status == Status.OK) & (once == max_seqs), Status.INVALID_SEQ, status)
 
 
-def _keep(parent: Array):
-    def keep(table: PageTable, columns: Array) -> PageTable:
-        pages = rows_of(table.pages, (parent[:, None], columns[None, :]), table.refcounts.shape[0])
-        return replace(table, refcounts=table.refcounts.at[pages].add(1, mode="drop"))
+def _share(parent: Array, config: CacheConfig):
+    def share_pages(table: PageTable, columns: Array) -> PageTable:
+        return share(table, rows_of(table.pages, (parent[:, None], columns[None, :]), config.num_pages))
 
-    return keep
+    return share_pages
 
 
-def _hand_over(slot: Array, parent: Array):
+def _hand_over(slot: Array, parent: Array, config: CacheConfig):
     def hand_over(table: PageTable, columns: Array) -> PageTable:
-        # One read of both: the write depends on it, which orders the two and spares a copy of the table.
-        rows = jnp.concatenate([slot, parent])[:, None]
-        old, new = jnp.split(rows_of(table.pages, (rows, columns[None, :]), table.refcounts.shape[0]), 2)
-        pages = table.pages.at[slot[:, None], columns[None, :]].set(new, mode="drop")
-        return release_pages(replace(table, pages=pages), old.reshape(-1))
+        old, new = (rows_of(table.pages, (row[:, None], columns), config.num_pages) for row in (slot, parent))
+        row = after(slot, old, new)[:, None]
+        pages = table.pages.at[row, columns].set(new, mode="drop")
+        return release(replace(table, pages=pages), old.reshape(-1))
 
     return hand_over

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
 from jaxkv.config import CacheConfig
+from jaxkv.entries import pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.pages import count, pages_for, release_pages, rows_of
+from jaxkv.ownership import count, num_owners, release, take
 from jaxkv.state import KVCache, KVPool, PageTable, Status
 from pallas_kernels import control_flow
 
@@ -55,76 +56,67 @@ def own_pages(
       cache: the cache.
       slot: each slot once; `max_seqs` for an entry that does nothing.
       first: column from which on it owns its pages; what lies before stays as it is.
-      lengths: token places afterwards, no more than now.
+      lengths: token slots in use afterwards, no more than now.
 
     Returns:
       The cache and the `Rewrite`. Of a sequence that finds too few free pages nothing is changed.
     """
-    table, config = cache.table, cache.config
+    config = cache.config
     wanted = jnp.where(slot < config.max_seqs, pages_for(lengths, config.page_size), 0)
-    row = _own_rows(table, slot, first[:, None], wanted[:, None])
+    table, row = _own_rows(cache.table, slot, first[:, None], wanted[:, None], config)
     slot = jnp.where(row.granted, slot, config.max_seqs)
-    num_taken = jnp.sum(row.fresh, dtype=jnp.int32)
-    fresh = jnp.where(row.fresh, row.new, config.num_pages)
-    taken = replace(
+    table = replace(
         table,
         pages=table.pages.at[slot].set(row.new, mode="drop"),
         lengths=table.lengths.at[slot].set(lengths, mode="drop"),
-        refcounts=table.refcounts.at[fresh].set(1, mode="drop"),
-        num_free=table.num_free - num_taken,
     )
-    # What is pushed depends on what was taken, though it is always so: that orders the two, and spares a copy
-    # of the stack.
-    let_go = row.let_go & (row.new[:, :1] <= config.num_pages)
-    table = release_pages(taken, jnp.where(let_go, row.old, config.num_pages).reshape(-1))
+    table = release(table, jnp.where(row.released, row.old, config.num_pages).reshape(-1))
     table = stamp(table, Operation.OWN_PAGES, slot < config.max_seqs, slot, first, lengths)
-    stats = count(cache.stats, num_taken=num_taken, num_released=table.num_free - taken.num_free)
+    stats = count(cache.stats, cache.table, table, num_taken=row.num_taken)
     status = jnp.where(row.granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
     return replace(cache, table=table, stats=stats), Rewrite(slot, row.old, row.new, status)
 
 
 class _OwnRows(NamedTuple):
-    """Rows of the page table before and after; which are granted, what of them is fresh, what is let go."""
+    """Rows of the page table before and after; which are granted, and what of the old is released."""
 
     old: Int[Array, "entries pages_per_seq"]
     new: Int[Array, "entries pages_per_seq"]
     granted: Bool[Array, " entries"]
-    fresh: Bool[Array, "entries pages_per_seq"]
-    let_go: Bool[Array, "entries pages_per_seq"]
+    released: Bool[Array, "entries pages_per_seq"]
+    num_taken: Int[Array, ""]
 
 
-def _own_rows(table: PageTable, slot: Array, first: Array, wanted: Array) -> _OwnRows:
+def _own_rows(
+    table: PageTable, slot: Array, first: Array, wanted: Array, config: CacheConfig
+) -> tuple[PageTable, _OwnRows]:
     """Own pages stay in their columns, those beyond the length fill holes, then come fresh ones."""
-    num_pages, width = table.refcounts.shape[0], table.pages.shape[1]
+    num_pages, width = config.num_pages, config.max_pages_per_seq
     column = jnp.arange(width, dtype=jnp.int32)[None, :]
     entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None]
     old = rows_of(table.pages, slot, num_pages)
     changes = (column >= first) & (old < num_pages)
-    own = changes & (rows_of(table.refcounts, old) == 1)
+    own = changes & (num_owners(table, old) == 1)
     stays, spare = own & (column < wanted), own & (column >= wanted)
     hole = (column >= first) & (column < wanted) & ~own
     nth_hole = jnp.cumsum(hole, axis=1, dtype=jnp.int32) - 1
     nth_spare = jnp.where(spare, jnp.cumsum(spare, axis=1, dtype=jnp.int32) - 1, width)
     num_holes, num_spare = (jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (hole, spare))
-    need = jnp.maximum(num_holes - num_spare, 0)
-    # First come, first served, as in `allocate`.
-    last = jnp.cumsum(need, dtype=jnp.int32)
-    granted = (slot < table.lengths.shape[0]) & ((need == 0) | (last <= table.num_free))
+    table, taken = take(table, jnp.maximum(num_holes - num_spare, 0), old.size)
+    granted = ((slot < config.max_seqs) & taken.granted)[:, None]
     nth_fresh = nth_hole - num_spare[:, None]
-    fresh = hole & (nth_fresh >= 0) & granted[:, None]
-    top = (table.num_free - 1 - (last - need))[:, None]
-    fresh_page = rows_of(table.free_pages, jnp.where(fresh, top - nth_fresh, num_pages), num_pages)
+    fresh_page = rows_of(taken.pages, taken.starts[:, None] + nth_fresh, num_pages)
     spares = jnp.full_like(old, num_pages).at[entry, nth_spare].set(old, mode="drop")
     spare_page = rows_of(spares, (entry, jnp.where(hole, nth_hole, width)), num_pages)
-    new = jnp.where(hole, jnp.where(fresh, fresh_page, spare_page), num_pages)
+    new = jnp.where(hole, jnp.where(nth_fresh >= 0, fresh_page, spare_page), num_pages)
     new = jnp.where(stays | ~changes & ~hole, old, new)
     used_again = stays | spare & (nth_spare < num_holes[:, None])
-    return _OwnRows(
+    return table, _OwnRows(
         old=old,
-        new=jnp.where(granted[:, None], new, num_pages),
-        granted=granted,
-        fresh=fresh,
-        let_go=changes & granted[:, None] & ~used_again,
+        new=jnp.where(granted, new, num_pages),
+        granted=granted[:, 0],
+        released=changes & granted & ~used_again,
+        num_taken=taken.num_pages,
     )
 
 

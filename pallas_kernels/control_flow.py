@@ -28,6 +28,24 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, _Carry], _Carry], car
     return lax.fori_loop(lower, upper, lambda i, carry: _typed(body(i, carry), axes), _typed(carry, axes))
 
 
+def only_if(condition: Any, operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
+    """The operation where the condition holds, else the carry as it is; in place.
+
+    A loop of one trip or none. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
+    temporary memory for a pool of 4 GiB (tests/compiled/check_aot.py); a loop's carry stays where it is.
+    """
+    return fori_loop(0, condition.astype("int32"), lambda _, carry: operation(carry), carry)
+
+
+def skip_where_idle(condition: Any, operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
+    """The operation, which may be skipped where the condition does not hold: it changes nothing then.
+
+    A CPU skips it. On a GPU a loop waits for the device, which costs more than some small kernels.
+    """
+    skipped, done = _alike(lambda: only_if(condition, operation, carry), lambda: operation(carry))
+    return lax.platform_dependent(cpu=skipped, default=done)
+
+
 def while_loop(condition: Callable[[_Carry], Any], body: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
     """As `jax.lax.while_loop`."""
     if not _in_shard_map():
@@ -41,12 +59,16 @@ def while_loop(condition: Callable[[_Carry], Any], body: Callable[[_Carry], _Car
 
 def cond(predicate: Any, true_branch: Callable[[], Any], false_branch: Callable[[], Any]) -> Any:
     """As `jax.lax.cond`, for branches without arguments."""
-    if not _in_shard_map():
-        return lax.cond(predicate, true_branch, false_branch)
-    both = zip(_result_axes(true_branch), _result_axes(false_branch), strict=True)
-    axes = [one | other for one, other in both]
+    return lax.cond(predicate, *_alike(true_branch, false_branch))
 
-    return lax.cond(predicate, lambda: _typed(true_branch(), axes), lambda: _typed(false_branch(), axes))
+
+def _alike(one: Callable[[], Any], other: Callable[[], Any]) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Both branches, with results of the same types."""
+    if not _in_shard_map():
+        return one, other
+    both = zip(_result_axes(one), _result_axes(other), strict=True)
+    axes = [some | more for some, more in both]
+    return lambda: _typed(one(), axes), lambda: _typed(other(), axes)
 
 
 def _in_shard_map() -> bool:

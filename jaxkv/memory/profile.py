@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.operation import REPLICATED, operation
-from jaxkv.pages import num_spanned
+from jaxkv.ownership import num_spanned
 from jaxkv.state import AllocationStats, KVCache, PageTable, on_host
 from jaxkv.units import common_unit, format_bytes
 

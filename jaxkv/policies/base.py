@@ -11,22 +11,19 @@ These functions call the policy's methods inside `jit`. `jaxkv.generate` also as
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
-from jaxkv.pages import count, is_first
+from jaxkv.ownership import count
 from jaxkv.rope import Rope
 from jaxkv.state import AllocationStats, Batch, KVCache
-from pallas_kernels import control_flow
 
 Positions = Literal["original", "cache"]
-_Carry = TypeVar("_Carry")
 
 
 class Step(NamedTuple):
@@ -115,7 +112,8 @@ class Policy:
     def evict(self, cache: KVCache, slot: Int[Array, " entries"]) -> tuple[KVCache, Int[Array, " entries"]]:
         """Drops the tokens beyond the budget of some sequences, all or none of each sequence.
 
-        It is called in every step, and must cost nothing where nothing is due: see `only_if`.
+        It is called in every step, and must cost nothing where nothing is due: see
+        `pallas_kernels.control_flow.only_if`.
 
         Args:
           cache: the cache, with this policy's state; no `Batch` of it may be in use.
@@ -163,17 +161,6 @@ class Policy:
         """
         most = self.most_kept(config) + min(num_tokens, largest)
         return max(self.capacity(config), min(num_tokens + new_tokens, most))
-
-
-def only_if(condition: Bool[Array, ""], operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:
-    """The operation, or nothing. In a loop of one trip or none: a branch would get a pool of its own."""
-    return control_flow.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: operation(carry), carry)
-
-
-def named_once(seqs: Int[Array, " entries"], config: CacheConfig) -> Int[Array, " entries"]:
-    """Slots, `max_seqs` for padding and for a slot named before."""
-    slot = jnp.where(seqs < 0, config.max_seqs, seqs)
-    return jnp.where(is_first(slot, config.max_seqs), slot, config.max_seqs)
 
 
 def count_evictions(stats: AllocationStats, dropped: Int[Array, " entries"]) -> AllocationStats:

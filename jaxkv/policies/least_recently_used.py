@@ -9,7 +9,7 @@ from jaxtyping import Array
 
 from jaxkv.arguments import real
 from jaxkv.config import CacheConfig
-from jaxkv.pages import rows_of
+from jaxkv.entries import rows_of
 from jaxkv.policies.attention_mass import zeros
 from jaxkv.policies.base import Step
 from jaxkv.policies.token_policy import TokenPolicy, Tokens

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.pages import rows_of
+from jaxkv.entries import rows_of
 from jaxkv.policies.attention_mass import zeros
 from jaxkv.policies.base import Step, check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens

@@ -6,18 +6,14 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.pages import count, drop_pages, rows_of
-from jaxkv.policies.base import (
-    Policy,
-    Positions,
-    check_counts,
-    check_positions,
-    count_evictions,
-    only_if,
-)
+from jaxkv.entries import rows_of
+from jaxkv.ownership import count
+from jaxkv.pages import drop_pages
+from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
 from jaxkv.positions import check_rope, shift_positions
 from jaxkv.rope import Rope
 from jaxkv.state import Batch, KVCache
+from pallas_kernels.control_flow import only_if
 
 
 @dataclass(frozen=True)
@@ -100,11 +96,9 @@ class SlidingWindow(Policy):
         return cache, pages * config.page_size
 
     def _evict(self, cache: KVCache, slot: Array, pages: Array, first: int) -> KVCache:
-        config, before = cache.config, cache.table.num_free
-        column = jnp.full_like(slot, first)
-        table = drop_pages(cache.table, slot, column, pages, config.page_size)
-        stats = count(cache.stats, num_released=table.num_free - before)
-        stats = count_evictions(stats, pages * config.page_size)
+        config = cache.config
+        table = drop_pages(cache.table, slot, jnp.full_like(slot, first), pages, config)
+        stats = count_evictions(count(cache.stats, cache.table, table), pages * config.page_size)
         cache = replace(cache, table=table, stats=stats)
         if self.rope is None or self.positions == "original":
             return cache

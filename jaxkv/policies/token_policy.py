@@ -9,20 +9,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
+from jaxkv.entries import rows_of
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.pages import rows_of
-from jaxkv.policies.base import (
-    Policy,
-    Positions,
-    check_counts,
-    check_positions,
-    count_evictions,
-    only_if,
-)
+from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
 from jaxkv.positions import check_rope
 from jaxkv.rewrite import Rewrite, for_each_layer, numbers, own_pages, read_tokens, stored_as, write_tokens
 from jaxkv.rope import Rope
 from jaxkv.state import KVCache, KVPool
+from pallas_kernels.control_flow import only_if
 from pallas_kernels.ordering import after
 
 

@@ -1,0 +1,72 @@
+"""Vectors of entries, one element a sequence of a call: checked, cleaned, and what they read.
+
+An index that should do nothing is out of range (`num_pages`, `max_seqs`): it reads a fill value, and what
+is written there is dropped. It is never negative, for JAX counts those from the end.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from jaxkv.state import Status
+from pallas_kernels.checks import as_int32
+
+
+def check_vectors(**vectors: Array) -> list[Array]:
+    """int32 vectors of one length, or a `ValueError` naming the argument that is not."""
+    arrays = {
+        name: vector if isinstance(vector, jax.Array) else np.asarray(vector)
+        for name, vector in vectors.items()
+    }
+    length = None
+    for name, array in arrays.items():
+        if array.ndim != 1 or array.shape[0] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise ValueError(f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}")
+        if length not in (None, array.shape[0]):
+            raise ValueError(
+                f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"
+            )
+        length = array.shape[0]
+    return [as_int32(array) for array in arrays.values()]
+
+
+def clean_slots(
+    seqs: Int[Array, " entries"],
+    max_seqs: int,
+    *,
+    where: Bool[Array, " entries"] | bool = True,
+    once: bool = True,
+) -> Int[Array, " entries"]:
+    """Slots that an operation may use, `max_seqs` for every other entry.
+
+    Args:
+      seqs: as the user gave them.
+      max_seqs: slots there are; a negative entry and one beyond them are cleaned away.
+      where: entries that count; the others are cleaned away first.
+      once: whether of the entries that name one slot only the first is left.
+    """
+    slot = jnp.where(where & (seqs >= 0) & (seqs < max_seqs), seqs, max_seqs)
+    if not once:
+        return slot
+    number = jnp.arange(slot.shape[0], dtype=jnp.int32)
+    first = jnp.full(max_seqs, slot.shape[0], jnp.int32).at[slot].min(number, mode="drop")
+    return jnp.where(rows_of(first, slot, -1) == number, slot, max_seqs)
+
+
+def first_fault(*faults: tuple[Bool[Array, " entries"], Status]) -> Int[Array, " entries"]:
+    """A `Status` for each entry: of the first condition that holds for it, else OK."""
+    status = jnp.zeros(faults[0][0].shape, jnp.int32)
+    for condition, value in reversed(faults):
+        status = jnp.where(condition, value, status)
+    return status
+
+
+def rows_of(values: Array, index: Int[Array, "..."] | tuple[Array, ...], fill: int = 0) -> Array:
+    """`values[index]`, `fill` where the index is past the end."""
+    return values.at[index].get(mode="fill", fill_value=fill)
+
+
+def pages_for(num_tokens: Int[Array, " entries"], page_size: int) -> Int[Array, " entries"]:
+    """Pages that hold so many tokens."""
+    return (num_tokens + page_size - 1) // page_size
