@@ -32,17 +32,17 @@ lint: $(VENV)/.lint
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check-aot: .venv-aot/.installed
-	.venv-aot/bin/python -m benchmarks.check_aot
+	.venv-aot/bin/python -m tests.compiled.check_aot
 
 check-targets: .venv-targets/.installed
-	.venv-targets/bin/python -m benchmarks.check_targets
+	.venv-targets/bin/python -m tests.compiled.check_targets
 
-# Without a GPU it says so and rehearses. On a machine whose Python sees one already, run the modules themselves.
+# Without a GPU it says so and rehearses. On a machine whose Python sees one already, run the modules directly.
 # PyTorch shares the memory, so JAX must not take it beforehand.
 gpu: $(VENV)/.installed
 	if command -v nvidia-smi >/dev/null; then $(BIN)/pip install -q -e '.[cuda12]' matplotlib; fi
 	missed=0; export JAX_PLATFORMS=; \
-	for name in check_gpu bench_step; do $(BIN)/python -m benchmarks.$$name || missed=1; done; \
+	for name in tests.gpu.check_gpu benchmarks.bench_step; do $(BIN)/python -m $$name || missed=1; done; \
 	if command -v nvidia-smi >/dev/null; then \
 		if [ -d $(PEERS) ]; then \
 			export JAXKV_PEERS=$(abspath $(PEERS)) PATH="$(abspath $(PEERS))/bin:$$PATH"; \
@@ -54,9 +54,9 @@ gpu: $(VENV)/.installed
 
 # The table of tiles, warps and stages for this GPU: JAXKV_TUNING=tuning.toml makes attention use it.
 tune: $(VENV)/.installed
-	JAX_PLATFORMS= $(BIN)/python -m benchmarks.tune
+	JAX_PLATFORMS= $(BIN)/python -m jaxkv.tune --results benchmarks/results
 
-# The race's peers on a GPU, as far as there are wheels for this Python. PyTorch and nvcc must be there already.
+# Baselines of bench_attention on a GPU, where there are wheels for this Python. PyTorch and nvcc come first.
 PEERS := .peers
 FETCH := $(BIN)/pip install -q --only-binary :all: --no-compile --target $(PEERS)
 peers: $(PEERS)/.installed
@@ -106,7 +106,7 @@ $(VENV)/.lint: $(VENV)/.installed
 	.venv-targets/bin/pip install -q -e . jax==0.10.2 triton==3.6.0
 	touch $@
 
-# The peers of the benchmarks. Levanter's two files are read by path: only what they import is installed.
+# Baselines of the benchmarks. Levanter's two files are read by path: only what they import is installed.
 .venv-bench/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install -q torch==2.13.0

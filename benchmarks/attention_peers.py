@@ -1,4 +1,4 @@
-"""Peers of a GPU in `bench_attention`: FlashAttention-3, FlashInfer and vLLM's Triton kernel.
+"""Baselines of `bench_attention` on a GPU: FlashAttention-3, FlashInfer and vLLM's Triton kernel.
 
 `make peers` brings them; none of their code is kept here. All read pages through a page table, and a shared
 prefix as they read any pages.
@@ -23,8 +23,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.attention_contestants import HAS_GPU, Absent, Contestant, of_jax, of_torch
-from benchmarks.attention_problems import Arrays, Problem
+from benchmarks.attention_baselines import Absent, of_torch
+from jaxkv.tune.implementation import HAS_GPU, Implementation, of_jax
+from jaxkv.tune.problems import Arrays, Problem
 
 # Triton's interpreter runs vLLM's kernel on a CPU: its results can be held to float64 there.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -34,7 +35,7 @@ LEAST_PROGRAMS, SEGMENTS = 128, 16
 WORKSPACE = 384 * 2**20
 
 
-def flash_attention_3(problem: Problem, arrays: Arrays) -> Contestant:
+def flash_attention_3(problem: Problem, arrays: Arrays) -> Implementation:
     """FlashAttention-3 through its binding to JAX, on pools in the layout that it wants.
 
     It splits sequences as often as it is told: what is fastest here is found outside the clock.
@@ -52,7 +53,7 @@ def flash_attention_3(problem: Problem, arrays: Arrays) -> Contestant:
     return min(_split(kernels, problem, arrays, splits), key=_seconds)
 
 
-def _split(kernels: Any, problem: Problem, arrays: Arrays, splits: Sequence[int]) -> list[Contestant]:
+def _split(kernels: Any, problem: Problem, arrays: Arrays, splits: Sequence[int]) -> list[Implementation]:
     """FlashAttention-3 with each number of splits, over one copy of the pools `[pages, page_size, ..]`."""
     shape = len(problem.lengths), problem.queries[0], *arrays.q.shape[1:]
 
@@ -73,13 +74,13 @@ def _split(kernels: Any, problem: Problem, arrays: Arrays, splits: Sequence[int]
     return [of_jax(partial(attend, num), problem, arrays.q, *rest) for num in splits]
 
 
-def _seconds(contestant: Contestant) -> float:
-    contestant.seconds()  # compiles
-    # Of differences the least may be one whose shorter run was late.
-    return statistics.median(contestant.seconds() for _ in range(3))
+def _seconds(one: Implementation) -> float:
+    one.seconds()  # compiles
+    # Of differences, the least may be one whose shorter run was slow.
+    return statistics.median(one.seconds() for _ in range(3))
 
 
-def flashinfer(problem: Problem, arrays: Arrays) -> Contestant:
+def flashinfer(problem: Problem, arrays: Arrays) -> Implementation:
     """FlashInfer on our pool as it lies, its layout HND. What it plans on the host goes untimed."""
     _require_gpu()
     torch, package = _torch(), _import("flashinfer")
@@ -91,7 +92,7 @@ def flashinfer(problem: Problem, arrays: Arrays) -> Contestant:
     def attend(layer):
         return wrapper.run(q, tuple(pool[layer] for pool in pools), out=out)
 
-    return of_torch(attend, problem, _numbers)
+    return of_torch(attend, problem, _values)
 
 
 def _require_compiler() -> None:
@@ -140,7 +141,7 @@ def _workspace() -> Any:
     return _torch().zeros(WORKSPACE, dtype=_torch().uint8, device="cuda")
 
 
-def vllm_triton(problem: Problem, arrays: Arrays) -> Contestant:
+def vllm_triton(problem: Problem, arrays: Arrays) -> Implementation:
     """vLLM's kernel in Triton on our pool as it lies: it reads by strides. It takes our codes and scales too,
     one scale a token and KV head."""
     if not INTERPRETED:
@@ -164,7 +165,7 @@ def vllm_triton(problem: Problem, arrays: Arrays) -> Contestant:
         kernels.unified_attention(q=q, out=out, **layers, **rest)
         return out
 
-    return of_torch(attend, problem, _numbers)
+    return of_torch(attend, problem, _values)
 
 
 def _vllm_arguments(problem: Problem, arrays: Arrays, device: Any) -> dict[str, Any]:
@@ -265,7 +266,7 @@ def _torch() -> Any:
 
 
 def _table(arrays: Arrays) -> np.ndarray:
-    """The page table with a page in every place and columns to spare: peers look beyond a sequence's end."""
+    """The page table with a page in every entry and spare columns: kernels read beyond a sequence's end."""
     table = np.clip(np.asarray(arrays.page_table), 0, arrays.k_pages.shape[1] - 1)
     return np.pad(table, ((0, 0), (0, 16 - table.shape[1] % 16)))
 
@@ -274,5 +275,5 @@ def _int32(array: Any, device: Any = "cpu") -> Any:
     return _torch().from_numpy(np.array(array, np.int32)).to(device)
 
 
-def _numbers(out: Any) -> np.ndarray:
+def _values(out: Any) -> np.ndarray:
     return out.float().cpu().numpy()

@@ -1,166 +1,98 @@
-"""What `bench_attention` races over: shapes, and their arrays."""
+"""The problems of `bench_attention`, the most informative first."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from dataclasses import replace
+from functools import partial
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from pallas_kernels import cost, formats
-from tests.kernels import reference
-
-# Of the float64 reference, by dtype of the queries; twice as much for what a peer rounds on its way.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2.0**-5}
+from benchmarks.attention_targets import MEGABYTE
+from jaxkv.tune.implementation import HAS_GPU
+from jaxkv.tune.problems import Problem, decode, ragged, uniform
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Attention of the last `queries[i]` of `lengths[i]` tokens, of each sequence.
-
-    Attributes:
-      race: "decode", "prefill" or "shared prefix".
-      lengths, queries: one a sequence.
-      heads: query heads, KV heads and head_dim.
-      page_size: tokens a page.
-      stored: dtype of the pool, of codes int8 or uint8 (E4M3FN).
-      dtype: of the queries.
-      shared: tokens that all sequences begin with, in the same pages.
-      layers: of the pool, taken in turns, so that what was just read is not read again from a cache.
-    """
-
-    race: str
-    lengths: tuple[int, ...]
-    queries: tuple[int, ...]
-    heads: tuple[int, int, int] = (32, 8, 128)
-    page_size: int = 16
-    stored: str = "float32"
-    dtype: str = "float32"
-    shared: int = 0
-    layers: int = 1
-
-    @property
-    def name(self) -> str:
-        """One line: `decode 8 x 4096, 32/8/128, pages of 16, bfloat16`."""
-        lengths = sorted(set(self.lengths))
-        spread = f"{lengths[0]}" if len(lengths) == 1 else f"{lengths[0]}..{lengths[-1]}"
-        asked = "" if max(self.queries) == 1 else f", {max(self.queries)} new"
-        prefix = f", {self.shared} shared" if self.shared else ""
-        heads = "/".join(map(str, self.heads))
-        stored = {"uint8": "fp8"}.get(self.stored, self.stored)
-        return (
-            f"{self.race} {len(self.lengths)} x {spread}{asked}{prefix}, {heads}, pages of {self.page_size}, "
-            f"{stored}"
-        )
-
-    @cached_property
-    def cost(self):
-        """Flops and bytes of one layer, counted; what is shared is read once."""
-        q_heads, kv_heads, head_dim = self.heads
-        keys, pairs = cost.causal(self.lengths, self.queries)
-        return cost.paged_attention(
-            num_keys=keys - self.shared * (len(self.lengths) - 1),
-            num_pairs=pairs,
-            tokens=sum(self.queries),
-            q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            q_dtype=self.dtype,
-            storage=formats.of(self.stored),
-        )
+def problems() -> list[Problem]:
+    """All problems that fit the memory."""
+    return _for_gpu() if HAS_GPU else _for_cpu()
 
 
-class Arrays(NamedTuple):
-    """Arguments of `paged_attention`."""
-
-    q: jax.Array
-    k_pages: jax.Array
-    v_pages: jax.Array
-    page_table: jax.Array
-    kv_lengths: jax.Array
-    query_starts: jax.Array
-    scales: tuple[jax.Array, ...]  # of a pool of codes
-
-
-def build(problem: Problem) -> Arrays:
-    """Random numbers; the pages lie in random order."""
-    q_heads, kv_heads, head_dim = problem.heads
-    shared = problem.shared // problem.page_size
-    own = [-(-length // problem.page_size) - shared for length in problem.lengths]
-    order = np.random.default_rng(0).permutation(shared + sum(own)).astype(np.int32)
-    table = np.full((len(own), shared + max(own)), len(order), np.int32)
-    table[:, :shared] = order[:shared]
-    for row, (end, count) in enumerate(zip(shared + np.cumsum(own), own, strict=True)):
-        table[row, shared : shared + count] = order[end - count : end]
-    keys = jax.random.split(jax.random.key(0), 3)
-    shape = problem.layers, len(order), kv_heads, problem.page_size, head_dim
-    storage = formats.of(problem.stored)
-
-    def pool(key):
-        values = jax.random.normal(key, shape, problem.dtype if storage.quantized else problem.stored)
-        return storage.encode(values, keys=True) if storage.quantized else (values, None)
-
-    (k, k_scale), (v, v_scale) = (jax.jit(pool)(key) for key in keys[:2])
-    starts = np.cumsum([0, *problem.queries], dtype=np.int32)
-    return Arrays(
-        q=jax.random.normal(keys[2], (int(starts[-1]), q_heads, head_dim), problem.dtype),
-        k_pages=k,
-        v_pages=v,
-        page_table=jnp.asarray(table),
-        kv_lengths=jnp.asarray(problem.lengths, jnp.int32),
-        query_starts=jnp.asarray(starts),
-        scales=(k_scale, v_scale) if storage.quantized else (),
-    )
+def _for_cpu() -> list[Problem]:
+    prefill = partial(Problem, "prefill", page_size=16)
+    shared = partial(Problem, "shared prefix", page_size=16)
+    even, uneven = uniform(8, 4096), ragged(8, 128, 4096)
+    return [
+        decode(even),
+        decode(uneven),
+        decode(even, page_size=64),
+        decode(uneven, page_size=128),
+        *(decode(uniform(8, length)) for length in (256, 512, 1024, 2048)),
+        decode(uniform(1, 4096)),
+        decode(even, heads=(9, 3, 64)),
+        decode(uneven, heads=(9, 3, 64)),
+        decode(uneven, heads=(8, 1, 128)),
+        decode(uneven, stored="int8"),
+        decode(uneven, stored="uint8"),
+        prefill(uniform(1, 512), uniform(1, 512)),
+        prefill(uniform(1, 2560), uniform(1, 512)),
+        shared(uniform(8, 2176), uniform(8, 1), shared=2048),
+        shared(uniform(32, 2176), uniform(32, 1), shared=2048),
+    ]
 
 
-def tokens_of(arrays: Arrays, seq: int, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """K and V of a sequence, `[length, kv_heads, head_dim]`, as numbers."""
-    length = int(arrays.kv_lengths[seq])
-    ids = np.asarray(arrays.page_table[seq])[: -(-length // arrays.k_pages.shape[3])]
-    tokens = []
-    for nth, pages in enumerate((arrays.k_pages, arrays.v_pages)):
-        own = np.asarray(pages[layer, ids])
-        if arrays.scales:
-            own = reference.dequantize(own, np.asarray(arrays.scales[nth][layer, ids]))
-        tokens.append(own.swapaxes(1, 2).reshape(-1, own.shape[1], own.shape[3])[:length])
-    return tokens[0], tokens[1]
-
-
-def expected(problem: Problem, arrays: Arrays) -> dict[tuple[int, int], np.ndarray]:
-    """The result by NumPy float64 for layer 0: rows of the first, the longest and the last sequence."""
-    want, chosen = {}, {0, int(np.argmax(problem.lengths)), len(problem.lengths) - 1}
-    for seq in sorted(chosen):
-        first, end = (int(place) for place in arrays.query_starts[seq : seq + 2])
-        # Of a long run of queries, the last ones.
-        first = max(first, end - 16)
-        q, k, v = (np.asarray(array, np.float64) for array in (arrays.q[first:end], *tokens_of(arrays, seq)))
-        want[first, end], _ = reference.attention(q, k, v)
-    return want
-
-
-def worst_error(
-    problem: Problem, want: dict[tuple[int, int], np.ndarray], out: jax.Array | np.ndarray
-) -> float:
-    """How far a result lies from what is expected, in units of the tolerance."""
-    out, worst = np.asarray(out, np.float64), 0.0
-    for (first, end), values in want.items():
-        # Not Python's max, which a NaN would pass.
-        worst = np.maximum(worst, np.abs(out[first:end] - values).max())
-    return float(worst) / TOLERANCE[problem.dtype]
-
-
-def uniform(seqs: int, length: int) -> tuple[int, ...]:
-    """All of one length."""
-    return (length,) * seqs
-
-
-def ragged(seqs: int, low: int, high: int) -> tuple[int, ...]:
-    """From short to long in even steps."""
-    return tuple(np.linspace(low, high, seqs).astype(int).tolist())
-
-
-def decode(lengths: Sequence[int], **options) -> Problem:
-    """One query a sequence."""
-    return Problem("decode", tuple(lengths), (1,) * len(lengths), **options)
+def _for_gpu() -> list[Problem]:
+    """One for each target, then 32/8/128 over every batch and context, the other heads at one of each, and
+    what else the kernels do."""
+    floats = partial(decode, stored="bfloat16", dtype="bfloat16")
+    sized = partial(Problem, stored="bfloat16", dtype="bfloat16")
+    even, uneven = uniform(64, 8192), ragged(64, 512, 8192)
+    first = [
+        floats(even),
+        floats(even, stored="int8"),
+        floats(uneven),
+        sized("prefill", uniform(1, 8192), uniform(1, 8192)),
+        floats(even, heads=(64, 8, 128)),
+        floats(uniform(8, 32768)),
+        floats(even, page_size=64),
+        floats(even, stored="uint8"),
+        sized("shared prefix", uniform(32, 8320), uniform(32, 1), shared=8192),
+        sized("prefill", uniform(1, 10240), uniform(1, 2048)),
+        floats(even, heads=(9, 3, 64)),
+        floats(even, heads=(32, 32, 128)),
+        floats(uniform(1, 32768)),
+        floats(uniform(256, 1024)),
+    ]
+    grid = [
+        floats(lengths, page_size=page_size)
+        for page_size in (16, 64)
+        for seqs in (1, 8, 64, 256)
+        for length in (1024, 8192, 32768, 131072)
+        for lengths in (uniform(seqs, length), ragged(seqs, length // 16, length))
+        if seqs > 1 or lengths == uniform(1, length)
+    ]
+    grid += [floats(uniform(64, 8192), page_size=page_size) for page_size in (32, 128)]
+    grid += [
+        floats(uniform(seqs, length), heads=heads)
+        for heads in ((8, 1, 128), (32, 32, 128), (64, 8, 128), (9, 3, 64))
+        for seqs, length in ((8, 8192), (64, 8192))
+    ]
+    coded = even, uniform(8, 32768), uneven
+    twins = [
+        problem
+        for problem in grid
+        if problem.lengths in coded and (problem.heads, problem.page_size) == ((32, 8, 128), 16)
+    ]
+    grid += [replace(problem, stored=stored) for stored in ("int8", "uint8") for problem in twins]
+    grid += [
+        sized("prefill", uniform(1, cached + chunk), uniform(1, chunk))
+        for chunk in (512, 2048, 8192)
+        for cached in (0, 8192, 32768)
+    ]
+    grid += [
+        sized("shared prefix", uniform(seqs, prefix + 128), uniform(seqs, 1), shared=prefix)
+        for seqs in (8, 32, 128)
+        for prefix in (2048, 8192, 32768)
+    ]
+    memory = 9 * 2**30
+    return [
+        # A layer of a few megabytes is read from the L2 cache unless others come between.
+        replace(problem, layers=max(1, min(8, int(200 * MEGABYTE / problem.cost.bytes_accessed))))
+        for problem in dict.fromkeys([*first, *grid])
+        if problem.cost.bytes_accessed < memory
+    ]

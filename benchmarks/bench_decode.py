@@ -1,11 +1,11 @@
 """Decode speed of SmolLM2-135M: the paged cache against a hand-written dense one, and `transformers`.
 
 The same weights, the same model code, float32, greedy; each round decodes `STEPS` tokens in one compiled
-loop, and the contenders take turns. Lengths are set back between rounds, outside the clock. Pages of the
+loop, and the caches take turns. Lengths are set back between rounds, outside the clock. Pages of the
 sequences are interleaved in the pool, as they are after a while of serving.
 
-Bars: at least 0.95 of the dense cache's tokens/s at context 512 (one sequence and eight), at least 1.3 times
-its for eight ragged sequences up to 4,096 tokens, at least level with `transformers` for one sequence.
+Targets: at least 0.95 of the dense cache's tokens/s at context 512 (one sequence and eight), at least 1.3
+times for eight ragged sequences up to 4,096 tokens, and at least those of `transformers` for one sequence.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from benchmarks import dense_cache, peer_transformers
-from benchmarks.timing import Sample, interleave, publish, stopwatch, times
-from jaxkv.models import LoadedModel, load
+from benchmarks import peer_transformers
+from benchmarks.publishing import publish
+from jaxkv.models import LoadedModel, dense_cache, load
+from jaxkv.tune.timing import Sample, interleave, stopwatch, times
 
 STEPS, ROUNDS, PAGE_SIZE = 32, 9, 16
 # Name, lengths at the start of a round, places of a dense row, least ratio to the dense cache.
@@ -98,22 +99,22 @@ def dense(loaded: LoadedModel, lengths: list[int], max_tokens: int) -> Callable[
 
 
 def main() -> int:
-    """Prints the table, writes the result, and returns 1 if a bar does not hold."""
+    """Prints the table, writes the result, and returns 1 if a target is missed."""
     loaded = load("smollm2-135m", dtype="float32")
-    print(f"{'case':<28}{'contestant':<22}{'tokens/s':>9}   jaxkv against it   bar")
+    print(f"{'case':<28}{'cache':<22}{'tokens/s':>9}   jaxkv against it   target")
     rows, met = [], True
-    for name, lengths, max_tokens, bar in CASES:
-        contestants = {
+    for name, lengths, max_tokens, target in CASES:
+        functions = {
             "jaxkv": paged(loaded, lengths, max_tokens),
             "dense": dense(loaded, lengths, max_tokens),
         }
-        bars = {"dense": bar}
+        targets = {"dense": target}
         peer = peer_transformers.decode(lengths[0], STEPS) if len(lengths) == 1 else None
         if peer is not None:
-            contestants["transformers"], bars["transformers"] = peer, 1.0
-        seconds = interleave(contestants, rounds=ROUNDS, warm_up=1)
-        del contestants
-        rows += [_row(name, len(lengths), other, seconds, bars.get(other)) for other in seconds]
+            functions["transformers"], targets["transformers"] = peer, 1.0
+        seconds = interleave(functions, rounds=ROUNDS, warm_up=1)
+        del functions
+        rows += [_row(name, len(lengths), other, seconds, targets.get(other)) for other in seconds]
         met &= all(row["met"] for row in rows)
     if not peer_transformers.present():
         print("transformers: absent (not installed here)")
@@ -121,20 +122,20 @@ def main() -> int:
     return 0 if met else 1
 
 
-def _row(case: str, num_seqs: int, name: str, seconds: dict[str, Sample], bar: float | None) -> dict:
-    """One contestant's speed, and how many of its tokens/s the paged cache reaches."""
+def _row(case: str, num_seqs: int, name: str, seconds: dict[str, Sample], target: float | None) -> dict:
+    """The speed of one cache, and how many of its tokens/s the paged cache reaches."""
     ratio = seconds[name].over(seconds["jaxkv"])
     speed = num_seqs * STEPS / seconds[name].median
-    met = bar is None or ratio.median >= bar
-    verdict = "" if bar is None else f"{times(ratio):<18} {bar:.2f} {'met' if met else 'NOT MET'}"
+    met = target is None or ratio.median >= target
+    verdict = "" if target is None else f"{times(ratio):<18} {target:.2f} {'met' if met else 'NOT MET'}"
     print(f"{case:<28}{name:<22}{speed:>9.1f}   {verdict}", flush=True)
     return {
         "case": case,
-        "contestant": name,
+        "name": name,
         "tokens_per_second": speed,
         "seconds": seconds[name].as_json(),
         "ratio": ratio.as_json(),
-        "bar": bar,
+        "target": target,
         "met": met,
     }
 

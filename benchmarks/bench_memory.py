@@ -26,10 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from benchmarks.timing import interleave, publish, stopwatch
+from benchmarks.publishing import publish
 from jaxkv import catalog
 from jaxkv.memory.profile import MemoryProfile, unused_share
 from jaxkv.planner import ModelShape, kv_cache_bytes
+from jaxkv.tune.timing import interleave, stopwatch
 from jaxkv.units import format_bytes
 
 # Layers, KV heads, head_dim, dtype.
@@ -173,7 +174,7 @@ def appending(rounds: int) -> tuple[list[dict], bool]:
     )
     free, pages = jax.jit(jaxkv.free, donate_argnames="cache"), {}
 
-    def contestant(tokens: int) -> Callable[[], float]:
+    def appending(tokens: int) -> Callable[[], float]:
         state = [jaxkv.init(config)]
         step = jax.jit(_extend, static_argnames="tokens", donate_argnames="cache")
         k = jnp.ones((tokens, config.num_kv_heads, config.head_dim))
@@ -192,7 +193,7 @@ def appending(rounds: int) -> tuple[list[dict], bool]:
 
         return run
 
-    samples = interleave({tokens: contestant(tokens) for tokens in APPENDS}, rounds=rounds, warm_up=1)
+    samples = interleave({tokens: appending(tokens) for tokens in APPENDS}, rounds=rounds, warm_up=1)
     print(f"\nappending to {APPEND_TOKENS:,} tokens, pages of 16, one layer of 8 x 128 in float32")
     print(f"{'tokens a call':>13}{'calls':>7}{'pages':>7}{'pages a call':>14}{'us a token':>22}")
     rows = []

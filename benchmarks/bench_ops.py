@@ -1,4 +1,4 @@
-"""What does bookkeeping cost? allocate, fork, free and truncate, beside a peer, and as the pool grows.
+"""What does bookkeeping cost? allocate, fork, free and truncate, beside Levanter's, and as the pool grows.
 
 Each operation is one jitted call with its state donated, timed from the call until every result is
 there: dispatch, the operation, and all that it returns (`allocate`'s batch, too). A donated state lives
@@ -10,14 +10,14 @@ from a copy, since giving 64 pages to each of its sequences again takes it secon
   prefill    one sequence takes 64 pages at once
   fork       one parent of 64 full pages into 64 children, or as many as there are slots for; the peer
              clones one child a call, so its calls are made by a loop inside one jit
-  free       all sequences let go of 64 pages each (`free, 1 page` of one each)
-  truncate   all sequences, 64 pages each, let go of half; the peer has none
+  free       all sequences release 64 pages each (`free, 1 page` of one each)
+  truncate   all sequences, 64 pages each, release half; the peer has none
 
 The floor is a call that takes a cache, adds one to its counters and returns it: nothing here can be
 faster. A pool of one layer, one head and a head_dim of 1 keeps K and V out of it. Against the peer the
-free stack is shuffled, so that ids lie about as they do after long use. The growth of the pool is shown
-with ids in order, which is held to the bar, and again with a shuffled stack: the difference is what the
-machine's memory takes for touching that many places of a larger array.
+free stack is shuffled, so that ids are in no order, as after long use. The growth of the pool is shown
+with ids in order, which must meet the target, and again with a shuffled stack: the difference is what the
+machine's memory takes for touching as many elements of a larger array.
 
     python -m benchmarks.bench_ops [--quick] [--strict]
 
@@ -38,12 +38,13 @@ import numpy as np
 
 import jaxkv
 from benchmarks import peer_levanter
-from benchmarks.timing import Sample, interleave, microseconds, publish, stopwatch, times
+from benchmarks.publishing import publish
+from jaxkv.tune.timing import Sample, interleave, microseconds, stopwatch, times
 
 PAGE_SIZE, RUN_PAGES = 16, 64
 RUN_TOKENS = RUN_PAGES * PAGE_SIZE
-BARS = {"allocate": 100, "prefill": 20, "free": 10}
-GROWTH_BAR = 2
+TARGETS = {"allocate": 100, "prefill": 20, "free": 10}
+GROWTH_TARGET = 2
 
 
 @dataclass(frozen=True)
@@ -184,42 +185,42 @@ def peer_runs(peer: peer_levanter.Peer, shape: Shape) -> dict[str, Run]:
 
 def against_peer(peer: peer_levanter.Peer | None, shape: Shape, rounds: int) -> dict[str, Any]:
     """Times one shape, prints its table and returns its numbers."""
-    contestants = {("jaxkv", name): run for name, run in our_runs(shape).items()}
+    functions = {("jaxkv", name): run for name, run in our_runs(shape).items()}
     if peer:
-        contestants |= {("levanter", name): run for name, run in peer_runs(peer, shape).items()}
-    samples = interleave(contestants, rounds=rounds, repeats=3)
-    barred = BARS if peer and shape == AGAINST_PEER[-1] else {}
-    print(f"\n{shape}\n{'':14}{'jaxkv, us':>24}{'levanter, us':>28}{'times faster':>26}{'bar':>6}")
+        functions |= {("levanter", name): run for name, run in peer_runs(peer, shape).items()}
+    samples = interleave(functions, rounds=rounds, repeats=3)
+    targets = TARGETS if peer and shape == AGAINST_PEER[-1] else {}
+    print(f"\n{shape}\n{'':14}{'jaxkv, us':>24}{'levanter, us':>28}{'times faster':>26}{'target':>8}")
     rows = {}
     for name in _operations(samples):
         ours, theirs = samples["jaxkv", name], samples.get(("levanter", name))
         ratio = theirs.over(ours) if theirs else None
-        verdict = "" if name not in barred or not ratio else _verdict(ratio.median >= barred[name])
-        bar = f"{barred[name]}x" if name in barred else ""
+        verdict = "" if name not in targets or not ratio else _verdict(ratio.median >= targets[name])
+        target = f"{targets[name]}x" if name in targets else ""
         print(
             f"{name:14}{microseconds(ours):>24}{microseconds(theirs) if theirs else '-':>28}"
-            f"{times(ratio) if ratio else '-':>26}{bar:>6}  {verdict}".rstrip()
+            f"{times(ratio) if ratio else '-':>26}{target:>8}  {verdict}".rstrip()
         )
-        rows[name] = _row(jaxkv=ours, levanter=theirs, ratio=ratio) | {"bar": barred.get(name)}
+        rows[name] = _row(jaxkv=ours, levanter=theirs, ratio=ratio) | {"target": targets.get(name)}
     return {"shape": vars(shape), "seconds": rows}
 
 
 def growth(rounds: int, *, scattered: bool) -> dict[str, Any]:
     """Times our operations in a small pool and in a large one."""
     small, large = (replace(shape, scattered=scattered) for shape in GROWTH)
-    contestants = {(shape, name): run for shape in (small, large) for name, run in our_runs(shape).items()}
-    samples = interleave(contestants, rounds=rounds, repeats=3)
+    functions = {(shape, name): run for shape in (small, large) for name, run in our_runs(shape).items()}
+    samples = interleave(functions, rounds=rounds, repeats=3)
     ids = "shuffled" if scattered else "in order"
     print(f"\nas the pool grows from {small} to {large.num_pages:,} pages, ids {ids}")
-    print(f"{'':14}{'small, us':>24}{'large, us':>28}{'times slower':>26}{'bar':>6}")
+    print(f"{'':14}{'small, us':>24}{'large, us':>28}{'times slower':>26}{'target':>8}")
     rows = {}
     for name in _operations(samples):
         before, after = samples[small, name], samples[large, name]
         ratio = after.over(before)
-        bar = None if scattered or name == "floor" else GROWTH_BAR
-        verdict = f"{bar:>5}x  {_verdict(ratio.median <= bar)}" if bar else ""
+        target = None if scattered or name == "floor" else GROWTH_TARGET
+        verdict = f"{target:>7}x  {_verdict(ratio.median <= target)}" if target else ""
         print(f"{name:14}{microseconds(before):>24}{microseconds(after):>28}{times(ratio):>26}{verdict}")
-        rows[name] = _row(small=before, large=after, ratio=ratio) | {"bar": bar}
+        rows[name] = _row(small=before, large=after, ratio=ratio) | {"target": target}
     return {"shapes": [vars(small), vars(large)], "seconds": rows}
 
 
@@ -260,9 +261,9 @@ def _verdict(ok: bool) -> str:
 
 def _missed(rows: dict[str, Any], *, at_least: bool) -> list[str]:
     def misses(row):
-        return row["ratio"]["median"] < row["bar"] if at_least else row["ratio"]["median"] > row["bar"]
+        return row["ratio"]["median"] < row["target"] if at_least else row["ratio"]["median"] > row["target"]
 
-    return [name for name, row in rows.items() if row["bar"] and misses(row)]
+    return [name for name, row in rows.items() if row["target"] and misses(row)]
 
 
 def _int32(values) -> jax.Array:
@@ -281,7 +282,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description="What does bookkeeping cost?")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing kept: a look")
-    parser.add_argument("--strict", action="store_true", help="exit with 1 where a bar is missed")
+    parser.add_argument("--strict", action="store_true", help="exit with 1 where a target is missed")
     options = parser.parse_args(arguments)
     try:
         peer = peer_levanter.load()

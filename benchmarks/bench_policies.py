@@ -8,13 +8,13 @@ are its prompt. The text is the language reference that Python ships for `help()
 Recall: eight facts stand at the beginning of a text of 1,024 tokens; at its end the cache is forked and each
 child is asked for one of them. The figure is the share that the most likely next token gets right.
 
-Bars, at a quarter: a window with four sinks within 15% of the full cache's perplexity, and without sinks
+Targets, at a quarter: a window with four sinks within 15% of the full cache's perplexity, and without sinks
 worse than that; HeavyHitter, with 7/8 of the budget for recent tokens, no worse than the window;
 SemanticMerge, with as much and with half, no worse than dropping what it merges.
 
     python -m benchmarks.bench_policies [--quick] [--only NAME ...]
 
-Exit status: 0, or 1 where a bar is missed. The last line of output is one JSON document.
+Exit status: 0, or 1 where a target is missed. The last line of output is one JSON document.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxkv
-from benchmarks.timing import publish
+from benchmarks.publishing import publish
 from jaxkv.models import LoadedModel, load
 from jaxkv.policies import (
     HeavyHitter,
@@ -55,7 +55,7 @@ FACTS = {
     "king of the island is": "Arthur",
 }
 RECALL_TOKENS = 1024
-SINKS_BAR = 1.15
+SINKS_TARGET = 1.15
 
 
 class MergedDropped(SemanticMerge):
@@ -201,12 +201,12 @@ def _everything(batch):
 
 
 def judge(table: dict[str, dict[str, Any]], full: float) -> dict[str, bool]:
-    """The bars, at a quarter."""
+    """The targets, at a quarter."""
     quarter = {name: cells["1/4"]["perplexity"] for name, cells in table.items()}
     window = quarter["SlidingWindow, 4 sinks"]
     return {
-        f"a window with sinks within {SINKS_BAR - 1:.0%} of the full cache": window <= SINKS_BAR * full,
-        "without sinks it breaks": quarter["SlidingWindow, no sinks"] > SINKS_BAR * full,
+        f"a window with sinks within {SINKS_TARGET - 1:.0%} of the full cache": window <= SINKS_TARGET * full,
+        "without sinks it breaks": quarter["SlidingWindow, no sinks"] > SINKS_TARGET * full,
         "HeavyHitter no worse than the window": quarter["HeavyHitter, 7/8 recent"] <= window,
         **{
             f"SemanticMerge no worse than dropping, {recent}": quarter[f"SemanticMerge, {recent}"]
@@ -248,11 +248,11 @@ def main() -> int:
             jax.clear_caches()
         table[row.name] = cells
         print()
-    bars = judge(table, full) if rows == ROWS else {}
-    print("\n" + "\n".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in bars.items()))
-    document = {"full": {"perplexity": full, "recall": known}, "table": table, "bars": bars}
+    targets = judge(table, full) if rows == ROWS else {}
+    print("\n" + "\n".join(f"{name}: {'yes' if ok else 'NO'}" for name, ok in targets.items()))
+    document = {"full": {"perplexity": full, "recall": known}, "table": table, "targets": targets}
     publish("policies", document, keep=not options.quick and rows == ROWS)
-    return 0 if all(bars.values()) else 1
+    return 0 if all(targets.values()) else 1
 
 
 if __name__ == "__main__":

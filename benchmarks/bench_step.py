@@ -7,16 +7,17 @@ with append and attend; the next token.
   time        Of a token, and of a step; beside it the least time that reading the weights and the context
               once takes at the copy bandwidth of the same run.
   division    Of the device's time into allocate, append, attend and the rest, from a profiler's trace.
-              Bars at batch 64: allocate at most 2%, append at most 3%. What the GPU launches as one graph
-              may be traced without names: then the step is compiled again without, for the trace alone.
+              Targets at batch 64: allocate at most 2%, append at most 3%. What the GPU launches as one
+              graph may be traced without names: then the step is compiled again without graphs, for the
+              trace alone.
   memory      The allocator's peak beside two accounts: the planner's and `memory_profile`'s, each with what
-              the compiler says that the step needs besides. Bar: within 2%.
+              the compiler says that the step needs besides. Target: within 2%.
 
 Without a GPU it rehearses with a tiny model, and judges nothing. What does not fit the device is named.
 
     python -m benchmarks.bench_step [--only PART ...]
 
-Exit status: 0, or 1 where a bar is missed or could not be judged. The last line of output is one JSON
+Exit status: 0, or 1 where a target is missed or could not be judged. The last line of output is one JSON
 document, which a GPU's run also leaves under `benchmarks/results/`.
 """
 
@@ -38,12 +39,13 @@ import jax
 import jax.numpy as jnp
 
 import jaxkv
-from benchmarks.timing import Sample, conditions, microseconds, of_one_more, publish, stopwatch
+from benchmarks.publishing import publish
 from benchmarks.traces import Division, divide, read_trace
 from jaxkv import catalog
 from jaxkv.memory.device import PeakMemory
 from jaxkv.models import Llama, ModelConfig, abstract_model
 from jaxkv.planner import Device, ModelShape, Plan, plan
+from jaxkv.tune.timing import Sample, conditions, microseconds, of_one_more, stopwatch
 from jaxkv.units import format_bytes
 
 HAS_GPU = jax.default_backend() == "gpu"
@@ -51,8 +53,8 @@ PAGE_SIZE = 16
 # A sequence opens a page every 16 steps: whole rounds of them.
 STEPS, TRACED_STEPS, ROUNDS = (32, 16, 7) if HAS_GPU else (16, 16, 2)
 JUDGED_BATCH = 64
-BARS = {"allocate": 0.02, "append": 0.03}
-MEMORY_BAR = 0.02
+TARGETS = {"allocate": 0.02, "append": 0.03}
+MEMORY_TARGET = 0.02
 # More of the device's time without a name than this, and the shares are not worth judging.
 MOST_UNNAMED = 0.02
 TINY = dict(hidden_size=128, num_hidden_layers=2, intermediate_size=256, vocab_size=512, head_dim=32)
@@ -151,7 +153,7 @@ def random_weights(config: ModelConfig) -> Llama:
 
 
 def full_cache(problem: Problem) -> jaxkv.KVCache:
-    """Every sequence with its context. Pages are in random order, and hold the same random numbers."""
+    """Every sequence with its context. Pages are in random order, and hold the same random values."""
     config = cache_config(problem)
 
     @jax.jit
@@ -239,14 +241,14 @@ def measure(problem: Problem, model: Llama, compiled: Any, bandwidth: float) -> 
 
 
 def judge_division(problem: Problem, division: Division, graphs: bool, step_seconds: float) -> dict[str, Any]:
-    """Shares of the device's time, and whether the bars hold; they are for the largest batch."""
+    """Shares of the device's time, and whether the targets are met; they are for the largest batch."""
     shares = {part: division.share(part) for part in ("attend", "append", "allocate", "compiler", "rest")}
     total = division.total
     judged = HAS_GPU and problem.batch == JUDGED_BATCH
     named = division.unnamed_share <= MOST_UNNAMED
     # Copies that the compiler put in have no scope; those of tables go with allocate, so all count there.
     weighed = {**shares, "allocate": shares["allocate"] + shares["compiler"]}
-    held = named and all(weighed[part] <= bar for part, bar in BARS.items())
+    held = named and all(weighed[part] <= target for part, target in TARGETS.items())
     return {
         "shares": {part: float(f"{share:.3g}") for part, share in shares.items()},
         "unnamed_share": float(f"{division.unnamed_share:.3g}"),
@@ -254,7 +256,7 @@ def judge_division(problem: Problem, division: Division, graphs: bool, step_seco
         "device_seconds": float(f"{total / TRACED_STEPS:.4g}"),
         "idle_share": float(f"{max(0.0, 1 - total / TRACED_STEPS / step_seconds):.3g}"),
         "traced_with_graphs": graphs,
-        "bars": BARS if judged else {},
+        "targets": TARGETS if judged else {},
         "division_met": held or not judged,
     }
 
@@ -276,7 +278,7 @@ def account(problem: Problem, runner: Runner, compiled: Any) -> dict[str, int]:
 def judge_memory(memory: PeakMemory, accounts: Mapping[str, int]) -> dict[str, Any]:
     """The peak over each account. A peak that did not rise is an earlier one's, and judges nothing."""
     ratios = {name: memory.peak / expected for name, expected in accounts.items()}
-    held = memory.is_exact and all(abs(memory.peak - n) <= MEMORY_BAR * n for n in accounts.values())
+    held = memory.is_exact and all(abs(memory.peak - n) <= MEMORY_TARGET * n for n in accounts.values())
     return {
         "peak_bytes": memory.peak,
         "peak_is_exact": memory.is_exact,
@@ -289,8 +291,8 @@ def judge_memory(memory: PeakMemory, accounts: Mapping[str, int]) -> dict[str, A
 def _lines(result: Mapping[str, Any], sample: Sample) -> str:
     ratio = sample.median / result["seconds_at_copy_bandwidth"]
     shares = ", ".join(f"{part} {share:.1%}" for part, share in result["shares"].items())
-    bars = ", ".join(f"{part} {bar:.0%}" for part, bar in result["bars"].items())
-    verdict = f"; bars {bars}: {'met' if result['division_met'] else 'MISSED'}" if bars else ""
+    targets = ", ".join(f"{part} {target:.0%}" for part, target in result["targets"].items())
+    verdict = f"; targets {targets}: {'met' if result['division_met'] else 'MISSED'}" if targets else ""
     besides = ", ".join(f"{ratio:.3f} of the {name}'s" for name, ratio in result["peak_to_expected"].items())
     exact = "" if result["peak_is_exact"] else " at least"
     memory = "" if not HAS_GPU else f": {'met' if result['memory_met'] else 'MISSED'}"
@@ -300,7 +302,8 @@ def _lines(result: Mapping[str, Any], sample: Sample) -> str:
         f"{ratio:.2f} times the reading of {format_bytes(result['bytes_read'])}\n"
         f"  division  {shares}, unnamed {result['unnamed_share']:.1%}, mixed {result['mixed_share']:.1%}; "
         f"idle {result['idle_share']:.1%} of the step{verdict}\n"
-        f"  memory   {exact} {format_bytes(result['peak_bytes'])}, {besides}, bar {MEMORY_BAR:.0%}{memory}"
+        f"  memory   {exact} {format_bytes(result['peak_bytes'])}, {besides}, "
+        f"target {MEMORY_TARGET:.0%}{memory}"
     )
 
 

@@ -14,7 +14,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable
 
-from benchmarks.timing import publish
+from benchmarks.publishing import publish
 from jaxkv import catalog
 from jaxkv.planner import ModelShape, kv_cache_bytes
 

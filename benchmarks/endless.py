@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 import jaxkv
-from benchmarks.timing import publish
+from benchmarks.publishing import publish
 from jaxkv.models import load
 from jaxkv.policies import SlidingWindow
 

@@ -4,11 +4,11 @@ The text is the language reference that Python ships for `help()`. Each window o
 goes through the cache as a prompt does, in chunks: allocated, appended (and quantized), attended to. The
 first token of a window is given, all others are predicted.
 
-Bars: int8 within 0.2% of float32, fp8 within 1%, int4 within 3%.
+Targets: int8 within 0.2% of float32, fp8 within 1%, int4 within 3%.
 
     python -m benchmarks.perplexity [--windows N] [--only DTYPE ...]
 
-Exit status: 0, or 1 where a bar is missed. The last line of output is one JSON document.
+Exit status: 0, or 1 where a target is missed. The last line of output is one JSON document.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from jaxkv.cli.options import KV_DTYPES
 from jaxkv.models import load
 
 WINDOW, CHUNK, PAGE_SIZE = 512, 256, 16
-BARS = {"int8": 0.002, "fp8": 0.01, "int4": 0.03}
+TARGETS = {"int8": 0.002, "fp8": 0.01, "int4": 0.03}
 
 
 @partial(jax.jit, donate_argnames="cache")
@@ -74,7 +74,7 @@ def main() -> int:
         parser.error(f"--windows {options.windows}: there are 1 to {ids.size // WINDOW}")
     windows = ids[: options.windows * WINDOW].reshape(options.windows, WINDOW)
     print(f"{loaded.name}, {windows.size} tokens of Python's own documentation in windows of {WINDOW}\n")
-    print(f"{'K and V':<10}{'bytes a token':>14}{'perplexity':>12}{'against f32':>13}{'bar':>8}")
+    print(f"{'K and V':<10}{'bytes a token':>14}{'perplexity':>12}{'against f32':>13}{'target':>8}")
     rows, missed = {}, []
     for name in ["f32", *(name for name in options.only if name != "f32")]:
         dtype, quantization = KV_DTYPES[name]
@@ -83,10 +83,10 @@ def main() -> int:
         )
         value = perplexity(loaded, windows, name)
         change = value / rows["f32"]["perplexity"] - 1 if rows else 0.0
-        ok = name not in BARS or change <= BARS[name]
-        bar = f"{BARS[name]:.1%}" if name in BARS else ""
+        ok = name not in TARGETS or change <= TARGETS[name]
+        target = f"{TARGETS[name]:.1%}" if name in TARGETS else ""
         print(
-            f"{name:<10}{config.page_bytes:>14,}{value:>12.4f}{change:>+13.3%}{bar:>8}"
+            f"{name:<10}{config.page_bytes:>14,}{value:>12.4f}{change:>+13.3%}{target:>8}"
             f"{'' if ok else '  MISSED'}",
             flush=True,
         )

@@ -1,4 +1,4 @@
-"""Where the device time of a compiled program went: the profiler's trace beside the program's own text.
+"""Where the device time of a compiled program went: the profiler's trace, read with the program's own text.
 
 JAX's profiler writes each kernel that ran, with the HLO instruction it belongs to. The optimized HLO says of
 each instruction which scopes it was traced in (`op_name`), and jaxkv's operations are scopes:
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.hlo import Kernels
+from jaxkv.hlo import Kernels
 
 SCOPE = "jaxkv."
 REST, COMPILER = "rest", "compiler"

@@ -1,7 +1,7 @@
 """jaxkv: a paged KV cache for JAX.
 
-The cache is one immutable pytree; these are pure functions on it, to be called inside `jax.jit`.
-What is exported here is the supported surface, in the order a reader should take it.
+The cache is one immutable pytree, and these are pure functions on it, to be called inside `jax.jit`.
+Only what is exported here is supported. Exports are in reading order.
 """
 
 from jaxkv.config import CacheConfig as CacheConfig

@@ -91,11 +91,12 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     table = _enter(table, grant, tokens)
     facts = grant.slot, grant.num_tokens, grant.first_page[0], grant.tail[0]
     table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
+    taken = grant.taken.num_pages
     stats = count(
         cache.stats,
         cache.table,
         table,
-        num_taken=grant.taken.num_pages,
+        num_taken=taken,
         copy_on_write_copies=num_copies,
         refused_allocations=num_refused,
     )
@@ -104,19 +105,12 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
 
 
 class _Request(NamedTuple):
-    """What each entry of an `allocate` asks for.
+    """What each entry of an `allocate` asks for."""
 
-    Attributes:
-      slot: `max_seqs` for padding, and for a slot that is none or named before.
-      num_tokens: as asked for.
-      ends: running sum of it.
-      status: a `Status`, as far as the entries alone tell it.
-    """
-
-    slot: Array
-    num_tokens: Array
-    ends: Array
-    status: Array
+    slot: Array  # `max_seqs` for padding, and for a slot that is none or named before
+    num_tokens: Array  # as asked for
+    ends: Array  # running sum of it
+    status: Array  # a `Status`, as far as the entries alone tell it
 
 
 class _Grant(NamedTuple):
@@ -154,12 +148,7 @@ class _Grant(NamedTuple):
 
 
 class _Tokens(NamedTuple):
-    """Where each row of the token axis goes.
-
-    Attributes:
-      page_ids, offsets, positions: as in a `Batch`.
-      row, column: where the page is entered in the table, by the first token on a new one; else no row.
-    """
+    """Where each row of the token axis goes; the first three as in a `Batch`."""
 
     page_ids: Int[Array, "groups tokens"]
     offsets: Int[Array, "groups tokens"]
@@ -228,11 +217,11 @@ def _grant(cache: KVCache, request: _Request, total: int) -> tuple[PageTable, _G
     grant = _Grant(
         slot=slot,
         row=row,
+        ends=ends,
         status=jnp.where(taken.granted, status, Status.OUT_OF_PAGES),
         position=position,
         length=length,
         num_tokens=jnp.where(granted, num_tokens, 0),
-        ends=ends,
         tail=tail,
         copies=copies & granted[None],
         taken=taken,
@@ -325,7 +314,7 @@ def _at_least_two(seqs: Array, num_tokens: Array) -> tuple[Array, Array]:
     """A padding entry beside a lone one.
 
     XLA turns a scatter of one row into a slice update, moves reads of the table past it, and then must
-    copy the table. Scatters of two rows stay scatters, in place.
+    copy the table, though the row comes `after` the reads. Scatters of two rows stay scatters, in place.
     """
     missing = max(0, 2 - seqs.shape[0])
     return jnp.pad(seqs, (0, missing), constant_values=-1), jnp.pad(num_tokens, (0, missing))

@@ -1,4 +1,4 @@
-"""Numbers that users give as arguments: of Python, NumPy or JAX, checked and turned into Python's own."""
+"""Checks numeric arguments from Python, NumPy or JAX and converts them to Python numbers."""
 
 from pallas_kernels.arguments import integer, real, whole
 

@@ -67,14 +67,14 @@ def attend(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Array | tuple[Array, Array]:
-    """Causal attention of each token over its own sequence, up to and with itself.
+    """Causal attention of each token over its own sequence, up to and including itself.
 
-    Neighbours in the batch that begin with the same pages, as forks do, attend to them once, wherever that
-    reads fewer bytes: `n` sequences that share `s` tokens save `(n - 1) * s` tokens' K and V, which must be
-    more than the partial results it takes to merge. It is looked for with up to 16 tokens a sequence, without
-    a `window`, where the full rows of all sequences but one are 16 MiB of a layer or more.
+    Adjacent sequences of the batch that begin with the same pages, as forks do, read those pages once where
+    that saves memory traffic: `n` sequences that share `s` tokens save reading the K and V of `(n - 1) * s`
+    tokens, but add partial results to merge. Shared pages are looked for with up to 16 tokens per sequence,
+    without a `window`, where the full rows of all sequences but one take at least 16 MiB of a layer.
 
-    For inference: the loop over the pages has no reverse-mode derivative.
+    For inference only: the loop over the pages has no reverse-mode derivative.
 
     Args:
       cache: the cache after this layer's `append`.
@@ -90,14 +90,14 @@ def attend(
         (StreamingLLM, arXiv:2309.17453). Without a window it must be 0, and in a layer whose window releases
         them.
       softcap: scores become `softcap * tanh(scores / softcap)`.
-      sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
+      sink_logits: one logit per query head, added to the softmax's denominator (gpt-oss).
       backend: "auto", "xla", or "triton" on a GPU.
       return_lse: also return the log-sum-exp of the scores, for merging partial results and for
         `attention_mass`.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype; zeros for padding and refused sequences.
-      With `return_lse` also float32 `[tokens, q_heads]`, `-inf` for those.
+      With `return_lse` also float32 `[tokens, q_heads]`; `-inf` for padding and refused sequences.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options, at trace time; for a window wider than the layer's.
@@ -131,28 +131,25 @@ def attention_mass(
     softcap: float | None = None,
     backend: str = "auto",
 ) -> Float[Array, "entries kv_heads max_tokens"]:
-    """How much attention each token slot received from this step's queries: one more pass over K.
+    """How much attention each token slot received from this step's queries; reads K once more.
 
-    The next write to the pool must wait for this read, or the compiler keeps a copy of the pool. Between the
-    steps of a `lax.scan` over layers it does. In a Python loop say so: `out = jaxkv.after(out, mass)`.
+    The next write to the pool must wait for this read, or the compiler copies the pool. A `lax.scan` over
+    layers ensures that. In a Python loop write `out = jaxkv.after(out, mass)`.
 
     Args:
-      cache: as `attend` had it, before the next layer's `append`.
-      layer: likewise.
-      batch: likewise.
-      q: the queries given to `attend`.
-      lse: what that call returned with `return_lse=True`. If it had `sink_logits`, their share of the softmax
-        is in `lse` and goes to no token slot.
-      scale, window, sink_tokens, softcap: as given to that call.
+      cache, layer, batch, q: as given to `attend`; the cache before the next layer's `append`.
+      lse: what `attend` returned with `return_lse=True`. With `sink_logits` it includes their share of the
+        softmax, which no token slot receives.
+      scale, window, sink_tokens, softcap: as given to `attend`.
       backend: "auto", "xla", or "triton" on a GPU.
 
     Returns:
-      float32: for each entry of the batch, KV head and token slot of the entry's row, the softmax weights of
-      all queries and of all query heads of that KV head, summed. Zero for slots that no query sees, for
-      padding and for refused entries; NaN for a stale batch or a traced layer that does not exist.
+      float32: for each entry of the batch, KV head and token slot of the entry's row, the sum of the softmax
+      weights over all queries and all query heads of that KV head. Zero for slots that no query attends to,
+      for padding and for refused entries; NaN for a stale batch or a traced layer out of range.
 
     Raises:
-      ValueError: for wrong shapes, dtypes or options, at trace time; for a backend that has no kernel for it.
+      ValueError: for wrong shapes, dtypes or options, at trace time; for a backend without such a kernel.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -311,7 +308,7 @@ def _paged(
 
 @contextmanager
 def _naming_both_sides(backend: str) -> Iterator[None]:
-    """What a backend lacks for the mass; who asked for it may be a policy, far from here."""
+    """Adds to a backend's error that a policy may have asked for the mass."""
     try:
         yield
     except NotImplementedError as error:

@@ -1,10 +1,10 @@
-"""The data in `configs/`: models as Hugging Face describes them, presets of caches, devices."""
+"""The data in `configs/`: models as Hugging Face describes them, cache presets, devices."""
 
 import tomllib
 from pathlib import Path
 from typing import Any
 
-# In a wheel it lies in the package, in a checkout beside it.
+# A wheel has the folder inside the package, a checkout has it beside the package.
 _HERE = Path(__file__).parent
 _CONFIGS = next(
     (folder for folder in (_HERE / "configs", _HERE.parent / "configs") if folder.is_dir()), _HERE
@@ -13,15 +13,15 @@ _ENDINGS = {"models": ".json", "presets": ".toml", "devices": ".toml"}
 
 
 def names(kind: str) -> list[str]:
-    """What there is of `models`, `presets` or `devices`, sorted."""
+    """The known names of a kind, `models`, `presets` or `devices`, sorted."""
     return sorted(path.stem for path in (_CONFIGS / kind).glob(f"*{_ENDINGS[kind]}"))
 
 
 def find(kind: str, name: str) -> Path:
-    """The file of a name, whose case, spaces, dashes and underscores do not matter.
+    """The file for a name; case, spaces, dashes and underscores are ignored.
 
     Raises:
-      ValueError: when there is none; it says which there are.
+      ValueError: for an unknown name; the message lists the known ones.
     """
     by_name = {_plain(known): known for known in names(kind)}
     if _plain(name) not in by_name:

@@ -1,4 +1,4 @@
-"""A language model as generation sees it: what it is called with, and checks that it did its part."""
+"""The interface of a language model for generation, and checks of what it returns."""
 
 import inspect
 from dataclasses import replace
@@ -17,17 +17,17 @@ from jaxkv.state import Batch, KVCache
 
 
 class CausalLM(Protocol):
-    """A model that threads the cache, and is a pytree (an NNX or Equinox module, say).
+    """A model that takes and returns the cache, and is a pytree, such as an NNX or Equinox module.
 
     It may also have a method `cache_config(**sizes) -> jaxkv.CacheConfig`, which adds its layers, KV heads,
-    head size and dtype to `num_pages`, `page_size`, `max_seqs` and `max_pages_per_seq`. Then `generate` needs
-    no config.
+    `head_dim` and dtype to `num_pages`, `page_size`, `max_seqs` and `max_pages_per_seq`. Then `generate`
+    needs no config.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxkv
       >>> @jax.tree_util.register_static
       ... class NextToken:
-      ...     "One layer that attends to nothing it wrote: after token t comes t + 1, of 8."
+      ...     "One layer, without attention: after token t comes t + 1, modulo 8."
       ...     def __call__(self, tokens, cache, batch, *, rows=None):
       ...         zeros = jnp.zeros((tokens.shape[0], 1, 8))
       ...         cache = jaxkv.append(cache, 0, batch, zeros, zeros)
@@ -42,10 +42,10 @@ class CausalLM(Protocol):
     def __call__(
         self, tokens: Int[Array, " tokens"], cache: KVCache, batch: Batch, *, rows: Array | None = None
     ) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache]:
-        """Logits of the tokens at `rows` (all when None), and the cache, each of its layers appended to.
+        """Returns logits of the tokens at `rows` (None: all), and the cache after an append in each layer.
 
-        A model that a policy can be told of takes `return_mass=True` too. Then it also returns what
-        `attention_mass` gave in each layer, stacked.
+        For policies that need the attention mass a model also accepts `return_mass=True`. It then also
+        returns the results of `attention_mass`, stacked over layers.
         """
         ...
 
@@ -65,10 +65,10 @@ def run_model(
     *,
     observed: bool = True,
 ) -> tuple[Float[Array, "rows_or_tokens vocab"], KVCache]:
-    """The model; and the cache's policy is told what the tokens looked at, if it is to be and goes by that.
+    """Runs the model; gives the attention mass to the cache's policy, if `observed` and the policy needs it.
 
     Raises:
-      ValueError: at trace time, where the model returns something else than `CausalLM` says.
+      ValueError: at trace time, for results that do not match `CausalLM`.
     """
     needs_mass = observed and cache.policy is not None and cache.policy.rule.needs_mass
     options = {"return_mass": True} if needs_mass else {}
@@ -78,7 +78,7 @@ def run_model(
 
 
 def _checked(model, results: Any, tokens, cache: KVCache, batch: Batch, rows, needs_mass: bool):
-    """What the model returned, or a `ValueError` that names what it should have been and what it is."""
+    """The model's results; raises `ValueError` naming the result that is wrong and what it should be."""
     name, parts = type(model).__name__, ["logits", "cache"] + ["mass"] * needs_mass
     if not isinstance(results, (tuple, list)) or len(results) != len(parts):
         count = f" of {len(results)}" if isinstance(results, (tuple, list)) else ""
@@ -104,14 +104,14 @@ def _checked(model, results: Any, tokens, cache: KVCache, batch: Batch, rows, ne
 
 
 def mark_layers(cache: KVCache, batch: Batch) -> KVCache:
-    """Fills one new token slot of each layer with what `append` never writes, to see who writes there.
+    """Fills one new token slot of each layer with a mark, to find layers that the model does not write.
 
-    Floats become the most negative number, also in all scales; codes the largest integer. No model's K and V
-    are that in every element, and a scale is never negative.
+    The mark is the lowest float in all elements and scales, and the largest integer in codes. `append` never
+    writes it: K and V are not that low in every element, and a scale is never negative.
 
     Args:
       cache: as `allocate` returned it.
-      batch: of the same call. Where it has no tokens nothing is marked.
+      batch: of the same call. Without tokens nothing is marked.
     """
     config, pool = cache.config, cache.pool
     for number, group in enumerate(config.groups):
@@ -138,7 +138,7 @@ def unwritten_layers(cache: KVCache, batch: Batch) -> Bool[Array, " layers"]:
 
 
 def _mark(leaf: Array) -> Array:
-    # Finite: NaN would lose its bits where a compiler converts bfloat16, and stop a run that looks for NaN.
+    # Not NaN: a compiler may change its bits when it converts bfloat16, and `jax_debug_nans` would raise.
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return jnp.asarray(jnp.finfo(leaf.dtype).min if floating else jnp.iinfo(leaf.dtype).max, leaf.dtype)
 

@@ -17,12 +17,10 @@ from pallas_kernels.formats import FORMATS, Format
 DTYPES = tuple(name for name, storage in FORMATS.items() if not storage.quantized)
 QUANTIZATIONS = tuple(name for name, storage in FORMATS.items() if storage.quantized)
 
-# Places are counted in int32, and a length plus one call's tokens must not wrap.
+# Token slots are counted in int32; a length plus the tokens of one call must not overflow.
 MAX_TOKENS = 2**30
-# Of `AllocationStats`.
-_COUNTER_BYTES = 40
-# Of `PageTable`.
-_FINGERPRINT_BYTES = 8
+_COUNTER_BYTES = 40  # of `AllocationStats`
+_FINGERPRINT_BYTES = 8  # of `PageTable`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,9 +157,9 @@ class CacheConfig:
         dtype: str = "bfloat16",
         quantization: str | None = None,
     ) -> "CacheConfig":
-        """A static cache: one buffer of `max_tokens` places for each sequence.
+        """A static cache: one buffer of `max_tokens` token slots for each sequence.
 
-        It is the paged cache with one page a sequence, so every function serves it;
+        It is the paged cache with one page per sequence, so every function works on it.
         `keys` and `values` give its dense views.
         """
         return cls(
@@ -183,7 +181,7 @@ class CacheConfig:
 
     @property
     def max_tokens_per_seq(self) -> int:
-        """Token places in a full row of the page table."""
+        """Token slots in a full row of the page table."""
         return self.max_pages_per_seq * self.page_size
 
     @property
@@ -235,17 +233,17 @@ class CacheConfig:
 
     @property
     def scale_dtype(self) -> str:
-        """Of the scales."""
+        """Dtype of the scales."""
         return self.storage.scale_dtype
 
     @property
     def storage(self) -> Format:
-        """How K and V lie in the pool."""
+        """The storage format of K and V."""
         return FORMATS[self.quantization or self.dtype]
 
     @property
     def storage_dtype(self) -> str:
-        """Of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16's bits."""
+        """Dtype of the pool's arrays: `dtype`, that of the codes, or before JAX 0.11 uint16 for bfloat16."""
         return self.storage.storage_dtype
 
     @property
@@ -268,7 +266,7 @@ class CacheConfig:
 
     @property
     def allocator_bytes(self) -> int:
-        """Bytes of refcounts, the free stack and its height."""
+        """Bytes of the refcounts, the free stack and its size."""
         return 4 * (2 * self.num_pages + 1)
 
     def estimated_memory_bytes(self) -> int:
@@ -276,7 +274,7 @@ class CacheConfig:
         return self.pool_bytes + self.page_table_bytes + self.allocator_bytes + _COUNTER_BYTES
 
     def estimated_memory(self) -> str:
-        """The same for people: `4.00 GiB`."""
+        """`estimated_memory_bytes` with a unit: `4.00 GiB`."""
         return format_bytes(self.estimated_memory_bytes())
 
     def max_context_length(self, concurrency: int = 1) -> int:

@@ -1,4 +1,4 @@
-"""Text generation after `prefill`, as pure functions for a caller's own `jit`: start, decode, end."""
+"""Text generation after `prefill`, as pure functions for the caller's `jit`: start, decode, end."""
 
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -39,13 +39,13 @@ class Decoding:
       seqs: slot of each sequence.
       next_tokens: the newest token of each, not yet in the cache.
       output: tokens generated so far.
-      num_generated: how many of them.
-      limits: how many there may be.
+      num_generated: number of tokens generated so far.
+      limits: most tokens to generate.
       finish: a `Finish` for each.
       key: for sampling.
       step: steps taken.
-      peak_unshared: most pages that the sequences would have held at once without sharing.
-      logits: those each output token was drawn from, where they are wanted; else None.
+      peak_unshared: most pages that the sequences would have used at once without sharing.
+      logits: the logits from which each output token was drawn, or None if they are not kept.
       keep: whether sequences stay in the cache when they end.
     """
 
@@ -71,16 +71,16 @@ def decode(
     sampling: Sampling | SamplingBatch,
     stop_tokens: tuple[int, ...] = (),
 ) -> Decoding:
-    """Decodes until every sequence has finished or `until` steps are taken: one `lax.while_loop`.
+    """Decodes until every sequence has finished or `until` steps are taken, in one `lax.while_loop`.
 
-    A sequence that finishes gives its pages back at once, unless the state says to keep it. One that finds no
-    free page waits for that; when all are waiting, the last of them ends with `OUT_OF_PAGES` and makes room.
+    A sequence that finishes releases its pages at once, unless `state.keep`. A sequence that finds no free
+    page waits for one; when all are waiting, the last of them ends with `OUT_OF_PAGES` to free its pages.
     With `CacheConfig.compact_automatically` a step begins with `maybe_compact`.
 
     Args:
       model: the model.
-      state: where the loop stands.
-      until: total steps after which to return; may be traced, so blocks share one program.
+      state: the state so far.
+      until: total steps after which to return; may be traced, so that all blocks share one program.
       sampling: how tokens are chosen, for all sequences or for each.
       stop_tokens: ids that end a sequence.
 
@@ -88,7 +88,7 @@ def decode(
       The state after the last step.
 
     Raises:
-      ValueError: at trace time, for a model that returns something else than `CausalLM` says.
+      ValueError: at trace time, for a model whose results do not match `CausalLM`.
     """
 
     def unfinished(state: Decoding):
@@ -111,7 +111,7 @@ def _decode_step(
 
 
 def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampling, stop_tokens) -> Decoding:
-    """Draws a token for each sequence that ran, notes it, and lets the finished ones go."""
+    """Draws and records a token for each sequence that ran, and releases the finished ones."""
     ran = running & (status == Status.OK)
     entry = jnp.arange(state.seqs.shape[0], dtype=jnp.int32)
     logits = logits.astype(jnp.float32)
@@ -129,7 +129,7 @@ def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampli
     ended = running & (finish != Finish.RUNNING)
     return replace(
         state,
-        cache=_let_go(state, ended),
+        cache=_release(state, ended),
         next_tokens=jnp.where(ran, tokens, state.next_tokens),
         output=state.output.at[entry, column].set(tokens, mode="drop"),
         num_generated=num_generated,
@@ -139,24 +139,24 @@ def _take(state: Decoding, logits, running: Bool[Array, " seqs"], status, sampli
 
 
 def end(state: Decoding, ends: Bool[Array, " seqs"]) -> Decoding:
-    """Ends sequences with `Finish.STOP`, and frees their pages unless the state says to keep them.
+    """Ends sequences with `Finish.STOP`, and frees their pages unless `state.keep`.
 
-    One that has ended by itself keeps its tokens, and `STOP` is its reason from now on.
+    A sequence that had already ended keeps its tokens; its reason becomes `STOP`.
 
     Args:
-      state: between two steps.
-      ends: which sequences.
+      state: the state between two steps.
+      ends: which sequences to end.
     """
     finish = jnp.where(ends, Finish.STOP, state.finish).astype(jnp.int32)
-    return replace(state, cache=_let_go(state, ends), finish=finish)
+    return replace(state, cache=_release(state, ends), finish=finish)
 
 
-def _let_go(state: Decoding, ended: Bool[Array, " seqs"]) -> KVCache:
+def _release(state: Decoding, ended: Bool[Array, " seqs"]) -> KVCache:
     return state.cache if state.keep else free(state.cache, jnp.where(ended, state.seqs, -1))
 
 
 def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
-    """A key for each sequence and place in its text, so that waiting for a page changes no draw."""
+    """A key for each sequence and token index, so that waiting for a page does not change the draw."""
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return jax.vmap(jax.random.fold_in)(fold(state.key, entry), state.num_generated)
 
@@ -181,19 +181,19 @@ def start(
     keep_logits: bool = False,
     keep: bool = False,
 ) -> Decoding:
-    """The state of a decode loop after prefill, with each sequence's first token drawn.
+    """The initial state of a decode loop, with each sequence's first token drawn.
 
     Args:
-      cache: the cache, prompts in it.
+      cache: the cache with the prompts.
       seqs: slots.
       logits: after each prompt's last token.
       key: for sampling.
-      max_new_tokens: hard cap, for every sequence.
-      limits: a cap for each, no more than that; one of 0 has ended already. Default: all alike.
+      max_new_tokens: most new tokens of any sequence.
+      limits: most new tokens of each; a sequence with 0 has ended already. Default: `max_new_tokens`.
       sampling: how tokens are chosen, for all sequences or for each.
       stop_tokens: ids that end a sequence.
       keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
-      keep: leave sequences in the cache when they end. All of their tokens but the newest are there then.
+      keep: leave sequences in the cache when they end, with all their tokens except the newest.
     """
     num_seqs, vocab = logits.shape
     zeros = jnp.zeros(num_seqs, jnp.int32)
@@ -213,5 +213,5 @@ def start(
         logits=jnp.zeros((num_seqs, max_new_tokens, vocab), jnp.float32) if keep_logits else None,
         keep=keep,
     )
-    state = replace(state, peak_unshared=_peak_unshared(state, cache), cache=_let_go(state, ~wanted))
+    state = replace(state, peak_unshared=_peak_unshared(state, cache), cache=_release(state, ~wanted))
     return _take(state, logits, wanted, zeros, sampling, stop_tokens)

@@ -1,8 +1,8 @@
-"""Every error of jaxkv. Static mistakes are plain `ValueError`s; what depends on data is a `Status` first."""
+"""Errors that depend on data, raised on the host from a `Status`. Static mistakes raise `ValueError`."""
 
 
 class JaxKVError(Exception):
-    """Base of the errors that a cache raises on the host."""
+    """Base class of the errors that a cache raises on the host."""
 
 
 class OutOfPagesError(JaxKVError):
@@ -14,7 +14,7 @@ class SequenceTooLongError(JaxKVError):
 
 
 class InvalidSequenceError(JaxKVError):
-    """A slot beyond `max_seqs`, named twice, or an empty parent."""
+    """A slot is beyond `max_seqs`, named twice, or an empty parent of a fork."""
 
 
 class SlotOccupiedError(JaxKVError):
@@ -30,12 +30,12 @@ class RollbackTooLongError(JaxKVError):
 
 
 class CacheCorruptedError(JaxKVError):
-    """The page table contradicts itself: a bug, or a cache edited by hand."""
+    """The page table is inconsistent: a bug, or a cache edited by hand."""
 
 
 class ModelLoadError(ValueError):
-    """A model or tokenizer file that cannot be used; names the file and what is wrong with it."""
+    """A model or tokenizer file cannot be used; the message names the file and the fault."""
 
 
 class TokenizerError(ValueError):
-    """Text, token ids or messages that a tokenizer cannot take."""
+    """A tokenizer cannot process the text, token ids or messages."""

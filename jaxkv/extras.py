@@ -1,4 +1,4 @@
-"""Optional parts of the package: which one brings what, for the error where something is missing."""
+"""Names the optional dependency group to install when a package is missing."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ _EXTRAS = {
 
 @contextmanager
 def needs_extra() -> Iterator[None]:
-    """Imports inside say what to install where a package is missing.
+    """A context in which a failed import says what to install.
 
     Raises:
-      ModuleNotFoundError: with the package and the part of jaxkv that brings it.
+      ModuleNotFoundError: with the package, and the dependency group of jaxkv that includes it.
     """
     try:
         yield
@@ -31,7 +31,7 @@ def needs_extra() -> Iterator[None]:
 
 
 def missing(error: ModuleNotFoundError) -> str:
-    """One line for a package that is missing."""
+    """The message for a missing package, one line."""
     package = _package(error)
     advice = f"; pip install 'jaxkv[{_EXTRAS[package]}]'" if package in _EXTRAS else ""
     return f"{package or 'a module'} is missing{advice}"

@@ -70,13 +70,12 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, P
     size = jnp.repeat(page_sizes(config)[:, 0], parents.shape[0])
     owned = jnp.where(row < config.num_rows, pages_for(lengths, size), 0)
 
-    def share_pages(table: PageTable, entry, place) -> PageTable:
+    def share_pages(table: PageTable, entry, place, _) -> PageTable:
         page = rows_of(table.pages, (rows_of(source, entry, config.num_rows), place), num_pages)
         at = rows_of(row, entry, config.num_rows)
         return share(replace(table, pages=table.pages.at[at, place].set(page, mode="drop")), page)
 
-    most = row.shape[0] * config.num_columns
-    table = for_each_page(share_pages, table, jnp.cumsum(owned, dtype=jnp.int32), most)
+    table = for_each_page(share_pages, table, owned)
     table = stamp(table, Operation.FORK, child < max_seqs, parent, child)
     table = replace(
         table,

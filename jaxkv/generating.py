@@ -1,4 +1,4 @@
-"""Text generation on the paged cache: prompts, then one compiled decode loop, left between blocks."""
+"""Text generation on the paged cache: prefill of the prompts, then one compiled decode loop."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -25,13 +25,12 @@ from jaxkv.sizing import check_fit, fitting_config
 from jaxkv.state import KVCache
 from jaxkv.turns import Turn, new_turn, next_turn, with_policy
 
-# Tokens a prefill step.
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 256  # tokens per prefill step
 
 _Prompts: TypeAlias = Sequence[Sequence[int]]
 _OnTokens: TypeAlias = Callable[[Decoding], Sequence[bool] | np.ndarray | None]
 
-# The cache is `generate`'s own, or was given up to it: these may donate it.
+# `generate` made the cache or documents that it consumes it, so these may donate it.
 _start = jax.jit(
     start,
     static_argnames=("max_new_tokens", "stop_tokens", "keep_logits", "keep"),
@@ -64,55 +63,55 @@ def generate(
 ) -> Generation:
     """Generates text for a ragged batch of prompts.
 
-    Whole pages of what all prompts begin with are prefilled once and shared by `fork`, and so is each
-    prompt among its samples. Decoding is one compiled loop, left only between blocks of tokens.
+    Whole pages that all prompts begin with are prefilled once and shared by `fork`; the samples of a prompt
+    share its pages likewise. Decoding is one compiled loop; control returns to the host between blocks.
 
-    Several turns: `keep=True` leaves sequences in the cache when they end, and the next call goes on there.
+    For several turns, `keep=True` leaves sequences in the cache when they end, and the next call continues:
 
         first = generate(model, prompts, config, keep=True)
         second = generate(model, replies, cache=first, keep=True)
 
-    The newest token of a sequence is in no cache yet. A `Generation` given as `cache` has it, and the next
-    prompt of the slot is run with that token before it. So two turns give what one prompt of all their tokens
-    would give, and only new tokens are computed.
+    The newest token of a sequence is not in the cache yet. A `Generation` given as `cache` holds it, and the
+    call puts it before the slot's next prompt. So two turns give the result of one prompt of all their
+    tokens, and only new tokens are computed.
 
     Args:
-      model: a pytree that is called as `CausalLM`.
+      model: a pytree with the call signature of `CausalLM`.
       prompts: token ids of each prompt. The order `generate(model, config, prompts)` is accepted too.
-      config: sizes of the cache; `generate` makes one and returns it at the end. Default: the model's
-        `cache_config` with room for every sequence at its longest, which leaves none for a further turn.
-      cache: instead of a config, a cache to go on with: what an earlier call returned, or a bare `KVCache`.
+      config: sizes of the cache that `generate` makes and returns. Default: from the model's `cache_config`,
+        with room for every sequence at its longest, but none for a further turn.
+      cache: instead of a config, a cache to continue with: what an earlier call returned, or a `KVCache`.
         It is consumed, even by a call that fails while it runs: its arrays are donated, and may not be used
         again. `jax.tree.map(jnp.copy, cache)` keeps a copy.
       seqs: with `cache`, the slot that each prompt is appended to, empty or not. Default: 0, 1, 2 ... for a
-        `KVCache`, the slots of a `Generation` in its order. Samples beside the first go to empty slots.
-      keep: leave sequences in the cache, and their pages with them, also where they end without a free page.
-      max_new_tokens: hard cap for every sequence, or one for each prompt. One that fills its row of the page
-        table ends too. A prompt with a cap of 0 is run only if it is to be kept.
+        `KVCache`, the slots of a `Generation` in its order. Further samples go to empty slots.
+      keep: keep sequences and their pages in the cache, including those that end for want of a free page.
+      max_new_tokens: limit for every sequence, or one per prompt. A sequence that fills its row of the page
+        table ends too. A prompt with a limit of 0 is run only with `keep`.
       num_samples: continuations of each prompt.
-      sampling: how tokens are chosen, for all or one for each prompt. Default: greedy. What a sequence draws
-        does not depend on the settings of others.
+      sampling: how tokens are chosen, one for all or one per prompt. Default: greedy. The settings of other
+        sequences do not change what a sequence draws.
       stop_tokens: ids that end a sequence.
-      key: for sampling; another for each turn, or turns draw alike. Default: `jax.random.key(0)`.
-      share_prefix: whether to look for a common beginning.
-      prefill_chunk: most tokens a prefill step.
+      key: for sampling; use a different one each turn, or turns draw alike. Default: `jax.random.key(0)`.
+      share_prefix: whether to share what all prompts begin with.
+      prefill_chunk: most tokens per prefill step.
       block: decode steps between two calls of `on_tokens`.
       keep_logits: return the logits of every new token.
-      warm_up: compile before the clock starts.
+      warm_up: compile before timing starts.
       on_tokens: called on the host with the state after each block, for streaming. It may return a boolean
-        for each sequence, `[prompts * num_samples]`: True ends that sequence at once, with `Finish.STOP`.
-      policy: what to forget where a sequence outgrows its budget: after each `prefill_chunk` tokens of its
-        prompt, or fewer if its row holds no more beside the budget, and whenever it has filled a page.
-        Prompts may then be longer than a row of the page table. What else is in the batch changes nothing, as
-        long as there are free pages. Default with `cache`: the policy it has.
+        per sequence, `[prompts * num_samples]`: True ends that sequence at once, with `Finish.STOP`.
+      policy: evicts tokens of a sequence that exceeds its budget: after each `prefill_chunk` tokens of its
+        prompt, or fewer if its row has no room for more beside the budget, and when it has filled a page.
+        Prompts may then be longer than a row of the page table. Other sequences of the batch do not change
+        the result, as long as there are free pages. Default with `cache`: the cache's policy.
 
     Returns:
       A `Generation`.
 
     Raises:
       ValueError: for empty prompts, token ids beyond the model's vocabulary, too many sequences or bad
-        options, with the numbers; for a model whose logits have another shape than `CausalLM` says, or that
-        leaves a layer of the cache unwritten.
+        options, with the values; for a model whose logits do not have the shape that `CausalLM` states, or
+        that leaves a layer of the cache unwritten.
       SequenceTooLongError, OutOfPagesError: for prompts that do not fit, before anything is computed.
     """
     if isinstance(prompts, CacheConfig):
@@ -160,7 +159,7 @@ def generate(
 
 
 def _turn(model: CausalLM, request: Request, config: object, cache: object, seqs, policy) -> Turn:
-    """Where the prompts go: to the cache given, to one of the config, or to one that is sized for them."""
+    """The turn, on the given cache, a new cache of the config, or a new cache sized for the prompts."""
     if config is not None and not isinstance(config, CacheConfig):
         raise ValueError(f"config={config!r:.200} must be a jaxkv.CacheConfig")
     if isinstance(cache, Generation):
@@ -172,13 +171,13 @@ def _turn(model: CausalLM, request: Request, config: object, cache: object, seqs
         raise ValueError(f"seqs={seqs!r:.200} names slots of a given cache; give cache= too")
     if config is None:
         lengths = [len(prompt) for prompt in request.prompts]
-        numbers = request.num_samples, policy, request.prefill_chunk
-        config = fitting_config(model, lengths, request.limits, *numbers)
+        options = request.num_samples, policy, request.prefill_chunk
+        config = fitting_config(model, lengths, request.limits, *options)
     return new_turn(request, config)
 
 
 def _plan(turn: Turn, policy: Policy | None, share_prefix: bool, keep: bool) -> Prompts:
-    """What is to be run, or the error of a prompt that is empty or does not fit."""
+    """The prompts to run; raises for a prompt that is empty or does not fit."""
     request, config = turn.request, turn.config
     for number, prompt in enumerate(request.prompts):
         if not prompt:
@@ -208,7 +207,7 @@ def _run_decode(advance, state: Decoding, block: int, warm_up: bool, on_tokens: 
 
 
 def _end_some(state: Decoding, ends: Sequence[bool] | np.ndarray) -> Decoding:
-    """Ends what `on_tokens` says; most blocks end nothing."""
+    """Ends the sequences that `on_tokens` returned as True; usually there are none."""
     flags = np.asarray(ends)
     if flags.dtype != bool or flags.shape != state.finish.shape:
         raise ValueError(

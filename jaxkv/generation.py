@@ -16,18 +16,18 @@ class Generation:
 
     Attributes:
       tokens: `tokens[prompt][sample]` is the list of new token ids, a stop token included.
-      finish: a `Finish` for each, likewise.
-      slots: the slot of the cache for each, likewise.
-      cache: the cache at the end. Sequences that finished have left it, unless they were to be kept: then it
-        holds each prompt and all of its new tokens but the newest.
+      finish: `finish[prompt][sample]` is why it ended, a `Finish`.
+      slots: `slots[prompt][sample]` is its slot of the cache.
+      cache: the cache at the end. Without `keep` finished sequences are freed. With it, the cache holds each
+        prompt and all its new tokens except the newest.
       pending: that newest token of each slot, which the model has not run on. `generate(...,
-        cache=generation)` puts it before the slot's next prompt; a caller who gives a bare
-        `cache=generation.cache` puts it there.
+        cache=generation)` puts it before the slot's next prompt; with `cache=generation.cache` the caller
+        must do so.
       peak_pages: most pages in use at once since the cache was made.
-      peak_pages_unshared: most pages the same sequences would have held at once without sharing.
+      peak_pages_unshared: most pages the same sequences would have used at once without sharing.
       prefill_tokens, prefill_seconds: tokens computed before the first new one, and the time.
-      decode_steps, decode_seconds: of the decode loop. Compilation is in neither with `warm_up`.
-      logits: float32 `[prompts * num_samples, max_new_tokens, vocab]` if asked for.
+      decode_steps, decode_seconds: of the decode loop. With `warm_up` no time includes compilation.
+      logits: float32 `[prompts * num_samples, max_new_tokens, vocab]` with `keep_logits`.
     """
 
     tokens: list[list[list[int]]]
@@ -64,7 +64,7 @@ def generation_of(
       state: of the loop.
       slots: int32 `[prompts, num_samples]`.
       pending: newest tokens of other slots.
-      prefill_tokens, prefill_seconds, decode_seconds: as `Generation` has them.
+      prefill_tokens, prefill_seconds, decode_seconds: as in `Generation`.
     """
     output, counts, finish = (np.asarray(x) for x in (state.output, state.num_generated, state.finish))
     tokens = [row[:count].tolist() for row, count in zip(output, counts, strict=True)]

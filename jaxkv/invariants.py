@@ -40,7 +40,7 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
 
     Args:
       batch_or_status: what `allocate`, `fork`, `reorder` or `truncate` returned, or an array of `Status`.
-        They may be stacked, as `scan` and `vmap` do; an entry is then named by its whole index, the step first.
+        They may be stacked, as `scan` and `vmap` do; an entry is then named by its whole index, step first.
 
     Raises:
       OutOfPagesError, SequenceTooLongError, InvalidSequenceError, SlotOccupiedError,

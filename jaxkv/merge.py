@@ -1,4 +1,4 @@
-"""One softmax out of attention over parts of the keys."""
+"""Merges attention over parts of the keys into one softmax."""
 
 from collections.abc import Sequence
 
@@ -12,22 +12,23 @@ def merge_attention(
     outs: Float[Array, "parts tokens heads head_dim"] | Sequence[Float[Array, "tokens heads head_dim"]],
     lses: Float[Array, "parts tokens heads"] | Sequence[Float[Array, "tokens heads"]],
 ) -> tuple[Float[Array, "tokens heads head_dim"], Float[Array, "tokens heads"]]:
-    """Attention over all keys, from disjoint parts of them, such as a shared prefix and the rest.
+    """Merges attention over disjoint parts of the keys, such as a shared prefix and the rest.
 
         lse = log(sum over parts of exp(lses))        out = sum over parts of exp(lses - lse) * outs
 
-    A part that a token sees no key of has an `lse` of `-inf`. Its `out` is not read: it may be NaN.
+    Where a token attends to no key of a part, the part's `lse` is `-inf`. Its `out` may then be NaN: it is
+    ignored.
 
     Args:
       outs: normalized results of each part, stacked or a list; all of one floating-point dtype.
-      lses: log-sum-exp of each part's scores, base e, as `attend(..., return_lse=True)` gives it.
+      lses: log-sum-exp of each part's scores, base e, as `attend(..., return_lse=True)` returns it.
 
     Returns:
       `out` in the dtype of `outs`, and `lse` in float32 (float64 from float64); zeros and `-inf` for a token
-      that no part has a key for.
+      without a key in any part.
 
     Raises:
-      ValueError: for no parts, or shapes and dtypes that do not fit each other, at trace time.
+      ValueError: for no parts, or shapes and dtypes that do not match, at trace time.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -46,7 +47,7 @@ def merge_attention(
     lse = lse.astype(dtype)
     empty = jnp.isneginf(lse)
     largest = jnp.max(lse, axis=0, keepdims=True)
-    # Without any key there is no largest score; any finite number serves.
+    # Without any key there is no largest score; any finite value works.
     largest = jnp.where(jnp.isneginf(largest), jnp.zeros_like(largest), largest)
     weights = jnp.exp(lse - largest)
     total = jnp.sum(weights, axis=0, keepdims=True)
@@ -54,7 +55,7 @@ def merge_attention(
     weights = weights / jnp.where(none, jnp.ones_like(total), total)
     read = jnp.where(empty[..., None], jnp.zeros((), dtype), out.astype(dtype))
     merged = jnp.sum(weights[..., None] * read, axis=0).astype(out.dtype)
-    # Where the total is 0 its logarithm is the -inf that is wanted.
+    # Where the total is 0, its logarithm is the -inf to return.
     return merged, (largest + jnp.log(total))[0]
 
 
@@ -69,6 +70,6 @@ def _stacked(name: str, parts: Array | Sequence[Array], ndim: int) -> Array:
         parts = jnp.stack(arrays)
     array = jnp.asarray(parts)
     if array.ndim != ndim or array.shape[0] == 0:
-        raise ValueError(f"{name} must be {axes} with a part or more, not {list(array.shape)}")
+        raise ValueError(f"{name} must be {axes} with at least one part, not {list(array.shape)}")
     check_floating(name, array)
     return array

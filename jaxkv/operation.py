@@ -1,11 +1,11 @@
-"""How a function of a cache is run: traced and compiled once for arguments of a kind, wherever it is called.
+"""Wraps a function of a cache in `jax.jit`, and makes it work on meshes with explicit axes.
 
-Within the caller's `jit` it is a function that the layers of a model share, so 24 layers are traced once; the
-compiler inlines it, and what it updates stays in place. Outside it is a compiled program that is kept.
+Inside the caller's `jit`, all layers of a model share one trace of the function. The compiler inlines it, so
+updates stay in place.
 
-Over a mesh with explicit axes, the default of `jax.make_mesh`, how an array is sharded is part of its type,
-and each gather would have to say what comes of it. Within an operation the compiler decides, as it does over
-automatic axes; what is returned is sharded as the operation says.
+On a mesh with explicit axes, the default of `jax.make_mesh`, sharding is part of an array's type, and each
+gather would need an output sharding. Inside an operation the axes are automatic instead, so the compiler
+chooses; the operation states how its results are sharded.
 """
 
 from collections.abc import Callable
@@ -23,12 +23,12 @@ REPLICATED = PartitionSpec()
 def operation(
     *, results: Callable[..., Any], static: tuple[str, ...] = ()
 ) -> Callable[[_Function], _Function]:
-    """Makes a function of arrays an operation.
+    """A decorator that makes a function of arrays an operation.
 
     Args:
-      results: of the positional arguments; says how each result is sharded over explicit axes, as a
-        `PartitionSpec`, or a pytree of them that the results begin like.
-      static: names of its keyword arguments that are static.
+      results: called with the positional arguments; returns how the results are sharded over explicit axes,
+        as a `PartitionSpec` or a tree prefix of them.
+      static: names of the static keyword arguments.
     """
 
     def decorate(function: _Function) -> _Function:
@@ -50,12 +50,12 @@ def operation(
 
 
 def as_given(tree: Any) -> Any:
-    """Results that are sharded as these arguments are."""
+    """Partition specs for results that are sharded like these arguments."""
     return jax.tree.map(lambda leaf: jax.typeof(leaf).sharding.spec, tree)
 
 
 def axis_of(array: Any, number: int) -> Any:
-    """The mesh axes that one axis of an array is sharded over; None for none."""
+    """The mesh axes over which one axis of an array is sharded; None if it is not."""
     spec = jax.typeof(array).sharding.spec
     return spec[number] if number < len(spec) else None
 

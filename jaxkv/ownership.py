@@ -12,6 +12,7 @@ all pages.
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple, TypeAlias
 
 import jax.numpy as jnp
@@ -26,19 +27,12 @@ _Amount: TypeAlias = Int[Array, ""] | int
 
 
 class Taken(NamedTuple):
-    """What entries got of the pages that they need.
+    """What entries got of the pages that they need."""
 
-    Attributes:
-      granted: whether an entry got all; always where it needs none.
-      pages: those taken, entry after entry; `num_pages` past the last.
-      starts: where in `pages` an entry's begin.
-      num_pages: how many were taken.
-    """
-
-    granted: Bool[Array, " entries"]
-    pages: Int[Array, " most"]
-    starts: Int[Array, " entries"]
-    num_pages: Int[Array, ""]
+    granted: Bool[Array, " entries"]  # whether it got all; True where it needs none
+    pages: Int[Array, " most"]  # those taken, entry after entry; `num_pages` past the last
+    starts: Int[Array, " entries"]  # where in `pages` an entry's begin
+    num_pages: Int[Array, ""]  # how many were taken
 
 
 def all_free(num_pages: int) -> dict[str, Array]:
@@ -85,7 +79,8 @@ def take(table: PageTable, need: Int[Array, " entries"], most: int) -> tuple[Pag
     ends = jnp.cumsum(need, dtype=jnp.int32)
     fits = ends <= num_available(table)
     num_taken = jnp.max(jnp.where(fits, ends, 0))
-    rank = jnp.arange(min(most, num_pages), dtype=jnp.int32)
+    # Two at least: XLA makes a slice of one row, and moves it past the writes of `release`.
+    rank = jnp.arange(max(2, min(most, num_pages)), dtype=jnp.int32)
     place = jnp.where(rank < num_taken, table.num_free - 1 - rank, num_pages)
     pages = rows_of(table.free_pages, place, num_pages)
     table = replace(
@@ -102,48 +97,53 @@ def share(table: PageTable, pages: Int[Array, "..."]) -> PageTable:
     return replace(table, refcounts=table.refcounts.at[pages].add(1, mode="drop"))
 
 
-def release(table: PageTable, pages: Int[Array, " entries"]) -> PageTable:
+def release(
+    table: PageTable, pages: Int[Array, " entries"], nth: Int[Array, " entries"] | None = None
+) -> PageTable:
     """One owner less for each page named; those left without one go to the stack, once.
 
-    An id of `num_pages` is passed over; a page named twice loses two owners.
+    Args:
+      table: the page table.
+      pages: an id of `num_pages` is passed over; a page named twice loses two owners.
+      nth: how many entries before one name a page, if that is known: it spares a running sum.
     """
     num_pages = table.refcounts.shape[0]
     owners = num_owners(table, pages)
     refcounts = table.refcounts.at[after(pages, owners)].add(-1, mode="drop")
     # A page of one owner is named once. Of others several entries may be the last to name it.
-    pushes, refcounts = skip_where_idle(
-        jnp.any(owners > 1), lambda carry: _push_once(carry[1], pages), (owners == 1, refcounts)
-    )
-    rank = jnp.cumsum(pushes, dtype=jnp.int32)
-    place = jnp.where(pushes, table.num_free + rank - 1, num_pages)
+    sole = owners == 1
+    num_sole, num_shared = jnp.sum(jnp.stack([sole, owners > 1]), axis=1, dtype=jnp.int32)
+    nth = jnp.cumsum(sole, dtype=jnp.int32) - 1 if nth is None else nth
+    counted = refcounts, jnp.where(sole, nth, num_pages), num_sole
+    push_once = partial(_push_once, pages)
+    refcounts, rank, num_pushed = skip_where_idle(num_shared > 0, push_once, counted)
+    place = jnp.where(rank < num_pages, table.num_free + rank, num_pages)
     return replace(
         table,
         refcounts=refcounts,
         free_pages=table.free_pages.at[place].set(pages, mode="drop"),
-        num_free=table.num_free + rank[-1],
+        num_free=table.num_free + num_pushed,
     )
 
 
-def _push_once(refcounts: Array, pages: Array) -> tuple[Array, Array]:
-    """Which entries push a page that nobody owns any more, one of those that name it; and the counts.
+def _push_once(pages: Array, counted: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+    """Counts, each entry's rank among those that push their page (else `num_pages`), and how many do.
 
-    They write their numbers, below zero, where its count was; the one that reads its own back pushes it.
+    Entries that name a page without owners write their numbers, below zero, where its count was; the one that
+    reads its own back pushes the page.
     """
-    num_pages = refcounts.shape[0]
+    refcounts, num_pages = counted[0], counted[0].shape[0]
     dead = rows_of(refcounts, pages, 1) == 0
     mark = -1 - jnp.arange(pages.shape[0], dtype=jnp.int32)
     refcounts = refcounts.at[jnp.where(dead, pages, num_pages)].min(mark, mode="drop")
     pushes = dead & (rows_of(refcounts, pages) == mark)
-    return pushes, refcounts.at[jnp.where(pushes, pages, num_pages)].set(0, mode="drop")
+    rank = jnp.cumsum(pushes, dtype=jnp.int32)
+    refcounts = refcounts.at[jnp.where(pushes, pages, num_pages)].set(0, mode="drop")
+    return refcounts, jnp.where(pushes, rank - 1, num_pages), rank[-1]
 
 
 def renumber(table: PageTable, target: Int[Array, " pages"]) -> PageTable:
-    """Owners where each live page has another id, lower than that of any free one.
-
-    Args:
-      table: the page table.
-      target: the new id of each page; `num_pages` for a free one.
-    """
+    """Each live page gets its `target` for an id, lower than any free one's; `num_pages` for a free page."""
     refcounts = jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop")
     return replace(table, refcounts=refcounts, free_pages=_all_pages(target.shape[0]))
 

@@ -1,4 +1,4 @@
-"""How prompts are packed into prefill steps: what they share, in what order, so many tokens at a time."""
+"""Packs prompts into prefill steps: what all share first, then the rest, in chunks."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -15,19 +15,19 @@ from jaxkv.policies import Policy
 def pack(
     token_lists: Sequence[Sequence[int] | np.ndarray], *, total_tokens: int | None = None
 ) -> tuple[Int[Array, " tokens"], Int[Array, " seqs"]]:
-    """Token ids of several sequences on one axis, one sequence after the other, zeros behind. Host side.
+    """Joins the token ids of several sequences on one axis, followed by zeros. Runs on the host.
 
     Args:
-      token_lists: token ids of each entry, from 0 up to the largest int32; an entry may have none.
-      total_tokens: length of the token axis, which `allocate` must be given too. With one length for all
-        calls a step compiles once. Default: the number of tokens.
+      token_lists: token ids of each entry, from 0 up to the largest int32; an entry may be empty.
+      total_tokens: length of the token axis; `allocate` needs it too. A step compiles once if all calls use
+        one length. Default: the number of tokens.
 
     Returns:
       `tokens`, int32 `[total_tokens]`, for the model; and `num_tokens`, int32 `[entries]`, for `allocate`.
 
     Raises:
-      ValueError: for more tokens than `total_tokens`, no entries, no tokens without a `total_tokens`, or what
-        is no token id; naming the entry.
+      ValueError: for more tokens than `total_tokens`, no entries, no tokens without a `total_tokens`, or an
+        invalid token id; the message names the entry.
 
     Example:
       >>> import jaxkv
@@ -37,10 +37,10 @@ def pack(
     """
     rows = [_token_ids(entry, ids) for entry, ids in enumerate(token_lists)]
     if not rows:
-        raise ValueError("token_lists is empty; it must have an entry or more")
+        raise ValueError("token_lists is empty; it must have at least one entry")
     count = sum(len(row) for row in rows)
     if total_tokens is None and not count:
-        raise ValueError("token_lists has no tokens; say how long the token axis is in total_tokens")
+        raise ValueError("token_lists has no tokens; give the length of the token axis as total_tokens")
     total = count if total_tokens is None else integer("total_tokens", total_tokens)
     if count > total:
         raise ValueError(f"token_lists has {count} tokens in all, more than total_tokens={total}")
@@ -72,11 +72,11 @@ class Stage(NamedTuple):
 
     Attributes:
       prompts: the parts.
-      size: tokens a chunk.
-      most: tokens of one prompt in a chunk: where it keeps as much as it may, they must fit its row.
-      observed: whether the policy takes note and evicts.
-      whole: whether every `most` tokens of a part stay together, wherever the chunk before them ended.
-      forked: whether it is the first prompt's alone, and the others take it from there.
+      size: tokens per chunk.
+      most: most tokens of one prompt in a chunk, so that they fit its row beside what the policy keeps.
+      observed: whether the policy observes the chunks and evicts.
+      whole: whether a part is cut only after multiples of `most` tokens.
+      forked: whether only the first prompt has a part, and the others are forked from it.
     """
 
     prompts: list[list[int]]
@@ -90,7 +90,7 @@ class Stage(NamedTuple):
 def stages(
     prompts: list[list[int]], shared: int, largest: int, config: CacheConfig, policy: Policy | None
 ) -> list[Stage]:
-    """What all prompts share, then the rest; last, on its own, the end that a policy asks for."""
+    """What all prompts share, then the rest, then the last tokens if a policy observes only those."""
     last = 0 if policy is None else policy.last_step()
     most = most_at_once(policy, config, largest)
     rest = [prompt[shared:] for prompt in prompts]
@@ -109,7 +109,7 @@ def stages(
 
 
 def chunks(prompts: list[list[int]], size: int, most: int, whole: bool):
-    """Packs prompts into chunks of `size` tokens: `(num_tokens, tokens, which prompts end here)`."""
+    """Yields chunks of `size` tokens: `(num_tokens, tokens, which prompts end in it)`."""
     done = [0] * len(prompts)
     while any(at < len(prompt) for at, prompt in zip(done, prompts, strict=True)):
         parts, room = [], size
@@ -133,9 +133,10 @@ def most_at_once(policy: Policy | None, config: CacheConfig, largest: int) -> in
 
 
 def common_pages(prompts: list[list[int]], config: CacheConfig, policy: Policy | None, largest: int) -> int:
-    """Whole pages that all prompts begin with; each keeps a token or more to itself, or a policy's last step.
+    """Number of whole pages that all prompts begin with.
 
-    Where it matters when a policy evicts, only as far as each of them alone would be evicted from too.
+    Each prompt keeps at least one token of its own, or the policy's last step. The shared tokens end at a
+    multiple of the policy's `shared_unit`, so that sharing does not change what it evicts.
     """
     own = 1 if policy is None else max(1, policy.last_step())
     common = max(min((len(prompt) for prompt in prompts), default=own) - own, 0)

@@ -13,6 +13,7 @@ from jaxkv.ownership import count, release
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 from pallas_kernels import control_flow
 from pallas_kernels.control_flow import skip_where_idle
+from pallas_kernels.ordering import after
 from pallas_kernels.ragged import ragged_rows
 
 # Table entries visited at a time by operations on whole rows. Short rows need one visit and no loop.
@@ -137,17 +138,14 @@ def _shorten(
     entries = row.shape[0] // size.shape[0]
     size = jnp.repeat(size[:, 0], entries)
     kept = pages_for(new, size)
-    ends = jnp.cumsum(pages_for(old, size) - kept, dtype=jnp.int32)
 
-    def give_back(table: PageTable, entry, place):
+    def give_back(table: PageTable, entry, place, nth):
         at, column = rows_of(row, entry, config.num_rows), rows_of(kept, entry) + place
         page = rows_of(table.pages, (at, column), config.num_pages)
-        # The row depends on the page that was read: that orders the two, and spares a copy of the table.
-        at = jnp.where(page < config.num_pages, at, config.num_rows)
-        pages = table.pages.at[at, column].set(config.num_pages, mode="drop")
-        return release(replace(table, pages=pages), page)
+        pages = table.pages.at[after(at, page), column].set(config.num_pages, mode="drop")
+        return release(replace(table, pages=pages), page, nth)
 
-    table = for_each_page(give_back, table, ends, row.shape[0] * config.num_columns)
+    table = for_each_page(give_back, table, pages_for(old, size) - kept)
     return replace(table, lengths=table.lengths.at[row].set(new, mode="drop"))
 
 
@@ -203,42 +201,46 @@ def drop_pages(
       config: of the cache.
     """
     num_pages, num_rows = config.num_pages, config.num_rows
-    most = row.shape[0] * config.num_columns
     dropped = jnp.where(row < num_rows, dropped, 0)
 
-    def give_back(table: PageTable, entry, place):
+    def give_back(table: PageTable, entry, place, nth):
         at = rows_of(row, entry, num_rows), rows_of(first, entry) + place
-        return release(table, rows_of(table.pages, at, num_pages))
+        return release(table, rows_of(table.pages, at, num_pages), nth)
 
-    def move_up(table: PageTable, entry, place):
+    def move_up(table: PageTable, entry, place, _):
         at, column = rows_of(row, entry, num_rows), rows_of(first, entry) + place
         # Past the end of a row stands `num_pages`, which moves up too.
         behind = rows_of(table.pages, (at, column + rows_of(dropped, entry)), num_pages)
         return replace(table, pages=table.pages.at[at, column].set(behind, mode="drop"))
 
     moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, row), size) - first, 0)
-    table = for_each_page(give_back, table, jnp.cumsum(dropped, dtype=jnp.int32), most)
-    table = for_each_page(move_up, table, jnp.cumsum(moved, dtype=jnp.int32), most)
+    table = for_each_page(give_back, table, dropped)
+    table = for_each_page(move_up, table, moved)
     table = stamp(table, Operation.DROP_PAGES, dropped > 0, row, first, dropped)
     return replace(table, lengths=table.lengths.at[row].add(-dropped * size, mode="drop"))
 
 
-def for_each_page(body, table: PageTable, ends: Int[Array, " entries"], most: int) -> PageTable:
-    """Folds `body(table, entry, place)` over the pages of ragged rows, a chunk of them at a time.
+def for_each_page(body, table: PageTable, counts: Int[Array, " entries"]) -> PageTable:
+    """Folds `body(table, entry, place, nth)` over some pages of each entry's row, a chunk of them at a time.
 
     Args:
-      body: takes the table and two int32 vectors; `entry` is `len(ends)` for padding.
+      body: takes the table and three int32 vectors: of each page its entry, `len(counts)` for padding; its
+        place among those of the entry; and how many of the chunk come before it.
       table: the page table.
-      ends: inclusive running sum of pages an entry.
-      most: a static bound of `ends[-1]`. At most one chunk: no loop is compiled.
+      counts: pages of each entry, no more than a row has. Where all rows fit one chunk no loop is compiled.
     """
-    size = min(most, _CHUNK)
-    if most <= size:
-        return body(table, *ragged_rows(ends, size))
-    chunks = (ends[-1] + size - 1) // size
-    return control_flow.fori_loop(
-        0, chunks, lambda chunk, table: body(table, *ragged_rows(ends, size, chunk * size)), table
-    )
+    entries, width = counts.shape[0], table.pages.shape[1]
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    if entries * width <= _CHUNK:
+        entry, place = jnp.divmod(jnp.arange(entries * width, dtype=jnp.int32), width)
+        nth = (ends - counts)[entry] + place
+        return body(table, jnp.where(place < counts[entry], entry, entries), place, nth)
+    nth = jnp.arange(_CHUNK, dtype=jnp.int32)
+
+    def visit(chunk: Array, table: PageTable) -> PageTable:
+        return body(table, *ragged_rows(ends, _CHUNK, chunk * _CHUNK), nth)
+
+    return control_flow.fori_loop(0, (ends[-1] + _CHUNK - 1) // _CHUNK, visit, table)
 
 
 def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries: int) -> PageTable:

@@ -1,4 +1,4 @@
-"""Writing and reading K and V: append, gather."""
+"""Writes and reads K and V: append, gather."""
 
 from dataclasses import replace
 
@@ -23,15 +23,15 @@ def append(
     k: Float[Array, "tokens kv_heads head_dim"],
     v: Float[Array, "tokens kv_heads head_dim"],
 ) -> KVCache:
-    """Writes one layer's K and V of this step's tokens where `batch` says.
+    """Writes one layer's K and V of this step's tokens to the token slots in `batch`.
 
-        page_size 4, a sequence of 6 tokens takes 3 more:
+        page_size 4, 3 tokens are appended to a sequence of 6:
 
         [a b c d][e f . .]      ->      [a b c d][e f 6 7][8 . . .]
 
-    In place where the caller's `jit` donates the cache and the next layer's K and V depend on this
-    layer's `attend`, as in any model. Were they independent, a compiler might order that append before
-    this attend, and would have to keep the old pool for it.
+    The write is in place if the caller's `jit` donates the cache and the next layer's K and V depend on this
+    layer's `attend`, as in any model. Otherwise the compiler may run that append before this attend, and
+    must copy the pool.
 
     Args:
       cache: the cache that `allocate` returned with `batch`.
@@ -87,11 +87,11 @@ def gather(
     Float[Array, "seqs max_tokens kv_heads head_dim"],
     Int[Array, " seqs"],
 ]:
-    """A dense copy of some sequences, dequantized, for looking at and for attention that needs it dense.
+    """A dense, dequantized copy of some sequences, for inspection and for attention on dense K and V.
 
     Args:
       cache: the cache.
-      layer: Python int or traced int32; of a traced one that is no layer all is NaN.
+      layer: Python int or traced int32; results are NaN for a traced layer out of range.
       seqs: slots. Padding, empty slots and slots beyond `max_seqs` give zeros and length 0.
 
     Returns:
@@ -155,10 +155,10 @@ def _gather(cache: KVCache, place: Place, seqs: Array, *, kind: Group) -> tuple[
 def keys(
     cache: KVCache, layer: int | Int[Array, ""]
 ) -> Float[Array, "max_seqs max_tokens kv_heads head_dim"]:
-    """One layer's keys of a contiguous cache, slot by slot, zero past each length.
+    """One layer's keys of a contiguous cache, by slot, zero past each length.
 
     Raises:
-      ValueError: if the config is not `CacheConfig.contiguous(...)`; `gather` serves any.
+      ValueError: if the config is not `CacheConfig.contiguous(...)`; `gather` works for any.
     """
     return _contiguous_view(cache, layer)[0]
 
@@ -166,10 +166,10 @@ def keys(
 def values(
     cache: KVCache, layer: int | Int[Array, ""]
 ) -> Float[Array, "max_seqs max_tokens kv_heads head_dim"]:
-    """One layer's values of a contiguous cache, slot by slot, zero past each length.
+    """One layer's values of a contiguous cache, by slot, zero past each length.
 
     Raises:
-      ValueError: if the config is not `CacheConfig.contiguous(...)`; `gather` serves any.
+      ValueError: if the config is not `CacheConfig.contiguous(...)`; `gather` works for any.
     """
     return _contiguous_view(cache, layer)[1]
 
@@ -178,7 +178,7 @@ def _contiguous_view(cache: KVCache, layer):
     config = cache.config
     if not config.is_contiguous:
         raise ValueError(
-            f"keys and values need a contiguous config (one page a sequence), not "
+            f"keys and values need a contiguous config (one page per sequence), not "
             f"num_pages={config.num_pages}, max_pages_per_seq={config.max_pages_per_seq}, "
             f"max_seqs={config.max_seqs}; use gather"
         )

@@ -1,4 +1,4 @@
-"""A chunk of prompts through the model, a pure function for a caller's own `jit`."""
+"""Runs a chunk of prompts through the model, as a pure function for the caller's `jit`."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -19,7 +19,7 @@ def prefill(
     *,
     observed: bool = True,
 ) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"]]:
-    """Runs one ragged chunk of prompts through the model; afterwards the cache's policy evicts what is due.
+    """Runs one ragged chunk of prompts through the model; then the cache's policy evicts.
 
     Args:
       model: the model.
@@ -27,13 +27,13 @@ def prefill(
       seqs: slots; a negative one is padding.
       num_tokens: tokens of each in this chunk.
       tokens: their ids, one sequence after the other, padded at the end.
-      observed: static; whether the policy takes note of the chunk, and evicts.
+      observed: static; whether the policy observes the chunk and evicts.
 
     Returns:
       The logits after each sequence's last token of the chunk, the cache, and the statuses of `allocate`.
 
     Raises:
-      ValueError: at trace time, for a model that ignores `rows` or returns what `CausalLM` does not allow.
+      ValueError: at trace time, for a model that ignores `rows` or whose results do not match `CausalLM`.
     """
     cache, batch = allocate(tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     logits, cache = _run(model, cache, batch, tokens, observed)
@@ -49,7 +49,7 @@ def prefill_checked(
     *,
     observed: bool = True,
 ) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"], Bool[Array, " layers"]]:
-    """As `prefill`; it also says in which layers of the cache the model wrote nothing."""
+    """As `prefill`; also returns in which layers of the cache the model wrote nothing."""
     cache, batch = allocate(tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     logits, cache = _run(model, mark_layers(cache, batch), batch, tokens, observed)
     unwritten = unwritten_layers(cache, batch)
@@ -61,17 +61,17 @@ def _run(model: CausalLM, cache: KVCache, batch: Batch, tokens: Array, observed:
     num_seqs = batch.seqs.shape[0]
     rows = jnp.maximum(batch.query_starts[1:] - 1, 0)
     if num_seqs == tokens.shape[0]:
-        # One row more than tokens: the logits of a model that ignores rows are then of another shape.
+        # One row more than tokens, so that the shape of the logits shows whether the model ignored `rows`.
         rows = jnp.concatenate([rows, rows[-1:]])
     logits, cache = run_model(model, tokens, cache, batch, rows, observed=observed)
     return logits[:num_seqs], cache
 
 
 def _evicted(cache: KVCache, batch: Batch, observed: bool) -> KVCache:
-    """At once, and not when more tokens come: forks and samples then share what is left."""
+    """Evicts now rather than at the next tokens, so that forks and samples share what is left."""
     return evict(cache, jnp.where(batch.num_tokens > 0, batch.seqs, -1))[0] if observed else cache
 
 
 def tidied(cache: KVCache) -> KVCache:
-    """Compacted when due, if the config wants that: before the step's batch says where pages lie."""
+    """Compacts when due, if the config allows; call it before `allocate`, whose batch holds page ids."""
     return maybe_compact(cache) if cache.config.compact_automatically else cache

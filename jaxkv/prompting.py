@@ -1,4 +1,4 @@
-"""Runs prompts through the model on the host: in chunks, shared beginnings once, then forked to samples."""
+"""Runs prompts through the model in chunks, from the host: shared prefixes once, then forks to samples."""
 
 import time
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from jaxkv.packing import Stage, chunks, stages
 from jaxkv.prefill import prefill_checked
 from jaxkv.state import KVCache
 
-# The cache is `generate`'s own, or was given up to it: these may donate it.
+# `generate` made the cache or documents that it consumes it, so these may donate it.
 _prefill = jax.jit(prefill_checked, donate_argnames="cache", static_argnames="observed")
 _fork = jax.jit(fork, donate_argnames="cache")
 _evict = jax.jit(evict, donate_argnames="cache")
@@ -26,13 +26,13 @@ _evict = jax.jit(evict, donate_argnames="cache")
 
 @dataclass(frozen=True, slots=True)
 class Prompts:
-    """Prompts to be run.
+    """Prompts to run.
 
     Attributes:
-      tokens: ids of each, by the number of the prompt; no entry for one of which nothing is wanted.
-      slots: int32 `[all prompts, num_samples]`; the first of each is the prompt's own.
-      shared: tokens that all begin with, a multiple of the page size.
-      prefill_chunk: most tokens a step.
+      tokens: token ids by index of the prompt; prompts that are not run have no entry.
+      slots: int32 `[all prompts, num_samples]`; a prompt is run in its first slot.
+      shared: number of tokens that all begin with, a multiple of the page size.
+      prefill_chunk: most tokens per step.
       is_new: whether their slots are empty.
     """
 
@@ -49,23 +49,23 @@ class Prompts:
 
     @property
     def num_computed(self) -> int:
-        """Tokens to be run, shared ones once."""
+        """Number of tokens to run; shared tokens count once."""
         return self.shared + sum(len(prompt) - self.shared for prompt in self.tokens.values())
 
     def stages(self, cache: KVCache) -> list[Stage]:
-        """Their parts, in order; of a cache that may be shapes. Where there are none, of one token."""
+        """The stages, in order; without prompts, those of one token. The cache may consist of shapes."""
         rule = None if cache.policy is None else cache.policy.rule
         tokens = list(self.tokens.values()) or [[0]]
         return stages(tokens, self.shared, self.prefill_chunk, cache.config, rule)
 
 
 def vocabulary(model: CausalLM, cache: KVCache, prompts: Prompts) -> int:
-    """Tokens that the model knows: the width of its logits, from the trace of the first step.
+    """Size of the model's vocabulary: the width of its logits, from tracing the first step.
 
-    Nothing is compiled or run, and the first step is not traced again.
+    Nothing is compiled or run. JAX keeps the trace, so the first step is not traced again.
 
     Raises:
-      ValueError: for a model that returns something else than `CausalLM` says.
+      ValueError: for a model whose results do not match `CausalLM`.
     """
     stage = prompts.stages(cache)[0]
     seqs = jax.ShapeDtypeStruct((len(stage.prompts),), np.int32)
@@ -78,14 +78,14 @@ def run_prompts(
 ) -> tuple[KVCache, Float[Array, "all_prompts vocab"], float]:
     """Prefills the prompts and forks them to their samples.
 
-    What they share is run once, in the first slot, and forked from there.
+    The tokens that all share are run once, in the first slot, and forked from there.
 
     Returns:
-      The cache, the logits after each prompt (zeros for one that is not run), and seconds.
+      The cache, the logits after each prompt (zeros for one that is not run), and the time in seconds.
     """
     seconds, last_logits, slots = 0.0, {}, prompts.own_slots
     if cache.policy is not None and not cache.policy.rule.once and not prompts.is_new:
-        # What the last turn left may fill a row up to the policy's capacity; each chunk counts on less.
+        # The last turn may have filled a row to the policy's capacity; a chunk needs room above the budget.
         cache, _ = _evict(cache, jnp.asarray(slots))
     for stage in prompts.stages(cache):
         step = partial(_run_chunk, model, jnp.asarray(slots), observed=stage.observed)
@@ -122,8 +122,8 @@ def _run_chunk(
         count = cache.config.num_layers
         named = f"layers {layers}" if len(layers) > 1 else f"layer {layers[0]}"
         raise ValueError(
-            f"{type(model).__name__} appends nothing to {named} of the cache, whose config says "
-            f"num_layers={count}; the model writes {count - len(layers)}, and num_layers must be that"
+            f"{type(model).__name__} appends nothing to {named} of the cache: its config says "
+            f"num_layers={count}, but the model writes {count - len(layers)}"
         )
     return logits, cache
 
@@ -132,7 +132,7 @@ def _fork_to_samples(cache: KVCache, prompts: Prompts) -> KVCache:
     parents = np.repeat(prompts.slots[:, 0], prompts.slots.shape[1])
     children = prompts.slots.reshape(-1)
     run = np.repeat(np.isin(np.arange(len(prompts.slots)), list(prompts.tokens)), prompts.slots.shape[1])
-    # Each prompt's own slot is among its children; as padding it stays what it is.
+    # Each prompt's own slot is among its children; padding leaves it unchanged.
     return _fork_to(cache, parents, np.where((children == parents) | ~run, -1, children))
 
 

@@ -14,6 +14,7 @@ from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, release, share
 from jaxkv.pages import for_each_column
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
+from pallas_kernels.ordering import after
 
 
 def reorder(
@@ -102,10 +103,9 @@ def _share(source: Array, config: CacheConfig):
 
 def _hand_over(row: Array, source: Array, config: CacheConfig):
     def hand_over(table: PageTable, columns: Array) -> PageTable:
-        # One read of both: the write depends on it, which orders the two and spares a copy of the table.
-        rows = jnp.concatenate([row, source])[:, None]
-        old, new = jnp.split(rows_of(table.pages, (rows, columns[None, :]), config.num_pages), 2)
-        pages = table.pages.at[row[:, None], columns[None, :]].set(new, mode="drop")
+        old, new = (rows_of(table.pages, (of[:, None], columns), config.num_pages) for of in (row, source))
+        at = after(row, old, new)[:, None]
+        pages = table.pages.at[at, columns].set(new, mode="drop")
         return release(replace(table, pages=pages), old.reshape(-1))
 
     return hand_over

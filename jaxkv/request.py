@@ -1,4 +1,4 @@
-"""What `generate` is asked for, checked: before anything is computed, naming the argument that is wrong."""
+"""Checks the arguments of `generate` before anything is computed."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ from jaxkv.sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """The arguments of `generate`, one value a prompt where they may differ.
+    """The arguments of `generate`, with one value per prompt where prompts may differ.
 
     Attributes:
       prompts: token ids of each.
@@ -20,7 +20,7 @@ class Request:
       samplings: how its tokens are chosen.
       stop_tokens: ids that end a sequence, sorted.
       num_samples: continuations of each prompt.
-      prefill_chunk: most tokens a prefill step.
+      prefill_chunk: most tokens per prefill step.
       block: decode steps between two calls of `on_tokens`.
     """
 
@@ -41,7 +41,7 @@ class Request:
         stop_tokens: Iterable[int],
         **counts: int,
     ) -> "Request":
-        """The arguments as users give them, or a `ValueError`."""
+        """Checks and converts the arguments; raises `ValueError` naming the wrong one."""
         try:
             ids = [_token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
         except TypeError:
@@ -57,7 +57,7 @@ class Request:
         )
 
     def check_vocabulary(self, vocab: int, model: CausalLM) -> None:
-        """Raises `ValueError` for a token that the model has no logit of, with its number."""
+        """Raises `ValueError` for a token id beyond the model's vocabulary."""
         for name, ids in (
             *((f"prompt {number}", prompt) for number, prompt in enumerate(self.prompts)),
             ("stop_tokens", self.stop_tokens),
@@ -101,7 +101,7 @@ def _samplings(sampling: object, count: int) -> list[Sampling]:
 
 
 def _one_each(name: str, value: object, count: int) -> list | None:
-    """The elements of a sequence, which must be as many as there are prompts; None for a single value."""
+    """The elements of a sequence of `count` values; None for a single value."""
     try:
         elements = list(value)  # type: ignore[call-overload]
     except TypeError:
@@ -114,9 +114,9 @@ def _one_each(name: str, value: object, count: int) -> list | None:
 
 
 def check_model(model: CausalLM, policy: Policy | None) -> None:
-    """Raises `ValueError` for a model that a policy cannot be told of, naming both sides."""
+    """Raises `ValueError` if the policy needs the attention mass and the model cannot return it."""
     if policy is not None and policy.needs_mass and not takes_mass(model):
         raise ValueError(
-            f"{type(policy).__name__} goes by the attention that tokens received, and calling a "
-            f"{type(model).__name__} takes no return_mass"
+            f"{type(policy).__name__} ranks tokens by the attention that they received, but "
+            f"{type(model).__name__} does not accept return_mass"
         )

@@ -1,8 +1,8 @@
-"""Rotary position embedding: the two ways to pair features, and the ways to stretch a context.
+"""Rotary position embedding (RoFormer, arXiv:2104.09864).
 
-Each pair of features of a query or key is turned by an angle that grows with the token's position
-and shrinks along the head (RoFormer, arXiv 2104.09864). Checkpoints differ in *which* features form
-a pair, and in how the frequencies were scaled for contexts longer than the trained one.
+Each pair of features of a query or key is rotated by an angle: the token's position times the pair's
+frequency. Checkpoints differ in which features form a pair, and in how frequencies are scaled for contexts
+longer than the trained one.
 """
 
 import dataclasses
@@ -20,17 +20,17 @@ RopePairing = Literal["half", "interleaved"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class LinearScaling:
-    """Every frequency divided by one number (position interpolation, arXiv 2306.15595)."""
+    """Divides every frequency by `factor` (position interpolation, arXiv:2306.15595)."""
 
     factor: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Llama3Scaling:
-    """Llama 3.1's scaling: low frequencies divided by `factor`, high ones kept, a ramp between.
+    """Llama 3.1's scaling: divides low frequencies by `factor`, keeps high ones, interpolates between.
 
-    Wavelengths are compared with `original_max_position / low_freq_factor` and
-    `original_max_position / high_freq_factor`, in tokens.
+    A frequency is low if its wavelength exceeds `original_max_position / low_freq_factor` tokens, high if it
+    is below `original_max_position / high_freq_factor`.
     """
 
     factor: float
@@ -41,7 +41,7 @@ class Llama3Scaling:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class FrequencyFactors:
-    """One divisor for each of the `head_dim / 2` frequencies, as GGUF files store Llama 3.1's."""
+    """One divisor per frequency, `head_dim / 2` in all, as in GGUF files of Llama 3.1."""
 
     factors: tuple[float, ...]
 
@@ -50,12 +50,12 @@ RopeScaling = LinearScaling | Llama3Scaling | FrequencyFactors
 
 
 def check_scaling(scaling: RopeScaling, head_dim: int) -> None:
-    """Raises `ValueError` for numbers that no scaling can have; naming them."""
+    """Raises `ValueError` for invalid values, naming the field."""
     for field in dataclasses.fields(scaling):
-        value = getattr(scaling, field.name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not 0.0 < number < math.inf:
-                raise ValueError(f"rope_scaling's {field.name} must be positive, not {number!r}")
+        values = getattr(scaling, field.name)
+        for value in values if isinstance(values, tuple) else (values,):
+            if not 0.0 < value < math.inf:
+                raise ValueError(f"rope_scaling's {field.name} must be positive, not {value!r}")
     if isinstance(scaling, FrequencyFactors) and len(scaling.factors) != head_dim // 2:
         raise ValueError(f"rope_scaling needs {head_dim // 2} factors, not {len(scaling.factors)}")
     if isinstance(scaling, Llama3Scaling) and scaling.low_freq_factor >= scaling.high_freq_factor:
@@ -66,12 +66,12 @@ def check_scaling(scaling: RopeScaling, head_dim: int) -> None:
 
 
 def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """The angle in radians that each feature pair turns by from one token to the next.
+    """The angle in radians by which each feature pair is rotated per position.
 
     Args:
       head_dim: features of one head; even.
       theta: the base of the geometric series, 10000 in the paper.
-      scaling: how the series was stretched, or None.
+      scaling: how the frequencies are scaled, or None.
 
     Returns:
       float32 `[head_dim / 2]`, a NumPy constant.
@@ -93,10 +93,10 @@ def inverse_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None
 
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
-    # How often a pair turns right round within the context the model was first trained on.
-    turns = scaling.original_max_position * frequencies / (2 * math.pi)
+    # Full rotations of a pair within the originally trained context.
+    rotations = scaling.original_max_position * frequencies / (2 * math.pi)
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    keep = np.clip((rotations - low) / (high - low), 0.0, 1.0)
     return keep * frequencies + (1.0 - keep) * frequencies / scaling.factor
 
 
@@ -106,23 +106,23 @@ def rotate(
     frequencies: np.ndarray,
     pairing: RopePairing,
 ) -> Float[Array, "tokens heads head_dim"]:
-    """Turns every feature pair of `x` by its token's position times the pair's frequency.
+    """Rotates every feature pair of `x` by the token's position times the pair's frequency.
 
     Args:
       x: queries or keys.
-      positions: each token's place in its sequence, from 0.
-      frequencies: float32 `[head_dim / 2]`, radians a token.
+      positions: of each token, from 0.
+      frequencies: float32 `[head_dim / 2]`, radians per position.
       pairing: `"half"` pairs feature `i` with `i + head_dim / 2` (Hugging Face checkpoints),
           `"interleaved"` pairs `2 i` with `2 i + 1` (the paper, and Llama in GGUF files).
 
     Returns:
-      The turned features, in `x`'s dtype; the angles are computed in float32.
+      The rotated features, in `x`'s dtype; the angles are computed in float32.
     """
-    return _turn(x, positions[:, None], frequencies, pairing)
+    return _rotate_by(x, positions[:, None], frequencies, pairing)
 
 
-def _turn(x: Array, by: Array, frequencies: np.ndarray, pairing: RopePairing) -> Array:
-    """`x [..., features]` turned by `by [...]` positions."""
+def _rotate_by(x: Array, by: Array, frequencies: np.ndarray, pairing: RopePairing) -> Array:
+    """`x [..., features]` rotated by `by [...]` positions."""
     angles = by.astype(jnp.float32)[..., None] * frequencies.reshape(*(1,) * by.ndim, -1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     wide = x.astype(jnp.float32)
@@ -130,22 +130,22 @@ def _turn(x: Array, by: Array, frequencies: np.ndarray, pairing: RopePairing) ->
         first, second = jnp.split(wide, 2, axis=-1)
     else:
         first, second = wide[..., 0::2], wide[..., 1::2]
-    turned = first * cos - second * sin, second * cos + first * sin
+    rotated = first * cos - second * sin, second * cos + first * sin
     if pairing == "half":
-        out = jnp.concatenate(turned, axis=-1)
+        out = jnp.concatenate(rotated, axis=-1)
     else:
-        out = jnp.stack(turned, axis=-1).reshape(x.shape)
+        out = jnp.stack(rotated, axis=-1).reshape(x.shape)
     return out.astype(x.dtype)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rope:
-    """How a model turns its keys, for whoever moves keys that are in a cache already; hashable.
+    """How a model rotates its keys, for functions that move keys already in a cache; hashable.
 
     Attributes:
-      frequencies: radians a token of each feature pair, `head_dim / 2` of them; fewer where a model turns
-        only the first features of a head.
-      pairing: as `rotate` has it.
+      frequencies: radians per position of each feature pair, `head_dim / 2` of them; fewer if the model
+        rotates only the first features of a head.
+      pairing: as for `rotate`.
 
     Raises:
       ValueError: for no frequencies, one that is not finite, or an unknown pairing.
@@ -159,10 +159,10 @@ class Rope:
     pairing: RopePairing = "half"
 
     def __post_init__(self):
-        numbers = tuple(map(real, self.frequencies)) if isinstance(self.frequencies, tuple) else ()
-        if not numbers or not all(number is not None and math.isfinite(number) for number in numbers):
+        values = tuple(map(real, self.frequencies)) if isinstance(self.frequencies, tuple) else ()
+        if not values or not all(value is not None and math.isfinite(value) for value in values):
             raise ValueError(f"frequencies={self.frequencies!r} must be a tuple of finite floats")
-        object.__setattr__(self, "frequencies", numbers)
+        object.__setattr__(self, "frequencies", values)
         if self.pairing not in get_args(RopePairing):
             raise ValueError(f"pairing={self.pairing!r} must be 'half' or 'interleaved'")
 
@@ -170,14 +170,14 @@ class Rope:
     def of(
         cls, head_dim: int, theta: float, scaling: RopeScaling | None = None, pairing: RopePairing = "half"
     ) -> "Rope":
-        """From what a model's configuration says; see `inverse_frequencies`."""
+        """From the values of a model's configuration; see `inverse_frequencies`."""
         return cls(tuple(inverse_frequencies(head_dim, theta, scaling).tolist()), pairing)
 
     def turn(
         self, keys: Float[Array, "*tokens head_dim"], by: Int[Array, "*#tokens"]
     ) -> Float[Array, "*tokens head_dim"]:
-        """Keys as they would be `by` positions further on."""
-        turned = 2 * len(self.frequencies)
+        """Keys rotated as if their positions were larger by `by`."""
+        features = 2 * len(self.frequencies)
         frequencies = np.asarray(self.frequencies, np.float32)
-        moved = _turn(keys[..., :turned], by, frequencies, self.pairing)
-        return jnp.concatenate([moved, keys[..., turned:]], axis=-1)
+        rotated = _rotate_by(keys[..., :features], by, frequencies, self.pairing)
+        return jnp.concatenate([rotated, keys[..., features:]], axis=-1)

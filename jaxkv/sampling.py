@@ -1,4 +1,4 @@
-"""From logits to the next token."""
+"""Draws the next token from logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxkv.arguments import integer, real
 from jaxkv.operation import axis_of, operation
 
-# The smallest normal float32. A division by less overflows, or by zero where the hardware flushes it.
+# The smallest normal float32. Division by less may overflow, or be by zero where hardware flushes it to 0.
 _LEAST_TEMPERATURE = 2.0**-126
-# Its reciprocal: a compiler may multiply by that of a divisor, which must be normal too.
+# Its reciprocal. A compiler may multiply by the reciprocal of the divisor, which must be normal too.
 _MOST_TEMPERATURE = 2.0**126
-# More tokens than any vocabulary has.
+# More tokens than any vocabulary.
 _ALL = 2**31 - 1
 
 
@@ -26,14 +26,14 @@ _ALL = 2**31 - 1
 class Sampling:
     """How the next token is chosen; static.
 
-    `top_k` and `top_p` keep the first tokens of the order by logit, of equal ones by index: of logits
-    `log([.4, .2, .2, .2])` a `top_p` of 0.5 keeps two. Numbers may be scalars of NumPy or JAX.
+    `top_k` and `top_p` order the tokens by logit, equal logits by index, and keep the first: for logits
+    `log([.4, .2, .2, .2])` a `top_p` of 0.5 keeps two. Values may be NumPy or JAX scalars.
 
     Attributes:
-      temperature: 0 is greedy, and so is everything below `2**-126`, float32's smallest normal number.
-      top_k: keep this many of the likeliest tokens. None: all.
-      top_p: keep the likeliest tokens that together reach this probability, one at least (nucleus sampling,
-        arXiv:1904.09751). None or 1: all. Applied after `top_k`.
+      temperature: 0 is greedy, as is any value below `2**-126`, the smallest normal float32.
+      top_k: keep this many of the most probable tokens. None: all.
+      top_p: keep the fewest most probable tokens that together reach this probability, at least one (nucleus
+        sampling, arXiv:1904.09751). None or 1: all. Applied after `top_k`.
 
     Raises:
       ValueError: naming the field and what is allowed.
@@ -45,7 +45,7 @@ class Sampling:
 
     def __post_init__(self):
         temperature = real(self.temperature)
-        # Written so that NaN is refused too.
+        # This form of the comparison also refuses NaN.
         if temperature is None or not 0 <= temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature!r} must be 0 (greedy) or positive")
         object.__setattr__(self, "temperature", temperature)
@@ -66,13 +66,13 @@ GREEDY = Sampling()
 class SamplingBatch:
     """A `Sampling` for each sequence, as arrays.
 
-    A sequence draws the same token, whatever its neighbours' settings.
+    The settings of other sequences do not change which token a sequence draws.
 
     Attributes:
       temperature: 0 is greedy.
-      top_k: the largest int32 for all tokens.
-      top_p: 1 for all tokens.
-      sorts: whether any sequence uses `top_k` or `top_p`; the vocabulary is not sorted for none.
+      top_k: the largest int32 keeps all tokens.
+      top_p: 1 keeps all tokens.
+      sorts: whether any sequence uses `top_k` or `top_p`; otherwise the vocabulary is not sorted.
     """
 
     temperature: Float[Array, " seqs"]
@@ -82,7 +82,7 @@ class SamplingBatch:
 
     @classmethod
     def of(cls, samplings: Sequence[Sampling]) -> "Sampling | SamplingBatch":
-        """Of one `Sampling` a sequence; that one itself where all are alike."""
+        """From one `Sampling` per sequence; returns that `Sampling` itself if all are equal."""
         if all(one == samplings[0] for one in samplings):
             return samplings[0]
         plain = [_plain(one) for one in samplings]
@@ -96,7 +96,7 @@ class SamplingBatch:
 
 
 def _plain(sampling: Sampling) -> tuple[float, int, float]:
-    """Temperature, top_k and top_p as float32 has them, without None; greedy needs no order of tokens."""
+    """Temperature, top_k and top_p rounded to float32, without None; greedy ignores top_k and top_p."""
     if sampling.temperature < _LEAST_TEMPERATURE:
         return 0.0, _ALL, 1.0
     temperature = min(sampling.temperature, _MOST_TEMPERATURE)
@@ -111,10 +111,10 @@ def _limits(plain: tuple[float, int, float]) -> bool:
 def sample(
     key: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling | SamplingBatch
 ) -> Int[Array, " seqs"]:
-    """Draws one token a sequence.
+    """Draws one token per sequence.
 
     Args:
-      key: for the draw; unused when greedy.
+      key: unused when greedy.
       logits: float32.
       sampling: temperature, top-k, top-p, for all sequences or for each.
 
@@ -132,7 +132,7 @@ def sample(
 def sample_each(
     keys: PRNGKeyArray, logits: Float[Array, "seqs vocab"], sampling: Sampling | SamplingBatch
 ) -> Int[Array, " seqs"]:
-    """As `sample`, with a key for each sequence, `[seqs]`: neighbours change no draw."""
+    """As `sample`, with a key for each sequence, `[seqs]`; draws are independent of other sequences."""
     return _draw(keys, logits, sampling, each=True)
 
 
@@ -153,13 +153,13 @@ def _drawn(
 def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[Array], Array]) -> Array:
     likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32)
-    # The sorts tell 0 from -0, which are equal logits.
+    # Sorting orders -0 before 0, but the logits are equal.
     logits = jnp.where(logits == 0, 0.0, logits)
     if isinstance(sampling, Sampling):
         temperature, top_k, top_p = _plain(sampling)
         if temperature == 0:
             return likeliest
-        # Kept from the compiler: a division by a constant may be rounded otherwise than one by an array.
+        # Hidden from the compiler: division by a constant may round differently from division by an array.
         temperature = jax.lax.optimization_barrier(jnp.float32(temperature))
         scaled = _scale(logits, temperature)
         if top_k < logits.shape[1] or top_p < 1:
@@ -174,7 +174,7 @@ def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[A
 
 
 def _scale(logits: Float[Array, "seqs vocab"], temperature: Array) -> Float[Array, "seqs vocab"]:
-    """Logits below the largest by temperature: no division overflows, and the largest stays finite."""
+    """`(logits - largest) / temperature`: no division overflows, and the largest stays finite."""
     largest = jnp.max(logits, axis=-1, keepdims=True)
     return jnp.where(logits == largest, 0.0, logits - largest) / temperature
 
@@ -182,7 +182,7 @@ def _scale(logits: Float[Array, "seqs vocab"], temperature: Array) -> Float[Arra
 def _kept(
     logits: Array, temperature: Array, top_k: int | Array, top_p: float | Array
 ) -> Bool[Array, "seqs vocab"]:
-    """The tokens that stand first in the order by logit, then by index, up to the last one kept."""
+    """Which tokens are kept: the first of the order by logit, then by index."""
     index = jnp.broadcast_to(jnp.arange(logits.shape[1], dtype=jnp.int32)[None], logits.shape)
     if isinstance(top_k, int) and isinstance(top_p, float) and top_p >= 1:
         last, last_index = (x[:, -1:] for x in jax.lax.top_k(logits, top_k))
@@ -194,10 +194,10 @@ def _kept(
 
 
 def _count(scaled: Array, rank: Array, top_k: int | Array, top_p: float | Array) -> Int[Array, "seqs 1"]:
-    """How many of the ordered tokens stay; the likeliest always does."""
+    """How many of the ordered tokens are kept; at least one."""
     among = rank < top_k
     reached = jnp.cumsum(jax.nn.softmax(jnp.where(among, scaled, -jnp.inf), axis=1), axis=1)
     before = jnp.pad(reached[:, :-1], ((0, 0), (1, 0)))
-    # A sum may round to one before the last token: a top_p of one asks for no sum at all.
+    # A sum may round to 1 before the last token, so a top_p of 1 ignores the sum.
     stays = among & ((rank == 0) | (before < top_p) | jnp.asarray(top_p >= 1))
     return jnp.sum(stays, axis=1, keepdims=True, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""Sizes a cache by what it is for: an amount of memory, a context length, or prompts and new tokens."""
+"""Sizes a cache by an amount of memory, a context length, or prompts and new tokens."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -23,12 +23,12 @@ def for_context_length(context: int, *, memory: str | int | None = None, **optio
 
     Args:
       context: tokens of the longest sequence.
-      memory: that the cache may take, as bytes or like "12GiB"; it gets as many pages as that holds.
+      memory: most memory for the cache, in bytes or like "12GiB"; the pool gets as many pages as fit.
         Default: enough for `max_seqs` sequences of `context`.
       options: the other arguments of `CacheConfig`, without `num_pages` and `max_pages_per_seq`.
 
     Raises:
-      ValueError: where not even one sequence fits the memory.
+      ValueError: if not even one sequence fits the memory.
 
     Example:
       >>> sizes = dict(num_layers=32, num_kv_heads=8, head_dim=128)
@@ -53,7 +53,7 @@ def for_context_length(context: int, *, memory: str | int | None = None, **optio
             f"memory={format_bytes(allowed)} does not hold one sequence of {tokens} tokens, "
             f"which takes {least.estimated_memory()}"
         )
-    # A page more takes its bytes, a refcount and a place on the free stack.
+    # Each further page takes its bytes, a refcount and an entry of the free stack.
     more = spare // (one.page_bytes + 8)
     return replace(least, num_pages=min(least.num_pages + more, (MAX_TOKENS - 1) // one.page_size))
 
@@ -63,11 +63,11 @@ def from_preset(name: str, *, memory: str | int | None = None, **options: Any) -
 
     Args:
       name: of the preset.
-      memory: that the cache may take, as bytes or like "12GiB". Default: the preset's.
-      options: of `for_context_length`, instead of the preset's.
+      memory: most memory for the cache, in bytes or like "12GiB". Default: the preset's.
+      options: arguments of `for_context_length`, which override the preset's.
 
     Raises:
-      ValueError: for an unknown preset, or sizes that it leaves open.
+      ValueError: for an unknown preset, or sizes that neither it nor the options give.
 
     Example:
       >>> from_preset("small", memory="1GiB", max_seqs=8).num_pages
@@ -80,7 +80,7 @@ def from_preset(name: str, *, memory: str | int | None = None, **options: Any) -
     needed = ("max_context", "num_layers", "num_kv_heads", "head_dim")
     missing = [field for field in needed if field not in sizes] + ["memory"] * (memory is None)
     if missing:
-        raise ValueError(f"preset {name!r} leaves {', '.join(missing)} open; give them")
+        raise ValueError(f"preset {name!r} does not set {', '.join(missing)}; give them")
     return for_context_length(sizes.pop("max_context"), memory=memory, **sizes)
 
 
@@ -92,19 +92,19 @@ def token_slots(
     policy: Policy | None,
     prefill_chunk: int,
 ) -> int:
-    """Token slots that a prompt and what it is continued with take at most.
+    """Most token slots that a prompt and its continuation use.
 
     Args:
-      config: makes the `CacheConfig` of `num_pages`, `page_size` and other sizes.
-      page_size: token slots a page.
+      config: makes a `CacheConfig` from `num_pages`, `page_size` and other sizes.
+      page_size: token slots per page.
       num_tokens: of the prompt.
-      new_tokens: most tokens to be generated.
-      policy: what is forgotten.
-      prefill_chunk: most tokens a prefill step.
+      new_tokens: most tokens to generate.
+      policy: the eviction policy, or None.
+      prefill_chunk: most tokens per prefill step.
     """
     if policy is None:
         return num_tokens + new_tokens
-    # Of a row that would hold everything: what a policy's capacity is a share of.
+    # With a row that holds all tokens: a policy's capacity may be a share of it.
     whole = config(num_pages=-(-(num_tokens + new_tokens) // page_size), page_size=page_size)
     return policy.token_slots(whole, num_tokens, new_tokens, prefill_chunk)
 
@@ -121,7 +121,7 @@ def pool_sizes(
     Args:
       make: makes the `CacheConfig` of `num_pages` and other sizes.
       lengths: tokens of each prompt.
-      slots: token slots of each prompt and a continuation, at most.
+      slots: most token slots of each prompt and its continuation.
       num_samples: continuations of each prompt.
       policy: what is forgotten.
     """
@@ -154,21 +154,21 @@ def fitting_config(
     max_context: int | None = None,
     **options: Any,
 ) -> CacheConfig:
-    """The config of a pool that holds every sequence at its longest, as the model's `cache_config` makes it.
+    """A config from the model's `cache_config`, for a pool that holds every sequence at its longest.
 
     Args:
       model: has the method `cache_config(**sizes)`.
       lengths: tokens of each prompt.
       new_tokens: most tokens of each prompt's continuations.
       num_samples: continuations of each prompt.
-      policy: what is forgotten.
-      prefill_chunk: most tokens a prefill step.
+      policy: the eviction policy, or None.
+      prefill_chunk: most tokens per prefill step.
       num_pages: pages of the pool, instead of enough for all.
-      max_context: tokens at which a sequence ends that forgets nothing. Default: none.
+      max_context: most tokens of a sequence without a policy. Default: no limit.
       options: other arguments of `cache_config`.
 
     Raises:
-      ValueError: for a model that has no such method.
+      ValueError: for a model without such a method.
     """
     if not callable(getattr(model, "cache_config", None)):
         raise ValueError(
@@ -198,27 +198,27 @@ def check_fit(
     policy: Policy | None,
     prefill_chunk: int,
 ) -> None:
-    """Refuses prompts that cannot fit, with the numbers, before anything is computed.
+    """Refuses prompts that cannot fit, before anything is computed.
 
     Args:
       config: of the cache.
-      cache: what the prompts are appended to; None for an empty one.
+      cache: the cache that the prompts are appended to; None for an empty one.
       slots: of all prompts.
-      prompts: token ids by the prompt's number; those that are not run are left out.
-      shared: pages that all of them begin with.
-      policy: what is forgotten.
-      prefill_chunk: most tokens a prefill step.
+      prompts: token ids by index of the prompt; prompts that are not run are left out.
+      shared: number of pages that all of them begin with.
+      policy: the eviction policy, or None.
+      prefill_chunk: most tokens per prefill step.
 
     Raises:
-      SequenceTooLongError, OutOfPagesError: naming what is needed and what there is.
+      SequenceTooLongError, OutOfPagesError: naming what is needed and what is available.
     """
     most = None
     if policy is not None and not policy.once:
         most = policy.most_kept(config) + most_at_once(policy, config, prefill_chunk)
     held_now = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(lengths(cache))
-    held = {number: int(held_now[slots[number]]) for number in prompts}
+    filled = {number: int(held_now[slots[number]]) for number in prompts}
     for number, prompt in prompts.items():
-        before = held[number]
+        before = filled[number]
         if before + len(prompt) > config.max_tokens_per_seq and most is None:
             after = f" after the {before} in its slot" if before else ""
             raise SequenceTooLongError(
@@ -230,23 +230,22 @@ def check_fit(
     of_shared = config.pages_for_seq(shared * config.page_size)
     pages = of_shared + copied_pages(cache, [slots[number] for number in prompts])
     for number, prompt in prompts.items():
-        before = held[number]
+        before = filled[number]
         after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
         pages += config.pages_for_seq(after) - config.pages_for_seq(before) - of_shared
     if policy is not None and shared:
-        # What is kept of shared pages goes to pages of each sequence's own, before the others are released.
+        # Tokens kept of shared pages are copied for each sequence before the shared pages are released.
         pages += len(prompts) * config.pages_for(policy.copied_tokens(config.max_tokens_per_seq))
     free = config.num_pages if cache is None else int(cache.table.num_free)
     if pages > free:
-        pool = "the pool has" if cache is None else f"of the pool's {config.num_pages} are free:"
         raise OutOfPagesError(
             f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "
-            f"{pool} {free}"
+            f"{free} of the pool's {config.num_pages} are free"
         )
 
 
 def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
-    """Partly filled last pages that others share: the first write to each goes to a copy."""
+    """Number of shared, partly filled last pages: the first write to each copies it."""
     if cache is None:
         return 0
     table, config = cache.table, cache.config

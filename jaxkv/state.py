@@ -1,7 +1,7 @@
 """Every pytree of the cache, and `Status`.
 
-All are frozen and none checks itself: unflattening builds them from whatever leaves a
-transformation puts there. A static mistake is caught where a function is called.
+All are frozen. None checks its fields, since a transformation may unflatten it from leaves of any kind;
+the functions check their arguments instead.
 """
 
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from jaxkv.config import CacheConfig
 
 
 class Status(IntEnum):
-    """What became of one entry of a call. Failure is a value; `raise_for_status` makes it an error.
+    """The result of one entry of a call. Failure is a value; `raise_for_status` raises it as an error.
 
     Attributes:
-      OK: done; also an entry that asked for no tokens.
+      OK: done; also for an entry of no tokens.
       OUT_OF_PAGES: refused by `allocate`: the pool has too few free pages for it, or for an entry before it.
       SEQUENCE_TOO_LONG: refused by `allocate`: the sequence would outgrow its row of the page table.
       INVALID_SEQ: refused: a slot beyond `max_seqs`, one that an earlier entry names, or an empty parent.
@@ -70,9 +70,9 @@ class PageTable:
       positions: position of each sequence's next token, 0 for an empty slot; more than `lengths` once a
         policy dropped tokens or a window released some.
       refcounts: table entries that name each page.
-      free_pages: a stack of page ids, `free_pages[:num_free]`; its top is handed out first.
+      free_pages: a stack of page ids, `free_pages[:num_free]`; `allocate` takes from its top.
       num_free: pages on the stack.
-      fingerprint: of the table's history; every operation that changes the table changes it. Equal
+      fingerprint: a hash of the table's history, changed by every operation that changes the table. Equal
         histories have equal fingerprints.
     """
 
@@ -92,15 +92,15 @@ def _counter(index: int, doc: str) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class AllocationStats:
-    """Counters since `init`, in pages unless said otherwise; they stop at the largest int32.
+    """Counters since `init`, in pages unless stated; they saturate at the largest int32.
 
-    They are one vector, which a step updates at once; `names()` says in what order.
+    `counters` holds them in the order of `names()`, so that a step updates one vector.
     """
 
     counters: Int[Array, " 10"]
 
     total_allocations = _counter(0, "Taken off the free stack, copies included.")
-    total_deallocations = _counter(1, "Given back to it.")
+    total_deallocations = _counter(1, "Returned to the free stack.")
     current_pages = _counter(2, "In use now.")
     peak_pages = _counter(3, "Most in use at any moment.")
     copy_on_write_copies = _counter(4, "Copied because a shared tail page was written to.")
@@ -108,19 +108,19 @@ class AllocationStats:
     compactions = _counter(6, "Calls of `compact`.")
     pages_moved = _counter(7, "Moved by `compact`.")
     evictions = _counter(8, "Times that a policy dropped tokens of a sequence.")
-    evicted_tokens = _counter(9, "Token places that policies gave up.")
+    evicted_tokens = _counter(9, "Tokens that policies dropped.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """Of the counters, in their order."""
+        """Names of the counters, in order."""
         return tuple(name for name, value in vars(cls).items() if isinstance(value, property))
 
     def as_dict(self) -> dict[str, Any]:
         """Every counter by its name.
 
         Returns:
-          Python integers, for which it waits for the device. Of stacked statistics, as from a scan, NumPy
-          arrays; within `jit` traced int32.
+          Python integers, after waiting for the device. For stacked statistics, such as from a scan, NumPy
+          arrays; inside `jit`, traced int32.
 
         Example:
           >>> import jaxkv
@@ -131,18 +131,18 @@ class AllocationStats:
         return {name: on_host(getattr(self, name)) for name in self.names()}
 
     def __repr__(self) -> str:
-        # A transformation may have put anything in the place of the vector, and a donated one is gone.
+        # A transformation may have replaced the vector by any object, and a donated vector is deleted.
         counters = self.counters
         if isinstance(counters, Tracer) or not isinstance(counters, (jax.Array, np.ndarray)):
             return f"{type(self).__name__}(counters={counters!r})"
         if isinstance(counters, jax.Array) and counters.is_deleted():
             return f"{type(self).__name__}(counters=<deleted>)"
-        numbers = ", ".join(f"{name}={np.asarray(x).tolist()}" for name, x in self.as_dict().items())
-        return f"{type(self).__name__}({numbers})"
+        fields = ", ".join(f"{name}={np.asarray(x).tolist()}" for name, x in self.as_dict().items())
+        return f"{type(self).__name__}({fields})"
 
 
 def on_host(value: Any) -> Any:
-    """A traced array as it is; of others a Python number, or NumPy's array where there are several."""
+    """A traced array unchanged; a Python number for another scalar, a NumPy array for other arrays."""
     if isinstance(value, Tracer):
         return value
     array = np.asarray(value)
@@ -152,7 +152,7 @@ def on_host(value: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class PolicyState:
-    """An eviction policy in a cache, and what it remembers of each sequence.
+    """An eviction policy in a cache, and its state for each sequence.
 
     Attributes:
       values: arrays whose first axis is `seqs`; those with four axes are
@@ -171,7 +171,7 @@ class PolicyState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """A paged KV cache: one immutable pytree. Its `policy` is None where nothing is ever evicted."""
+    """A paged KV cache: one immutable pytree. Without an eviction policy, `policy` is None."""
 
     pool: KVPool
     table: PageTable
@@ -183,11 +183,11 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Where this step's tokens go and what they may see.
+    """Where this step's tokens are stored and which tokens they attend to.
 
     The tokens of `seqs[i]` are the rows `query_starts[i]:query_starts[i+1]` of the token axis.
-    It describes the cache that `allocate` returned with it, until the page table changes again. Then it is
-    stale: `append` writes nothing for it, and `attend` gives NaN.
+    A batch is valid for the cache that `allocate` returned with it, until the page table changes again.
+    With a stale batch `append` writes nothing and `attend` returns NaN.
 
     Attributes:
       seqs, num_tokens: as given to `allocate`.
@@ -200,8 +200,8 @@ class Batch:
       page_ids, offsets: where each token is written in each group; page id `num_pages` for padding.
       num_free: pages free after the call.
       fingerprint: of the page table after the call.
-      config: of the cache.
-      window, sink_tokens: what the cache's policy lets every token see, whatever the model lets it: see
+      config: the cache's.
+      window, sink_tokens: the limits that the cache's policy sets on what each token attends to; see
         `attend`.
     """
 
@@ -222,14 +222,14 @@ class Batch:
 
     @property
     def ok(self) -> Bool[Array, " seqs"]:
-        """Which entries got what they asked for: False for refused ones and for padding."""
+        """Which entries were granted: False for refused entries and for padding."""
         return self.status == Status.OK
 
     @property
     def last_rows(self) -> Int[Array, " seqs"]:
-        """Row of each entry's last token, whose logits choose the next one: `logits[batch.last_rows]`.
+        """Row of each entry's last token, whose logits choose the next token: `logits[batch.last_rows]`.
 
-        Always a row of the token axis. It means something where `ok & (num_tokens > 0)`: what `attend` gives
-        in the rows of a refused entry is zeros, and an entry without tokens gets another entry's row, or 0.
+        Always a valid row, but meaningful only where `ok & (num_tokens > 0)`: `attend` returns zeros in the
+        rows of a refused entry, and an entry without tokens gets another entry's row, or 0.
         """
         return jnp.clip(self.query_starts[..., 1:] - 1, 0, self.positions.shape[-1] - 1)

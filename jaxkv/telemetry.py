@@ -1,3 +1,3 @@
-"""Metrics of caches at work, for Prometheus and for callbacks: see `jaxkv.memory.telemetry`."""
+"""Cache metrics for Prometheus and for callbacks; see `jaxkv.memory.telemetry`."""
 
 from jaxkv.memory.telemetry import Telemetry as Telemetry

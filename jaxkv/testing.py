@@ -1,6 +1,5 @@
-"""Assertions for tests of code that uses the cache. Import it by name: `import jaxkv.testing`."""
+"""Assertions for tests of code that uses the cache. Import it explicitly: `import jaxkv.testing`."""
 
-import re
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkv.errors import CacheCorruptedError
+from jaxkv.hlo import copies_of
 from jaxkv.invariants import check_invariants
 from jaxkv.pages import lengths
 from jaxkv.pool import gather
@@ -17,7 +17,7 @@ _gather = jax.jit(gather, static_argnums=1)
 
 
 def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
-    """Two caches hold the same sequences with the same contents, wherever the pages lie.
+    """Asserts that two caches hold the same sequences with the same contents.
 
     Slots, lengths, positions, and K and V of every token in every layer are compared, these exactly; in a
     layer with a window, of the tokens that the next one attends to. Page ids, page sizes, sharing, the free
@@ -28,7 +28,7 @@ def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
       b: another.
 
     Raises:
-      AssertionError: naming the first slot, and the layer and token, that differ.
+      AssertionError: naming the first slot, layer and token that differ.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv, jaxkv.testing
@@ -62,13 +62,13 @@ def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:
 
 
 def assert_invariants(cache: KVCache) -> None:
-    """The cache's bookkeeping is sound: `jaxkv.check_invariants` as an assertion.
+    """`jaxkv.check_invariants` as an assertion.
 
     Args:
       cache: a cache.
 
     Raises:
-      AssertionError: saying which page or slot is wrong, and why.
+      AssertionError: naming the page or slot that is wrong, and why.
     """
     try:
         check_invariants(cache)
@@ -82,27 +82,27 @@ def assert_in_place(
     donate_argnums: int | Sequence[int] = 0,
     max_temp_bytes: int | None = None,
 ) -> None:
-    """`jax.jit(fn, donate_argnums=...)` updates the cache in place: it keeps no copy of the pool.
+    """Asserts that `jax.jit(fn, donate_argnums=...)` updates the cache in place, without copying the pool.
 
-    Compiles and does not run, so `args` may be `jax.ShapeDtypeStruct`s (`jax.eval_shape` makes
-    them), and a pool larger than this machine costs nothing. Give it a pool that is large beside
-    the activations, or say in `max_temp_bytes` what they may take.
+    Compiles but does not run `fn`, so `args` may be `jax.ShapeDtypeStruct`s (from `jax.eval_shape`), of
+    pools larger than this machine's memory. Use a pool much larger than the activations, or set
+    `max_temp_bytes`.
 
     A write to the pool must come after the reads of what it replaces. In a model it does, since a
-    layer's K and V depend on the attention of the layer before; a step whose `append` is independent
-    of an earlier `attend` leaves the compiler free to keep both pools.
+    layer's K and V depend on the attention of the layer before. If an `append` does not depend on an
+    earlier `attend`, the compiler may copy the pool.
 
     Args:
       fn: takes and returns at least one `KVCache`, somewhere in its arguments and results.
       *args: its arguments, arrays or shapes.
       donate_argnums: the arguments to donate, as for `jax.jit`.
-      max_temp_bytes: what the compiled program may use beside its arguments and results.
+      max_temp_bytes: most memory of the compiled program beside its arguments and results.
         Default: less than one layer of one pool array.
 
     Raises:
-      AssertionError: naming what is copied: an output that does not reuse a donated pool, an
-        instruction that copies a pool, or temporary memory the size of a layer.
-      ValueError: if no `KVCache` is among the arguments, or the compiler does not tell.
+      AssertionError: for an output that does not reuse a donated pool, an instruction that copies a
+        pool, or too much temporary memory.
+      ValueError: if no `KVCache` is among the arguments, or the compiler does not report memory use.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxkv, jaxkv.testing
@@ -118,17 +118,15 @@ def assert_in_place(
     compiled = jax.jit(fn, donate_argnums=donate_argnums).lower(*args).compile()
     memory, hlo = compiled.memory_analysis(), compiled.as_text()
     if memory is None or hlo is None:
-        raise ValueError(f"the compiler of {jax.default_backend()} does not say how it uses memory")
+        raise ValueError(f"the compiler of {jax.default_backend()} does not report its memory use")
     sizes = [_bytes(pool) for pool in pools]
     if memory.alias_size_in_bytes < sum(sizes):
         raise AssertionError(
             f"only {memory.alias_size_in_bytes} bytes of the results reuse donated memory; "
             f"the pool has {sum(sizes)}: is the cache donated and returned?"
         )
-    for pool in pools:
-        copy = re.search(_copy_of(pool), hlo)
-        if copy:
-            raise AssertionError(f"the compiled program copies a whole pool: {copy[0].strip()}")
+    for copy in copies_of(hlo, {pool.shape for pool in pools}):
+        raise AssertionError(f"the compiled program copies a whole pool: {copy}")
     allowed = max_temp_bytes
     if allowed is None:
         # The scales of codes are small.
@@ -159,9 +157,3 @@ def _assert_same(one: object, other: object, name: str) -> None:
 
 def _bytes(array: jax.Array | jax.ShapeDtypeStruct) -> int:
     return array.size * jnp.dtype(array.dtype).itemsize
-
-
-def _copy_of(pool: jax.Array | jax.ShapeDtypeStruct) -> str:
-    """Matches a copy instruction of optimized HLO whose result is shaped like the pool."""
-    shape = ",".join(str(size) for size in pool.shape)
-    return rf"[^\n]*= \(?\w+\[{shape}\]\S* copy(?:-start)?\([^\n]*"

@@ -1,4 +1,4 @@
-"""Where the prompts of a call go: into a new cache, or behind what a given one holds."""
+"""Assigns the prompts of a call to slots of a new cache, or of one that holds earlier turns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +23,9 @@ class Turn:
     Attributes:
       request: its prompts begin with the pending tokens of their slots.
       config: of the cache.
-      cache: the one given; None for a new one.
-      slots: `[prompts, num_samples]`; the first of each is the prompt's own.
-      pending: newest token of other slots, not in the cache.
+      cache: the given cache; None for a new one.
+      slots: `[prompts, num_samples]`; a prompt is run in its first slot.
+      pending: newest token of each other slot, not in the cache.
     """
 
     request: Request
@@ -41,10 +41,10 @@ class Turn:
 
 
 def new_turn(request: Request, config: CacheConfig) -> Turn:
-    """On a cache of its own.
+    """A turn on a new cache.
 
     Raises:
-      ValueError: where it has too few slots.
+      ValueError: if `config` has too few slots.
     """
     count = len(request.prompts) * request.num_samples
     if count > config.max_seqs:
@@ -63,17 +63,17 @@ def next_turn(
     seqs: Sequence[int] | None,
     pending: Mapping[int, int],
 ) -> Turn:
-    """On a cache with earlier turns.
+    """A turn on a given cache.
 
     Args:
-      request: its prompts lack the pending tokens.
+      request: its prompts do not yet include the pending tokens.
       cache: the cache.
       config: None, or the cache's own.
       seqs: slot of each prompt. Default: 0, 1, 2 ...
-      pending: newest token of each slot that has one which is not in the cache.
+      pending: newest token of slots whose newest token is not in the cache.
 
     Raises:
-      ValueError: for slots that are not there, or named twice, or of another number than the prompts.
+      ValueError: for slots out of range, named twice, or not as many as the prompts.
     """
     _check_cache(cache, config)
     owned = _own_slots(seqs, len(request.prompts), cache.config.max_seqs)
@@ -92,9 +92,9 @@ def _check_cache(cache: object, config: CacheConfig | None) -> None:
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache={cache!r:.200} must be a jaxkv.KVCache or what generate returned")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(cache)):
-        raise ValueError("cache= is traced: generate drives compiled steps itself, call it outside of jit")
+        raise ValueError("cache= is traced: generate runs compiled steps itself; call it outside of jit")
     if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in jax.tree.leaves(cache)):
-        raise ValueError("the cache was consumed by an earlier call: go on with the one that it returned")
+        raise ValueError("the cache was consumed by an earlier call: use the one that it returned")
     if config is not None and config != cache.config:
         raise ValueError(f"config={config} is not that of the given cache, {cache.config}; leave it out")
 
@@ -124,11 +124,11 @@ def _empty_slots(cache: KVCache, owned: list[int], more: int) -> np.ndarray:
 
 
 def with_policy(turn: Turn, policy: Policy | None) -> Turn:
-    """The turn, with the policy in the cache that was given; on a new cache as it is.
+    """The turn with the policy added to the given cache; without a given cache, the turn unchanged.
 
     Raises:
-      ValueError: for another policy than the cache has; for one that has seen nothing of the tokens that are
-        in the cache, and would need it.
+      ValueError: if the cache has another policy; if it has none but holds tokens, and this policy keeps a
+        state for each token.
     """
     cache = turn.cache
     if policy is None or cache is None:
@@ -140,7 +140,7 @@ def with_policy(turn: Turn, policy: Policy | None) -> Turn:
     state = first_state(turn.config, policy)
     if state.values and not turn.is_new:
         raise ValueError(
-            f"{policy} remembers its sequences from their first token on: give cache= what generate(..., "
+            f"{policy} must observe sequences from their first token on: give cache= what generate(..., "
             "keep=True, policy=...) returned"
         )
     return replace(turn, cache=replace(cache, policy=state))

@@ -1,4 +1,4 @@
-"""Amounts of memory, read and written as people write them."""
+"""Parses and formats amounts of memory."""
 
 import re
 from collections.abc import Iterable
@@ -6,7 +6,7 @@ from math import floor, log10
 
 _UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
-    # A bare letter is what `free -h` and `nvidia-smi` mean by it.
+    # A bare letter is a binary unit, as in `free -h` and `nvidia-smi`.
     _UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
 
 
@@ -35,7 +35,7 @@ _BINARY = {"B": 1} | {f"{letter}iB": 1024**power for power, letter in enumerate(
 
 
 def common_unit(amounts: Iterable[float]) -> str:
-    """The unit for amounts that stand in one table: the largest's own.
+    """The unit for amounts in one table: the unit of the largest.
 
     Example:
       >>> unit = common_unit([2**30, 3 * 2**20])
@@ -50,7 +50,7 @@ def format_bytes(amount: float, unit: str | None = None) -> str:
 
     Args:
       amount: bytes.
-      unit: B, KiB, MiB, GiB or TiB. Default: the one in which the number is short.
+      unit: B, KiB, MiB, GiB or TiB. Default: the largest one in which the value is at least about 1.
 
     Example:
       >>> format_bytes(2**30), format_bytes(1536), format_bytes(-3 * 2**20)
@@ -69,7 +69,7 @@ def format_bytes(amount: float, unit: str | None = None) -> str:
 
 
 def format_mebibytes(amount: float) -> str:
-    """In MiB, whatever the size: for tables whose amounts are read beside each other.
+    """Always in MiB, for tables whose amounts are compared.
 
     Example:
       >>> format_mebibytes(3 * 2**40), format_mebibytes(2**20 + 2**19), format_mebibytes(6000)
@@ -81,7 +81,7 @@ def format_mebibytes(amount: float) -> str:
 
 
 def _number(value: float) -> str:
-    """At least two digits that are not zeros in front."""
+    """At least two significant digits."""
     if value == int(value) and (value == 0 or abs(value) >= 100):
         return f"{value:,.0f}"
     if abs(value) >= 100:

@@ -1,8 +1,8 @@
-"""Attention over paged K and V, and the writes that go with it. Plain arrays in, plain arrays out.
+"""Attention over paged K and V, and the writes to the pages. Takes and returns plain arrays.
 
-Each operation has a folder: `api.py` checks the call, `call.py` is the record of it that `dispatch` hands to
-the backend that serves it, `xla.py` is the specification and what a CPU runs, `triton` is the kernel in
-Pallas Triton (CUDA and ROCm). `formats` says how K and V are stored.
+Each operation has a folder: `api.py` checks the arguments, `call.py` is the record of them that `dispatch`
+passes to a backend, `xla.py` is the specification and the CPU backend, `triton` is the Pallas Triton kernel
+(CUDA and ROCm). `formats` defines how K and V are stored.
 """
 
 from pallas_kernels.append_kv import append_kv as append_kv

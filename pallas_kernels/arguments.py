@@ -1,4 +1,4 @@
-"""Numbers that users give as arguments: of Python, NumPy or JAX, checked and turned into Python's own."""
+"""Checks numeric arguments from Python, NumPy or JAX and converts them to Python numbers."""
 
 import operator
 
@@ -11,8 +11,8 @@ def integer(name: str, value: object, *, least: int = 1, below: int = 2**30) -> 
     Args:
       name: of the argument, for the error.
       value: an integer, or an integer scalar of NumPy or JAX; not a bool.
-      least: smallest allowed.
-      below: smallest not allowed.
+      least: smallest allowed value.
+      below: upper bound, exclusive.
 
     Raises:
       ValueError: naming the argument, its value and what is allowed.
@@ -30,7 +30,7 @@ def integer(name: str, value: object, *, least: int = 1, below: int = 2**30) -> 
 
 
 def whole(value: object) -> int | None:
-    """The value as a Python integer; None for what is not one: a bool, a float, a traced value.
+    """The value as a Python integer; None if it is not one: a bool, a float, a traced value.
 
     Example:
       >>> import numpy as np
@@ -44,7 +44,7 @@ def whole(value: object) -> int | None:
 
 
 def real(value: object) -> float | None:
-    """The value as a Python float; None for what is not one number: a bool, text, an array of several.
+    """The value as a Python float; None if it is not a number: a bool, text, an array of several.
 
     Example:
       >>> import numpy as np
@@ -60,5 +60,5 @@ def real(value: object) -> float | None:
 
 
 def _is_bool(value: object) -> bool:
-    # An array of one bool counts as its element would.
+    # Includes arrays of one bool.
     return isinstance(value, bool) or getattr(value, "dtype", None) == np.dtype(bool)

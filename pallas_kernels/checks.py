@@ -1,4 +1,4 @@
-"""Checks of arguments, at trace time, that every operation shares."""
+"""Checks of arguments at trace time, shared by all operations."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,12 +14,12 @@ from pallas_kernels.arguments import real, whole
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Pool:
-    """The arrays of a pool, and how K and V lie in them.
+    """The arrays of a pool and their format.
 
     Attributes:
       storage: the format.
       pages: `[layers, pages, kv_heads, page_size, row]` of K and of V, or of K alone.
-      scales: beside each, if the format is quantized.
+      scales: one array for each of these, if the format is quantized.
     """
 
     storage: formats.Format
@@ -33,13 +33,13 @@ class Pool:
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:
-        """Of the pages."""
+        """Shape of the pages."""
         layers, pages, kv_heads, page_size, row = self.pages[0].shape
         return layers, pages, kv_heads, page_size, row
 
     @property
     def head_dim(self) -> int:
-        """Elements of a head."""
+        """Elements per head."""
         return self.storage.head_dim(self.shape[4])
 
 
@@ -50,7 +50,7 @@ def check_pool(
     v_scales: Array | None = None,
     kv_format: str | None = None,
 ) -> Pool:
-    """Pages `[layers, pages, kv_heads, page_size, row]` of one dtype, and scales if these are codes."""
+    """Checks pages `[layers, pages, kv_heads, page_size, row]` of one dtype, and scales of codes."""
     keys = check_keys(k_pages, k_scales, kv_format)
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
         raise ValueError(
@@ -63,7 +63,7 @@ def check_pool(
 
 
 def check_keys(k_pages: Array, k_scales: Array | None, kv_format: str | None = None) -> Pool:
-    """The same of K alone."""
+    """As `check_pool`, for K alone."""
     if k_pages.ndim != 5:
         raise ValueError(
             f"k_pages must be [layers, pages, kv_heads, page_size, head_dim], not {list(k_pages.shape)}"
@@ -93,25 +93,25 @@ def _check_scales(
 
 
 def as_int32(array: Array | np.ndarray) -> Array:
-    """Numbers beyond int32 become its ends, which no slot, page and length reaches; they must not wrap."""
+    """Converts to int32 without overflow: clips to its limits, which no slot, page or length reaches."""
     own, int32 = jnp.iinfo(array.dtype), jnp.iinfo(jnp.int32)
     return jnp.asarray(array.clip(max(own.min, int32.min), min(own.max, int32.max)), jnp.int32)
 
 
 def check_floating(name: str, array: Array) -> None:
-    """A floating-point array."""
+    """Refuses an array that is not floating point."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, not {array.dtype}")
 
 
 def check_integers(name: str, array: Array, shape: tuple[int, ...]) -> None:
-    """An integer array of exactly this shape."""
+    """Refuses an array that is not of integers or not of exactly this shape."""
     if not jnp.issubdtype(array.dtype, jnp.integer) or array.shape != shape:
         raise ValueError(f"{name} must be int32{list(shape)}, not {array.dtype}{list(array.shape)}")
 
 
 def check_layer(layer: object, num_layers: int) -> None:
-    """A Python int within the pool, or a traced integer scalar: kernels see whether that is a layer."""
+    """Refuses a layer out of range, unless it is a traced integer scalar, which kernels check."""
     if isinstance(layer, int) and not isinstance(layer, bool):
         if not 0 <= layer < num_layers:
             raise ValueError(f"layer={layer} must be from 0 to {num_layers - 1}")
@@ -124,12 +124,12 @@ def check_layer(layer: object, num_layers: int) -> None:
 
 
 def as_layer(layer: int | Array) -> Int[Array, ""]:
-    """The number of a layer as int32; one that does not fit becomes one that is no layer."""
+    """The layer index as int32; an index that does not fit stays out of range."""
     return jnp.asarray(layer, jnp.int32) if isinstance(layer, int) else as_int32(jnp.asarray(layer))
 
 
 def is_layer(layer: int | Array, num_layers: int) -> Bool[Array, ""]:
-    """Whether a number that may be traced is that of a layer."""
+    """Whether a layer index, which may be traced, is in range."""
     layer = as_layer(layer)
     return (layer >= 0) & (layer < num_layers)
 
@@ -142,7 +142,7 @@ def check_queries(
     kv_lengths: Array,
     query_starts: Array,
 ) -> None:
-    """Queries of ragged sequences, and where these lie."""
+    """Checks queries of ragged sequences and the tables of these sequences."""
     check_floating("q", q)
     kv_heads, head_dim = pool.shape[2], pool.head_dim
     if q.ndim != 3 or q.shape[2] != head_dim:
@@ -165,7 +165,7 @@ def check_queries(
 
 
 class Options(NamedTuple):
-    """Of attention, as Python's own numbers."""
+    """Static options of attention, as Python numbers."""
 
     scale: float | None
     window: int | None
@@ -174,16 +174,16 @@ class Options(NamedTuple):
 
 
 def check_options(scale: object, window: object, sink_tokens: object, softcap: object) -> Options:
-    """What attention computes from a product of query and key, and what it lets a token see.
+    """Checks and converts the options of attention.
 
     Raises:
-      ValueError: for an option that is no such number, naming it; all are static.
+      ValueError: for an invalid option, naming it; all are static.
     """
     for name, value in (("window", window), ("softcap", softcap), ("scale", scale)):
         number = real(value)
         if value is not None and (number is None or not 0 < number < float("inf")):
             raise ValueError(f"{name}={value!r} must be a positive Python number (it is static)")
-        # Far beyond any model. Further out float32 has no room for a score, and its softmax is NaN.
+        # Far beyond any model. Outside this range scores may overflow float32, and the softmax is NaN.
         if name != "window" and number is not None and not 1e-6 <= number <= 1e6:
             raise ValueError(f"{name}={value!r} must lie between 1e-6 and 1e6")
     if window is not None and whole(window) is None:
@@ -192,7 +192,7 @@ def check_options(scale: object, window: object, sink_tokens: object, softcap: o
     if sinks is None or sinks < 0:
         raise ValueError(f"sink_tokens={sink_tokens!r} must be a Python integer of at least 0 (it is static)")
     if sinks and window is None:
-        raise ValueError(f"sink_tokens={sinks} are those that a window does not hide: it needs a window")
+        raise ValueError(f"sink_tokens={sinks} needs a window: these tokens are attended to outside of it")
     return Options(
         scale=None if scale is None else real(scale),
         window=None if window is None else whole(window),

@@ -1,9 +1,9 @@
-"""Loops and branches that work within `jax.shard_map` too, with its default checks.
+"""Loops and branches that also work inside `jax.shard_map` with its default checks.
 
-There the type of an array says over which mesh axes its values differ. A loop's carry must keep its type, and
-both branches of a `cond` must return the same: a carry that begins with a constant, which differs over no
-axis, is refused once an iteration adds something that does. Here it begins with the type that it ends with.
-Outside `shard_map` these are the functions of `jax.lax`.
+There an array's type includes the mesh axes over which its values vary. A loop's carry must keep its type,
+and both branches of a `cond` must have the same type. So a constant initial carry, which does not vary, is
+refused if an iteration makes it vary. These functions convert the initial carry to the final type. Outside
+`shard_map` they are the functions of `jax.lax`.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def fori_loop(lower: Any, upper: Any, body: Callable[[Any, _Carry], _Carry], car
     """As `jax.lax.fori_loop`."""
     if not _in_shard_map():
         return lax.fori_loop(lower, upper, body, carry)
-    # Where the bounds differ, so do the numbers of steps, and whatever a step changes.
+    # If the bounds vary, the number of steps varies, and so does everything that a step changes.
     bounds = _axes_of((lower, upper))
     lower = _vary(lower, axes=bounds)
     axes = _loop_axes(partial(body, lower), carry, bounds)
@@ -32,7 +32,7 @@ def only_if(condition: Any, operation: Callable[[_Carry], _Carry], carry: _Carry
     """The operation where the condition holds, else the carry as it is; in place.
 
     A loop of one trip or none. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
-    temporary memory for a pool of 4 GiB (benchmarks/check_aot.py); a loop's carry stays where it is.
+    temporary memory for a pool of 4 GiB (tests/compiled/check_aot.py); a loop's carry stays where it is.
     """
     return fori_loop(0, condition.astype("int32"), lambda _, carry: operation(carry), carry)
 
@@ -51,14 +51,14 @@ def while_loop(condition: Callable[[_Carry], Any], body: Callable[[_Carry], _Car
     if not _in_shard_map():
         return lax.while_loop(condition, body, carry)
     axes = _loop_axes(body, carry, frozenset())
-    # The number of steps differs over every axis that the condition does.
-    asked = frozenset().union(*_result_axes(lambda: condition(_typed(carry, axes))))
-    axes = _loop_axes(body, carry, asked)
+    # The number of steps varies over the axes over which the condition varies.
+    steps = frozenset().union(*_result_axes(lambda: condition(_typed(carry, axes))))
+    axes = _loop_axes(body, carry, steps)
     return lax.while_loop(condition, lambda carry: _typed(body(carry), axes), _typed(carry, axes))
 
 
 def cond(predicate: Any, true_branch: Callable[[], Any], false_branch: Callable[[], Any]) -> Any:
-    """As `jax.lax.cond`, of branches without arguments."""
+    """As `jax.lax.cond`, for branches without arguments."""
     return lax.cond(predicate, *_alike(true_branch, false_branch))
 
 
@@ -76,9 +76,9 @@ def _in_shard_map() -> bool:
 
 
 def _loop_axes(step: Callable[[_Carry], _Carry], carry: _Carry, steps: frozenset[str]) -> _Axes:
-    """For each part of the carry the axes that it differs over, at the beginning or after any step.
+    """For each leaf of the carry, the axes over which it varies initially or after any step.
 
-    `steps` are those that the number of steps differs over: what a step changes then differs over them too.
+    `steps` are the axes over which the number of steps varies; the carry varies over them too.
     """
     before = [_axes(leaf) | steps for leaf in jax.tree.leaves(carry)]
     while True:

@@ -1,4 +1,4 @@
-"""What each operation moves and computes, counted."""
+"""Bytes moved and operations computed by each operation."""
 
 from collections.abc import Sequence
 
@@ -10,15 +10,15 @@ from pallas_kernels.formats import Format
 
 
 def causal(kv_lengths: Sequence[int], num_queries: Sequence[int]) -> tuple[int, int]:
-    """`(num_keys, num_pairs)` of attention with these lengths: tokens read, and query and key that meet.
+    """`(num_keys, num_pairs)` of attention with these lengths: tokens read, and pairs of query and key.
 
     Example:
       >>> causal([5, 3], [1, 2])
       (8, 10)
     """
     lengths = list(zip(kv_lengths, num_queries, strict=True))
-    asked = sum(keys for keys, queries in lengths if queries)
-    return asked, sum(queries * keys - queries * (queries - 1) // 2 for keys, queries in lengths)
+    read = sum(keys for keys, queries in lengths if queries)
+    return read, sum(queries * keys - queries * (queries - 1) // 2 for keys, queries in lengths)
 
 
 def paged_attention(
@@ -49,7 +49,7 @@ def paged_attention(
 
 
 def attention_mass(*, tokens: int, q_heads: int, kv_heads: int, max_tokens: int, **shape) -> pl.CostEstimate:
-    """The mass of `tokens` queries: every K and q read once, the mass of `max_tokens` places written.
+    """The mass of `tokens` queries: every K and q read once, the mass of `max_tokens` token slots written.
 
     Args:
       tokens, q_heads, kv_heads: of the arguments.
@@ -78,7 +78,7 @@ def append_kv(
 
 
 def copy_pages(*, copies: int, layers: int, page_numbers: int, dtype: DTypeLike) -> pl.CostEstimate:
-    """K and V of `copies` pages of `page_numbers` numbers in each layer, read once and written once."""
+    """K and V of `copies` pages of `page_numbers` elements in each layer, read once and written once."""
     return pl.CostEstimate(
         flops=0,
         transcendentals=0,

@@ -1,4 +1,4 @@
-"""What a kernel must know of the GPU it is compiled for."""
+"""The GPU that a kernel is compiled for."""
 
 from dataclasses import dataclass
 
@@ -7,12 +7,12 @@ import jax
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What of a GPU the choices depend on.
+    """Properties of a GPU that determine how kernels are launched.
 
     Attributes:
       arch: "sm_90", "gfx942" and so on.
-      multiprocessors: or compute units.
-      kind: its name, "NVIDIA H100 80GB HBM3"; empty for any.
+      multiprocessors: number of multiprocessors or compute units.
+      kind: its name, such as "NVIDIA H100 80GB HBM3"; empty for any.
     """
 
     arch: str
@@ -21,12 +21,12 @@ class Device:
 
     @property
     def platform(self) -> str:
-        """As JAX names it."""
+        """JAX's name of the platform."""
         return "rocm" if self.arch.startswith("gfx") else "cuda"
 
     @classmethod
     def current(cls) -> "Device":
-        """The default device; where that is no GPU, an H100."""
+        """The default device; an H100 if that is not a GPU."""
         device = jax.devices()[0]
         if device.platform != "gpu":
             return cls("sm_90", 132)

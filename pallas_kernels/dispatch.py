@@ -1,12 +1,12 @@
-"""Which backend serves a call.
+"""Chooses the backend for a call.
 
-An operation is a folder; each of its backends is a module (or folder) there, named as in `_REGISTRY`, with
+An operation is a folder. Each of its backends is a module (or folder) in it, named as in `_REGISTRY`, with
 
     lacks(call)                 what the backend lacks for the call, or None
     run(call, *, interpret)     the result
 
-where `call` is the operation's own record of checked arguments. Adding a backend is a line of the registry
-and a module for each operation that it serves; no operation asks for one by name.
+where `call` is the operation's record of checked arguments. To add a backend, add a line to the registry and
+a module for each operation that it supports.
 """
 
 import logging
@@ -24,13 +24,13 @@ logger = logging.getLogger("pallas_kernels")
 
 
 class _Registered(NamedTuple):
-    """A backend that there may be, and whether it needs a GPU, or the interpreter instead."""
+    """A possible backend, and whether it needs a GPU (or the interpreter)."""
 
     name: str
     needs_gpu: bool
 
 
-# "auto" takes the first that serves.
+# "auto" takes the first that supports the call.
 _REGISTRY = (
     _Registered("mosaic", needs_gpu=True),
     _Registered("triton", needs_gpu=True),
@@ -40,29 +40,29 @@ BACKENDS = tuple(one.name for one in _REGISTRY)
 
 
 class Backend(NamedTuple):
-    """A backend, and whether its kernels run in Pallas' interpreter, which needs no GPU and is slow."""
+    """A backend, and whether its kernels run in Pallas' interpreter, which is slow but needs no GPU."""
 
     name: str
     interpret: bool = False
 
 
-# What "auto" means; part of the key of every `jit` cache, so that a change of it is a change of program.
+# The backend of "auto". It is part of the key of every `jit` cache, so changing it compiles again.
 _auto = jax.make_user_context(default_value=None)
 
 
 @contextmanager
 def use_backend(name: str, *, interpret: bool = False) -> Iterator[None]:
-    """Within it, "auto" means this backend, and its kernels are interpreted if asked for.
+    """A context in which "auto" means this backend, interpreted if `interpret`.
 
-    A function that `jit` has compiled for another choice is compiled again. The platform is not looked
-    at, so that a program can be compiled for a GPU that is not there.
+    A function that `jit` compiled for another choice is compiled again. The platform is not checked, so a
+    program can be compiled for a GPU that is not present.
 
     Args:
       name: one of `BACKENDS`.
       interpret: run kernels without a GPU, slowly, for tests.
 
     Raises:
-      ValueError: for a name that is no backend.
+      ValueError: for an unknown backend.
 
     Example:
       >>> import jax.numpy as jnp, pallas_kernels
@@ -80,24 +80,24 @@ def use_backend(name: str, *, interpret: bool = False) -> Iterator[None]:
 
 
 def auto_backend(operation: str = "paged_attention") -> Backend:
-    """What "auto" means for an operation, here and now, if the call lacks nothing."""
+    """The backend that "auto" selects for an operation on this machine, for a call that it supports."""
     if _auto.value is not None:
         return _auto.value
     return Backend(next(one.name for one in _REGISTRY if _module(operation, one.name) and _runs_here(one)))
 
 
 def serve(operation: str, call: Any, *, backend: str, interpret: bool | None = None) -> Any:
-    """The result of a call, from the backend that serves it.
+    """Runs a call on a backend that supports it.
 
     Args:
-      operation: its name, that of its folder.
+      operation: name of the operation and of its folder.
       call: its record of arguments.
       backend: "auto", or one of `BACKENDS`.
-      interpret: run kernels in Pallas' interpreter, without a GPU. None: as `use_backend` says.
+      interpret: run kernels in Pallas' interpreter, without a GPU. None: as set by `use_backend`.
 
     Raises:
-      ValueError: for a name that is no backend.
-      NotImplementedError: for a backend asked for by name that cannot serve the call.
+      ValueError: for an unknown backend.
+      NotImplementedError: for a backend given by name that does not support the call.
     """
     meant = _auto.value
     if interpret is None:
@@ -113,7 +113,7 @@ def serve(operation: str, call: Any, *, backend: str, interpret: bool | None = N
 
 def _first_that_serves(operation: str, call: Any) -> ModuleType:
     for one in _REGISTRY:
-        # A module is imported only where it could run.
+        # A module is imported only if it can run on this platform.
         if _runs_here(one) and (module := _module(operation, one.name)) and module.lacks(call) is None:
             return module
     raise NotImplementedError(f"no backend of {operation} serves this call")

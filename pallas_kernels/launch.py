@@ -1,4 +1,4 @@
-"""One way to launch a Pallas Triton kernel, for every operation."""
+"""Launches Pallas Triton kernels, for every operation."""
 
 import warnings
 from collections.abc import Callable, Hashable
@@ -9,8 +9,8 @@ import jax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-# JAX 0.11 and later announce the end of this backend whenever a kernel is lowered. It is the one that
-# serves ROCm and older CUDA GPUs, so the announcement is for us, not for whoever calls.
+# JAX 0.11 and later warn of deprecation whenever a kernel is lowered. Only this backend supports ROCm and
+# older CUDA GPUs, so users can do nothing about it.
 warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
 
 
@@ -28,18 +28,18 @@ def launch(
 ) -> Callable:
     """`pl.pallas_call` on the Triton backend, with whole arrays as references.
 
-    Equal launches are one compiled function: a model's layers trace and lower theirs once.
+    Equal launches share one compiled function, so the layers of a model trace and lower it once.
 
     Args:
       kernel: a function, or a `partial` of one with hashable arguments. It takes a reference for each
         argument and each result.
-      grid: programs; the first axis is the fastest.
+      grid: number of programs per axis; the first axis varies fastest.
       out_shape: shapes and dtypes of the results.
-      name: what a profile shows.
-      num_warps, num_stages: as Triton means them.
+      name: the kernel's name in profiles.
+      num_warps, num_stages: Triton's options.
       interpret: run it without a GPU.
       cost: flops and bytes, for the scheduler.
-      aliases: argument number to number of the result that takes its buffer.
+      aliases: maps an argument's index to that of the result that reuses its buffer.
     """
     single = isinstance(out_shape, jax.ShapeDtypeStruct)
     return _launch(
@@ -71,7 +71,7 @@ def _launch(kernel, grid, out_shape, name, num_warps, num_stages, interpret, cos
 
 
 class _Kernel:
-    """A function that is equal to another partial of the same with the same arguments."""
+    """A function, equal to another partial of the same function with the same arguments."""
 
     def __init__(self, function: Callable):
         self.function, self._key = function, _key(function)

@@ -1,18 +1,18 @@
-"""An order of reads and writes that a compiler must keep."""
+"""Orders reads before writes in a way that the compiler must keep."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
 
 
 def after(array: Array, *others: Array) -> Array:
-    """The array as it is, but not before the others are there.
+    """Returns the array unchanged, but only after the others are computed.
 
-    What reads a buffer may be put after what writes to it, and then the whole buffer is copied first. XLA
-    takes `optimization_barrier` out before it decides that, but a dependency on data it keeps: a number of
-    each of the others is asked whether it is below zero and above, which XLA does not see through.
+    A compiler may schedule a read of a buffer after a write to it; it then copies the whole buffer first. XLA
+    removes `optimization_barrier` before scheduling, but keeps data dependencies. Here the result depends on
+    whether an element of each of the others is both below and above zero, which XLA does not simplify.
 
     Args:
-      array: what a later write depends on.
+      array: an input of the later write.
       others: results of the reads; none of them empty.
 
     Example:
@@ -20,6 +20,6 @@ def after(array: Array, *others: Array) -> Array:
       >>> after(jnp.arange(3), jnp.ones(2)).tolist()
       [0, 1, 2]
     """
-    corners = [other.reshape(-1)[0] for other in others]
-    never = jnp.any(jnp.stack([(corner < 0) & (corner > 0) for corner in corners]))
+    elements = [other.reshape(-1)[0] for other in others]
+    never = jnp.any(jnp.stack([(element < 0) & (element > 0) for element in elements]))
     return jnp.where(never, jnp.zeros((), array.dtype), array)

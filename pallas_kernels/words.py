@@ -1,4 +1,4 @@
-"""Arrays of bytes as arrays of words, for kernels that move memory whatever it stands for."""
+"""Views arrays of bytes as arrays of 32-bit words, for kernels that move memory."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -7,15 +7,14 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-# Bytes of a word of 32 bits.
-WORD = 4
+WORD = 4  # bytes per word
 
 
 def as_words(array: Array) -> Array:
-    """Elements of a byte, four to an int32, the first in the lowest byte; any other array as it is.
+    """One-byte elements, four per int32, the first in the lowest byte; other arrays unchanged.
 
-    For a GPU's compiler it is another name of the same memory. Pallas counts offsets in elements of an array
-    and changes to 64 bits by its bytes: words are few enough where bytes would not be.
+    On a GPU it is a view of the same memory. Pallas counts offsets in elements but switches to 64-bit offsets
+    by bytes, so offsets of one-byte elements may overflow where those of words do not.
     """
     if array.dtype.itemsize > 1:
         return array
@@ -23,7 +22,7 @@ def as_words(array: Array) -> Array:
 
 
 def from_words(words: Array, dtype: DTypeLike) -> Array:
-    """What `as_words` was given, of this dtype."""
+    """The inverse of `as_words`, for an array of this dtype."""
     if jnp.dtype(dtype).itemsize > 1:
         return words
     return lax.bitcast_convert_type(words, dtype).reshape(*words.shape[:-1], -1)
@@ -32,7 +31,7 @@ def from_words(words: Array, dtype: DTypeLike) -> Array:
 def each_pair(
     write: Callable[[str, Array, Array], Iterable[Array]], pool: Sequence[Array]
 ) -> tuple[Array, ...]:
-    """`write("pages", k, v)` and, if a pool has them, `write("scales", ...)`; bytes go as words."""
+    """Calls `write("pages", k, v)` and, if the pool has scales, `write("scales", ...)`; bytes as words."""
     words = [as_words(array) for array in pool]
     pairs = zip(("pages", "scales"), words[::2], words[1::2], strict=False)
     written = [part for pair in pairs for part in write(*pair)]

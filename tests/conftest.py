@@ -6,7 +6,7 @@ from importlib.metadata import version
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they run: LLVM's optimizations would take a third of their time, and the newer
 # emitters, which there is no way around since jaxlib 0.11, a third of the rest. Those emitters are tested on
-# Python 3.12; and `benchmarks/check_aot.py` judges the compiled program as users get it.
+# Python 3.12; and `tests/compiled/check_aot.py` judges the compiled program as users get it.
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from jaxkv import CacheConfig, Status
-from tests.kernels import reference
+from pallas_kernels import reference
 
 
 @dataclass

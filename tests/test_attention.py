@@ -13,12 +13,11 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig
-from pallas_kernels import formats, paged_attention, use_backend
+from pallas_kernels import formats, paged_attention, reference, use_backend
 from pallas_kernels.paged_attention import prefixes
+from pallas_kernels.reference.cases import TOLERANCE
 from tests import jitted
 from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poison, poisoned_init
-from tests.kernels import reference
-from tests.kernels.cases import TOLERANCE
 from tests.twin import Twin
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}

@@ -167,7 +167,7 @@ def test_a_terminal_sees_for_how_long_something_is_under_way():
 def test_elsewhere_one_line_says_how_long_compiling_took(capsys, tiny_model):
     main(["generate", "--model", tiny_model, *PROMPT])
     lines = capsys.readouterr().err.split("\n")
-    assert re.fullmatch(r"compiled, and ran the prompts, in \d+\.\d s", lines[0])
+    assert re.fullmatch(r"compiled and ran the prompts in \d+\.\d s", lines[0])
     assert [line.split()[0] for line in lines[1:] if line] == ["prefill", "2"]  # and nothing else
 
 

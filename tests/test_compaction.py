@@ -175,7 +175,7 @@ def test_maybe_compact_does_what_compact_does_when_due_and_else_nothing(live):
 
 @pytest.mark.parametrize("quantization", [None, "int8", "int4"])
 def test_maybe_compact_is_in_place(quantization):
-    """Compiled only: chunks of 16 MiB beside a pool of 1 GiB. For a GPU, benchmarks/check_aot.py asks."""
+    """Compiled only: chunks of 16 MiB beside a pool of 1 GiB. For a GPU, tests/compiled/check_aot.py asks."""
     config = CacheConfig(
         num_layers=4,
         num_kv_heads=8,

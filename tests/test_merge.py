@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 import jaxkv
+from pallas_kernels import reference
 from tests import jitted
 from tests.caches import SMALL, filled, ints, normal
-from tests.kernels import reference
 
 merge = jax.jit(jaxkv.merge_attention)
 RANDOM = np.random.default_rng(0)

@@ -221,8 +221,8 @@ def test_settings_that_contradict_each_other(make, message):
 
 
 FITS = [
-    (HeavyHitter(24, 3), CONFIG, "28 token places .* a sequence has 24: 6 pages of 4"),
-    (SlidingWindow(20, 4), CONFIG, "28 token places"),
+    (HeavyHitter(24, 3), CONFIG, "28 token slots .* a sequence has 24: 6 pages of 4"),
+    (SlidingWindow(20, 4), CONFIG, "28 token slots"),
     (SlidingWindow(8, positions="cache", rope=Rope.of(8, 10.0)), CONFIG, "8 features; .* head_dim=4"),
     (HeavyHitter(8, 3, positions="cache", rope=ROPE), replace(CONFIG, quantization="int8"), "quantization"),
 ]
@@ -585,11 +585,11 @@ def test_what_generate_refuses(model):
         def __call__(self, tokens, cache, batch, *, rows=None):
             raise AssertionError
 
-    with pytest.raises(ValueError, match=r"HeavyHitter .* Plain takes no return_mass"):
+    with pytest.raises(ValueError, match=r"HeavyHitter .* Plain does not accept return_mass"):
         jaxkv.generate(Plain(), cache_config(), PROMPTS, policy=HeavyHitter(8, 4))
     with pytest.raises(ValueError, match=r"policy='lru' must be"):
         jaxkv.generate(model, cache_config(), PROMPTS, policy="lru")
-    with pytest.raises(ValueError, match=r"44 token places .* a sequence has 40"):
+    with pytest.raises(ValueError, match=r"44 token slots .* a sequence has 40"):
         jaxkv.generate(model, cache_config(), PROMPTS, policy=HeavyHitter(40, 4))
     with pytest.raises(jaxkv.SequenceTooLongError, match="prompt 0 has 60 tokens"):
         jaxkv.generate(model, cache_config(), [[1] * 60], policy=PromptCompress(8, 4))

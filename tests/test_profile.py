@@ -145,7 +145,7 @@ def test_the_report_has_aligned_columns_and_the_numbers():
     cache, _ = jitted.allocate(jaxkv.init(SMALL), ints(0, 1), ints(7, 1), total_tokens=8)
     lines = profile_of(cache).report().splitlines()
     assert lines[1].split() == ["used", "3", "pages", "1.50", "KiB,", "37.5%"]
-    assert "4 of 12 places in owned pages are unused" in next(x for x in lines if "fragmentation" in x)
+    assert "4 of 12 owned token slots are unused" in next(x for x in lines if "fragmentation" in x)
     width = len("copy on write copies")
     assert all(line[width : width + 2] == "  " for line in lines)
 

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 
 import jaxkv
-from benchmarks import dense_cache
 from jaxkv.decode import decode, prefill, start
-from jaxkv.models import load
+from jaxkv.models import dense_cache, load
 from jaxkv.sampling import GREEDY
 from pallas_kernels import use_backend
 

@@ -1,4 +1,4 @@
-"""Who imports whom: which packages may, no circle, and no module hidden behind a function of its name."""
+"""Imports: what packages may, tests and benchmarks apart, no circle, and no module hidden by a function."""
 
 import ast
 from collections.abc import Iterator
@@ -40,6 +40,7 @@ ALLOWED = {
     "jaxkv.models": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.planner": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.policies": {"jaxkv", "pallas_kernels"},
+    "jaxkv.tune": {"jaxkv.cli", "pallas_kernels"},
     "pallas_kernels": {"pallas_kernels.formats"},
     "pallas_kernels.formats": {"pallas_kernels", "pallas_kernels.paged_attention"},
     "pallas_kernels.append_kv": {"pallas_kernels", "pallas_kernels.formats"},
@@ -51,6 +52,7 @@ ALLOWED = {
     "pallas_kernels.copy_pages": {"pallas_kernels"},
     "pallas_kernels.move_pages": {"pallas_kernels"},
     "pallas_kernels.paged_attention": {"pallas_kernels", "pallas_kernels.formats"},
+    "pallas_kernels.reference": set(),
 }
 
 
@@ -82,13 +84,18 @@ def runs_later(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
+def mentioned(statement: ast.Import | ast.ImportFrom) -> list[str]:
+    """What a statement imports, each by its whole name: `a.b` of `from a import b`."""
+    if isinstance(statement, ast.Import):
+        return [alias.name for alias in statement.names]
+    assert statement.level == 0, f"a relative import in line {statement.lineno}"
+    return [f"{statement.module}.{alias.name}" for alias in statement.names]
+
+
 def named(statement: ast.Import | ast.ImportFrom) -> list[str]:
     """Modules of `TOPS` that a statement names."""
-    if isinstance(statement, ast.Import):
-        names = [alias.name for alias in statement.names]
-    else:
-        assert statement.level == 0, f"a relative import in line {statement.lineno}"
-        names = [f"{statement.module}.{alias.name}" for alias in statement.names]
+    names = mentioned(statement)
+    if isinstance(statement, ast.ImportFrom):
         names = [name if name in modules() else str(statement.module) for name in names]
     return [name for name in names if name.partition(".")[0] in TOPS]
 
@@ -130,6 +137,20 @@ def test_packages_import_those_that_the_list_allows():
     fewer = {name: ALLOWED[name] - found[name] for name in found if ALLOWED[name] - found[name]}
     assert not more, f"not allowed: {more}"
     assert not fewer, f"allowed, and no longer needed: {fewer}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "others"),
+    [("tests", {"benchmarks"}), ("benchmarks", {"tests"}), *((top, {"tests", "benchmarks"}) for top in TOPS)],
+)
+def test_tests_and_benchmarks_import_the_library_and_not_each_other(folder, others):
+    found = {
+        f"{path.relative_to(ROOT)}:{statement.lineno}"
+        for path in sorted((ROOT / folder).rglob("*.py"))
+        for statement in statements(ast.parse(path.read_text(encoding="utf-8")), at_load=False)
+        if others & {name.partition(".")[0] for name in mentioned(statement)}
+    }
+    assert not found
 
 
 def loading() -> dict[str, set[str]]:

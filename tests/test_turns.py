@@ -127,7 +127,7 @@ def test_kept_sequences_without_a_page_end_one_after_the_other(run):
     lengths = [len(prompt) + len(new) - 1 for prompt, (new,) in zip(PROMPTS, result.tokens, strict=True)]
     assert result.cache.table.lengths[:2].tolist() == lengths
     jaxkv.testing.assert_invariants(result.cache)
-    with pytest.raises(jaxkv.OutOfPagesError, match="of the pool's 5 are free: 0"):
+    with pytest.raises(jaxkv.OutOfPagesError, match="0 of the pool's 5 are free"):
         run([[1] * 8, [1]], cache=result)
 
 
@@ -171,7 +171,7 @@ REFUSED = {
     ),
     "a policy that saw nothing": (
         dict(policy=HeavyHitter(12, 4)),
-        "remembers its sequences from their first",
+        "must observe sequences from their first",
     ),
 }
 

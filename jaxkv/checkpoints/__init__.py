@@ -1,1 +1,1 @@
-"""Readers of a model's files, which its loader and the planner share."""
+"""Readers of model files, shared by the loader and the planner."""

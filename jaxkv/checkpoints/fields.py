@@ -1,11 +1,11 @@
-"""Reading the fields of a `config.json`: every number checked, every complaint naming the field."""
+"""Reads and checks the fields of a `config.json`; errors name the field."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.checkpoints.hf_folder import MOST_POSITIONS, shown
 
-# Far above any published model: beyond these a number is a damaged file, not a large model.
+# Far above any published model: a larger value means a damaged file.
 _MOST = {
     "vocab_size": 2**24,
     "max_position_embeddings": MOST_POSITIONS,
@@ -17,21 +17,21 @@ _MOST_OTHERWISE = 2**16
 
 
 def most(name: str) -> int:
-    """The largest value of an integer field that is taken for true."""
+    """The largest plausible value of an integer field."""
     return _MOST.get(name, _MOST_OTHERWISE)
 
 
 class Fields:
-    """The fields of a config by any of their names."""
+    """The fields of a config, by any of several names."""
 
     def __init__(self, raw: Mapping[str, Any]):
         self.raw = raw
 
     def integer(self, *names: str, default: int | None = None, least: int = 1) -> int:
-        """The first of these fields that is there; `default` where none is.
+        """The first of these fields that exists, else `default`.
 
         Raises:
-          ValueError: for a missing field without a default, and a value that is no such integer.
+          ValueError: for a missing field without a default, or a value that is not an integer in range.
         """
         name, value = self._first(names)
         if value is None:
@@ -46,11 +46,11 @@ class Fields:
         return value
 
     def optional(self, *names: str) -> int | None:
-        """As `integer`, or None where it is missing or null."""
+        """As `integer`, or None if it is missing or null."""
         return None if self._first(names)[1] is None else self.integer(*names)
 
     def number(self, name: str, default: float | None = None) -> float:
-        """As `integer`, for a float of any size; an integer counts as one."""
+        """As `integer`, for a float of any size; an integer is converted."""
         name, value = self._first((name,))
         if value is None:
             if default is None:
@@ -76,10 +76,10 @@ class Fields:
         return value
 
     def layer_types(self, layers: int) -> list[str] | None:
-        """The kind of each layer, None where the config does not say.
+        """The kind of each layer, or None if the config does not say.
 
         Raises:
-          ValueError: for what is no list of as many strings as there are layers.
+          ValueError: unless it is a list of `layers` strings.
         """
         kinds = self.raw.get("layer_types")
         if kinds is None:
@@ -90,7 +90,7 @@ class Fields:
             raise ValueError(
                 f"layer_types must name the {shown(layers)} layers' kinds, not {len(kinds)} of them"
             )
-        # Older files call full attention just that.
+        # Older files call full attention "attention".
         return ["full_attention" if kind == "attention" else kind for kind in kinds]
 
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:

@@ -1,4 +1,4 @@
-"""A GGUF file opened: its metadata by name, its tensors dequantized one by one."""
+"""Reads a GGUF file: metadata by name, tensors dequantized one by one."""
 
 import warnings
 from pathlib import Path
@@ -19,7 +19,7 @@ class GGUFFile:
       shapes: of every tensor, outermost dimension first.
 
     Raises:
-      ModelLoadError: when it is not a GGUF file, or ends too early.
+      ModelLoadError: if it is not a GGUF file, or is truncated.
     """
 
     def __init__(self, path: Path):
@@ -33,7 +33,7 @@ class GGUFFile:
         self._fields = reader.fields
 
     def get(self, name: str, default: Any = None) -> Any:
-        """One metadata field, or `default` where the file has none."""
+        """One metadata field, or `default` if the file has none."""
         field = self._fields.get(name)
         if field is None:
             return default
@@ -48,20 +48,20 @@ class GGUFFile:
         Args:
           name: the field.
           kind: `int` or `float`.
-          default: taken where the file has no such field; None means that it must.
+          default: returned if the file has no such field; None makes the field required.
         """
         value = self.get(name, default)
         if value is None:
             raise ModelLoadError(f"{self.path}: metadata has no field {name!r}")
         if isinstance(value, list) and value and all(one == value[0] for one in value):
-            value = value[0]  # a number for each layer, all the same
+            value = value[0]  # one value per layer, all equal
         if not isinstance(value, kind) or isinstance(value, bool):
             expected = "an integer" if kind is int else "a number"
             raise ModelLoadError(f"{self.path}: field {name!r} must be {expected}, not {shown(value)}")
         return value
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor, dequantized: float32, or float16 where the file has that."""
+        """One tensor, dequantized: float32, or the file's float16 or float64."""
         tensor = self._tensors[name]
         try:
             if tensor.tensor_type.name in ("F32", "F16", "F64"):
@@ -79,7 +79,7 @@ class GGUFFile:
 
 
 class _Reader(gguf.GGUFReader):
-    """Reads a header three times faster: slices of a plain array cost less than of a memory map."""
+    """Reads a header three times faster: slicing a plain array costs less than slicing a memory map."""
 
     @property
     def data(self) -> np.ndarray:
@@ -104,5 +104,5 @@ def _open(path: Path) -> gguf.GGUFReader:
             warnings.simplefilter("ignore", RuntimeWarning)
             return _Reader(path)
     except Exception as error:
-        # The reader has no errors of its own: whatever it trips over, the file is not whole.
+        # The reader raises errors of any kind for a damaged file.
         raise ModelLoadError(f"{path}: is truncated or damaged: {error}") from None

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read as the `config.json` that says the same."""
+"""Converts the header of a GGUF file to the equivalent `config.json`."""
 
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
@@ -7,9 +7,9 @@ from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.errors import ModelLoadError
 
 if TYPE_CHECKING:
-    from jaxkv.checkpoints.gguf_file import GGUFFile  # which needs an extra
+    from jaxkv.checkpoints.gguf_file import GGUFFile  # needs an optional dependency
 
-# `general.architecture` of a GGUF file, and the `model_type` that means the same. Mistral's is "llama" too.
+# `general.architecture` of a GGUF file, and the equivalent `model_type`. Mistral's files say "llama" too.
 MODEL_TYPES = {
     "llama": "llama",
     "qwen2": "qwen2",
@@ -21,15 +21,15 @@ EMBEDDING, UNEMBEDDING = "token_embd.weight", "output.weight"
 
 
 def config_fields(file: "GGUFFile", supported: Collection[str] = tuple(MODEL_TYPES)) -> dict[str, Any]:
-    """The fields of a `config.json` that say the same as a file's header.
+    """The fields of the `config.json` equivalent to a file's header.
 
     Args:
       file: the GGUF file.
-      supported: architectures that the caller knows, of `MODEL_TYPES`.
+      supported: architectures that the caller supports, of `MODEL_TYPES`.
 
     Raises:
-      ModelLoadError: for another architecture, one of several parts, experts, and a field that is missing or
-        no integer; named.
+      ModelLoadError: for another architecture, a file of several parts, experts, or a field that is missing
+        or not an integer; the message names it.
     """
     kind = file.get("general.architecture")
     if not isinstance(kind, str) or kind not in supported:
@@ -64,17 +64,17 @@ def config_fields(file: "GGUFFile", supported: Collection[str] = tuple(MODEL_TYP
 
 
 def _rope_scaling(file: "GGUFFile", kind: str, positions: int) -> dict[str, Any] | None:
-    """The rotary scaling, with the names of a `config.json`.
+    """The rotary scaling, with the field names of a `config.json`.
 
-    As llama.cpp reads it: without a type a factor means linear scaling, under its older name too, and 0 is
-    no factor; the type "none" overrules it.
+    As llama.cpp reads it: without a type, a factor (also under its older name) means linear scaling; a factor
+    of 0 means none; the type "none" takes precedence over a factor.
     """
     scaling = file.get(f"{kind}.rope.scaling.type")
     names = [f"{kind}.rope.{name}" for name in ("scaling.factor", "scale_linear")]
     given = [name for name in names if file.get(name) is not None]
     if scaling == "none" or (scaling is None and not given):
         return None
-    # Linear scaling needs a factor; others may do without.
+    # Only linear scaling requires a factor.
     factor = file.number((given or names)[0], float) if given or scaling == "linear" else None
     if not factor and scaling in (None, "linear"):
         return None

@@ -1,6 +1,6 @@
-"""A Hugging Face model folder, read as `transformers` reads it: `config.json`, rotary settings, weight files.
+"""Reads a Hugging Face model folder as `transformers` does: `config.json`, rotary settings, weight files.
 
-The model loader and the planner share this, so that both read the same model from the same folder.
+The model loader and the planner share it, so that both read the same model from a folder.
 """
 
 import json
@@ -17,8 +17,7 @@ _SHARD = re.compile(r"model-(\d{5,})-of-(\d{5,})\.safetensors")
 
 # Far above any published model.
 MOST_POSITIONS = 2**27
-# What `transformers` takes where a config does not have a field at all. A null is something else: no window,
-# and as many KV heads as query heads.
+# Defaults of `transformers` for absent fields. A null means no window, and as many KV heads as query heads.
 _WHERE_ABSENT: dict[str, dict[str, int]] = {
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
     "mixtral": {"num_key_value_heads": 8},
@@ -36,9 +35,9 @@ _WHERE_ABSENT: dict[str, dict[str, int]] = {
     "gpt_oss": {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128},
 }
 
-# Rotary settings that mean the same without a type.
+# Rotary settings that are valid without a type.
 _UNTYPED = ("rope_theta", "partial_rotary_factor", "rope_type", "type")
-# Scalings that stretch `max_position_embeddings`. Models with llama3 or longrope state it stretched.
+# Scalings that multiply `max_position_embeddings`; with llama3 or longrope it is already multiplied.
 _STRETCHES = ("linear", "dynamic", "yarn")
 
 _SHORT = reprlib.Repr()
@@ -48,7 +47,7 @@ _MOST_SHOWN = 80
 
 
 def shown(value: object) -> str:
-    """A value for a message: on one line of at most 80 characters, whatever a file holds.
+    """A value for a message: one line of at most 80 characters.
 
     Example:
       >>> shown("4096"), shown({"bits": 4, "group_size": 64, "mode": "affine", "biases": True})
@@ -64,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A file, or the `config.json` of a folder.
 
     Raises:
-      ValueError: when it cannot be read or holds no JSON object.
+      ValueError: if it cannot be read or is not a JSON object.
     """
     path = path / "config.json" if path.is_dir() else path
     try:
@@ -79,7 +78,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def with_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A config with the fields that `transformers` fills in where they are absent, by `model_type`.
+    """A config with the defaults of `transformers` for absent fields, by `model_type`.
 
     Example:
       >>> with_defaults({"model_type": "mistral", "sliding_window": None})["num_key_value_heads"]
@@ -90,10 +89,10 @@ def with_defaults(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rotary_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The rotary settings of a config. An older `rope_scaling` replaces `rope_parameters` as a whole.
+    """The rotary settings of a config. The older `rope_scaling`, if present, replaces `rope_parameters`.
 
     Raises:
-      ValueError: when either is not an object.
+      ValueError: if either is not an object.
     """
     for name in ("rope_scaling", "rope_parameters"):
         value = raw.get(name)
@@ -103,10 +102,10 @@ def rotary_settings(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def rotary_type(settings: Mapping[str, Any]) -> str:
-    """The type of rotary settings, "default" where they scale nothing.
+    """The type of the rotary settings; "default" without scaling.
 
     Raises:
-      ValueError: for a type that is not a name, and for settings that only a type gives a meaning.
+      ValueError: for a type that is not a string, or settings that require a type.
     """
     kind = settings.get("rope_type") or settings.get("type")
     if kind is None:
@@ -121,10 +120,10 @@ def rotary_type(settings: Mapping[str, Any]) -> str:
 
 
 def original_positions(raw: Mapping[str, Any], settings: Mapping[str, Any], positions: int) -> int:
-    """Positions a model had before its rotary scaling; `positions` where the config does not say.
+    """Positions of the model before rotary scaling; `positions` if the config does not say.
 
     Raises:
-      ValueError: when the config says something else than a positive integer.
+      ValueError: for a value that is not a positive integer.
     """
     name = "original_max_position_embeddings"
     value = settings.get(name) if raw.get(name) is None else raw[name]
@@ -136,26 +135,26 @@ def original_positions(raw: Mapping[str, Any], settings: Mapping[str, Any], posi
 
 
 def _of_full_attention(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    # Models with windows may keep the settings of each kind of layer apart.
+    # Models with windows may have separate settings for each kind of layer.
     nested = settings.get("full_attention")
     return nested if isinstance(nested, Mapping) else settings
 
 
 def trained_context(raw: Mapping[str, Any], positions: int) -> int:
-    """Tokens of context that a model is made for, its rotary scaling counted in.
+    """Tokens of context that a model supports, including rotary scaling.
 
-    Linear, dynamic and yarn scaling multiply the original positions. llama3 and longrope do not: their models
-    state `max_position_embeddings` scaled, as Gemma 3 does whatever the type.
+    Linear, dynamic and yarn scaling multiply the original positions. With llama3 and longrope, and always in
+    Gemma 3, `max_position_embeddings` is already scaled.
 
     Args:
       raw: the config.
       positions: its `max_position_embeddings`, in tokens.
 
     Returns:
-      Never less than `positions`.
+      At least `positions`.
 
     Raises:
-      ValueError: for settings that cannot be read, and a scaling without a positive factor.
+      ValueError: for invalid settings, or a scaling without a positive factor.
 
     Example:
       >>> trained_context({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2048)
@@ -167,7 +166,7 @@ def trained_context(raw: Mapping[str, Any], positions: int) -> int:
         return positions
     factor = settings.get("factor")
     if factor is None and kind == "yarn":
-        return positions  # the factor is then the ratio of the positions to the original ones
+        return positions  # the factor is then `positions` divided by the original positions
     if isinstance(factor, bool) or not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
         raise ValueError(f"rope_scaling's factor must be a positive number, not {shown(factor)}")
     original = min(original_positions(raw, settings, positions), MOST_POSITIONS)
@@ -175,7 +174,7 @@ def trained_context(raw: Mapping[str, Any], positions: int) -> int:
 
 
 def is_extended(raw: Mapping[str, Any], positions: int) -> bool:
-    """Whether rotary scaling makes `trained_context` longer than the context the model was trained on.
+    """Whether rotary scaling makes `trained_context` longer than the originally trained context.
 
     Args:
       raw: the config.
@@ -191,10 +190,10 @@ def is_extended(raw: Mapping[str, Any], positions: int) -> bool:
 
 
 def shard_files(folder: Path) -> tuple[list[Path], list[str]]:
-    """The shards of a folder without an index, by their names alone.
+    """The shards of a folder without an index, from their names.
 
     Returns:
-      The shards that are there, in order, and the names of those that are missing.
+      The shards that exist, in order, and the names of the missing ones.
 
     Raises:
       ValueError: for shards of different sets.

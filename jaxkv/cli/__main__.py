@@ -1,4 +1,4 @@
-"""`python -m jaxkv.cli`, the same as the installed `jaxkv`."""
+"""`python -m jaxkv.cli`, same as the installed `jaxkv`."""
 
 from jaxkv.cli import entry_point
 

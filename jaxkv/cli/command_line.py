@@ -1,61 +1,34 @@
 """The command line: `jaxkv generate`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
 
-A user's mistake is one line on standard error and exit code 2; Ctrl-C is exit code 130.
+A user's mistake prints one line on standard error, with exit code 2. Ctrl-C exits with code 130.
 """
 
 import argparse
 import io
-import os
 import platform
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-import jax
-
 from jaxkv.cli import demo, generate, plan, profile
 from jaxkv.cli.options import EPILOG
-from jaxkv.errors import JaxKVError
-from jaxkv.extras import missing
+from jaxkv.cli.reporting import Parser, exit_code, leave
 
 # Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
-# the models' extra are imported when the command runs.
+# the optional dependencies of `models` are imported when the command runs.
 COMMANDS = {"generate": generate, "profile": profile, "demo": demo, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    _lose_no_text()
+    _escape_unencodable()
     options = parser().parse_args(arguments)
-    try:
-        return COMMANDS[options.command].run(options)
-    except BrokenPipeError:
-        # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (ValueError, JaxKVError, OSError) as error:
-        print(f"jaxkv: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        print(f"jaxkv: error: {missing(error)}", file=sys.stderr)
-        return 2
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).splitlines()[0]
-        print(f"jaxkv: error: the device refused: {reason}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\njaxkv: stopped", file=sys.stderr)
-        return 130
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+    return exit_code("jaxkv", lambda: COMMANDS[options.command].run(options))
 
 
 def parser() -> argparse.ArgumentParser:
     """Parses a command line. The name of the command is `command`."""
-    top = _Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
+    top = Parser(prog="jaxkv", description="A paged KV cache for JAX.", epilog=EPILOG)
     top.add_argument("--version", action="version", version=_versions(), help="show versions, and exit")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
@@ -73,17 +46,14 @@ def _versions() -> str:
     return f"jaxkv {of('jaxkv')} (jax {of('jax')}, jaxlib {of('jaxlib')}, Python {platform.python_version()})"
 
 
-def _lose_no_text() -> None:
-    """Characters that an encoding lacks are written as numbers: else the first would end the output."""
+def _escape_unencodable() -> None:
+    """Writes characters that the encoding lacks as escapes; otherwise the first would raise."""
     for stream in (sys.stdout, sys.stderr):
-        # Other ways to handle them are the user's, as by PYTHONIOENCODING.
+        # Keeps other error handlers, which the user chose, as by PYTHONIOENCODING.
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def entry_point() -> None:
     """What the installed `jaxkv` command calls."""
-    code = main()
-    sys.stdout.flush()
-    # Threads of the runtime may still be in a computation that Ctrl-C left behind.
-    os._exit(code) if code == 130 else sys.exit(code)
+    leave(main())

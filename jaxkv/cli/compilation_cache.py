@@ -1,7 +1,7 @@
-"""Compiled programs that are kept between runs of the command, in JAX's own persistent cache.
+"""Keeps compiled programs between runs of the command, in JAX's persistent compilation cache.
 
-JAX's key of a program covers the versions of JAX and XLA, the options, the device, and on a CPU its
-instruction set: a directory may be shared by machines, and an upgrade compiles again.
+JAX's key of a program includes the versions of JAX and XLA, the options, the device, and on a CPU its
+instruction set. So machines may share a directory, and an upgrade compiles again.
 """
 
 import os
@@ -19,21 +19,21 @@ def default_directory() -> Path:
     """`$XDG_CACHE_HOME/jaxkv`, or `~/.cache/jaxkv`.
 
     Raises:
-      RuntimeError: where there is no home directory.
+      RuntimeError: if there is no home directory.
     """
     root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    # The standard says to ignore a relative path.
+    # The XDG standard ignores relative paths.
     return (root if root.is_absolute() else Path.home() / ".cache") / "jaxkv"
 
 
 def keep_programs(directory: Path | None = None, *, enabled: bool = True) -> None:
-    """Keeps programs between runs; to be called before anything is compiled.
+    """Keeps compiled programs between runs. Call it before anything is compiled.
 
-    A directory that cannot be used is a warning on standard error, and nothing is kept.
+    If the directory cannot be used, prints a warning on standard error and keeps nothing.
 
     Args:
-      directory: where. Default: what JAX is told by its own settings, else `default_directory`.
-      enabled: False keeps nothing, and uses nothing that was kept.
+      directory: the directory. Default: JAX's own setting, else `default_directory`.
+      enabled: False neither keeps programs nor uses kept ones.
     """
     if not enabled:
         jax.config.update("jax_enable_compilation_cache", False)
@@ -46,18 +46,18 @@ def keep_programs(directory: Path | None = None, *, enabled: bool = True) -> Non
         _check_writable(chosen)
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or error
-        place = f" in {error.filename}" if isinstance(error, OSError) and error.filename else ""
-        _warn(f"compiled programs are not kept{place}: {reason}; --compilation-cache DIR names another place")
+        where = f" in {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        _warn(f"compiled programs are not kept{where}: {reason}; choose another with --compilation-cache DIR")
         return
     jax.config.update("jax_compilation_cache_dir", str(chosen))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # By itself JAX keeps what took a second; of the small programs there are many.
+        # JAX's default keeps only programs that took a second; here there are many small ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     _shorten_warnings(chosen)
 
 
 def _private(directory: Path) -> Path:
-    """A directory of the user alone: who can write there can run code in this process."""
+    """Creates a directory that only the user can write to: writers can run code in this process."""
     directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = directory.stat()
     if hasattr(os, "geteuid") and (found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH):
@@ -72,7 +72,7 @@ def _check_writable(directory: Path) -> None:
 
 
 def _shorten_warnings(directory: Path) -> None:
-    """An entry that cannot be read or written is one line; the program is compiled as without a cache."""
+    """Reports entries that cannot be read or written in one line, once; JAX then compiles the program."""
     show, seen = warnings.showwarning, []
 
     def show_once(message, category, filename, lineno, file=None, line=None):
@@ -80,7 +80,7 @@ def _shorten_warnings(directory: Path) -> None:
             show(message, category, filename, lineno, file, line)
         elif not seen:
             seen.append(message)
-            _warn(f"{' '.join(str(message).split())}; an empty {directory} helps if this stays")
+            _warn(f"{' '.join(str(message).split())}; if this repeats, empty {directory}")
 
     warnings.showwarning = show_once
 

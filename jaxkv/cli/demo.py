@@ -1,4 +1,4 @@
-"""`jaxkv demo`: four questions behind one system prompt, held against dense attention."""
+"""`jaxkv demo`: four questions after one system prompt, compared with dense attention."""
 
 import argparse
 from dataclasses import replace
@@ -21,7 +21,7 @@ from pallas_kernels.dispatch import auto_backend
 if TYPE_CHECKING:
     from jaxkv.models import LoadedModel  # which needs an extra
 
-HELP = "four prompts behind one shared system prompt, checked"
+HELP = "four prompts after one shared system prompt, checked"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -32,7 +32,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the answers and how far they are from dense attention; returns the exit code."""
+    """Prints the answers and the largest difference to dense attention; returns the exit code."""
     keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
     from jaxkv.cli.progress import STEPS_A_BLOCK, Status, Watch, load_with_progress
 
@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _largest_difference(loaded: "LoadedModel", prompts: list[list[int]], result: Generation) -> float:
-    """Between the logits each token was drawn from and those of a dense forward of the whole text."""
+    """Compares the logits of each drawn token with those of one dense forward pass of the whole text."""
     from jaxkv.models import dense_logits
 
     whole = [prompt + samples[0] for prompt, samples in zip(prompts, result.tokens, strict=True)]

@@ -1,4 +1,4 @@
-"""`jaxkv generate`: texts on standard output, figures on standard error."""
+"""`jaxkv generate`: prints texts on standard output, figures on standard error."""
 
 import argparse
 import sys
@@ -21,7 +21,7 @@ from jaxkv.policies.parse import parse_policy
 from jaxkv.rope import Rope
 from jaxkv.sampling import Sampling
 
-HELP = "write text with a model"
+HELP = "generate text with a model"
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -34,9 +34,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         metavar="PATH_OR_NAME",
         help="a GGUF file, a Hugging Face folder, or a known name, like smollm2-135m (required)",
     )
-    text = "text to continue; may be repeated (default: those of --prompts-file alone)"
+    text = "text to continue; may be repeated (default: only those of --prompts-file)"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
-    text = "UTF-8, one prompt a line; blank lines are skipped (default: none)"
+    text = "UTF-8, one prompt per line; blank lines are skipped (default: none)"
     add("--prompts-file", type=Path, metavar="FILE", help=text)
     text = "put each prompt into the model's chat template (default: off)"
     add("--chat", action="store_true", help=text)
@@ -46,16 +46,15 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "--parse-special",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="take special tokens that are written out in prompts, like <|im_end|>, as such (default: on "
-        "without --chat, off with it)",
+        help="parse special tokens written in prompts, like <|im_end|> (default: only without --chat)",
     )
     text = "end a text before this string; may be repeated (default: none)"
     add("--stop", action="append", default=[], metavar="TEXT", help=text)
-    add("--num-samples", type=count, default=1, metavar="N", help="continuations a prompt (default: 1)")
+    add("--num-samples", type=count, default=1, metavar="N", help="continuations per prompt (default: 1)")
     text = "0 is greedy; higher is more random (default: 0)"
     add("--temperature", type=float, default=0.0, metavar="T", help=text)
-    add("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens (default: from all)")
-    text = "draw from the likeliest tokens that together have this probability (default: from all)"
+    add("--top-k", type=int, metavar="K", help="draw from the K most probable tokens (default: from all)")
+    text = "draw from the most probable tokens that together have this probability (default: from all)"
     add("--top-p", type=float, metavar="P", help=text)
     add_seed(command)
     add_num_pages(command)
@@ -77,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
     if options.policy is not None:
-        # Before the weights are read: a mistake is seen at once.
+        # Checks it before the weights are read.
         parse_policy(options.policy, rope=Rope((1.0,)))
     with _metrics(options.metrics_port) as observe:
         return _generate(options, prompts, sampling, observe)
@@ -122,7 +121,7 @@ def _generate(options: argparse.Namespace, prompts: list[str], sampling: Samplin
 
 @contextmanager
 def _metrics(port: int | None):
-    """What to show each block's cache to; served over HTTP while the block runs, if there is a port."""
+    """Yields a function that observes a cache; serves the metrics over HTTP if there is a port."""
     if port is None:
         yield lambda cache: None
         return
@@ -136,4 +135,4 @@ def _metrics(port: int | None):
 def _evicted(result: Generation, policy: str) -> str:
     stats = result.cache.stats
     times, tokens = int(stats.evictions), int(stats.evicted_tokens)
-    return f"{policy}: gave up {tokens} token places in {times} eviction{'s' * (times != 1)}"
+    return f"{policy}: dropped {tokens} tokens in {times} eviction{'s' * (times != 1)}"

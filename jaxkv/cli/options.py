@@ -1,4 +1,4 @@
-"""Options that commands share: every one says what it does and what holds without it."""
+"""Options that commands share; the help of each states its default."""
 
 import argparse
 from pathlib import Path
@@ -10,8 +10,8 @@ KV_DTYPES = {
     storage.short or name: (None, name) if storage.quantized else (name, None)
     for name, storage in FORMATS.items()
 }
-# Of the commands that print text of a model.
-EPILOG = "A character that the output's encoding lacks is written as its number, like \\u2603."
+# For commands that print text of a model.
+EPILOG = "A character that the output's encoding lacks is written as an escape, like \\u2603."
 
 
 def add_known_model(command: argparse.ArgumentParser) -> None:
@@ -22,7 +22,7 @@ def add_known_model(command: argparse.ArgumentParser) -> None:
 
 def add_seed(command: argparse.ArgumentParser) -> None:
     """Adds `--seed`."""
-    text = "of the random draws; the same seed draws the same (default: 0)"
+    text = "seed of the random draws (default: 0)"
     command.add_argument("--seed", type=_seed, default=0, metavar="N", help=text)
 
 
@@ -33,12 +33,12 @@ def add_num_pages(command: argparse.ArgumentParser) -> None:
 
 
 def add_common(command: argparse.ArgumentParser, least: int = 1) -> None:
-    """Adds what every command that runs a model has; `least` is the smallest `--max-new-tokens`."""
+    """Adds the options of every command that runs a model; `least` is the smallest `--max-new-tokens`."""
     add = command.add_argument
     number = count if least else _count_or_none
     text = "most tokens of a continuation (default: 64)"
     add("--max-new-tokens", type=number, default=64, metavar="N", help=text)
-    add("--page-size", type=count, default=16, metavar="N", help="tokens a page (default: 16)")
+    add("--page-size", type=count, default=16, metavar="N", help="tokens per page (default: 16)")
     add("--kv-dtype", choices=KV_DTYPES, help="how K and V are stored (default: as the model's weights)")
     cache = command.add_mutually_exclusive_group()
     cache.add_argument(
@@ -48,7 +48,7 @@ def add_common(command: argparse.ArgumentParser, least: int = 1) -> None:
         help="keep compiled programs here for the next run (default: JAX_COMPILATION_CACHE_DIR, else "
         "$XDG_CACHE_HOME/jaxkv, else ~/.cache/jaxkv)",
     )
-    text = "keep no compiled programs, and use none that were kept (default: off)"
+    text = "neither keep compiled programs nor use kept ones (default: off)"
     cache.add_argument("--no-compilation-cache", action="store_true", help=text)
 
 

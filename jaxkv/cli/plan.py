@@ -1,4 +1,4 @@
-"""`jaxkv plan`: what it asks and what it prints."""
+"""`jaxkv plan`: its options and its output."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ _FLAGS = {
     "memory_fraction": "--memory-fraction",
 }
 
-# What a plan says only of a device that was named.
+# Fields of a plan that need a device.
 _OF_A_DEVICE = ("device", "memory", "usable", "headroom", "fits", "risk", "kv_capacity_tokens")
 _OF_A_DEVICE += (
     "max_concurrency_ratio",
@@ -51,9 +51,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     where = command.add_mutually_exclusive_group()
     text = f"one of {', '.join(catalog.names('devices'))} (default: none, bytes are only counted)"
     where.add_argument("--device", metavar="NAME", help=text)
-    text = "of each device, like 24GiB (default: that of --device)"
+    text = "memory of each device, like 24GiB (default: that of --device)"
     where.add_argument("--memory", metavar="AMOUNT", help=text)
-    add("--context", default="8192", metavar="N", help="tokens a sequence (default: 8192)")
+    add("--context", default="8192", metavar="N", help="tokens per sequence (default: 8192)")
     add("--concurrency", default="1", metavar="N", help="sequences at once (default: 1)")
     stored = ", ".join(["auto", *SHORT, *QUANTIZATIONS])
     text = f"how K and V are stored: {stored} (default: auto, the model's)"
@@ -61,8 +61,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     text = f"how weights are stored: {dtypes} (default: auto, as in the files)"
     add("--weights-dtype", default="auto", metavar="DTYPE", help=text)
     add("--tp", default="1", metavar="N", help="devices that share the model (default: 1)")
-    add("--page-size", default="16", metavar="N", help="tokens a page, or auto (default: 16)")
-    text = "lengths expected, for --page-size auto (default: some up to --context)"
+    add("--page-size", default="16", metavar="N", help="tokens per page, or auto (default: 16)")
+    text = "expected lengths, for --page-size auto (default: several up to --context)"
     add("--lengths", metavar="N,N,...", help=text)
     text = "share of the memory that may be used (default: 0.9)"
     add("--memory-fraction", type=float, default=0.9, metavar="F", help=text)
@@ -72,7 +72,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints a plan; returns 1 where it does not fit."""
+    """Prints a plan; returns 1 if it does not fit."""
     if (not options.model) == (options.compare is None):
         raise ValueError("give one MODEL, or --compare A B")
     if options.compare and options.explain:
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _number(text: str, name: str) -> int:
-    # Thousands may be set off: 8192, 8,192 or 8_192.
+    # Thousands may be separated: 8192, 8,192 or 8_192.
     if not re.fullmatch(r"-?(\d{1,3}([,_]\d{3})+|\d{1,18})", text.strip()):
         raise ValueError(f"{name} {text!r} is not a number")
     return int(text.replace(",", "").replace("_", ""))
@@ -141,7 +141,7 @@ def _plan(shape: ModelShape, device: Device | None, options, choice: PageSizeCho
 
 
 def _with_options(message: str) -> str:
-    """A message of `plan` with the command's options for the names of its arguments."""
+    """A message of `plan` with its argument names replaced by the command's options."""
     names = "|".join(_FLAGS)
     return re.sub(rf"\b({names})\b", lambda found: _FLAGS[found[0]], message)
 
@@ -179,7 +179,7 @@ def _print_plan(made: Plan, has_device: bool, choice: PageSizeChoice | int, opti
             flags = " ".join(f"{_FLAGS[name]} {value}" for name, value in suggestion.change.items())
             print(f"  {suggestion.text}  ({flags})")
         if not found:
-            print("  nothing that this command knows: a smaller model, or a larger device")
+            print("  only a smaller model or a larger device")
 
 
 def _column(made: Plan, has_device: bool) -> dict[str, str]:
@@ -193,7 +193,7 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
     rows = {
         "model": shape.name,
         "parameters": billions,
-        "K and V of a token and layer": f"{shape.elements_per_token:,} numbers in {made.kv_dtype}",
+        "K and V per token and layer": f"{shape.elements_per_token:,} elements in {made.kv_dtype}",
         "layers": _layers(shape),
         "sequences x context": f"{made.concurrency:,} x {made.context:,} tokens",
         "KV exact": format_mebibytes(kv.exact)
@@ -202,7 +202,7 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
         "KV reserved in full": f"{format_mebibytes(kv.reserved)}, {made.pages:,} pages",
     }
     if made.tensor_parallel > 1:
-        rows["devices"] = f"{made.tensor_parallel}; bytes are of one of them"
+        rows["devices"] = f"{made.tensor_parallel}; bytes are per device"
     rows["weights"] = f"{format_mebibytes(made.weights)} {_stored(made)}"
     if not has_device:
         return rows
@@ -257,7 +257,7 @@ def _page_sizes(choice: PageSizeChoice, made: Plan) -> str:
 
 
 def explain(made: Plan) -> str:
-    """The formulas of a plan with its values in them, a line each."""
+    """The formulas of a plan with its values, one per line."""
     shape, kv, devices = made.shape, made.kv, made.tensor_parallel
     kinds = {window: shape.windows.count(window) for window in dict.fromkeys(shape.windows)}
     kept = " + ".join(
@@ -266,16 +266,16 @@ def explain(made: Plan) -> str:
     )
     heads = made.kv_heads_per_device
     latent = f"{shape.head_dim} of the latent vector"
-    numbers = latent if shape.is_latent else f"2 x {heads} KV heads x {shape.head_dim} head_dim"
-    a_token = f"{numbers} x {KV_BITS[made.kv_dtype] / 8:g} bytes"
+    elements = latent if shape.is_latent else f"2 x {heads} KV heads x {shape.head_dim} head_dim"
+    token = f"{elements} x {KV_BITS[made.kv_dtype] / 8:g} bytes"
     q, k = shape.num_q_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     prefilled = min(made.prefill_chunk, made.context * made.concurrency)
     scales = f" + {kv.scales:,} of scales" if kv.scales else ""
     lines = [
-        f"KV exact = {made.concurrency:,} x ({kept}) x {a_token}{scales}",
+        f"KV exact = {made.concurrency:,} x ({kept}) x {token}{scales}",
         f"         = {kv.exact:,} bytes" + (f" on each of {devices} devices" if devices > 1 else ""),
         f"KV reserved = {made.pages:,} pages x {made.page_size} tokens x {shape.num_layers} layers x "
-        f"{a_token}{' and scales' if kv.scales else ''}",
+        f"{token}{' and scales' if kv.scales else ''}",
         f"            = {kv.reserved:,} bytes",
         f"weights = {_weights(made)} / {devices} devices = {made.weights:,} bytes",
         f"activations = {prefilled:,} tokens of a prefill step x 2 bytes x "

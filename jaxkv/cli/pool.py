@@ -1,4 +1,4 @@
-"""The pool that a command needs, within the context that its model was trained on."""
+"""Sizes the cache of a command, within the context that its model was trained on."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -22,10 +22,10 @@ def fitting_config(
     num_pages: int | None,
     policy: Policy | None = None,
 ) -> CacheConfig:
-    """A pool that holds every sequence at its longest, unless the user says how many pages.
+    """A pool that holds every sequence at its longest, unless `num_pages` is given.
 
     Raises:
-      SequenceTooLongError: for a prompt that goes beyond the trained context.
+      SequenceTooLongError: for a prompt beyond the trained context.
     """
     lengths = [len(tokens) for tokens in ids]
     for number, length in enumerate(lengths):
@@ -49,14 +49,14 @@ def fitting_config(
 def check_context(
     loaded: "LoadedModel", name: str, num_tokens: int, options: argparse.Namespace, policy: Policy | None
 ) -> None:
-    """Refuses a prompt that goes beyond the context that the model was trained on.
+    """Refuses a prompt that exceeds the context that the model was trained on.
 
     Args:
       loaded: the model.
       name: of the prompt, for the error.
       num_tokens: of the prompt.
       options: those of the command.
-      policy: what is forgotten.
+      policy: the eviction policy, or None.
 
     Raises:
       SequenceTooLongError: naming the prompt, the position it reaches and the trained context.
@@ -74,6 +74,6 @@ def check_context(
     start = f"{name} and {new} new tokens reach position {reached} with --policy {options.policy}"
     trained = f"{loaded.name} was trained on {context}"
     if policy.once:
-        raise SequenceTooLongError(f"{start}, which keeps all new ones; {trained}")
-    advice = "positions=cache goes on for ever" if policy.most_positions(config) is None else "keep less"
+        raise SequenceTooLongError(f"{start}, which keeps all new tokens; {trained}")
+    advice = "positions=cache has no limit" if policy.most_positions(config) is None else "keep fewer tokens"
     raise SequenceTooLongError(f"{start}; {trained}: {advice}")

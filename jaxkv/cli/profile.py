@@ -1,4 +1,4 @@
-"""`jaxkv profile`: where memory goes while a model writes, as a report, a map of the pool and pictures."""
+"""`jaxkv profile`: memory use during a generation, as a report, a map of the pool and plots."""
 
 import argparse
 import shutil
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from jaxkv.cli.progress import Status
     from jaxkv.models import LoadedModel, Tokenizer  # which needs an extra
 
-HELP = "where memory goes while a model writes"
+HELP = "show memory use during a generation"
 _STEPS_A_BLOCK = 4
 
 _profile = jax.jit(memory_profile)
-# Not donated: the generation goes on with the cache as it is.
+# Not donated: the generation continues with the same cache.
 _compact = jax.jit(compact)
 
 
@@ -42,18 +42,18 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_known_model(command)
     text = "text to continue; may be repeated (default: the demo's)"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
-    add("--num-samples", type=count, default=3, metavar="N", help="continuations a prompt (default: 3)")
+    add("--num-samples", type=count, default=3, metavar="N", help="continuations per prompt (default: 3)")
     text = "0 is greedy; higher is more random (default: 0.8)"
     add("--temperature", type=float, default=0.8, metavar="T", help=text)
     add_seed(command)
     add_num_pages(command)
-    add("--plot", type=Path, metavar="FILE", help="draw it: .png, .svg or .pdf (default: text alone)")
+    add("--plot", type=Path, metavar="FILE", help="plot to .png, .svg or .pdf (default: only text)")
     add_common(command)
 
 
 @dataclass(slots=True)
 class _Moment:
-    """The cache at one step, and what `compact` would make of it."""
+    """The cache at one step, and the result of `compact` on it."""
 
     step: int
     running: int
@@ -66,7 +66,7 @@ class _Moment:
 
 @dataclass(slots=True)
 class _Recorder:
-    """Watches a generation. Of all its steps it keeps the numbers, and the one where most is scattered."""
+    """Records the profiles of a generation, and the step with the most free pages between used ones."""
 
     model: object
     memory: PeakMemory
@@ -102,12 +102,12 @@ class _Recorder:
 
 
 def _interest(profile: MemoryProfile) -> tuple[int, int]:
-    """Many holes among the pages of many sequences."""
+    """Highest for many holes among the pages of many sequences."""
     return profile.holes * profile.active_seqs, profile.physical_pages
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints where memory goes while a model writes; returns the exit code."""
+    """Prints the memory use of a generation; returns the exit code."""
     check_prompts(options.prompt)
     keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)
     from jaxkv.cli.progress import Status, load_with_progress
@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> int:
     ]
     moment = recorder.moment
     if moment is None:
-        raise RuntimeError("generate showed no state")
+        raise RuntimeError("generate did not call on_tokens")
     print(_text(loaded, moment, lengths, memory, shutil.get_terminal_size().columns))
     if options.plot is not None:
         figure = plot_generation(moment.before, moment.after, recorder.steps, recorder.profiles, lengths)
@@ -149,7 +149,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_plot(path: Path) -> None:
-    """Before minutes of work: is matplotlib there, does it know the format, is there a folder?"""
+    """Checks, before minutes of work, that matplotlib can write the file."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     kinds = sorted(FigureCanvasAgg.get_supported_filetypes())
@@ -160,7 +160,7 @@ def _check_plot(path: Path) -> None:
 
 
 def _token_ids(tokenizer: "Tokenizer", prompts: list[str]) -> list[list[int]]:
-    """Of the user's prompts, or of the demo's questions behind one system prompt."""
+    """Token ids of the user's prompts, or else of the demo's questions after one system prompt."""
     if prompts:
         return [tokenizer.encode(prompt) for prompt in prompts]
     if tokenizer.chat_template is None:
@@ -170,7 +170,7 @@ def _token_ids(tokenizer: "Tokenizer", prompts: list[str]) -> list[list[int]]:
 
 def _text(loaded: "LoadedModel", moment: _Moment, lengths: list[int], memory: PeakMemory, width: int) -> str:
     unit = common_unit([moment.device.in_use])
-    peak = "at its peak" if memory.is_exact else "at the most, of what was sampled"
+    peak = "at its peak" if memory.is_exact else "at the highest sample"
     ascii_only = not _can_print(FREE + SHARED + LEVELS)
     parts = [
         f"{loaded.name}, step {moment.step}: {moment.running} of {len(lengths)} sequences still running",

@@ -1,4 +1,4 @@
-"""What is under way and for how long, on standard error; and the texts of a generation as they come."""
+"""Shows progress on standard error, and the text of a generation as it is generated."""
 
 import sys
 import time
@@ -18,19 +18,19 @@ from rich.progress import (
 from jaxkv.decode import Decoding, Finish
 from jaxkv.models import LoadedModel, TextStreams, Tokenizer, load
 
-# Decode steps between two looks at the texts.
+# Decode steps between two updates of the texts.
 STEPS_A_BLOCK = 8
 
 
 def load_with_progress(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
-    """Loads a model for a command, which needs its tokenizer too.
+    """Loads a model and its tokenizer.
 
     Raises:
-      ValueError: for one without.
+      ValueError: for a model without a tokenizer.
     """
     columns = (TextColumn("loading"), BarColumn(), DownloadColumn())
     console = Console(stderr=True)
-    # Elsewhere it would leave an empty line.
+    # When it is not a terminal, progress would leave an empty line.
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("weights", total=None)
         loaded = load(
@@ -43,11 +43,11 @@ def load_with_progress(path_or_name: str) -> tuple[LoadedModel, Tokenizer]:
 
 
 class Status:
-    """A line that says what is under way and for how long, on a terminal; elsewhere nothing.
+    """A line on a terminal with the current activity and its duration; nothing elsewhere.
 
     Args:
-      text: what begins.
-      console: where. Default: standard error.
+      text: the first activity.
+      console: the terminal. Default: standard error.
     """
 
     def __init__(self, text: str, console: Console | None = None):
@@ -67,36 +67,36 @@ class Status:
 
     @property
     def seconds(self) -> float:
-        """Since what is under way began."""
+        """Duration of the current activity so far."""
         return time.monotonic() - self._began
 
     def next(self, text: str) -> None:
-        """Something else begins."""
+        """Starts another activity."""
         self._progress.reset(self._task, description=text)
         self._began = time.monotonic()
 
     def update(self, text: str) -> None:
-        """How far it is."""
+        """Changes the text of the current activity."""
         self._progress.update(self._task, description=text)
 
     def stop(self) -> None:
-        """Takes the line away."""
+        """Removes the line."""
         self._progress.stop()
 
     def say_compiled(self) -> None:
-        """One line that stays, where there was none to watch."""
+        """Prints a lasting line if there is no terminal to show progress on."""
         if not self.console.is_terminal:
-            text = f"compiled, and ran the prompts, in {self.seconds:.1f} s"
+            text = f"compiled and ran the prompts in {self.seconds:.1f} s"
             print(text, file=sys.stderr, flush=True)
 
 
 class Watch:
-    """Shows a generation under way: its text if there is one sequence, else how far it is.
+    """Shows a running generation: its text if there is one sequence, else its progress.
 
     Args:
       tokenizer: the model's.
       max_new_tokens: most tokens of a sequence.
-      stream: whether to print the text of the only sequence as it comes.
+      stream: whether to print the text of the only sequence as it is generated.
       stop: texts that end a sequence.
 
     Attributes:
@@ -118,7 +118,7 @@ class Watch:
             print(flush=True)
 
     def see(self, state: Decoding) -> np.ndarray:
-        """Called after each block of steps; returns which sequences a stop string ends."""
+        """To be called after each block of steps; returns which sequences a stop string ends."""
         if not self._compiled:
             self._status.say_compiled()
             self._status.next("decoding")

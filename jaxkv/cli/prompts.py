@@ -1,4 +1,4 @@
-"""Prompts of the commands: the user's, from options and files, and those of the demo."""
+"""The user's prompts, from options and files, and those of the demo."""
 
 import argparse
 import re
@@ -34,7 +34,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
             raise ValueError(f"{options.prompts_file}: is not UTF-8 at byte {error.start}") from None
         except ValueError as error:
             raise ValueError(f"--prompts-file {str(options.prompts_file)!r}: {error}") from None
-        # Not `splitlines`: other separators are part of a text. A byte order mark is not.
+        # Not `splitlines`, whose other separators may be part of a prompt. A byte order mark is not.
         prompts += [line for line in re.split("\r\n|\n|\r", text.removeprefix("\ufeff")) if line.strip()]
     if not prompts:
         raise ValueError("no prompt: give --prompt TEXT or --prompts-file FILE with at least one line")
@@ -47,7 +47,7 @@ def read_prompts(options: argparse.Namespace) -> list[str]:
 
 
 def check_prompts(prompts: list[str]) -> None:
-    """Refuses prompts that are empty or not UTF-8 with a `ValueError` that gives their number."""
+    """Raises `ValueError` for a prompt that is empty or not UTF-8, with its number."""
     for number, prompt in enumerate(prompts):
         if not prompt.strip():
             raise ValueError(f"prompt {number} is empty")
@@ -56,7 +56,7 @@ def check_prompts(prompts: list[str]) -> None:
 
 
 def check_stop(stop: list[str]) -> None:
-    """Refuses stop strings that are empty or not UTF-8 with a `ValueError`."""
+    """Raises `ValueError` for a stop string that is empty or not UTF-8."""
     for text in stop:
         if not text:
             raise ValueError("--stop is empty")
@@ -69,7 +69,7 @@ def _is_utf8(text: str) -> bool:
 
 
 def token_ids(tokenizer: "Tokenizer", prompts: list[str], options: argparse.Namespace) -> list[list[int]]:
-    """Token ids of each prompt. One in a conversation must not end its turn, unless the user says so."""
+    """Token ids of each prompt. With --chat, text of special tokens is not parsed, unless the user asks."""
     parse = not options.chat if options.parse_special is None else options.parse_special
     if not options.chat:
         return [tokenizer.encode(prompt, parse_special=parse) for prompt in prompts]
@@ -79,6 +79,6 @@ def token_ids(tokenizer: "Tokenizer", prompts: list[str], options: argparse.Name
 
 
 def demo_prompts(tokenizer: "Tokenizer") -> list[list[int]]:
-    """Token ids of the demo's questions, each behind the one system prompt."""
+    """Token ids of the demo's questions, each after the system prompt."""
     system = {"role": "system", "content": SYSTEM_PROMPT}
     return [tokenizer.encode_chat([system, {"role": "user", "content": question}]) for question in QUESTIONS]

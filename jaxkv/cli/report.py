@@ -1,4 +1,4 @@
-"""What a command says of a generation when it is over."""
+"""Summaries of a finished generation."""
 
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Finish
@@ -6,7 +6,7 @@ from jaxkv.generation import Generation
 
 
 def speed(result: Generation) -> str:
-    """Tokens a second of the prefill and of the decode loop."""
+    """Tokens per second of the prefill and of the decode loop."""
     prefill = result.prefill_tokens / max(result.prefill_seconds, 1e-9)
     # The first token of each sequence comes from its prefill.
     decoded = result.num_new_tokens - sum(bool(tokens) for samples in result.tokens for tokens in samples)
@@ -18,7 +18,7 @@ def speed(result: Generation) -> str:
 
 
 def pages(config: CacheConfig, result: Generation) -> str:
-    """Pages at the peak, and what sharing saved."""
+    """Pages at the peak, and the pages that sharing saved."""
     used, alone = result.peak_pages, result.peak_pages_unshared
     text = f"{used} pages of {config.page_size} tokens at the peak"
     if used < alone:

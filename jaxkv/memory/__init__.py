@@ -1,4 +1,4 @@
-"""Observation of a cache: where its memory goes, on the device and on the host."""
+"""Reports and plots of a cache's memory use, on the device and on the host."""
 
 from jaxkv.memory.profile import MemoryProfile as MemoryProfile
 from jaxkv.memory.profile import memory_profile as memory_profile

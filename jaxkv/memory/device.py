@@ -1,4 +1,4 @@
-"""What the device says it holds, beside what is known to be there. Import it by name."""
+"""Memory in use on a device, by purpose. Import it explicitly."""
 
 from dataclasses import dataclass, field
 from math import prod
@@ -19,11 +19,11 @@ class DeviceMemory:
     """Bytes on one device at one moment, by purpose.
 
     Attributes:
-      in_use: what the device says is taken.
-      weights, kv_pool, tables: of the arrays that were named.
-      limit: what may be taken, where the device says so.
-      source: "memory_stats", the allocator's own account, which has everything in it; or "live_arrays",
-        the arrays that Python can reach, where the device keeps no account (a CPU).
+      in_use: bytes in use, as the device reports.
+      weights, kv_pool, tables: bytes of the arrays given to `device_memory`.
+      limit: bytes available to the process, if the device reports it.
+      source: "memory_stats", the allocator's statistics, which include everything; or "live_arrays", the
+        arrays that Python can reach, where the device has no statistics (a CPU).
     """
 
     in_use: int
@@ -35,13 +35,12 @@ class DeviceMemory:
 
     @property
     def other(self) -> int:
-        """The rest: activations, scratch, other arrays. Below zero, the device holds less than was named."""
+        """The rest: activations, scratch, other arrays. Negative if the device holds less than was given."""
         return self.in_use - self.weights - self.kv_pool - self.tables
 
     def as_dict(self) -> dict[str, int | str | None]:
-        """Every number by its name."""
-        numbers = {name: getattr(self, name) for name in self.__slots__}
-        return numbers | {"other": self.other}
+        """Every attribute by name."""
+        return {name: getattr(self, name) for name in (*self.__slots__, "other")}
 
     def report(self) -> str:
         """The bytes by purpose, in aligned columns."""
@@ -58,12 +57,12 @@ class DeviceMemory:
 def device_memory(
     cache: KVCache | None = None, *, weights: Any = None, device: Device | None = None
 ) -> DeviceMemory:
-    """Asks the device what it holds.
+    """Memory in use on a device, by purpose.
 
     Args:
-      cache: the cache; its shapes are enough, so a donated one will do.
-      weights: a pytree of arrays that are the model.
-      device: which. Default: the first of this process.
+      cache: the cache; only shapes are read, so it may have been donated.
+      weights: the model, a pytree of arrays.
+      device: the device. Default: the first of this process.
 
     Returns:
       Bytes by purpose.
@@ -90,7 +89,7 @@ def device_memory(
 
 @dataclass(slots=True)
 class PeakMemory:
-    """The most that a device held while a block of code ran.
+    """The peak of memory in use while a block of code ran.
 
         with PeakMemory() as memory:
             for _ in range(10):
@@ -98,14 +97,14 @@ class PeakMemory:
                 memory.sample()
         memory.peak, memory.is_exact
 
-    The peak is exact where the allocator keeps one and it rose in the block. Otherwise it is the largest
-    of the samples, which are taken at the begin, at the end and where `sample` is called: a lower bound,
-    since what a compiled program takes while it runs falls between them. On a CPU it is always that.
+    The peak is exact if the allocator records one and it rose in the block. Otherwise, and always on a CPU,
+    it is the largest sample: at the beginning, at the end and at each call of `sample`. That is a lower
+    bound, since temporary memory of a running program falls between samples.
 
     Attributes:
-      device: which. Default: the first of this process.
+      device: the device. Default: the first of this process.
       peak: bytes.
-      is_exact: whether no moment of the block had more.
+      is_exact: whether the peak is exact, not a lower bound.
     """
 
     device: Device = field(default_factory=lambda: jax.local_devices()[0])
@@ -126,7 +125,7 @@ class PeakMemory:
             self.peak, self.is_exact = peak, True
 
     def sample(self) -> int:
-        """Bytes in use now, which the peak takes note of."""
+        """Bytes in use now; raises the peak if they exceed it."""
         in_use = device_memory(device=self.device).in_use
         self.peak = max(self.peak, in_use)
         return in_use
@@ -136,12 +135,12 @@ class PeakMemory:
 
 
 def _account(device: Device) -> dict[str, int]:
-    """The allocator's, empty where it keeps none."""
+    """The allocator's statistics; empty if it has none."""
     return device.memory_stats() or {}
 
 
 def _live_bytes(device: Device) -> int:
-    """Of every array that has not been deleted; one buffer under two names counts once."""
+    """Bytes of all arrays that are not deleted; arrays that share a buffer count once."""
     buffers: dict[object, int] = {}
     for array in jax.live_arrays(device.platform):
         if array.is_deleted() or device not in array.sharding.device_set:
@@ -156,7 +155,7 @@ def _tree_bytes(tree: Any, device: Device) -> int:
 
 
 def _bytes_on(array: jax.Array, device: Device) -> int:
-    """Of the shard that lies there."""
+    """Bytes of the array's shard on the device."""
     if device not in array.sharding.device_set:
         return 0
     if not array.size:

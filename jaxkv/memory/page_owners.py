@@ -1,4 +1,4 @@
-"""Who owns which page, on the host: what pictures of a pool are drawn from, and one for a terminal."""
+"""Which slot owns each page, on the host: the data for plots of a pool, and a map in text."""
 
 from dataclasses import dataclass
 
@@ -8,48 +8,48 @@ import numpy as np
 from jaxkv.state import KVCache
 
 FREE, SHARED, LEVELS = "·", "▓", "▁▂▃▄▅▆▇█"
-# Where a terminal's encoding has no blocks.
+# For terminals whose encoding lacks block characters.
 ASCII_FREE, ASCII_SHARED, ASCII_LEVELS = ".", "&", "_-=#"
 
 
 @dataclass(frozen=True, slots=True)
 class PageMap:
-    """A cell for each page, or for so many pages that stand side by side.
+    """A cell for each page, or for each group of adjacent pages.
 
     Attributes:
-      owner: the lowest slot that owns the cell, `max_seqs` for a free one.
-      num_owners: of the page, the most of any in the cell.
-      tokens: token places in use, shared ones once.
-      places: token places a cell; of the last one perhaps too many.
-      pages: pages a cell.
+      owner: the lowest slot that owns a page of the cell, `max_seqs` for a free cell.
+      num_owners: the most owners of a page of the cell.
+      tokens: token slots in use; shared ones count once.
+      size: token slots per cell; the last cell may have fewer.
+      pages: pages per cell.
       max_seqs: slots of the cache.
     """
 
     owner: np.ndarray
     num_owners: np.ndarray
     tokens: np.ndarray
-    places: int
+    size: int
     pages: int
     max_seqs: int
 
     @property
     def num_cells(self) -> int:
-        """Of the map."""
+        """Number of cells."""
         return len(self.owner)
 
     @property
     def used(self) -> np.ndarray:
-        """Which cells somebody owns."""
+        """Which cells are owned."""
         return self.num_owners > 0
 
     @property
     def holes(self) -> np.ndarray:
-        """Free cells below the last that is used."""
+        """Free cells before the last used one."""
         last = np.flatnonzero(self.used).max(initial=-1)
         return ~self.used & (np.arange(self.num_cells) < last)
 
     def grouped(self, pages: int) -> "PageMap":
-        """The same with `pages` of these cells in one."""
+        """The map with groups of `pages` cells merged into one."""
         padding = -self.num_cells % pages
 
         def fold(values: np.ndarray, fill: int) -> np.ndarray:
@@ -59,18 +59,18 @@ class PageMap:
             owner=fold(self.owner, self.max_seqs).min(1),
             num_owners=fold(self.num_owners, 0).max(1),
             tokens=fold(self.tokens, 0).sum(1),
-            places=self.places * pages,
+            size=self.size * pages,
             pages=self.pages * pages,
             max_seqs=self.max_seqs,
         )
 
     def text(self, width: int = 80, *, rows: int = 16, ascii_only: bool = False) -> str:
-        """The map in characters, and what they mean: no line is longer than `width` (20 at least).
+        """The map in characters, with a legend.
 
         Args:
-          width: characters a line.
-          rows: lines at most; a large pool has several pages in a character.
-          ascii_only: without block characters.
+          width: most characters per line, at least 20.
+          rows: most lines of the map; in a large pool a character is several pages.
+          ascii_only: use no block characters.
         """
         digits = len(str(self.num_cells * self.pages))
         line = max(8, (max(width, 20) - digits - 1) // 8 * 8)
@@ -89,7 +89,7 @@ class PageMap:
         free, shared, levels = (
             (ASCII_FREE, ASCII_SHARED, ASCII_LEVELS) if ascii_only else (FREE, SHARED, LEVELS)
         )
-        heights = np.clip(-(-self.tokens * len(levels) // self.places), 1, len(levels)) - 1
+        heights = np.clip(-(-self.tokens * len(levels) // self.size), 1, len(levels)) - 1
         cells = np.array(list(levels))[heights]
         cells = np.where(self.num_owners > 1, shared, cells)
         return "".join(np.where(self.used, cells, free).tolist())
@@ -109,7 +109,7 @@ class PageMap:
 
 
 def page_map(cache: KVCache) -> PageMap:
-    """Copies the page table to the host and turns it round: from pages to their owners.
+    """Copies the page table to the host and finds the owners of each page.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv

@@ -1,6 +1,6 @@
-"""Pictures of a cache, drawn with matplotlib: who owns which page, memory over time, waste by page size.
+"""Plots with matplotlib: the owners of pages, memory over time, waste by page size.
 
-Each function returns a `matplotlib.figure.Figure` to save or to show; none touches pyplot.
+Each function returns a `matplotlib.figure.Figure`; none uses pyplot.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which the colour-blind tell apart; slots beyond them begin again.
+# Okabe and Ito's palette, safe for colour-blind readers; further slots repeat it.
 OWNERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
 FREE, HOLE, EDGE = "#FFFFFF", "#BBBBBB", "#888888"
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -30,13 +30,14 @@ _MIB = 2**20
 
 
 def plot_pages(*caches: KVCache | PageMap, titles: Sequence[str] = ()) -> Figure:
-    """The pool as a grid of pages, coloured by owner: as full as they are, shared ones hatched.
+    """The pool as a grid of pages, coloured by owner and filled as far as tokens reach.
 
-    In a page stands its slot, or `×3` if three share it. In a large pool a square is several pages.
+    Shared pages are hatched. A page is labelled with its slot, or `×3` if three slots share it. In a large
+    pool a square is several pages.
 
     Args:
       caches: one or several, drawn side by side.
-      titles: of each. Default: how many pages are in use.
+      titles: one per cache. Default: the number of pages in use.
 
     Returns:
       The figure.
@@ -53,11 +54,11 @@ def plot_pages(*caches: KVCache | PageMap, titles: Sequence[str] = ()) -> Figure
 
 
 def plot_memory(steps: Sequence[int], profiles: Sequence[MemoryProfile]) -> Figure:
-    """Memory over a generation: the pages in use, what their tokens need, and pages without sharing.
+    """Memory during a generation: pages in use, the tokens in them, and pages without sharing.
 
     Args:
-      steps: of the decode loop, in order.
-      profiles: at each of them.
+      steps: steps of the decode loop, in order.
+      profiles: one per step.
 
     Returns:
       The figure.
@@ -68,11 +69,11 @@ def plot_memory(steps: Sequence[int], profiles: Sequence[MemoryProfile]) -> Figu
 
 
 def plot_waste(lengths: Iterable[int], page_sizes: Sequence[int] = PAGE_SIZES) -> Figure:
-    """How much of owned pages such sequences would leave unused, by page size.
+    """The unused share of owned pages for sequences of these lengths, by page size.
 
     Args:
       lengths: tokens of each sequence.
-      page_sizes: token places a page.
+      page_sizes: token slots per page.
 
     Returns:
       The figure.
@@ -89,12 +90,12 @@ def plot_generation(
     profiles: Sequence[MemoryProfile],
     lengths: Iterable[int],
 ) -> Figure:
-    """All of it on one sheet: pages before and after compaction, memory over time, waste by page size.
+    """All plots in one figure: pages before and after compaction, memory over time, waste by page size.
 
     Args:
-      before, after: the cache around a `compact`.
-      steps, profiles: as `plot_memory` takes them.
-      lengths: as `plot_waste` does.
+      before, after: the cache before and after a `compact`.
+      steps, profiles: as for `plot_memory`.
+      lengths: as for `plot_waste`.
 
     Returns:
       The figure.
@@ -127,17 +128,17 @@ def _as_map(cache: KVCache | PageMap) -> PageMap:
 
 
 def _drawn(pages: PageMap) -> PageMap:
-    """A cell for each page, or for several of a large pool."""
+    """The map, with pages grouped if there are too many to draw."""
     return pages.grouped(ceil(pages.num_cells / _MOST_CELLS)) if pages.num_cells > _MOST_CELLS else pages
 
 
 def _columns(cells: PageMap) -> int:
-    """Cells side by side: a multiple of 8, in a map about as high as wide."""
+    """Cells per row: a multiple of 8, for a map about as high as wide."""
     return max(8, ceil(sqrt(cells.num_cells) / 8) * 8)
 
 
 def _height(pages: PageMap) -> float:
-    """Inches of a map that is 6.5 wide, with its title and legend."""
+    """Height in inches of a map 6.5 inches wide, with its title and legend."""
     cells = _drawn(pages)
     rows = ceil(cells.num_cells / _columns(cells))
     return 5.8 * rows / _columns(cells) + 1.6
@@ -148,7 +149,7 @@ def _counts(pages: PageMap) -> str:
 
 
 def _draw_pages(ax: Axes, pages: PageMap, title: str | None, colours: Mapping[int, str]) -> None:
-    """A square a page: framed, filled from below as far as it holds tokens, hatched if shared."""
+    """Draws a square per cell: framed, filled from below as far as it holds tokens, hatched if shared."""
     from matplotlib.collections import PatchCollection
     from matplotlib.patches import Rectangle
 
@@ -156,7 +157,7 @@ def _draw_pages(ax: Axes, pages: PageMap, title: str | None, colours: Mapping[in
     columns = _columns(cells)
     number = np.arange(cells.num_cells)
     left, top = number % columns, number // columns
-    fill = np.clip(cells.tokens / cells.places, 0, 1)
+    fill = np.clip(cells.tokens / cells.size, 0, 1)
 
     def squares(which: np.ndarray, heights: np.ndarray, **style: Any) -> None:
         patches = [
@@ -188,21 +189,21 @@ def _draw_pages(ax: Axes, pages: PageMap, title: str | None, colours: Mapping[in
 
 
 def _colours(maps: Sequence[PageMap]) -> dict[int, str]:
-    """Of each slot that owns a page, in their order."""
+    """A colour for each slot that owns a page."""
     slots = np.unique(np.concatenate([_drawn(pages).owner[_drawn(pages).used] for pages in maps])).tolist()
     return {slot: OWNERS[rank % len(OWNERS)] for rank, slot in enumerate(slots)}
 
 
 def _write_owners(ax: Axes, cells: PageMap, left: np.ndarray, top: np.ndarray) -> None:
-    """In each page its slot, or by how many it is shared: colours begin again after a few slots."""
+    """Labels each page with its slot, or with the number of its owners."""
     from matplotlib.patheffects import withStroke
 
     halo = [withStroke(linewidth=2.5, foreground="white")]
     size = 8 if cells.num_cells <= 128 else 6 if cells.num_cells <= 256 else 4.5
     for i in np.flatnonzero(cells.used):
         text = str(cells.owner[i]) if cells.num_owners[i] == 1 else f"×{cells.num_owners[i]}"
-        place = left[i] + 0.5, top[i] + 0.5
-        ax.text(*place, text, ha="center", va="center", fontsize=size, path_effects=halo)
+        centre = left[i] + 0.5, top[i] + 0.5
+        ax.text(*centre, text, ha="center", va="center", fontsize=size, path_effects=halo)
 
 
 def _add_legend(figure: Any, maps: Sequence[PageMap]) -> None:
@@ -211,11 +212,11 @@ def _add_legend(figure: Any, maps: Sequence[PageMap]) -> None:
     colours = _colours(maps)
     patches = [Patch(facecolor=colour, label=f"slot {slot}") for slot, colour in colours.items()]
     if len(colours) > len(OWNERS):
-        label = f"a colour each slot, again after {len(OWNERS)}"
+        label = f"a colour per slot, repeated after {len(OWNERS)}"
         patches = [Patch(facecolor=OWNERS[0], edgecolor=OWNERS[1], linewidth=3, label=label)]
     patches += [
         Patch(facecolor=FREE, edgecolor="black", hatch="////", label="shared"),
-        Patch(facecolor=HOLE, edgecolor=EDGE, label="hole: free, below a used page"),
+        Patch(facecolor=HOLE, edgecolor=EDGE, label="hole: free, before a used page"),
         Patch(facecolor=FREE, edgecolor="#CCCCCC", label="free"),
     ]
     columns = len(patches) if len(maps) > 1 else 3
@@ -244,8 +245,8 @@ def _draw_waste(ax: Axes, lengths: Iterable[int], page_sizes: Sequence[int]) -> 
     ax.bar_label(ax.bar(names, waste, color=OWNERS[0]), [f"{share:.1f}%" for share in waste])
     ax.set(
         title=f"Waste by page size, {len(lengths)} sequences of {min(lengths)} to {max(lengths)} tokens",
-        xlabel="page size in tokens, and below it the pages they take",
-        ylabel="unused share of owned places (%)",
+        xlabel="page size in tokens, and the number of pages below it",
+        ylabel="unused share of owned token slots (%)",
         ylim=(0, 1.12 * max(waste) + 1),
     )
     ax.grid(axis="y", alpha=0.3)

@@ -1,4 +1,4 @@
-"""Where a cache's memory goes: pages, tokens and bytes, what is wasted and what sharing saves."""
+"""Memory use of a cache: pages, tokens and bytes, what is unused and what sharing saves."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,12 +21,12 @@ from jaxkv.units import common_unit, format_bytes
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
 class MemoryProfile:
-    """What `memory_profile` counts: int32 from the device. The properties work out the rest.
+    """The counts of `memory_profile`, int32 on the device. Properties compute the rest.
 
-    On the host they are Python numbers, and wait for the device. Of stacked profiles, as a scan or `vmap`
-    returns them, they are NumPy arrays of one number a profile. Within `jit` they are traced: pages and
-    sequences int32, shares float32. What may pass int32 there (`tokens`, `unused_places`, bytes) is float32
-    too, so right to seven digits, or int64 with JAX's 64-bit types on.
+    On the host the properties are Python numbers, and wait for the device. For stacked profiles, as from a
+    scan or `vmap`, they are NumPy arrays of one value per profile. Inside `jit` they are traced: pages and
+    sequences int32, shares float32. Values that may exceed int32 (`tokens`, `unused_places`, bytes) are
+    float32 there, exact to seven digits, or int64 with JAX's 64-bit types on.
 
     Attributes:
       lengths: token slots of each sequence, in groups with full attention; where there are none, its tokens.
@@ -38,7 +38,7 @@ class MemoryProfile:
       num_slots: token slots of the pages in use.
       stats: the counters.
       config: of the cache.
-      num_policy_bytes: what the cache's policy remembers.
+      num_policy_bytes: bytes of the policy's state.
     """
 
     lengths: Int[Array, " seqs"]
@@ -59,12 +59,12 @@ class MemoryProfile:
 
     @property
     def tokens(self) -> int:
-        """Of all sequences; a shared one counts for each that reads it."""
+        """Tokens of all sequences; a shared token counts for each."""
         return _total(_wide(_number(self.lengths)))
 
     @property
     def stored_tokens(self) -> int:
-        """Token places in use; a shared one counts once."""
+        """Token slots in use; a shared one counts once."""
         return _number(self.num_stored)
 
     @property
@@ -85,27 +85,27 @@ class MemoryProfile:
 
     @property
     def free_pages(self) -> int:
-        """Pages that nobody owns."""
+        """Pages without an owner."""
         return self.config.num_pages - self.physical_pages
 
     @property
     def holes(self) -> int:
-        """Free pages below the highest one in use."""
+        """Free pages before the last one in use."""
         return _number(self.num_spanned) - self.physical_pages
 
     @property
     def unused_places(self) -> int:
-        """Token places of owned pages that hold no token."""
-        return self._owned_places - _wide(self.stored_tokens)
+        """Token slots of owned pages that hold no token."""
+        return self._owned_slots - _wide(self.stored_tokens)
 
     @property
     def fragmentation(self) -> float:
-        """Share of owned pages' token places that hold no token."""
-        return _share(self.unused_places, self._owned_places)
+        """Share of the token slots of owned pages that hold no token."""
+        return _share(self.unused_places, self._owned_slots)
 
     @property
     def scatter(self) -> float:
-        """Share of holes in the pool up to its highest page in use: what `compact` closes."""
+        """Share of free pages among those up to the last one in use; `compact` makes it 0."""
         return _share(self.holes, _number(self.num_spanned))
 
     @property
@@ -115,11 +115,11 @@ class MemoryProfile:
 
     @property
     def efficiency(self) -> float:
-        """Tokens that sequences can read for each token place of owned pages.
+        """`tokens` per token slot of owned pages; 1 for an empty cache.
 
-        1 is no waste; part-full pages lower it, sharing lifts it above 1. 1 for an empty cache.
+        Partly filled pages lower it, sharing raises it.
         """
-        return _share(_total(_total(_wide(_number(self.row_lengths)))), self._owned_places, of_nothing=1.0)
+        return _share(_total(_total(_wide(_number(self.row_lengths)))), self._owned_slots, of_nothing=1.0)
 
     @property
     def bytes_per_token(self) -> int:
@@ -128,67 +128,67 @@ class MemoryProfile:
 
     @property
     def pool_bytes(self) -> int:
-        """The pool: K, V and their scales."""
+        """Bytes of the pool: K, V and their scales."""
         return self.config.pool_bytes
 
     @property
     def used_bytes(self) -> int:
-        """Of the pool, pages in use."""
+        """Bytes of the pages in use."""
         return _times(self.physical_pages, self.config.page_bytes)
 
     @property
     def free_bytes(self) -> int:
-        """Of the pool, free pages."""
+        """Bytes of the free pages."""
         return _times(self.free_pages, self.config.page_bytes)
 
     @property
     def page_table_bytes(self) -> int:
-        """Rows of the page table, lengths, positions and its fingerprint."""
+        """Bytes of the page table's rows, lengths, positions and fingerprint."""
         return self.config.page_table_bytes
 
     @property
     def allocator_bytes(self) -> int:
-        """Refcounts, the free stack and its height."""
+        """Bytes of the refcounts, the free stack and its size."""
         return self.config.allocator_bytes
 
     @property
     def policy_bytes(self) -> int:
-        """What the cache's policy remembers of its sequences."""
+        """Bytes of the policy's state."""
         return self.num_policy_bytes
 
     @property
     def total_bytes(self) -> int:
-        """Everything the cache keeps on the device, its counters too."""
+        """Bytes of all arrays of the cache, including the counters."""
         return self.config.estimated_memory_bytes() + self.policy_bytes
 
     @property
     def saved_pages(self) -> int:
-        """Pages more that the same sequences would own without sharing."""
+        """Additional pages that the same sequences would own without sharing."""
         return self.logical_pages - self.physical_pages
 
     @property
     def saved_bytes(self) -> int:
-        """The same in bytes."""
+        """Bytes of `saved_pages`."""
         return _times(self.saved_pages, self.config.page_bytes)
 
     @property
-    def _owned_places(self) -> int:
+    def _owned_slots(self) -> int:
         return _wide(_number(self.num_slots))
 
     def as_dict(self) -> dict[str, Any]:
-        """Every number by its name, the counters among them: as the properties give them."""
+        """Every property and every counter by name."""
         names = [name for name, value in vars(type(self)).items() if isinstance(value, property)]
-        numbers = {name: getattr(self, name) for name in names if name[0] != "_"}
+        values = {name: getattr(self, name) for name in names if name[0] != "_"}
         if isinstance(self.lengths, Tracer):
-            # What the config alone says is a Python integer, which may be too large for `jit` to return.
-            numbers = {name: float(x) if isinstance(x, int) else x for name, x in numbers.items()}
-        return numbers | self.stats.as_dict()
+            # Values from the config alone are Python integers, which may be too large for `jit` to return.
+            values = {name: float(x) if isinstance(x, int) else x for name, x in values.items()}
+        return values | self.stats.as_dict()
 
     def report(self) -> str:
-        """The numbers as text: what, how much, and what that means, in aligned columns.
+        """The profile as text, in aligned columns.
 
         Raises:
-          ValueError: for stacked profiles, and within `jit`.
+          ValueError: for stacked profiles, and inside `jit`.
         """
         if isinstance(self.lengths, Tracer) or np.ndim(self.lengths) != 1:
             raise ValueError(
@@ -196,7 +196,7 @@ class MemoryProfile:
                 "Return the profile from jit, and take one of a stack with "
                 "jax.tree.map(lambda x: x[i], profiles)"
             )
-        config, places = self.config, self._owned_places
+        config, slots = self.config, self._owned_slots
         unit = common_unit([self.total_bytes, self.saved_bytes])
         rows = [
             ("pool", f"{config.num_pages:,} pages", format_bytes(self.pool_bytes, unit)),
@@ -217,14 +217,14 @@ class MemoryProfile:
             ("sequences", f"{self.active_seqs:,}", f"of {config.max_seqs:,} slots"),
             ("tokens", f"{self.tokens:,}", f"{self.stored_tokens:,} stored"),
             (
-                "a token",
+                "per token",
                 format_bytes(self.bytes_per_token, unit),
                 f"in {config.quantization or config.dtype}",
             ),
             (
                 "fragmentation",
                 f"{self.fragmentation:.1%}",
-                f"{self.unused_places:,} of {places:,} places in owned pages are unused",
+                f"{self.unused_places:,} of {slots:,} owned token slots are unused",
             ),
             (
                 "scatter",
@@ -236,7 +236,7 @@ class MemoryProfile:
                 f"{self.saved_pages:,} pages",
                 f"{format_bytes(self.saved_bytes, unit)}; {self.shared_pages:,} pages are shared",
             ),
-            ("efficiency", f"{self.efficiency:.2f}", "tokens for each place in owned pages"),
+            ("efficiency", f"{self.efficiency:.2f}", "tokens per owned token slot"),
         ]
         rows += [
             (name.replace("_", " "), f"{value:,}", "since init")
@@ -246,13 +246,13 @@ class MemoryProfile:
 
 
 def memory_profile(cache: KVCache) -> MemoryProfile:
-    """Counts what the cache holds. It may be called in `jit`, and looks at the whole page table once.
+    """Counts what the cache holds. May be called inside `jit`; reads the whole page table once.
 
     Args:
-      cache: the cache. It may be donated to a later call while the profile is still wanted.
+      cache: the cache. It may be donated later; the profile stays valid.
 
     Returns:
-      The counts. `report()` and `as_dict()` are for the host.
+      The counts; `report()` makes them text.
 
     Example:
       >>> import jax.numpy as jnp, jaxkv
@@ -300,30 +300,30 @@ def _tokens_in_pages(
 
 
 def unused_share(lengths: Iterable[int], page_size: int) -> float:
-    """Share of token places without a token, for sequences of such lengths that share nothing.
+    """Share of token slots without a token, for sequences of these lengths without shared pages.
 
     Example:
       >>> unused_share([10, 6], page_size=8)
       0.3333333333333333
     """
     lengths = list(lengths)
-    places = sum(-(-length // page_size) * page_size for length in lengths)
-    return _share(places - sum(lengths), places)
+    slots = sum(-(-length // page_size) * page_size for length in lengths)
+    return _share(slots - sum(lengths), slots)
 
 
 def align(rows: list[tuple[str, str, str]]) -> str:
-    """Three columns: a name, a figure set to the right, and a remark."""
+    """Three columns: a name, a right-aligned figure, and a remark."""
     names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
     return "\n".join(f"{name:<{names}}  {figure:>{figures}}  {remark}" for name, figure, remark in rows)
 
 
 def _number(value: Any) -> Any:
-    """A count: traced as it is; else a Python integer, or NumPy's int64 array for stacked profiles."""
+    """A traced count unchanged; else a Python integer, or a NumPy int64 array for stacked profiles."""
     return value if isinstance(value, Tracer) else on_host(np.asarray(value, np.int64))
 
 
 def _wide(value: Any) -> Any:
-    """Room for what may pass int32. Python's integers and NumPy's int64 have it, traced int32 has not."""
+    """Converts a traced count whose product may exceed int32; host integers are wide enough."""
     if not isinstance(value, Tracer):
         return value
     return value.astype(jnp.int64 if jnp.result_type(int) == jnp.int64 else jnp.float32)
@@ -331,7 +331,7 @@ def _wide(value: Any) -> Any:
 
 def _times(count: Any, factor: int) -> Any:
     wide = _wide(count)
-    # A Python integer beside a float32 would have to fit int32.
+    # JAX converts a Python integer factor to int32, which may be too small.
     traced_float = isinstance(wide, Tracer) and jnp.issubdtype(wide.dtype, jnp.floating)
     return wide * (float(factor) if traced_float else factor)
 

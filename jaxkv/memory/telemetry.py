@@ -1,7 +1,7 @@
-"""Metrics of caches at work, for Prometheus and for anything that takes a callback.
+"""Metrics of caches in use, for Prometheus and for callbacks.
 
-Names follow those of servers (`vllm:kv_cache_usage_perc` is `jaxkv_kv_cache_usage_perc`), with Prometheus'
-own prefix and endings; each carries the label `cache`, the name given to `observe`.
+Names follow vLLM's (`vllm:kv_cache_usage_perc` is `jaxkv_kv_cache_usage_perc`) and Prometheus' conventions.
+Each metric has the label `cache`, the name given to `observe`.
 
     gauges     jaxkv_kv_cache_usage_perc      share of the pool's pages in use, 0 to 1
                jaxkv_pages_used               pages in use; a shared one counts once
@@ -10,7 +10,7 @@ own prefix and endings; each carries the label `cache`, the name given to `obser
                jaxkv_tokens                   of all sequences; a shared one counts for each
                jaxkv_active_sequences
                jaxkv_kv_cache_used_bytes
-               jaxkv_fragmentation_ratio      share of places in owned pages without a token, 0 to 1
+               jaxkv_fragmentation_ratio      share of token slots in owned pages without a token, 0 to 1
     counters   jaxkv_page_allocations_total, jaxkv_page_deallocations_total
                jaxkv_refused_allocations_total
                jaxkv_copy_on_write_copies_total
@@ -41,22 +41,22 @@ GAUGES = {
     "jaxkv_tokens": ("tokens", "Tokens of all sequences; a shared one counts for each."),
     "jaxkv_active_sequences": ("active_seqs", "Sequences with tokens in the cache."),
     "jaxkv_kv_cache_used_bytes": ("used_bytes", "Bytes of the pages in use."),
-    "jaxkv_fragmentation_ratio": ("fragmentation", "Share of places in owned pages without a token, 0 to 1."),
+    "jaxkv_fragmentation_ratio": ("fragmentation", "Share of owned token slots without a token, 0 to 1."),
 }
-# Counters as Prometheus names them: the client adds `_total`.
+# The client adds `_total` to these names.
 COUNTERS = {
     "jaxkv_page_allocations": ("total_allocations", "Pages taken off the free stack, copies included."),
-    "jaxkv_page_deallocations": ("total_deallocations", "Pages given back to it."),
+    "jaxkv_page_deallocations": ("total_deallocations", "Pages returned to the free stack."),
     "jaxkv_refused_allocations": ("refused_allocations", "Entries of allocate that were refused."),
     "jaxkv_copy_on_write_copies": ("copy_on_write_copies", "Shared tail pages copied before a write."),
     "jaxkv_compactions": ("compactions", "Times the pool was compacted."),
     "jaxkv_pages_moved": ("pages_moved", "Pages moved by compaction."),
     "jaxkv_evictions": ("evictions", "Times that a policy dropped tokens of a sequence."),
-    "jaxkv_evicted_tokens": ("evicted_tokens", "Token places that policies gave up."),
+    "jaxkv_evicted_tokens": ("evicted_tokens", "Tokens that policies dropped."),
 }
-# Counters that never fall while a cache lives.
+# Counters that never decrease.
 _GROWING = np.array([name != "current_pages" for name in AllocationStats.names()])
-# Profiles under way at most; the oldest is waited for when a device falls behind by more.
+# Most profiles in flight; with more, `observe` waits for the oldest.
 _MOST_PENDING = 8
 
 _profile = jax.jit(memory_profile)
@@ -68,9 +68,9 @@ class _Fetch(NamedTuple):
 
 
 class Telemetry:
-    """Publishes what caches hold, without making the decode loop wait.
+    """Publishes profiles of caches without delaying the decode loop.
 
-    `observe` starts a fetch from the device and returns; a later call publishes it once it is there.
+    `observe` starts a transfer from the device and returns; a later call publishes the profile.
 
         telemetry = Telemetry(every=16)
         telemetry.serve(9400)
@@ -79,12 +79,12 @@ class Telemetry:
             telemetry.observe(cache)
         telemetry.flush()
 
-    The device's counters stop at the largest int32, and start again with a new cache; what is published
-    are the sums of their increases, which never fall. A cache whose counters are lower than those last
-    seen under its name is taken for a new one; `forget` says so of one whose counters are not.
+    Published counters are sums of increases, so they never decrease. The device's counters saturate at the
+    largest int32 and start at zero with a new cache. A cache whose counters are lower than the last ones
+    observed under its name counts as new; otherwise call `forget` before observing a new cache.
 
     Attributes:
-      registry: what Prometheus reads.
+      registry: the registry that Prometheus reads.
     """
 
     registry: "CollectorRegistry"
@@ -99,9 +99,9 @@ class Telemetry:
         """Makes the metrics.
 
         Args:
-          every: fetch at each so many-th call of `observe` for a cache.
-          registry: to add the metrics to. Default: a new one, so that two of these can live in a process.
-          on_profile: called with a cache's name and its profile, on the host, when that is published.
+          every: publish every n-th call of `observe` for a cache.
+          registry: where to add the metrics. Default: a new one, so that a process can have several.
+          on_profile: called on the host with a cache's name and profile when it is published.
 
         Raises:
           ValueError: for a bad `every`, or a registry that has these metrics already.
@@ -126,10 +126,10 @@ class Telemetry:
         self._pending: deque[_Fetch] = deque()
 
     def observe(self, cache: KVCache, *, name: str = "default") -> None:
-        """Takes note of a cache, and publishes what earlier calls asked for and has come.
+        """Starts to fetch a profile of the cache, and publishes earlier profiles that have arrived.
 
         Args:
-          cache: the cache; it may be donated right after.
+          cache: the cache; it may be donated afterwards.
           name: of the cache, the label of its metrics.
         """
         calls = self._calls.get(name, 0)
@@ -143,20 +143,20 @@ class Telemetry:
             self._publish(*self._pending.popleft())
 
     def flush(self) -> None:
-        """Waits for everything asked for, and publishes it."""
+        """Waits for all profiles in flight, and publishes them."""
         while self._pending:
             self._publish(*self._pending.popleft())
 
     def forget(self, name: str = "default") -> None:
-        """Says that the next cache observed under a name is a new one, whose counters begin at zero."""
+        """Declares the next cache observed under a name as new, with counters that start at zero."""
         self._seen.pop(name, None)
 
     def serve(self, port: int, *, host: str = "127.0.0.1") -> "Server":
         """Serves the metrics at `http://host:port/metrics` from a thread, until the server is closed.
 
         Args:
-          port: 0 takes any that is free.
-          host: address to listen on; "0.0.0.0" lets other machines in.
+          port: 0 takes any free port.
+          host: address to listen on; "0.0.0.0" allows other machines.
 
         Raises:
           ValueError: for a port out of range or in use, or an address that is not this machine's.
@@ -180,10 +180,10 @@ class Telemetry:
 
 
 class Server:
-    """Metrics over HTTP. Use it in a `with`, or close it.
+    """Metrics over HTTP; a context manager.
 
     Attributes:
-      url: where they are.
+      url: address of the metrics.
     """
 
     def __init__(self, registry: "CollectorRegistry", port: int, host: str = "127.0.0.1"):
@@ -207,7 +207,7 @@ class Server:
         self.close()
 
     def close(self) -> None:
-        """Stops serving and gives the port back."""
+        """Stops serving and releases the port."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()

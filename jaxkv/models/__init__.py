@@ -1,4 +1,4 @@
-"""A Llama-family model on the paged cache, and its loaders. Needs the extra `jaxkv[models]`."""
+"""A Llama-family model on the paged cache, and its loaders. Needs `pip install 'jaxkv[models]'`."""
 
 from jaxkv.extras import needs_extra as _needs_extra
 

@@ -1,4 +1,4 @@
-"""Chat templates as `transformers` 5.24 renders them: the same names, filters and tags, in a sandbox."""
+"""Renders chat templates as `transformers` 5.24 does, with the same names, filters and tags, in a sandbox."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from jaxkv.models.special_tokens import MARK
 
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
-# The names under which a message may hold its reasoning, the one that templates read first.
+# Names under which a message may have its reasoning, in the order in which templates read them.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _ESCAPED_MARK = re.compile(rf"(?<!\\)((?:\\\\)*)\\u{ord(MARK):04x}")
 
@@ -28,20 +28,20 @@ def render(template: str, messages: Messages, variables: Mapping[str, Any]) -> s
     Args:
       template: Jinja source.
       messages: plain data, as `plain_messages` returns it.
-      variables: everything else that the template may name.
+      variables: the other variables of the template.
 
     Raises:
-      TokenizerError: for a template that is malformed, or that refuses the messages; says why.
+      TokenizerError: for a malformed template, or one that refuses the messages, with the reason.
     """
     try:
         return _compiled(template).render(messages=[_reasoning_named(m) for m in messages], **variables)
-    except Exception as error:  # a template fails like any program
+    except Exception as error:  # a template may raise any error
         line = " ".join(str(error).split())
         raise TokenizerError(f"the chat template refused the messages: {line}") from None
 
 
 def plain_messages(messages: Messages, clean: Callable[[str], str]) -> list[dict[str, Any]]:
-    """Messages as plain data, or an error that says which one is malformed.
+    """Messages as plain data; raises `TokenizerError` naming a malformed one.
 
     Args:
       messages: each a mapping with a `role`, and a `content` that is text or a list of parts. A message with
@@ -67,10 +67,10 @@ def plain_messages(messages: Messages, clean: Callable[[str], str]) -> list[dict
 
 
 def plain_data(value: Any, clean: Callable[[str], str], name: str) -> Any:
-    """A copy made of what JSON has: a template must not reach the methods of other objects.
+    """A copy of JSON types only, so that a template cannot reach the methods of other objects.
 
     Raises:
-      TokenizerError: for anything else, with the name and the type.
+      TokenizerError: for other types, with the name and the type.
     """
     if value is None or isinstance(value, bool | int | float):
         return value
@@ -86,18 +86,18 @@ def plain_data(value: Any, clean: Callable[[str], str], name: str) -> Any:
 
 
 def literal_text(template: str) -> str:
-    """What a template may write by itself: its text and its string constants, with NUL between them."""
+    """The text and string constants of a template, separated by NUL."""
     try:
         parsed = _environment().parse(template)
     except jinja2.TemplateError:
-        return ""  # rendering will say what is wrong
+        return ""  # rendering will raise the error
     texts = [node.data for node in parsed.find_all(jinja2.nodes.TemplateData)]
     texts += [node.value for node in parsed.find_all(jinja2.nodes.Const) if isinstance(node.value, str)]
     return "\0".join(texts)
 
 
 def _reasoning_named(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """With the reasoning under each name that templates look for."""
+    """The message, with its reasoning under each name that templates read."""
     found = next((message[key] for key in _REASONING if message.get(key) is not None), None)
     return message if found is None else {"thinking": found, **message, "reasoning_content": found}
 
@@ -108,7 +108,7 @@ def _compiled(template: str) -> jinja2.Template:
 
 
 def _environment() -> jinja2.Environment:
-    # A template comes with a model file: it must not reach Python's objects.
+    # Templates come with model files and are not trusted.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
@@ -118,14 +118,14 @@ def _environment() -> jinja2.Environment:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}` marks what an assistant wrote, for training; here it is text like any other."""
+    """`{% generation %}` marks the assistant's text for training; here its content is plain text."""
 
     tags = {"generation"}  # noqa: RUF012 (Jinja's own declaration)
 
     def parse(self, parser: Any) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A block of its own: what is set inside is not seen outside.
+        # A separate scope: variables set inside are not visible outside.
         return jinja2.nodes.CallBlock(self.call_method("_text"), [], [], body).set_lineno(line)
 
     def _text(self, caller: Callable[[], str]) -> str:
@@ -147,8 +147,8 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own would escape HTML.
+    # Jinja's own filter escapes HTML.
     options: dict[str, Any] = dict(indent=indent, separators=separators, sort_keys=sort_keys)
     text = json.dumps(value, ensure_ascii=ensure_ascii, **options)
-    # The mark stays a character, or it would be read as text.
+    # An escaped mark would be read as text.
     return _ESCAPED_MARK.sub(rf"\1{MARK}", text) if ensure_ascii else text

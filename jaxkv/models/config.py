@@ -1,4 +1,4 @@
-"""What a Llama-family model is, as static numbers, and reading them from a `config.json`."""
+"""The static sizes of a Llama-family model, and how to read them from a `config.json`."""
 
 import dataclasses
 import math
@@ -23,7 +23,7 @@ from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScal
 
 SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")
 
-# What a `config.json` calls the numbers that have limits.
+# Names in a `config.json` of the fields with limits.
 _HF_NAMES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -39,10 +39,10 @@ _HF_NAMES = {
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The static sizes and choices of one Llama-family model; hashable, so `jit` can key on it.
+    """The static sizes and options of one Llama-family model; hashable, so it can be a static argument.
 
     Attributes:
-      vocab_size: tokens the model knows.
+      vocab_size: tokens of the vocabulary.
       hidden_size: width of the residual stream, in features.
       num_layers: transformer blocks.
       num_q_heads: query heads.
@@ -51,13 +51,13 @@ class ModelConfig:
       intermediate_size: width of the MLP, in features.
       rms_norm_eps: added to the mean square before its root.
       rope_theta: the base of the rotary frequencies.
-      rope_pairing: which features turn together; see `jaxkv.rope.rotate`.
-      rope_scaling: how the frequencies were stretched, or None.
+      rope_pairing: which features are rotated as a pair; see `jaxkv.rope.rotate`.
+      rope_scaling: how the frequencies are scaled, or None.
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
       tied_embeddings: whether the output projection is the embedding table.
-      window: how many of the latest tokens a token attends to, itself included; None is all.
-      full_attention_layers: the layers that attend to all tokens although there is a window, in order.
-      max_context: tokens of context the model is made for, its rotary scaling counted in.
+      window: latest tokens that a token attends to, itself included; None is all.
+      full_attention_layers: layers that attend to all tokens despite the window, in order.
+      max_context: tokens of context that the model supports, including rotary scaling.
 
     Raises:
       ValueError: for a field out of range, naming it.
@@ -112,7 +112,7 @@ class ModelConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """The window of each layer, in tokens; None is all of them."""
+        """The window of each layer, in tokens; None is all."""
         full = set(self.full_attention_layers)
         return tuple(None if layer in full else self.window for layer in range(self.num_layers))
 
@@ -123,12 +123,12 @@ class ModelConfig:
 
     @property
     def kv_features(self) -> int:
-        """Features of all key heads together, and as many of all value heads."""
+        """Features of all key heads together; the same for all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
     def rope(self) -> Rope:
-        """How keys are turned to their positions."""
+        """How keys are rotated by their positions."""
         return Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
 
     def cache_config(self, **options: Any) -> CacheConfig:
@@ -149,8 +149,8 @@ class ModelConfig:
         """Reads a Hugging Face `config.json`, given as its contents, its path or its folder.
 
         Raises:
-          ValueError: when the file cannot be read, the architecture or a feature of it is not
-              supported, or a field is missing or out of range; the message names it.
+          ValueError: if the file cannot be read, the architecture or a feature is not supported, or a field
+            is missing or out of range; the message names it.
         """
         raw = with_defaults(source if isinstance(source, Mapping) else read_json(Path(source)))
         _refuse_unsupported(raw)
@@ -206,7 +206,7 @@ def _refuse_all_but(name: str, value: object, allowed: tuple[Any, ...]) -> None:
 
 
 def _windows(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """The window, and the layers that do not have it."""
+    """The window, and the layers without it."""
     has_window = fields.raw["model_type"] == "mistral"
     kinds = fields.layer_types(layers) or []
     allowed = ["full_attention"] + ["sliding_attention"] * has_window
@@ -214,7 +214,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
         if kind not in allowed:
             raise ValueError(f"layer_types {shown(kind)} is not supported; supported: {', '.join(allowed)}")
     if not has_window:
-        # Llama has no window; Qwen2's configs name one and switch it off.
+        # Llama has no window; Qwen2's configs have one that is switched off.
         return None, ()
     window = fields.optional("sliding_window")
     full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")

@@ -1,4 +1,4 @@
-"""The same weights with plain dense attention and no cache: what the paged path is held against."""
+"""The model with dense attention and no cache: the reference for the paged path."""
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,14 @@ from jaxkv.models.llama import Llama
 def dense_logits(
     model: Llama, tokens: Int[Array, "seqs length"], lengths: Int[Array, " seqs"]
 ) -> Float[Array, "seqs length vocab"]:
-    """The logits after every token of whole sequences, by attention over all of them at once.
+    """The logits after every token of whole sequences, in one forward pass.
 
-    Memory grows with `seqs × length²` and with `seqs × length × vocab`: a reference, not a way to
-    generate.
+    A reference, not for generation: memory grows with `seqs × length²` and with `seqs × length × vocab`.
 
     Args:
       model: the weights.
       tokens: int32 ids, each sequence from column 0.
-      lengths: int32, how many of a row's tokens count.
+      lengths: int32, tokens of each row.
 
     Returns:
       float32 logits, zero past each length.

@@ -1,11 +1,11 @@
-"""A Llama-family language model (Llama, Mistral, Qwen2) that threads the paged cache explicitly.
+"""A Llama-family language model (Llama, Mistral, Qwen2) on the paged cache.
 
-RMSNorm, rotary positions, grouped-query attention, SwiGLU. The cache goes in and comes out of every
-call; the model itself is weights and nothing else, a JAX pytree that `jax.jit` takes as an argument.
+RMSNorm, rotary positions, grouped-query attention, SwiGLU. Every call takes and returns the cache; the model
+is a pytree of weights, an argument of `jax.jit`.
 
-Weights are stored `[out, in]`, as checkpoints have them, with Q, K, V in one matrix and gate, up in
-another: measured on a CPU that decodes fastest, and it loads without a transpose. Matrices carry the
-model's dtype; vectors (norms, biases), the residual stream and the logits are float32.
+Weights are stored `[out, in]`, as in checkpoints, with Q, K, V in one matrix and gate, up in another: this
+decoded fastest on a CPU, and loads without a transpose. Matrices have the model's dtype; vectors (norms,
+biases), the residual stream and the logits are float32.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from jaxkv.state import Batch, KVCache
 from pallas_kernels.ordering import after
 
 ParameterSource = Callable[[str, tuple[int, ...]], jax.Array]
-"""Gives the parameter of a name, such as `blocks.0.qkv`, in the shape asked for."""
+"""Returns the parameter of a name, such as `blocks.0.qkv`, in the given shape."""
 
 
 def project(
@@ -46,8 +46,8 @@ def _project(x: Array, weight: Array) -> Array:
 
 
 def _project_twice(x: Array, weight: Array) -> Array:
-    # XLA multiplies bfloat16 on a CPU ten times faster for two rows than for one: 35 ms instead of
-    # 420 for a whole SmolLM2-135M.
+    # On a CPU, XLA multiplies bfloat16 ten times faster for two rows than for one: 35 ms instead of 420 for
+    # a whole SmolLM2-135M.
     return _project(jnp.concatenate([x, x]), weight)[:1]
 
 
@@ -59,7 +59,7 @@ def rms_norm(
 
 
 class Block(nnx.Module):
-    """One transformer block, split where the cache comes in: `qkv` before, `mix` after."""
+    """One transformer block, split at the attention: `qkv` before it, `mix` after it."""
 
     def __init__(self, config: ModelConfig, parameter: ParameterSource, prefix: str):
         hidden, ffn = config.hidden_size, config.intermediate_size
@@ -80,7 +80,7 @@ class Block(nnx.Module):
         Float[Array, "tokens kv_heads head_dim"],
         Float[Array, "tokens kv_heads head_dim"],
     ]:
-        """Normalizes, projects, and turns the queries and keys to their tokens' positions.
+        """Normalizes and projects, and rotates queries and keys by their tokens' positions.
 
         Returns:
           q, k and v in the weights' dtype.
@@ -100,7 +100,7 @@ class Block(nnx.Module):
         x: Float[Array, "tokens hidden"],
         attended: Float[Array, "tokens q_heads head_dim"],
     ) -> Float[Array, "tokens hidden"]:
-        """Adds what attention found, then the SwiGLU MLP, to the residual stream."""
+        """Adds the output of attention, then of the SwiGLU MLP, to the residual stream."""
         flat = attended.reshape(x.shape[0], -1).astype(jnp.float32)
         x = x + project(flat, self.out_weight[...])
         normed = rms_norm(x, self.mlp_norm[...], self.config.rms_norm_eps)
@@ -113,7 +113,7 @@ class Llama(nnx.Module):
 
     Args:
       config: the model's sizes.
-      parameter: gives each weight; `random_model`, `abstract_model` and the loaders are such.
+      parameter: returns each weight; see `random_model`, `abstract_model` and the loaders.
     """
 
     def __init__(self, config: ModelConfig, parameter: ParameterSource):
@@ -162,16 +162,16 @@ class Llama(nnx.Module):
         tuple[Float[Array, "rows_or_tokens vocab"], KVCache]
         | tuple[Float[Array, "rows_or_tokens vocab"], KVCache, Float[Array, "layers _ kv_heads max_tokens"]]
     ):
-        """Runs the tokens that `allocate` made room for, and writes their K and V.
+        """Runs the tokens of a batch, and writes their K and V to the cache.
 
         Args:
-          tokens: int32 `[tokens]`, ids in the order of `batch`; one beyond the vocabulary is
-              taken for the last.
+          tokens: int32 `[tokens]`, ids in the order of `batch`; an id beyond the vocabulary is
+            clipped to the last.
           cache: the cache that `allocate` returned, of this model's sizes.
-          batch: where the tokens go, as `allocate` returned it.
-          rows: int32 `[rows]`, the places in `tokens` to compute logits for, or None for all. A
-              prefill needs only each sequence's last.
-          return_mass: also return the attention that each token slot received: see `attention_mass`.
+          batch: the batch that `allocate` returned.
+          rows: int32 `[rows]`, indices in `tokens` to compute logits for, or None for all. A
+            prefill needs only each sequence's last.
+          return_mass: also return the attention that each token slot received; see `attention_mass`.
 
         Returns:
           float32 logits `[rows or tokens, vocab]`, and the cache; with `return_mass` also float32
@@ -190,7 +190,7 @@ class Llama(nnx.Module):
         return (logits, cache, jnp.stack(masses)) if return_mass else (logits, cache)
 
     def cache_config(self, **options: Any) -> CacheConfig:
-        """A `jaxkv.CacheConfig` for this model, K and V in the weights' dtype; `options` are other arguments.
+        """A `jaxkv.CacheConfig` for this model, in the weights' dtype; `options` are its other arguments.
 
         Raises:
           ValueError: as `CacheConfig` does.
@@ -198,7 +198,7 @@ class Llama(nnx.Module):
         return self.config.cache_config(**{"dtype": self.embedding[...].dtype, **options})
 
     def embed(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens hidden"]:
-        """The residual stream's float32 start, one row a token."""
+        """The initial residual stream: float32, one row per token."""
         return self.embedding[...].at[tokens].get(mode="clip").astype(jnp.float32)
 
     def unembed(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
@@ -209,12 +209,12 @@ class Llama(nnx.Module):
 
 
 def parameter_dtype(shape: tuple[int, ...], dtype: DTypeLike) -> np.dtype:
-    """The dtype a parameter is kept in: matrices in the model's, vectors in float32."""
+    """The dtype of a parameter: matrices have the model's, vectors float32."""
     return np.dtype(jnp.float32) if len(shape) == 1 else np.dtype(dtype)
 
 
 def random_model(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jnp.float32) -> Llama:
-    """A model of random weights, each matrix scaled to keep the size of what it multiplies.
+    """A model of random weights, each matrix scaled by `1 / sqrt(in_features)`.
 
     Example:
       >>> import jax
@@ -238,7 +238,7 @@ def random_model(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jn
 
 
 def abstract_model(config: ModelConfig, dtype: DTypeLike = jnp.float32) -> Llama:
-    """A model of shapes without memory, to lower and compile programs with.
+    """A model of shapes without memory, for lowering and compiling programs.
 
     Example:
       >>> from jaxkv.models import ModelConfig, abstract_model

@@ -1,4 +1,4 @@
-"""Loading a GGUF file: the metadata says the sizes, the tensors are dequantized one by one."""
+"""Loads a GGUF file: sizes from the metadata, tensors dequantized one by one."""
 
 import functools
 from collections.abc import Mapping
@@ -37,15 +37,15 @@ ROPE_FACTORS = "rope_freqs.weight"
 def load_gguf(
     file: GGUFFile, *, dtype: DTypeLike, progress: Progress | None = None
 ) -> tuple[Llama, ModelConfig]:
-    """Reads the model out of an opened file.
+    """Reads the model from an open file.
 
     Args:
       file: the GGUF file.
       dtype: of the model's matrices, whatever the file's are.
-      progress: told how far reading is.
+      progress: called after each tensor; see `Progress`.
 
     Raises:
-      ModelLoadError: naming the file and what is wrong with it.
+      ModelLoadError: naming the file and the fault.
     """
     config = gguf_config(file)
     model = build_model(
@@ -58,7 +58,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     """The model's sizes from a file's metadata.
 
     Raises:
-      ModelLoadError: for an architecture or feature that is not supported, or a bad field; named.
+      ModelLoadError: for an unsupported architecture or feature, or an invalid field, naming it.
     """
     raw = config_fields(file, GGUF_ARCHITECTURES)
     architecture = raw["model_type"]

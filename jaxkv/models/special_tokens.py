@@ -1,7 +1,7 @@
-"""Special tokens that are written out in text from others: kept from being parsed as such.
+"""Encodes untrusted text without parsing special tokens that are written in it.
 
-A mark is put into each of them, which the tokenizer's own search then does not match. A copy of the
-tokenizer takes the marks out again before the text is cut into tokens.
+A mark is inserted into each, so that the tokenizer's search does not match it. A copy of the tokenizer
+removes the marks again before the text is split into tokens.
 """
 
 import json
@@ -13,17 +13,17 @@ import tokenizers
 
 from jaxkv.errors import TokenizerError
 
-# A noncharacter: Unicode promises that no text has it.
+# A noncharacter, which Unicode excludes from text.
 MARK = "\ufdd0"
 
 
 class PlainEncoder:
-    """Encodes text in which some special tokens are text, and others are special.
+    """Encodes text in which marked special tokens are plain text.
 
     Args:
       inner: the tokenizer.
-      templates: text of the chat templates. Added tokens in it structure a conversation, so they are taken
-        like special ones.
+      templates: text of the chat templates. Added tokens in it structure a conversation, so they count as
+        special.
     """
 
     def __init__(self, inner: tokenizers.Tokenizer, templates: str = ""):
@@ -33,7 +33,7 @@ class PlainEncoder:
             if token.special or (token.content in templates and not token.content.isspace())
         }
         texts = sorted(filter(None, self.tokens.values()))
-        # Only the first character is matched, so occurrences that overlap are all found.
+        # Matches only the first character, so that overlapping occurrences are all found.
         self._whole = re.compile(
             "|".join(f"{re.escape(t[0])}(?={re.escape(t[1:])})" for t in texts) or "(?!)"
         )
@@ -43,25 +43,21 @@ class PlainEncoder:
         self._unknown: int | None = None
 
     def mark(self, text: str) -> str:
-        """The text with a mark in each special token, and in a beginning of one at the text's end.
+        """The text with a mark in each special token, and in a prefix of one at the end of the text.
 
-        The latter because a template may write another text right behind it.
+        A template may complete such a prefix with the text after it.
         """
         text = text.replace(MARK, "")
         ends = [
             size for size in range(1, min(self._longest, len(text) + 1)) if text[-size:] in self._prefixes
         ]
-        for size in ends:  # the shortest first: the places of the others stay
+        for size in ends:  # the shortest first, so that the indices of the others stay valid
             text = text[: len(text) - size + 1] + MARK + text[len(text) - size + 1 :]
         return self._whole.sub(lambda found: found[0] + MARK, text)
 
     def encode(self, text: str, *, add_special: bool) -> list[int]:
-        """Token ids of a text with marks in it: special tokens without a mark are special.
-
-        Raises:
-          TokenizerError: where the tokenizer's model makes a special token of plain text.
-        """
-        # A normalizer may make a special token of what was none, so text without marks is no safer.
+        """Token ids of a text with marks; special tokens without a mark are special."""
+        # A normalizer may turn plain text into a special token, so text without marks needs the copy too.
         if MARK not in text and self._inner.normalizer is None:
             return self._inner.encode(text, add_special_tokens=add_special).ids
         if self._copy is None:
@@ -69,7 +65,11 @@ class PlainEncoder:
         return self._copy.encode(text, add_special_tokens=add_special).ids
 
     def encode_plain(self, text: str, *, add_special: bool) -> list[int]:
-        """Token ids of a text in which no special token is special; raises as `encode`."""
+        """Token ids of a text without parsing special tokens.
+
+        Raises:
+          TokenizerError: if the tokenizer's model encodes plain text as a special token.
+        """
         marked = self.mark(text)
         ids = self.encode(marked, add_special=add_special)
         inside = ids if not add_special else self.encode(marked, add_special=False)
@@ -85,10 +85,10 @@ class PlainEncoder:
 def _without_marks(
     inner: tokenizers.Tokenizer, tokens: dict[int, str]
 ) -> tuple[tokenizers.Tokenizer, int | None]:
-    """A copy that drops marks after special tokens are found; and the id of the unknown token."""
+    """A copy that removes marks after the search for special tokens, and the id of the unknown token."""
     raw = json.loads(inner.to_str())
     for added in raw["added_tokens"]:
-        # A normalized token would be searched for after the marks are gone.
+        # A normalized token would be searched for after the marks are removed.
         added["normalized"] = added["normalized"] and added["id"] not in tokens
     drop = {"type": "Replace", "pattern": {"String": MARK}, "content": ""}
     normalizers = [drop, raw["normalizer"]] if raw["normalizer"] else [drop]
@@ -100,11 +100,11 @@ def _without_marks(
 
 
 def _keep_from_merging(model: dict[str, Any], texts: Iterable[str]) -> None:
-    """Vocabularies from SentencePiece may build a special token out of its characters."""
+    """Prevents SentencePiece vocabularies from merging characters into a special token."""
     texts = set(texts)
     if model.get("merges"):
         pairs = ((merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"])
         model["merges"] = [merge for merge, pair in pairs if "".join(pair) not in texts]
     if model.get("type") == "Unigram":
-        # A score so low that any other way to write it is better.
+        # A score so low that any other segmentation is better.
         model["vocab"] = [[text, -1e6 if text in texts else score] for text, score in model["vocab"]]

@@ -1,4 +1,4 @@
-"""Text from tokens that arrive a few at a time, and where a stop string ends it."""
+"""Decodes tokens that arrive a few at a time, up to a stop string."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -11,22 +11,21 @@ from jaxkv.decode import Decoding, Finish
 if TYPE_CHECKING:
     from jaxkv.models.tokenizer import Tokenizer
 
-# What an incomplete character is decoded to.
+# The decoding of an incomplete character.
 _REPLACEMENT = "\ufffd"
 
 
 class TextStream:
-    """Text from tokens that arrive a few at a time; what later tokens may still change waits.
+    """Decodes tokens that arrive a few at a time; delays text that later tokens may still change.
 
-    All pieces together are what `Tokenizer.decode` makes of all tokens, for any tokens, up to the first
-    stop string. A character waits until it is whole, the beginning of a stop string until it is clear what
-    follows; and a run of single bytes, in vocabularies that have byte tokens beside text, until it ends,
-    since an invalid byte changes how the whole run is decoded.
+    The concatenated pieces equal `Tokenizer.decode` of all tokens, up to the first stop string. Delayed are
+    an incomplete character, a prefix of a stop string, and, in vocabularies with byte tokens, a run of them
+    until it ends, since an invalid byte changes the decoding of the whole run.
 
     Args:
       tokenizer: of the tokens.
-      stop: texts that end the stream. The one that is complete first counts, of several the longest; neither
-        it nor what follows is shown.
+      stop: texts that end the stream. The first complete one counts, of several the longest; neither it nor
+        what follows is returned.
 
     Example:
       >>> from jaxkv.models import load
@@ -44,8 +43,8 @@ class TextStream:
         self._restart()
 
     def _restart(self) -> None:
-        # Newest tokens whose text is out, as many as the text behind them depends on; how much of their own
-        # text is out; and tokens that wait.
+        # The newest returned tokens, as many as later text depends on; how much of their text was returned;
+        # and the delayed tokens.
         self._context: list[int] = []
         self._shown = 0
         self._waiting: list[int] = []
@@ -57,7 +56,7 @@ class TextStream:
         return self._search.found
 
     def push(self, ids: Iterable[int]) -> str:
-        """The text that these tokens complete, perhaps empty."""
+        """The text that these tokens complete; may be empty."""
         first = len(self._waiting)
         self._waiting += [token for token in self.tokenizer.checked(ids) if self._is_text(token)]
         end = self._end_of_complete(first)
@@ -72,24 +71,24 @@ class TextStream:
         return self._search.push(piece)
 
     def flush(self) -> str:
-        """The text that still waits; the stream is then at its start again."""
+        """The delayed text; resets the stream."""
         rest = self.finish()
         self._restart()
         return rest
 
     def finish(self) -> str:
-        """The text that still waits, after the last token; `stopped` then holds for all of the text."""
+        """The delayed text, after the last token; then `stopped` is final."""
         if self.stopped:
             return ""
         rest = self._search.push(self._decode(self._context + self._waiting)[self._shown :])
         return rest + self._search.rest()
 
     def _is_text(self, token: int) -> bool:
-        """Whether `decode` looks at it: special and unknown tokens are dropped first."""
+        """Whether `decode` uses the token; it drops special and unknown ones."""
         return token not in self._special and self.tokenizer.inner.id_to_token(token) is not None
 
     def _end_of_complete(self, first: int) -> int:
-        """Tokens that need not wait. Those before `first` are of an open run of bytes."""
+        """Number of tokens that need no delay. Those before `first` are of an open run of bytes."""
         if not self._has_byte_tokens:
             return len(self._waiting)
         for end in range(len(self._waiting), first, -1):
@@ -98,9 +97,9 @@ class TextStream:
         return 0
 
     def _newest(self, tokens: list[int]) -> list[int]:
-        """The last four tokens that are not empty: four bytes say how UTF-8 goes on.
+        """The last four non-empty tokens, since a UTF-8 character has at most four bytes.
 
-        More where these have no text: the first text may lose a space that later text keeps.
+        All tokens if these have no text: the first text may lose a space that later text keeps.
         """
         kept, start = 0, len(tokens)
         while start and kept < 4:
@@ -113,15 +112,15 @@ class TextStream:
 
 
 class TextStreams:
-    """The text of every sequence of a generation as its tokens arrive; ends those with a stop string.
+    """Decodes every sequence of a generation as its tokens arrive, and ends it at a stop string.
 
-    Given to `generate` as `on_tokens`, it is called after each block of tokens.
+    Pass it to `generate` as `on_tokens`, which calls it after each block of tokens.
 
         texts = TextStreams(tokenizer, stop=["\\n\\n", "User:"])
         result = generate(model, prompts, on_tokens=texts, stop_tokens=tokenizer.stop_tokens)
         texts.texts
 
-    `result.tokens` may go on behind a stop string to the end of its block.
+    `result.tokens` may continue after a stop string to the end of its block.
 
     Args:
       tokenizer: the model's.
@@ -129,7 +128,7 @@ class TextStreams:
 
     Attributes:
       texts: the text of each sequence so far, prompt by prompt and sample by sample, cut at the stop string.
-      pieces: what the newest call added to each.
+      pieces: the text that the last call added to each.
     """
 
     def __init__(self, tokenizer: "Tokenizer", stop: Iterable[str] = ()):
@@ -141,7 +140,7 @@ class TextStreams:
         self.pieces: list[str] = []
 
     def __call__(self, state: Decoding) -> np.ndarray:
-        """Takes the new tokens; returns which sequences a stop string ends, as `generate` wants it."""
+        """Decodes the new tokens; returns which sequences a stop string ends."""
         counts, output = np.asarray(state.num_generated).tolist(), np.asarray(state.output)
         finished = np.asarray(state.finish) != Finish.RUNNING
         if not self._streams:
@@ -157,7 +156,7 @@ class TextStreams:
         return np.array(found)
 
     def _take(self, row: int, tokens: list[int], finished: bool) -> bool:
-        """Adds to one text; whether it ends here with a stop string."""
+        """Extends one text; returns whether it ends with a stop string."""
         if self._ended[row]:
             return False
         stream = self._streams[row]
@@ -171,11 +170,11 @@ class TextStreams:
 
 
 class _StopSearch:
-    """Text in, text out; ends before a stop string, and holds back what may become one."""
+    """Passes text through up to a stop string; delays text that may become one."""
 
     def __init__(self, stop: tuple[str, ...]):
         self._stop = stop
-        self._held = ""
+        self._delayed = ""
         self.found = False
 
     def push(self, text: str) -> str:
@@ -183,30 +182,30 @@ class _StopSearch:
             return ""
         if not self._stop:
             return text
-        text = self._held + text
-        # The one that is complete first, and of those the longest: so blocks do not matter.
+        text = self._delayed + text
+        # The first complete one, of several the longest: the result does not depend on blocks.
         ends = [(at + len(stop), -len(stop)) for stop in self._stop if (at := text.find(stop)) >= 0]
         if ends:
             end, minus_size = min(ends)
-            self.found, self._held = True, ""
+            self.found, self._delayed = True, ""
             return text[: end + minus_size]
-        held = max(_overlap(text, stop) for stop in self._stop)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+        size = max(_overlap(text, stop) for stop in self._stop)
+        self._delayed = text[len(text) - size :]
+        return text[: len(text) - size]
 
     def rest(self) -> str:
-        """What was held back, when nothing follows."""
-        return "" if self.found else self._held
+        """The delayed text, when nothing follows."""
+        return "" if self.found else self._delayed
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of the text that a stop string begins with."""
+    """Length of the longest suffix of the text that is a prefix of the stop string."""
     sizes = range(min(len(stop) - 1, len(text)), 0, -1)
     return next((size for size in sizes if text.endswith(stop[:size])), 0)
 
 
 def checked_stop(stop: Iterable[str]) -> tuple[str, ...]:
-    """Stop strings as a tuple; raises `ValueError` for one that is no text or empty."""
+    """Stop strings as a tuple; raises `ValueError` for one that is empty or not a string."""
     texts = (stop,) if isinstance(stop, str) else tuple(stop)
     for text in texts:
         if not isinstance(text, str) or not text:
@@ -224,5 +223,5 @@ def _has_byte_tokens(tokenizer: "Tokenizer") -> bool:
 
 
 def _is_byte(token: str | None) -> bool:
-    """As the ByteFallback decoder sees it."""
+    """Whether the ByteFallback decoder treats it as a byte."""
     return bool(token and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token))

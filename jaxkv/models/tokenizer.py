@@ -1,7 +1,4 @@
-"""Text to token ids and back, and conversations by a chat template.
-
-The work is done by the `tokenizers` package; this file gives it one face for both kinds of file.
-"""
+"""Converts text to token ids and back, and renders conversations; a wrapper of the `tokenizers` package."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
@@ -15,8 +12,8 @@ from jaxkv.models.chat_template import Messages, literal_text, plain_data, plain
 from jaxkv.models.special_tokens import PlainEncoder
 from jaxkv.models.text_stream import TextStream as TextStream
 
-# Tokens that end a turn in the chat formats of the supported models; a file's own end-of-sequence
-# token is often only one of them.
+# Tokens that end a turn in the chat formats of the supported models. A file often names only one of them as
+# its end-of-sequence token.
 END_OF_TURN = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
 
 
@@ -24,13 +21,13 @@ class Tokenizer:
     """One model's tokenizer.
 
     Args:
-      inner: turns text into ids and back.
+      inner: the tokenizer of the `tokenizers` package.
       stop_tokens: ids after which a text is complete; those of `END_OF_TURN` are added.
-      chat_template: a Jinja template, or several by name, of which "default" is the usual one and "tool_use"
-        is for conversations with tools; or None for a model that has none.
-      bos: text of the token that a chat template may put first.
-      eos: text of the token that a chat template may put last.
-      special: texts of further tokens that a chat template may name, such as "unk_token" and "pad_token".
+      chat_template: a Jinja template; or several by name, where "tool_use" is for conversations with tools
+        and "default" for others; or None.
+      bos: text of the begin-of-sequence token, for the chat template.
+      eos: text of the end-of-sequence token, for the chat template.
+      special: texts of other tokens for the chat template, such as "unk_token" and "pad_token".
     """
 
     def __init__(
@@ -55,7 +52,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Ids in use, special ones included; a model's table may have more rows."""
+        """Number of token ids, including special ones; a model's embedding table may have more rows."""
         return self.inner.get_vocab_size(with_added_tokens=True)
 
     @cached_property
@@ -68,11 +65,11 @@ class Tokenizer:
 
         Args:
           text: any text.
-          add_special: whether to put the model's own first token before it, where it has one.
-              Not for the output of `chat`, whose template does that.
-          parse_special: whether special tokens written out in the text are taken as such. False is for text
-              from others, who could end their turn with it and begin the assistant's; tokens that the chat
-              template writes are then text too.
+          add_special: whether to prepend the model's begin-of-sequence token, if it has one. Use False
+            for the output of `chat`, whose template does that.
+          parse_special: whether special tokens written in the text are parsed. Use False for untrusted text,
+            which could otherwise end the user's turn and begin the assistant's; special tokens written by
+            the chat template are then plain text too.
 
         Raises:
           TokenizerError: for text that is not valid Unicode.
@@ -86,10 +83,10 @@ class Tokenizer:
         return self.inner.encode(text, add_special_tokens=add_special).ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
-        """The text of token ids; half a character becomes U+FFFD.
+        """The text of token ids; an incomplete character becomes U+FFFD.
 
         Raises:
-          TokenizerError: for an id that no vocabulary can have.
+          TokenizerError: for an id that is not an unsigned 32-bit integer.
         """
         return self.inner.decode(self.checked(ids), skip_special_tokens=skip_special)
 
@@ -105,7 +102,7 @@ class Tokenizer:
         """A decoder for tokens that arrive a few at a time.
 
         Args:
-          stop: texts that end the stream; they and what follows are not shown.
+          stop: texts that end the stream; they and what follows are not returned.
 
         Raises:
           ValueError: for an empty stop string.
@@ -121,18 +118,18 @@ class Tokenizer:
         documents: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
-        """A conversation as the text that the model was trained on, as `transformers` renders it.
+        """Renders a conversation with the chat template, as `transformers` does.
 
         Args:
           messages: each with a `role` ("system", "user" or "assistant") and its `content`: text, or a list of
-            parts for templates that take one. What else is in a message the template may look at.
+            parts for templates that accept one. Templates may read other fields of a message.
           add_generation_prompt: whether to end with the start of the assistant's answer.
-          tools: JSON schemas of what the model may call, for templates that know of tools.
-          documents: each with a `title` and a `text`, for templates that know of documents.
-          **variables: whatever else the template names, such as `enable_thinking`.
+          tools: JSON schemas of functions that the model may call, for templates that support tools.
+          documents: each with a `title` and a `text`, for templates that support documents.
+          **variables: other variables of the template, such as `enable_thinking`.
 
         Raises:
-          TokenizerError: when the model has no chat template, or it refuses the messages.
+          TokenizerError: if the model has no chat template, or it refuses the messages.
         """
         given = dict(variables, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents)
         return self._rendered(messages, given, clean=str)
@@ -150,14 +147,10 @@ class Tokenizer:
         """Token ids of a conversation; raises as `chat` and `encode` do.
 
         Args:
-          messages: as in `chat`, and so are the other arguments.
-          add_generation_prompt: as in `chat`.
-          parse_special: whether special tokens written out in messages, tools, documents and variables are
-            taken as such. If not, only those that the template itself writes are special, as with
+          messages, add_generation_prompt, tools, documents, **variables: as for `chat`.
+          parse_special: whether special tokens written in messages, tools, documents and variables are
+            parsed. If False, only those that the template itself writes are special, as with
             `sanitize_control_tokens=True` in `transformers`.
-          tools: as in `chat`.
-          documents: as in `chat`.
-          **variables: as in `chat`.
         """
         given = dict(variables, add_generation_prompt=add_generation_prompt, tools=tools, documents=documents)
         if parse_special:
@@ -179,7 +172,7 @@ class Tokenizer:
 
     @classmethod
     def from_hf(cls, folder: Path) -> "Tokenizer":
-        """Reads `tokenizer.json` and what is beside it.
+        """Reads `tokenizer.json` and the related files of a folder.
 
         Raises:
           ModelLoadError: naming the file that is missing or damaged.

@@ -1,4 +1,4 @@
-"""The tokenizer inside a GGUF file: vocabulary and merges in the metadata, the rest by a name."""
+"""Builds the tokenizer of a GGUF file, whose metadata has vocabulary, merges and a name for the rest."""
 
 from collections.abc import Sequence
 
@@ -9,8 +9,7 @@ from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.tokenizer import Tokenizer
 
-# llama.cpp's names for how text is cut before merging; the expressions are those of the models'
-# own tokenizer files.
+# llama.cpp's names for splits before merging; the expressions are from the models' tokenizer files.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -25,12 +24,12 @@ _SPLITS = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
 }
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-# Files of these start a text with the begin-of-sequence token unless they say otherwise.
+# Files of these prepend the begin-of-sequence token unless they say otherwise.
 _STARTS_WITH_BOS = ("llama-bpe",)
 
 _CONTROL, _USER_DEFINED = 3, 4
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Tokens that a chat template may name, by their fields (one of which is misspelled in the format).
+# Tokens for chat templates, and their fields (one is misspelled in the format).
 _NAMED = {"unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls"}
 _NAMED |= {"mask_token": "mask"}
 
@@ -39,7 +38,7 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     """Builds the tokenizer of a GGUF file.
 
     Raises:
-      ModelLoadError: for a kind of tokenizer that is not supported, or damaged metadata; named.
+      ModelLoadError: for an unsupported kind of tokenizer, or damaged metadata, naming it.
     """
     kind = file.get("tokenizer.ggml.model")
     if kind != "gpt2":
@@ -74,7 +73,7 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
 
 
 def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str], pre: str) -> tokenizers.Tokenizer:
-    vocabulary = {token: place for place, token in enumerate(tokens)}
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ModelLoadError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
     merges = []
@@ -106,7 +105,7 @@ def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[s
 
 
 def _templates(file: GGUFFile) -> dict[str, str] | None:
-    """The chat template, and others beside it by their names."""
+    """The chat templates by name; the main one is "default"."""
     fields = {"default": "tokenizer.chat_template"}
     if file.get("tokenizer.chat_templates") is not None:
         names = _strings(file, "tokenizer.chat_templates")

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face folder: `tokenizer.json`, and what the files beside it say."""
+"""Builds the tokenizer of a Hugging Face folder from `tokenizer.json` and the files beside it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from jaxkv.checkpoints.hf_folder import read_json
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.tokenizer import Tokenizer
 
-# Tokens that a chat template may name, beside the first and the last.
+# Tokens for chat templates, in addition to bos and eos.
 _NAMED = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -29,7 +29,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
         raise ModelLoadError(f"{path}: is not a tokenizer: {error}") from None
     settings = _read_json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
-        # Where older files name special tokens; theirs are the ones that hold.
+        # In older folders this file names the special tokens, and takes precedence.
         settings |= _read_json(folder / "special_tokens_map.json")
     bos, eos = (_token_text(settings.get(f"{name}_token")) for name in ("bos", "eos"))
     stops = {inner.token_to_id(eos)} if eos else set()
@@ -47,7 +47,7 @@ def hf_tokenizer(folder: Path) -> Tokenizer:
 
 
 def _template_files(folder: Path) -> dict[str, str]:
-    """Templates in files of their own, which then hold instead of those in the settings."""
+    """Templates in separate files, which take precedence over those in the settings."""
     paths = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         paths["default"] = folder / "chat_template.jinja"
@@ -84,7 +84,7 @@ def _templates(settings: Mapping[str, Any], path: Path) -> str | dict[str, str] 
 
 
 def _token_text(token: Any) -> str:
-    """A special token as older and newer files write it: its text, or an object around it."""
+    """The text of a special token, which is a string or an object with the field `content`."""
     text = token.get("content") if isinstance(token, Mapping) else token
     return text if isinstance(text, str) else ""
 

@@ -1,8 +1,7 @@
-"""From the tensors of a checkpoint, whatever its format, to a model; every mistake is named.
+"""Builds a model from the tensors of a checkpoint of any format.
 
-A format gives a `TensorSource`: names, shapes, and a way to read one tensor. What is here decides
-which tensors a model of a given config must have, joins those that are kept as one matrix, and reads
-them one at a time, so memory holds the model and one matrix more.
+A format provides a `TensorSource`. This module determines which tensors a model must have, joins those that
+the model stores as one matrix, and reads one tensor at a time, so memory holds the model and one matrix more.
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from jaxkv.models.config import ModelConfig
 from jaxkv.models.llama import Llama, parameter_dtype
 
 Progress = Callable[[int, int], None]
-"""Called with the bytes read so far and the bytes there are."""
+"""Called with the bytes read so far and the total."""
 
 
 class TensorSource(Protocol):
@@ -28,7 +27,7 @@ class TensorSource(Protocol):
 
     Attributes:
       path: the file or folder, for messages.
-      shapes: of every tensor in it, outermost dimension first.
+      shapes: of every tensor, outermost dimension first.
     """
 
     path: Path
@@ -37,7 +36,7 @@ class TensorSource(Protocol):
     def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor as a float array of its shape; raises `ModelLoadError` if it is damaged."""
+        """One tensor as a float array; raises `ModelLoadError` if it is damaged."""
         ...
 
     def num_bytes(self, name: str) -> int:
@@ -47,7 +46,7 @@ class TensorSource(Protocol):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TensorNames:
-    """What a format calls each parameter. Several names are joined along the outer dimension."""
+    """A format's name for each parameter; tensors of several names are joined along the outer dimension."""
 
     embedding: str
     final_norm: str
@@ -62,7 +61,7 @@ class TensorNames:
     down: str
 
     def parts(self, parameter: str) -> tuple[str, ...]:
-        """The tensors that make up a parameter named as `Llama` names it, `blocks.3.qkv`."""
+        """Names of the tensors of a parameter of `Llama`, such as `blocks.3.qkv`."""
         *prefix, last = parameter.split(".")
         names = getattr(self, last)
         names = (names,) if isinstance(names, str) else names
@@ -82,12 +81,12 @@ def build_model(
     """Reads a whole checkpoint into a model.
 
     Args:
-      config: the model's sizes; the tensors must fit them.
+      config: the model's sizes.
       source: the checkpoint.
-      names: what it calls its tensors.
+      names: its tensor names.
       dtype: of the model's matrices.
-      ignored: whether a tensor that the model does not need may be there.
-      progress: told after each tensor how far reading is.
+      ignored: whether to ignore a tensor that the model does not need.
+      progress: called after each tensor; see `Progress`.
 
     Raises:
       ModelLoadError: for a missing, unexpected, misshapen or non-finite tensor.
@@ -112,7 +111,7 @@ def build_model(
 
 
 def expected_shapes(config: ModelConfig, names: TensorNames) -> dict[str, tuple[int, ...]]:
-    """Every tensor that a checkpoint of this config must have, and its shape."""
+    """The name and shape of every tensor that a checkpoint of this config must have."""
     q, kv, ffn = config.q_features, config.kv_features, config.intermediate_size
     rows = {"qkv": (q, kv, kv), "qkv_bias": (q, kv, kv), "gate_up": (ffn, ffn)}
     wanted: dict[str, tuple[int, ...]] = {}
@@ -142,11 +141,11 @@ def _check_names(
 
 
 def _copy(source: TensorSource, name: str, into: np.ndarray) -> None:
-    """Reads a tensor into its rows of a parameter, in the parameter's dtype, all finite."""
+    """Reads a tensor into its rows of a parameter, in the parameter's dtype; refuses non-finite values."""
     tensor = source.read(name)
     with np.errstate(over="ignore", invalid="ignore"):
         into[...] = tensor
-        # A sum is finite only if every term is; if it is not, the terms are looked at.
+        # A finite sum means finite terms; otherwise the terms are checked.
         total = np.sum(into, dtype=np.float32)
     if np.isfinite(total) or np.all(np.isfinite(into)):
         return

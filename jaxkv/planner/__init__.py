@@ -1,4 +1,4 @@
-"""Plans the memory of a model before any code of it runs: does it fit, how many sequences, how long?"""
+"""Plans the memory of a model before it runs: does it fit, with how many sequences, how long?"""
 
 from jaxkv.planner.shape import ModelShape as ModelShape
 from jaxkv.planner.kv_bytes import KVBytes as KVBytes

@@ -1,7 +1,7 @@
-"""What each architecture makes of its `config.json`: how many weights, and which layers have a window.
+"""Number of weights and windows of the layers of each architecture, from its `config.json`.
 
-Counts follow the modules of Hugging Face `transformers`; `tests/test_planner.py` holds them to the published
-numbers. An architecture that is not in `ARCHITECTURES` is refused: a guess would be off by gigabytes.
+Counts follow the modules of Hugging Face `transformers`; `tests/test_planner.py` compares them with published
+counts. An architecture that is not in `ARCHITECTURES` is refused, since a guess may be wrong by gigabytes.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from jaxkv.checkpoints.hf_folder import shown
 
 
 class Sizes(NamedTuple):
-    """Of attention and of the residual stream."""
+    """Sizes of attention and of the residual stream."""
 
     hidden: int
     layers: int
@@ -22,12 +22,12 @@ class Sizes(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Weights of one layer.
+    """Number of weights of one layer.
 
     Attributes:
-      total: all of them.
-      routed: those of experts that a router chooses from.
-      active: those that one token meets.
+      total: all weights.
+      routed: weights of experts that a router chooses from.
+      active: weights that one token uses.
     """
 
     total: int
@@ -40,11 +40,11 @@ class Architecture(NamedTuple):
 
     Attributes:
       layers: weights of every layer.
-      windows: window of every layer where `layer_types` does not say; None for all tokens.
-      tied: whether the output projection is the embedding table, where the config does not say.
+      windows: window of every layer if the config has no `layer_types`; None is all tokens.
+      tied: whether the output projection is the embedding table, if the config does not say.
       positions: whether positions have a table of weights.
-      final_norm: weights a feature of the norm before the output projection.
-      latent: whether a token keeps one latent vector instead of K and V (MLA).
+      final_norm: weights per feature of the norm before the output projection.
+      latent: whether a token has one latent vector instead of K and V (MLA).
       sinks: whether heads have a learned attention sink.
     """
 
@@ -58,11 +58,11 @@ class Architecture(NamedTuple):
 
 
 def sizes(fields: Fields, *, latent: bool) -> Sizes:
-    """By the names that most configs use, or GPT-2's."""
+    """The sizes, by the field names that most configs use or by GPT-2's."""
     hidden = fields.integer("hidden_size", "n_embd")
     q_heads = fields.integer("num_attention_heads", "n_head")
     if latent:
-        # Heads of MLA have widths of their own, and `num_key_value_heads` means nothing.
+        # MLA has other head sizes, and ignores `num_key_value_heads`.
         return Sizes(hidden, fields.integer("num_hidden_layers"), q_heads, 1, 1)
     if fields.raw.get("model_type") == "falcon" and not fields.flag("new_decoder_architecture", False):
         kv_heads = 1 if fields.flag("multi_query", True) else q_heads
@@ -72,7 +72,7 @@ def sizes(fields: Fields, *, latent: bool) -> Sizes:
         raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={q_heads}")
     if fields.optional("head_dim") is None and hidden % q_heads:
         raise ValueError(
-            f"hidden_size={hidden} is no multiple of num_attention_heads={q_heads}, nor is head_dim"
+            f"hidden_size={hidden} must be a multiple of num_attention_heads={q_heads} without head_dim"
         )
     return Sizes(
         hidden=hidden,
@@ -89,7 +89,7 @@ def _attention(size: Sizes, *, qkv_bias: bool = False, out_bias: bool = False) -
 
 
 def _dense(norms: int, *, qkv_bias: bool | None = None, qk_norm: bool = False):
-    """Layers with a gated MLP and `norms` norms; `qkv_bias` None: as `attention_bias` says."""
+    """Layers with a gated MLP and `norms` norms; `qkv_bias` None takes `attention_bias` of the config."""
 
     def layers(fields: Fields, size: Sizes) -> list[Layer]:
         biased = fields.flag("attention_bias", False)
@@ -105,7 +105,7 @@ def _dense(norms: int, *, qkv_bias: bool | None = None, qk_norm: bool = False):
 
 
 def _experts(one: int, count: int, chosen: int, rest: int) -> Layer:
-    """A layer with `count` experts of `one` weights, of which a token meets `chosen`, and `rest`."""
+    """A layer with `count` experts of `one` weights, of which a token uses `chosen`, and `rest` weights."""
     if chosen > count:
         raise ValueError(f"num_experts_per_tok={chosen} is more than the {count} experts there are")
     return Layer(rest + count * one, count * one, rest + chosen * one)
@@ -178,7 +178,7 @@ def _falcon(fields: Fields, size: Sizes) -> list[Layer]:
     hidden, biased = size.hidden, fields.flag("bias", False)
     width = fields.integer("ffn_hidden_size", default=4 * hidden)
     mlp = 2 * hidden * width + biased * (width + hidden)
-    # One norm where attention and MLP read the same input, two elsewhere; with biases.
+    # One norm if attention and MLP read the same input, else two; each has a bias.
     one = fields.flag("parallel_attn", True) and not fields.flag("new_decoder_architecture", False)
     norms = (2 if one else 4) * hidden
     return [Layer(_attention(size, qkv_bias=biased, out_bias=biased) + mlp + norms)] * size.layers
@@ -200,7 +200,7 @@ def _late_layers(fields: Fields, layers: int) -> list[int | None]:
 
 
 def _all_but_every(pattern: int):
-    """A window in every layer but each `pattern`-th; the config may say another number."""
+    """A window in all layers except every `pattern`-th; the config may give another pattern."""
 
     def windows(fields: Fields, layers: int) -> list[int | None]:
         every = fields.integer("sliding_window_pattern", "_sliding_window_pattern", default=pattern)
@@ -231,7 +231,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def mlp_width(fields: Fields, hidden: int) -> int:
-    """Features of the MLP that one token meets at most, in a dense layer or in its experts together."""
+    """Most MLP features that one token uses, in a dense layer or in all its experts."""
     dense = fields.integer("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * hidden)
     one = fields.integer("moe_intermediate_size", default=dense)
     chosen = fields.integer("num_experts_per_tok", default=1)
@@ -239,10 +239,10 @@ def mlp_width(fields: Fields, hidden: int) -> int:
 
 
 def layer_windows(fields: Fields, architecture: Architecture, layers: int) -> list[int | None]:
-    """The window of each layer, from `layer_types` where the config has them.
+    """The window of each layer, from `layer_types` if the config has them.
 
     Raises:
-      ValueError: for `layer_types` of another length, or of a kind that keeps its tokens otherwise.
+      ValueError: for `layer_types` of another length, or a kind of layer other than these two.
     """
     kinds = fields.layer_types(layers)
     if kinds is None:

@@ -1,4 +1,4 @@
-"""How many bytes K and V take."""
+"""Bytes of K and V."""
 
 import math
 from dataclasses import dataclass
@@ -18,11 +18,11 @@ class KVBytes:
     """K and V of all layers, in bytes.
 
     Attributes:
-      exact: the numbers of the tokens kept, nothing else.
-      paged: in whole pages, scales and `fragmentation` included, where pages outside a window are given back.
-      reserved: the same with every layer keeping the whole context. That is what jaxkv's cache takes: a
-        window is what its attention sees, and the pages behind it stay.
-      scales: what a quantized cache keeps beside the exact numbers.
+      exact: the elements of the kept tokens only.
+      paged: whole pages, including scales and `fragmentation`, if pages outside a window are released.
+      reserved: the same if every layer keeps the whole context. jaxkv's cache needs this, since a window
+        limits attention but releases no pages.
+      scales: scales of a quantized cache, in addition to `exact`.
     """
 
     exact: int
@@ -40,23 +40,23 @@ def kv_cache_bytes(
     page_size: int = 16,
     fragmentation: float = 1.0,
 ) -> KVBytes:
-    """Bytes that K and V of `concurrency` sequences of `context` tokens take.
+    """Bytes of K and V of `concurrency` sequences of `context` tokens.
 
-    A token takes `elements_per_token` numbers a layer: 2 x KV heads x head_dim, or MLA's latent vector. A
-    layer with a window keeps no more tokens than that; in pages it may begin in the middle of one.
+    A token has `elements_per_token` elements per layer: 2 x KV heads x head_dim, or MLA's latent vector. A
+    layer with a window keeps at most `window` tokens, which may begin in the middle of a page.
 
     Args:
       shape: the model.
-      context: tokens a sequence.
+      context: tokens per sequence.
       concurrency: sequences.
-      kv_dtype: "auto" (the model's, bfloat16 where it has none), float32, bfloat16, float16 (or f32, bf16,
+      kv_dtype: "auto" (the model's, or bfloat16 if unknown), float32, bfloat16, float16 (or f32, bf16,
         f16), fp8, int8 or int4.
-      page_size: tokens a page.
-      fragmentation: factor on what pages take. Whole pages are counted already, so it is 1.0; 1.15 is what
-        others add blindly.
+      page_size: tokens per page.
+      fragmentation: factor on the bytes of pages. The default 1.0 already counts whole pages; other planners
+        assume 1.15.
 
     Raises:
-      ValueError: for a number out of range or an unknown dtype.
+      ValueError: for a value out of range or an unknown dtype.
 
     Example:
       >>> llama = ModelShape.from_config("llama-3.1-8b")
@@ -86,7 +86,7 @@ def kv_cache_bytes(
 
 
 def pages_of(context: int, window: int | None, page_size: int) -> int:
-    """Pages of a layer that one sequence holds at most: a window may begin and end within a page."""
+    """Most pages of one sequence in a layer; a window may begin and end within a page."""
     whole = -(-context // page_size)
     return whole if window is None else min(whole, (window + page_size - 2) // page_size + 1)
 
@@ -99,10 +99,10 @@ def cache_config(
     kv_dtype: str = "auto",
     page_size: int = 16,
 ) -> CacheConfig | None:
-    """The cache for such sequences. It keeps every token in every layer: see `KVBytes.reserved`.
+    """The cache for such sequences. It keeps every token in every layer; see `KVBytes.reserved`.
 
-    None where jaxkv has no such storage: MLA, and a head that the format refuses, as four bits of one that is
-    no multiple of eight.
+    None if jaxkv cannot store it: MLA, or a `head_dim` that the format refuses, such as int4 with one that is
+    not a multiple of 8.
 
     Args:
       shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
@@ -124,10 +124,10 @@ def cache_config(
 
 
 def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
-    """The full name of a `kv_dtype`; "auto" is the model's, bfloat16 where it has none.
+    """The full name of a `kv_dtype`; "auto" is the model's, or bfloat16 if unknown.
 
     Raises:
-      ValueError: for an unknown one.
+      ValueError: for an unknown name.
     """
     name = (shape.dtype or "bfloat16") if kv_dtype == "auto" else SHORT.get(str(kv_dtype), str(kv_dtype))
     if name not in KV_BITS:
@@ -136,16 +136,16 @@ def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
 
 
 def check_count(name: str, value: object) -> int:
-    """The value as a Python integer; refuses what is no positive one.
+    """The value as a Python integer.
 
     Raises:
-      ValueError: naming it.
+      ValueError: if it is not a positive integer, naming it.
     """
     return integer(name, value)
 
 
 def _scale_bytes(shape: ModelShape, dtype: str) -> int:
-    """Of one token in one layer."""
+    """Bytes of the scales of one token in one layer."""
     storage = FORMATS[dtype]
     if shape.is_latent or storage.refuses(shape.head_dim):
         return storage.vector_scale_bytes(shape.elements_per_token)

@@ -1,4 +1,4 @@
-"""Which page size: what it wastes against what its table costs."""
+"""Chooses a page size from the waste and the table size of each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from jaxkv.planner.kv_bytes import check_count
 
 CANDIDATES = (8, 16, 32, 64, 128, 256)
-# Of the places that a page size may leave empty.
+# Largest share of empty token slots.
 _MOST_WASTE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class PageCost:
-    """Of one page size, a sequence, on average over the lengths.
+    """Cost of one page size per sequence, averaged over the lengths.
 
     Attributes:
-      page_size: tokens.
-      pages: that a sequence fills.
-      wasted_tokens: places left empty in its last page.
-      waste: these as a share of the places it holds.
-      table_bytes: its row of the page table, and 8 bytes a page for its refcount and the free stack.
+      page_size: tokens per page.
+      pages: pages per sequence.
+      wasted_tokens: empty token slots in the last page.
+      waste: empty share of the sequence's token slots.
+      table_bytes: a row of the page table, and 8 bytes per page for its refcount and the free stack.
     """
 
     page_size: int
@@ -31,7 +31,7 @@ class PageCost:
 
 @dataclass(frozen=True, slots=True)
 class PageSizeChoice:
-    """A page size, why, and what the others would cost."""
+    """A page size, the reason for it, and the costs of all candidates."""
 
     page_size: int
     reason: str
@@ -41,12 +41,12 @@ class PageSizeChoice:
 def choose_page_size(lengths: Sequence[int]) -> PageSizeChoice:
     """The page size for sequences of these lengths.
 
-    It starts from a rule: 16 for lengths under 1K on average, 32 up to 4K, 64 up to 16K, 128 beyond. Larger
-    pages mean fewer table entries and longer runs of memory; smaller ones leave less of the last page empty.
-    So the count has the last word: while more than 5% of the places would be empty, the size is halved.
+    It starts with 16 for mean lengths under 1K, 32 up to 4K, 64 up to 16K, 128 beyond, and halves the size
+    while more than 5% of the token slots would be empty. Larger pages have fewer table entries and longer
+    contiguous reads; smaller pages leave less of the last page empty.
 
     Args:
-      lengths: tokens of the sequences that are expected, a sample of them.
+      lengths: tokens of a sample of the expected sequences.
 
     Raises:
       ValueError: for no lengths, or one that is not positive.
@@ -56,7 +56,7 @@ def choose_page_size(lengths: Sequence[int]) -> PageSizeChoice:
       (16, 64)
     """
     if not lengths:
-        raise ValueError("there are no lengths to choose a page size for")
+        raise ValueError("lengths is empty; it must have at least one length")
     for length in lengths:
         length = check_count("length", length)
     mean = sum(lengths) / len(lengths)
@@ -73,7 +73,7 @@ def choose_page_size(lengths: Sequence[int]) -> PageSizeChoice:
 
 
 def expected_lengths(context: int) -> list[int]:
-    """Lengths spread evenly up to a context, where nothing better is known.
+    """Lengths spread evenly up to a context, if no better sample is known.
 
     Example:
       >>> expected_lengths(8)
@@ -85,12 +85,12 @@ def expected_lengths(context: int) -> list[int]:
 
 def _cost(lengths: Sequence[int], size: int) -> PageCost:
     pages = [-(-length // size) for length in lengths]
-    places, tokens, count = size * sum(pages), sum(lengths), len(lengths)
+    slots, tokens, count = size * sum(pages), sum(lengths), len(lengths)
     row = 4 * max(pages)
     return PageCost(
         page_size=size,
         pages=sum(pages) / count,
-        wasted_tokens=(places - tokens) / count,
-        waste=(places - tokens) / places,
+        wasted_tokens=(slots - tokens) / count,
+        waste=(slots - tokens) / slots,
         table_bytes=row + 8 * sum(pages) / count,
     )

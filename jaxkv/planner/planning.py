@@ -1,4 +1,4 @@
-"""Does it fit, how many sequences, how long?"""
+"""Plans the memory of a model on devices."""
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -12,7 +12,7 @@ from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv
 from jaxkv.planner.shape import ModelShape
 from jaxkv.units import format_bytes, parse_bytes
 
-# int4 as common formats keep it: a 16-bit scale for each group of 64. Embeddings stay in 16 bits or more.
+# int4 as in common formats: a 16-bit scale per group of 64. Embeddings stay in 16 bits or more.
 WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.25}
 _ACTIVATION_BYTES, _LOGIT_BYTES = 2, 4
 _GIB = 2**30
@@ -20,12 +20,12 @@ _GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What a plan needs to know of one accelerator.
+    """An accelerator.
 
     Attributes:
-      name: for people.
+      name: for display.
       memory: bytes.
-      bandwidth: bytes a second that it reads from them, None where it is not known.
+      bandwidth: bytes per second read from memory; None if unknown.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Device:
         """One of `configs/devices`.
 
         Raises:
-          ValueError: for an unknown name; it says which are known.
+          ValueError: for an unknown name, listing the known ones.
 
         Example:
           >>> Device.named("h100").bandwidth
@@ -49,19 +49,19 @@ class Device:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A model on devices, and what memory it takes. All bytes are of one device.
+    """The memory of a model on devices. All bytes are per device.
 
     Attributes:
       shape: the model.
       device: each of the devices.
-      context: tokens a sequence.
+      context: tokens per sequence.
       concurrency: sequences at once.
-      kv_dtype, weights_dtype: full names; `weights_dtype` "stored" is as the files are.
+      kv_dtype, weights_dtype: full names; `weights_dtype` "stored" is that of the files.
       tensor_parallel: devices that share weights and KV heads.
-      page_size: tokens a page.
-      memory_fraction: of the device's memory that may be used.
-      prefill_chunk: most tokens a prefill step.
-      fragmentation: factor on what K and V take in pages.
+      page_size: tokens per page.
+      memory_fraction: share of the device's memory that may be used.
+      prefill_chunk: most tokens per prefill step.
+      fragmentation: factor on the bytes of pages.
     """
 
     shape: ModelShape
@@ -78,7 +78,7 @@ class Plan:
 
     @cached_property
     def weights(self) -> int:
-        """All parameters; where heads do not divide evenly, a little more than this."""
+        """Bytes of the parameters; slightly too low if heads do not divide evenly among devices."""
         shape, (embedding, routed, rest) = self.shape, self.weight_bits
         bits = shape.embedding_parameters * embedding + shape.routed_parameters * routed
         bits += shape.other_parameters * rest
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def weight_bits(self) -> tuple[float, float, float]:
-        """Of a number of the embeddings, of experts, and of the rest: formats keep the first in 16 bits."""
+        """Bits per weight of the embeddings (at least 16), of the experts, and of the rest."""
         if self.weights_dtype != "stored":
             bits = WEIGHT_BITS[self.weights_dtype]
             return max(bits, 16.0), bits, bits
@@ -99,7 +99,7 @@ class Plan:
 
     @cached_property
     def kv(self) -> KVBytes:
-        """K and V of all sequences."""
+        """Bytes of K and V of all sequences."""
         return kv_cache_bytes(
             self._sharded,
             self.context,
@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def kv_heads_per_device(self) -> int:
-        """The most KV heads that the query heads of one device read; MLA's vector is on every one."""
+        """Most KV heads that the query heads of one device read; every device has MLA's latent vector."""
         if self.shape.is_latent:
             return 1
         own = self.shape.num_q_heads // self.tensor_parallel
@@ -125,64 +125,64 @@ class Plan:
 
     @cached_property
     def cache_config(self) -> CacheConfig | None:
-        """The cache to make on each device; None where jaxkv has no such storage (MLA)."""
+        """The config of each device's cache; None if jaxkv cannot store it (MLA)."""
         options = dict(kv_dtype=self.kv_dtype, page_size=self.page_size)
         return cache_config(self._sharded, self.context, self.concurrency, **options)  # type: ignore[arg-type]
 
     @property
     def pages(self) -> int:
-        """Of the pool."""
+        """Pages of the pool."""
         return -(-self.context // self.page_size) * self.concurrency
 
     @property
     def tables(self) -> int:
-        """The page table, refcounts and the free stack."""
+        """Bytes of the page table, refcounts and the free stack."""
         config = self.cache_config
         return 0 if config is None else config.estimated_memory_bytes() - config.pool_bytes
 
     @property
     def activations(self) -> int:
-        """Of one prefill step: residual stream, attention and MLP in 16 bits, logits in float32."""
+        """Bytes of one prefill step: residual stream, attention and MLP in 16 bits, logits in float32."""
         shape, shared = self.shape, self.tensor_parallel
         tokens = min(self.prefill_chunk, self.context * self.concurrency)
         attention = (shape.num_q_heads + 2 * shape.num_kv_heads) * shape.head_dim
-        a_token = 4 * shape.hidden_size + (attention + 2 * shape.mlp_width) // shared
-        return tokens * a_token * _ACTIVATION_BYTES + self.concurrency * shape.vocab_size * _LOGIT_BYTES
+        features = 4 * shape.hidden_size + (attention + 2 * shape.mlp_width) // shared
+        return tokens * features * _ACTIVATION_BYTES + self.concurrency * shape.vocab_size * _LOGIT_BYTES
 
     @property
     def overhead(self) -> int:
-        """The driver's context, compiled programs and libraries; half a GiB, another for collectives."""
+        """Assumed for the driver, compiled programs and libraries: 0.5 GiB, and as much for collectives."""
         return _GIB // 2 * (1 if self.tensor_parallel == 1 else 2)
 
     @property
     def needed(self) -> int:
-        """All of it."""
+        """All bytes needed."""
         return self.weights + self.kv.reserved + self.tables + self.activations + self.overhead
 
     @property
     def usable(self) -> int:
-        """What may be used."""
+        """Bytes that may be used."""
         return int(self.device.memory * self.memory_fraction)
 
     @property
     def headroom(self) -> int:
-        """What is left; negative where it does not fit."""
+        """Bytes left; negative if the plan does not fit."""
         return self.usable - self.needed
 
     @property
     def fits(self) -> bool:
-        """Whether it does."""
+        """Whether the plan fits."""
         return self.headroom >= 0
 
     @property
     def risk(self) -> str:
-        """`does not fit`, or how little is left: `high` under 5%, `medium` under 15%, else `low`."""
+        """`does not fit`; or `high` with under 5% left, `medium` under 15%, else `low`."""
         left = self.headroom / max(self.usable, 1)
         return "does not fit" if left < 0 else "high" if left < 0.05 else "medium" if left < 0.15 else "low"
 
     @cached_property
     def max_concurrency_ratio(self) -> float:
-        """How many times a whole sequence of `context` tokens fits; its integer part is `max_concurrency`."""
+        """Number of sequences of `context` tokens that fit, with a fraction for the remaining memory."""
         most = replace(self, concurrency=max(self.max_concurrency, 1))
         one = most.kv.reserved / most.concurrency + self.shape.vocab_size * _LOGIT_BYTES
         spare = most.headroom / one
@@ -195,7 +195,7 @@ class Plan:
 
     @cached_property
     def max_context(self) -> int:
-        """The longest context at this concurrency, as far as the model was trained; 0 for none."""
+        """The longest context at this concurrency, up to the model's; 0 for none."""
         most = min(
             self.shape.max_context, (MAX_TOKENS // self.concurrency - 1) // self.page_size * self.page_size
         )
@@ -209,35 +209,35 @@ class Plan:
 
     @property
     def decode_tokens_per_second(self) -> float | None:
-        """A ceiling: what a step meets of the weights, and every kept token, is read once a step."""
+        """An upper bound: each step reads the weights that it uses and every kept token once."""
         if self.device.bandwidth is None:
             return None
         shape, (embedding, routed, rest) = self.shape, self.weight_bits
-        # Of the embeddings the output projection is read; a token's own row is looked up.
+        # The output projection is read in full; of the embedding table only a row per token.
         chosen = shape.active_parameters - (shape.num_parameters - shape.routed_parameters)
-        met = min(shape.routed_parameters, chosen * self.concurrency)
-        bits = shape.vocab_size * shape.hidden_size * embedding + met * routed + shape.other_parameters * rest
+        used = min(shape.routed_parameters, chosen * self.concurrency)
+        bits = (
+            shape.vocab_size * shape.hidden_size * embedding + used * routed + shape.other_parameters * rest
+        )
         read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales
         return self.concurrency * self.device.bandwidth / read
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the numbers should know."""
+        """Caveats for a reader of the plan."""
         notes = self.shape.notes
         if self.context > self.shape.max_context:
             reach = "its rotary scaling reaches" if self.shape.is_extended else "it was trained on"
             notes += (f"{reach} {self.shape.max_context:,} tokens",)
         if self.kv.paged != self.kv.reserved:
-            notes += ("jaxkv keeps the tokens that left a window, so it needs K and V reserved in full",)
+            notes += ("jaxkv keeps tokens outside a window, so it needs K and V reserved in full",)
             windows = set(self.shape.windows)
             if len(windows) == 1:
-                notes += (
-                    f"under the policy SlidingWindow({windows.pop()}, sinks=0) it gives their pages back",
-                )
+                notes += (f"with the policy SlidingWindow({windows.pop()}, sinks=0) it releases their pages",)
         return notes
 
     def as_dict(self) -> dict[str, object]:
-        """For JSON: what was asked and what follows."""
+        """Arguments and results, for JSON."""
         asked = ("context", "concurrency", "kv_dtype", "weights_dtype", "tensor_parallel", "page_size")
         follows = (
             "weights",
@@ -283,20 +283,20 @@ def plan(
 
     Args:
       shape: the model.
-      device: a `Device`, the name of one, or bytes of memory (as a number or like "24GiB").
-      context: tokens a sequence.
+      device: a `Device`, the name of one, or bytes of memory (an integer or like "24GiB").
+      context: tokens per sequence.
       concurrency: sequences at once.
       kv_dtype: as for `kv_cache_bytes`.
-      weights_dtype: "auto" is as they are stored, or published; else one of `WEIGHT_BITS`, f32, bf16, f16.
+      weights_dtype: "auto" is as stored or published; else one of `WEIGHT_BITS`, f32, bf16, f16.
       tensor_parallel: devices that share weights and KV heads; must divide the query heads.
-      page_size: tokens a page.
-      memory_fraction: of the device's memory that may be used. JAX takes 0.75 unless
-        `XLA_PYTHON_CLIENT_MEM_FRACTION` says otherwise.
-      prefill_chunk: most tokens a prefill step.
+      page_size: tokens per page.
+      memory_fraction: share of the device's memory that may be used. JAX takes 0.75 unless
+        `XLA_PYTHON_CLIENT_MEM_FRACTION` is set.
+      prefill_chunk: most tokens per prefill step.
       fragmentation: as for `kv_cache_bytes`.
 
     Raises:
-      ValueError: for a number out of range or an unknown name.
+      ValueError: for a value out of range or an unknown name.
 
     Example:
       >>> plan(ModelShape.from_config("llama-3.1-8b"), "H100", concurrency=16).fits
@@ -308,10 +308,10 @@ def plan(
         check_count("page_size", page_size),
         check_count("prefill_chunk", prefill_chunk),
     )
-    places = -(-context // page_size) * page_size * concurrency
-    if places >= MAX_TOKENS:
+    slots = -(-context // page_size) * page_size * concurrency
+    if slots >= MAX_TOKENS:
         raise ValueError(
-            f"context x concurrency takes {places:,} token places; a pool has fewer than {MAX_TOKENS:,}"
+            f"context x concurrency takes {slots:,} token slots; a pool has fewer than {MAX_TOKENS:,}"
         )
     if shape.num_q_heads % tensor_parallel:
         raise ValueError(f"tensor_parallel={tensor_parallel} must divide the {shape.num_q_heads} query heads")
@@ -349,24 +349,24 @@ def _weights_dtype(shape: ModelShape, name: str) -> str:
             raise ValueError(f"weights_dtype={shown(name)} is not known; known: {known}")
         return full
     if shape.stored_bytes is not None:
-        # From under two bits to float32 with some to spare; beyond, the files are not this model's.
+        # Bytes per parameter, from under two bits to above float32; otherwise the files are another model's.
         if not 0.2 < shape.stored_bytes / shape.num_parameters < 5:
             raise ValueError(
                 f"files of {format_bytes(shape.stored_bytes)} do not hold {shape.num_parameters:,} "
-                f"parameters; say how they are kept with weights_dtype"
+                f"parameters; say how they are stored with weights_dtype"
             )
         return "stored"
     known = shape.quantization == "fp8" or (shape.quantization == "mxfp4" and shape.routed_parameters > 0)
     known = known or shape.quantized_bits is not None
     if shape.quantization is not None and not known:
         raise ValueError(
-            f"weights as {shown(shape.quantization)} keeps them are not known; say how with weights_dtype"
+            f"the size of weights in {shown(shape.quantization)} is not known; say how with weights_dtype"
         )
     return "stored" if known else shape.dtype or "bfloat16"
 
 
 def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` that fits, 0 for none."""
+    """The largest value up to `most` that fits, 0 for none."""
     low, high = 0, most
     while low < high:
         middle = (low + high + 1) // 2

@@ -1,4 +1,4 @@
-"""What a model's `config.json` says about memory."""
+"""The sizes of a model that determine its memory, from its `config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -17,30 +17,29 @@ from jaxkv.planner.stored import safetensors_bytes
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """The sizes of a model that decide how much memory it takes.
+    """The sizes of a model that determine its memory.
 
     Attributes:
-      name: for people.
+      name: for display.
       architecture: the `model_type`.
-      num_layers: that keep K and V.
-      num_q_heads, num_kv_heads, head_dim: of attention. With MLA: one head of `kv_lora_rank +
-        qk_rope_head_dim` elements, kept once, whatever `num_key_value_heads` says.
-      is_latent: MLA: a token keeps one latent vector, not K and V.
-      has_sinks: attention has learned sinks; they keep no tokens.
-      hidden_size, vocab_size: widths.
-      mlp_width: features of the MLP that a token meets, of all its experts together.
-      windows: how many of the latest tokens each layer keeps; None is all.
-      max_context: tokens it was trained on, or that its rotary scaling extends this to.
-      is_extended: whether it is the rotary scaling that makes `max_context` as long as it is.
-      dtype: of its weights as published, None where the config does not say.
-      num_parameters, active_parameters: weights, and those a token meets (fewer with experts).
-      routed_parameters: those of experts that a router chooses from.
-      embedding_parameters: those of the embedding, the output projection and positions.
-      quantization: how the published weights are stored, as `quant_method`; None: in `dtype`.
-      quantized_bits: of a weight so stored, the scales of its group counted in; None where the config does
-        not say.
-      stored_bytes: of the weights' files, where they lie beside the config.
-      notes: what a reader of the numbers should know.
+      num_layers: layers with K and V.
+      num_q_heads, num_kv_heads, head_dim: of attention. With MLA one KV head of `kv_lora_rank +
+        qk_rope_head_dim` elements, stored once; `num_key_value_heads` is ignored.
+      is_latent: MLA; a token has one latent vector, not K and V.
+      has_sinks: whether attention has learned sinks, which take no token slots.
+      hidden_size, vocab_size: features, tokens.
+      mlp_width: MLP features that a token uses, in all its experts.
+      windows: latest tokens that each layer attends to; None is all.
+      max_context: tokens that it was trained on, or its rotary scaling extends that to.
+      is_extended: whether rotary scaling extends `max_context`.
+      dtype: of the published weights; None if the config does not say.
+      num_parameters, active_parameters: weights, and those that a token uses (fewer with experts).
+      routed_parameters: weights of experts that a router chooses from.
+      embedding_parameters: weights of the embedding, the output projection and positions.
+      quantization: storage of the published weights, as `quant_method`; None is `dtype`.
+      quantized_bits: bits per quantized weight, including scales; None if the config does not say.
+      stored_bytes: bytes of the weight files beside the config, if they exist.
+      notes: caveats for a reader of the plan.
     """
 
     name: str
@@ -69,12 +68,12 @@ class ModelShape:
 
     @property
     def other_parameters(self) -> int:
-        """Those that are neither embeddings nor experts."""
+        """Weights of neither embeddings nor experts."""
         return self.num_parameters - self.embedding_parameters - self.routed_parameters
 
     @property
     def elements_per_token(self) -> int:
-        """Numbers that one layer keeps of one token: 2 x KV heads x head_dim, or the latent vector."""
+        """Elements per token and layer: 2 x KV heads x head_dim, or the latent vector's."""
         return (1 if self.is_latent else 2) * self.num_kv_heads * self.head_dim
 
     @classmethod
@@ -87,10 +86,10 @@ class ModelShape:
           source: its contents, the path of a `config.json` or of its folder (whose safetensors files are then
             counted), the path of a GGUF file, the name of a model in `configs/models`, or an object with
             `to_dict()` such as a `PretrainedConfig`.
-          name: for people. Default: what `source` is called.
+          name: for display. Default: the name of `source`.
 
         Raises:
-          ValueError: when it cannot be read, a field is missing or absurd, or the architecture is not known.
+          ValueError: if it cannot be read, a field is missing or invalid, or the architecture is unknown.
 
         Example:
           >>> ModelShape.from_config("llama-3.1-8b").elements_per_token
@@ -120,7 +119,7 @@ class ModelShape:
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
         if architecture.latent:
             notes += (
-                "MLA keeps one latent vector a token; jaxkv's pool holds K and V, so it has no CacheConfig",
+                "MLA has one latent vector per token; jaxkv stores K and V, so there is no CacheConfig",
             )
         quantization, bits = _quantization(outer)
         if quantization is None:
@@ -153,7 +152,7 @@ class ModelShape:
 
 
 def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
-    """The config, its name, and the bytes of the weights beside it."""
+    """The config, its name, and the bytes of the weight files beside it."""
     if hasattr(source, "to_dict"):
         source = source.to_dict()
     if isinstance(source, Mapping):
@@ -167,12 +166,12 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
         except ValueError as error:
             raise ValueError(f"{error}; nor is it a file or folder") from None
     if path.suffix == ".gguf":
-        from jaxkv.checkpoints.gguf_file import GGUFFile  # its reader is an extra
+        from jaxkv.checkpoints.gguf_file import GGUFFile  # needs an optional dependency
 
         return config_fields(GGUFFile(path)), path.stem, path.stat().st_size
     folder = path if path.is_dir() else path.parent
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
-    # Beside another file's name the weights may be another model's.
+    # Beside a config of another name, the weights may be another model's.
     own = path.is_dir() or path.name == "config.json"
     return read_json(path), named, safetensors_bytes(folder) if own else None
 
@@ -188,7 +187,7 @@ def _dtype(raw: Mapping[str, Any]) -> str | None:
 
 
 def _quantization(raw: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """How weights are stored, and bits of each where the config gives them for all weights alike."""
+    """How weights are stored, and bits per weight if the config gives one value for all weights."""
     for field in ("quantization_config", "quantization"):
         options = raw.get(field)
         if options is None:
@@ -203,7 +202,7 @@ def _quantization(raw: Mapping[str, Any]) -> tuple[str | None, float | None]:
 
 
 def _mlx_bits(field: str, options: Mapping[str, Any]) -> float | None:
-    """Bits of a weight as MLX stores it; None where layers differ, or another format is meant.
+    """Bits per weight in MLX's format; None if layers differ or it is another format.
 
     A group of weights shares a scale and a bias of 16 bits each. The embedding is stored likewise.
     """
@@ -211,10 +210,10 @@ def _mlx_bits(field: str, options: Mapping[str, Any]) -> float | None:
         return None
     if "bits" not in options or "group_size" not in options or options.get("mode", "affine") != "affine":
         return None
-    numbers = Fields(options)
+    fields = Fields(options)
     for name in ("bits", "group_size"):
         try:
-            numbers.integer(name)
+            fields.integer(name)
         except ValueError as error:
             raise ValueError(f"{field}: {error}") from None
     if options["bits"] > 8:

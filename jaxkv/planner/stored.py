@@ -1,4 +1,4 @@
-"""Weights as they lie on a disk: how many bytes."""
+"""Bytes of the weight files on disk."""
 
 from pathlib import Path
 
@@ -6,13 +6,12 @@ from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, read_json, shard
 
 
 def safetensors_bytes(folder: Path) -> int | None:
-    """Bytes of a model's safetensors weights, None where the folder does not have all of them.
+    """Bytes of a model's safetensors weights, of the files that the loader reads; None if one is missing.
 
-    The files are those that the loader reads. An index says how many bytes they have (`metadata.total_size`);
-    else the files do, whose headers are negligible.
+    Taken from the index (`metadata.total_size`), else from the file sizes, whose headers are negligible.
 
     Raises:
-      ValueError: for an index that is damaged, or shards of different sets.
+      ValueError: for a damaged index, or shards of different sets.
     """
     if (whole := folder / WHOLE_FILE).is_file():
         return whole.stat().st_size

@@ -1,4 +1,4 @@
-"""What would make a plan fit: each suggestion was planned itself."""
+"""Suggests changes that make a plan fit; each suggestion is a plan that fits."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ _MOST_DEVICES, _MOST_SUGGESTIONS = 16, 6
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """One way out.
+    """A change that makes a plan fit.
 
     Attributes:
-      text: for people, with its number.
+      text: for display, with its value.
       change: arguments of `plan` that differ.
-      plan: the plan with them; it fits.
+      plan: the plan with the change.
     """
 
     text: str
@@ -28,16 +28,16 @@ class Suggestion:
 
 
 def suggestions(refused: Plan) -> list[Suggestion]:
-    """Ways to make a plan fit: one change each; where no single one is enough, two or three.
+    """Single changes that make a plan fit; if none suffices, combinations of two or three.
 
     Args:
-      refused: a plan that does not fit. One that does needs none.
+      refused: a plan that does not fit; for one that fits there are no suggestions.
     """
     if refused.fits:
         return []
     begun = [Suggestion("", {}, refused)]
     for _ in range(3):
-        # What a step leaves unfit is where the next goes on.
+        # The next round adds a change to those that do not fit yet.
         tried = [found for first in begun for found in _further(first)]
         if found := [suggestion for suggestion in tried if suggestion.plan.fits]:
             return _distinct(found)[:_MOST_SUGGESTIONS]
@@ -53,7 +53,7 @@ def _further(first: Suggestion) -> Iterator[Suggestion]:
 
 
 def _distinct(found: list[Suggestion]) -> list[Suggestion]:
-    """One of those that come to the same, in another order."""
+    """Keeps one of the suggestions with the same changes in another order."""
     return list(
         {tuple(sorted(suggestion.change.items())): suggestion for suggestion in reversed(found)}.values()
     )[::-1]
@@ -101,7 +101,7 @@ def _narrower_weights(plan: Plan) -> Iterator[Suggestion]:
 
 
 def _more_devices(plan: Plan) -> Iterator[Suggestion]:
-    """The fewest that are enough, else the most."""
+    """The fewest devices that suffice, else the most."""
     shape = plan.shape
     even = [
         replace(plan, tensor_parallel=devices)

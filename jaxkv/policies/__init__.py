@@ -1,4 +1,4 @@
-"""What to forget when a sequence's memory is bounded: eviction policies, each a frozen dataclass."""
+"""Eviction policies: which tokens to drop when a sequence exceeds its budget; each a frozen dataclass."""
 
 from jaxkv.policies.base import Policy as Policy
 from jaxkv.policies.token_policy import TokenPolicy as TokenPolicy

@@ -1,4 +1,4 @@
-"""What policies share that go by the attention tokens received."""
+"""Base of the policies that rank tokens by the attention that they received."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -21,7 +21,7 @@ def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
 
 @dataclass(frozen=True)
 class MassPolicy(TokenPolicy):
-    """Goes by the attention that tokens have received in all, and spares the last ones."""
+    """Ranks tokens by the total attention that they received, and always keeps the `recent` last."""
 
     recent: int
 
@@ -32,13 +32,13 @@ class MassPolicy(TokenPolicy):
         return {"mass": zeros(config)}
 
     def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
-        """The values, with a step's attention added."""
-        held = values["mass"]
-        before = jnp.where(step.is_old, rows_of(held, step.slot), 0.0)
-        return {"mass": held.at[step.slot].set(before + step.mass, mode="drop")}
+        """Adds a step's attention."""
+        mass = values["mass"]
+        before = jnp.where(step.is_old, rows_of(mass, step.slot), 0.0)
+        return {"mass": mass.at[step.slot].set(before + step.mass, mode="drop")}
 
     def spare_recent(self, rank: Array, tokens: Tokens) -> Array:
-        """The rank, with the recent tokens above all."""
+        """The rank, raised to infinity for the recent tokens."""
         return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, rank)
 
     def __post_init__(self):

@@ -1,13 +1,13 @@
-"""What an eviction policy is.
+"""The interface of an eviction policy.
 
-A policy is a frozen dataclass of static settings. `jaxkv.init(config, policy)` makes it part of a cache, and
-`cache.policy.values` is what it remembers:
+A policy is a frozen dataclass of static settings. `jaxkv.init(config, policy)` makes it part of a cache;
+`cache.policy.values` is its state:
 
-    cache, batch = jaxkv.allocate(cache, seqs, num_tokens)     # evicts what is due first
-    ... append and attend in each layer, and attention_mass where `policy.needs_mass`
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens)     # evicts first what is due
+    ... append and attend in each layer, and attention_mass if `policy.needs_mass`
     cache = jaxkv.observe(cache, batch, mass)                  # mass of all layers, stacked
 
-These functions call the policy's methods, inside `jit`. `jaxkv.generate` also asks it how to cut up prompts.
+These functions call the policy's methods inside `jit`. `jaxkv.generate` also asks it how to chunk prompts.
 """
 
 import math
@@ -27,13 +27,13 @@ Positions = Literal["original", "cache"]
 
 
 class Step(NamedTuple):
-    """One step of some sequences, as a policy sees it; arrays for token slots have four axes.
+    """One step of some sequences, as given to a policy.
 
     Attributes:
-      slot: of each entry, `max_seqs` for padding and for refused ones.
-      mass: `[entries, layers, kv_heads, max_tokens]`.
+      slot: of each entry; `max_seqs` for padding and refused entries.
+      mass: attention that each token slot received, `[entries, layers, kv_heads, max_tokens]`.
       is_new, is_old: `[entries, 1, 1, max_tokens]`, the step's own tokens and those before them.
-      place: `[1, 1, 1, max_tokens]`.
+      place: index of each token slot in its sequence, `[1, 1, 1, max_tokens]`.
     """
 
     slot: Int[Array, " entries"]
@@ -45,30 +45,30 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Policy:
-    """What to forget. A class of your own needs `evict`, or is a `TokenPolicy` and needs `rank`.
+    """Which tokens to drop. A subclass implements `evict`; a subclass of `TokenPolicy` implements `rank`.
 
     Class attributes:
       needs_mass: whether `note` needs the attention that each token received.
-      once: whether it cuts a prompt once, where `jaxkv.evict` is called: `allocate` evicts nothing then, and
-        what is generated need not be observed.
+      once: whether it compresses a prompt once, when `jaxkv.evict` is called. Then `allocate` evicts nothing,
+        and decode steps need not be observed.
     """
 
     needs_mass: ClassVar[bool] = False
     once: ClassVar[bool] = False
 
     def capacity(self, config: CacheConfig) -> int:
-        """Token places that a sequence fills at most, where `evict` is called whenever it fills a page.
+        """Most token slots that a sequence fills if `evict` is called whenever it fills a page.
 
         Default: a whole row.
         """
         return config.max_tokens_per_seq
 
     def most_positions(self, config: CacheConfig) -> int | None:
-        """Positions that a decode loop reaches at most; None for as many as there are tokens."""
+        """The highest position that a decode loop reaches; None if positions grow with every token."""
         return None
 
     def most_kept(self, config: CacheConfig) -> int:
-        """Token places that `evict` leaves a sequence, at most. Default: a page less than `capacity`."""
+        """Most token slots that a sequence keeps after `evict`. Default: a page less than `capacity`."""
         return self.capacity(config) - config.page_size
 
     def check(self, config: CacheConfig) -> None:
@@ -81,118 +81,118 @@ class Policy:
             )
         kept, most = self.most_kept(config), self.capacity(config)
         if kept >= most:
-            raise ValueError(f"{self} keeps {kept} of {most} token places; there must be room for one more")
+            raise ValueError(f"{self} keeps {kept} of {most} token slots; there must be room for one more")
         if self.capacity(config) > config.max_tokens_per_seq:
             raise ValueError(
-                f"{self} fills up to {self.capacity(config)} token places (a page more than it keeps); a "
+                f"{self} fills up to {self.capacity(config)} token slots (a page more than it keeps); a "
                 f"sequence has {config.max_tokens_per_seq}: {config.max_pages_per_seq} pages of "
                 f"{config.page_size}"
             )
 
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
-        """`PolicyState.values` of a policy that has seen nothing yet. Default: none."""
+        """The initial `PolicyState.values`. Default: none."""
         return {}
 
     def view(self, batch: Batch) -> Batch:
-        """The batch, with what its tokens may see. Default: everything."""
+        """The batch with the window and sink tokens of the policy. Default: the batch unchanged."""
         return batch
 
     def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
-        """`PolicyState.values` after a step, where `needs_mass`. Default: as they are."""
+        """`PolicyState.values` after a step, if `needs_mass`. Default: unchanged."""
         return values
 
     def forget(self, values: dict[str, Array], slot: Int[Array, " entries"]) -> dict[str, Array]:
-        """`PolicyState.values` after some sequences became shorter or empty. Default: as they are.
+        """`PolicyState.values` after some sequences became shorter or empty. Default: unchanged.
 
-        What is held for a token slot past the end of its sequence means nothing, and may stay.
+        Values past the end of a sequence are never used, and may stay.
         """
         return values
 
     def is_due(self, cache: KVCache, slot: Int[Array, " entries"]) -> Bool[Array, " entries"]:
-        """Whether `evict` has something to drop. Default: never, where nothing keeps `evict` from dropping.
+        """Whether `evict` has tokens to drop. Default: False, for a policy whose `evict` always succeeds.
 
-        A sequence for which it is so after `evict` waits: `allocate` refuses it with `OUT_OF_PAGES`.
+        If it is still True after `evict`, `allocate` refuses the sequence with `OUT_OF_PAGES`.
         """
         return jnp.zeros(slot.shape, bool)
 
     def evict(self, cache: KVCache, slot: Int[Array, " entries"]) -> tuple[KVCache, Int[Array, " entries"]]:
-        """Drops what is beyond the budget of some sequences, all of it or nothing for each.
+        """Drops the tokens beyond the budget of some sequences, all or none of each sequence.
 
         It is called in every step, and must cost nothing where nothing is due: see
         `pallas_kernels.control_flow.only_if`.
 
         Args:
           cache: the cache, with this policy's state; no `Batch` of it may be in use.
-          slot: each slot once; `max_seqs` for an entry that does nothing.
+          slot: each slot once; `max_seqs` for an entry to ignore.
 
         Returns:
-          The cache, and how many token slots each sequence gave up.
+          The cache, and the number of tokens dropped from each sequence.
         """
         raise NotImplementedError
 
-    # What `generate` asks before anything is computed.
+    # `generate` calls these before anything is computed.
 
     def last_step(self) -> int:
-        """Tokens at the end of a prompt that must be a step of their own, the only one that is observed.
+        """Tokens at the end of a prompt that must be a step of their own, the only observed one.
 
-        Default: 0, where every step is observed.
+        Default: 0; every step is observed.
         """
         return 0
 
     def most_at_once(self, config: CacheConfig, largest: int) -> int:
-        """Tokens of one prompt in a step of `largest` tokens: beside what it keeps they must fit its row."""
+        """Most tokens of one prompt in a step of `largest`: they must fit its row beside what is kept."""
         return min(largest, config.max_tokens_per_seq - self.most_kept(config))
 
     def shared_unit(self, config: CacheConfig, largest: int) -> int:
-        """Prompts that begin alike are evicted from as each alone would be at multiples of so many tokens."""
+        """Sharing a prefix of a multiple of this many tokens does not change what is evicted."""
         return math.lcm(config.page_size, self.most_at_once(config, largest))
 
     def copied_tokens(self, length: int) -> int:
-        """Token slots that `evict` writes anew of a sequence whose pages siblings share. Default: none."""
+        """Tokens that `evict` copies of a sequence whose pages are shared. Default: none."""
         return 0
 
     def last_position(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
-        """The position that a prompt and its continuation reach at most; arguments as of `token_slots`."""
+        """The highest position that a prompt and its continuation reach; arguments as for `token_slots`."""
         most = self.most_positions(config)
         return num_tokens + new_tokens if most is None else most + min(num_tokens, largest)
 
     def token_slots(self, config: CacheConfig, num_tokens: int, new_tokens: int, largest: int) -> int:
-        """Token slots that a prompt and what it is continued with fill at most.
+        """Most token slots that a prompt and its continuation fill.
 
         Args:
-          config: of a row that would hold everything.
+          config: a config whose row holds all tokens.
           num_tokens: of the prompt.
-          new_tokens: most tokens to be generated.
-          largest: most tokens a prefill step.
+          new_tokens: most tokens to generate.
+          largest: most tokens per prefill step.
         """
         most = self.most_kept(config) + min(num_tokens, largest)
         return max(self.capacity(config), min(num_tokens + new_tokens, most))
 
 
 def count_evictions(stats: AllocationStats, dropped: Int[Array, " entries"]) -> AllocationStats:
-    """Adds what sequences gave up to the counters."""
+    """Adds the tokens dropped from each sequence to the counters."""
     times, tokens = jnp.sum(dropped > 0, dtype=jnp.int32), jnp.sum(dropped, dtype=jnp.int32)
     return count(stats, evictions=times, evicted_tokens=tokens)
 
 
 def check_counts(policy: Any, least: dict[str, int], budget: str | None = None) -> None:
-    """Integer settings, no less than they may be; and a budget that holds what must be kept."""
+    """Checks that integer settings reach their least value, and that the budget holds the tokens to keep."""
     for name, smallest in least.items():
         value = getattr(policy, name)
         number = whole(value)
         if number is None or not smallest <= number < 2**30:
             raise ValueError(f"{name}={value!r} must be an integer, {smallest} or more and below {2**30}")
-        # As Python's own, so that policies of equal settings have equal hashes and texts.
+        # As Python integers, so that equal policies have equal hashes and the same repr.
         object.__setattr__(policy, name, number)
     if budget is not None and getattr(policy, budget) > policy.budget:
         raise ValueError(f"budget={policy.budget} does not hold {budget}={getattr(policy, budget)} tokens")
 
 
 def check_positions(positions: str, rope: Rope | None) -> None:
-    """`positions` and `rope` that fit together."""
+    """Checks that `positions` and `rope` match."""
     if positions not in get_args(Positions):
         raise ValueError(f"positions={positions!r} must be 'original' or 'cache'")
     if rope is not None and not isinstance(rope, Rope):
         raise ValueError(f"rope={rope!r} must be a jaxkv.Rope")
     if positions == "cache" and rope is None:
-        raise ValueError(f"positions='cache' turns keys and needs rope=jaxkv.Rope(...), not {rope!r}")
+        raise ValueError(f"positions='cache' rotates keys and needs rope=jaxkv.Rope(...), not {rope!r}")

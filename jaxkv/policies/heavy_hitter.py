@@ -1,4 +1,4 @@
-"""The tokens that received the most attention (H2O, arXiv:2306.14048)."""
+"""Keeps the tokens that received the most attention (H2O, arXiv:2306.14048)."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from jaxkv.policies.token_policy import Tokens
 class HeavyHitter(MassPolicy):
     """Keeps the `recent` last tokens, and of the others those with the greatest accumulated attention.
 
-    In each layer and KV head on its own: the heads of a model look at different tokens.
+    Each layer and KV head chooses separately, since heads attend to different tokens.
 
     Attributes:
-      budget: token places a sequence keeps, the recent ones among them.
-      recent: last tokens that stay whatever they received.
+      budget: tokens that a sequence keeps, including the recent ones.
+      recent: last tokens, always kept.
       positions, rope: see `TokenPolicy`.
 
     Raises:
@@ -24,5 +24,5 @@ class HeavyHitter(MassPolicy):
     """
 
     def rank(self, tokens: Tokens) -> Array:
-        """Attention received; the recent ones above all."""
+        """Attention received; infinity for the recent tokens."""
         return self.spare_recent(tokens.values["mass"], tokens)

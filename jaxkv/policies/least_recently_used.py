@@ -1,4 +1,4 @@
-"""The tokens that were attended to most recently."""
+"""Keeps the tokens that were attended to most recently."""
 
 from dataclasses import dataclass
 from math import inf
@@ -20,16 +20,15 @@ _MOST = 2**31
 
 @dataclass(frozen=True)
 class LeastRecentlyUsed(TokenPolicy):
-    """Drops the tokens that have gone longest without receiving attention above the threshold.
+    """Drops the tokens whose last use is longest ago.
 
-    Of two unused for longer than `2**31 / max_tokens` tokens the older goes first, whichever was used last.
-
-    A token is used where a step's queries gave it more than `threshold` in all, and when it comes in. In each
-    layer and KV head on its own.
+    A token is used when it is appended, and in each step whose queries give it more attention than
+    `threshold`. Each layer and KV head chooses separately. Of two tokens unused for more than
+    `2**31 / max_tokens` tokens the older is dropped first.
 
     Attributes:
-      budget: token places a sequence keeps.
-      threshold: of the attention that a token receives in one step, summed over the queries of the step and
+      budget: tokens that a sequence keeps.
+      threshold: for the attention that a token receives in one step, summed over the queries of the step and
         the query heads of its KV head.
       positions, rope: see `TokenPolicy`.
 
@@ -49,17 +48,18 @@ class LeastRecentlyUsed(TokenPolicy):
         object.__setattr__(self, "threshold", threshold)
 
     def first_values(self, config: CacheConfig) -> dict[str, Array]:
-        """`used`: what the sequence's clock showed then; `clock`: tokens it has seen."""
+        """`used`: the sequence's clock when a token was last used; `clock`: its tokens so far."""
         return {"used": zeros(config, jnp.int32), "clock": jnp.zeros(config.max_seqs, jnp.int32)}
 
     def note(self, values: dict[str, Array], step: Step, batch: Batch) -> dict[str, Array]:
-        """The values, with the tokens that a step used."""
-        # A clock of its own: positions may be counted anew. One that starts has all its tokens in this step.
+        """Records which tokens a step used."""
+        # Positions cannot serve as the clock: they may be renumbered. A sequence that starts in this step
+        # starts its clock at 0.
         before = batch.kv_lengths - batch.num_tokens
         began = jnp.where(before > 0, rows_of(values["clock"], step.slot), 0)
         now = began + batch.num_tokens
-        came_in = began[:, None, None, None] + step.place - before[:, None, None, None] + 1
-        used = jnp.where(step.is_new, came_in, rows_of(values["used"], step.slot))
+        appended = began[:, None, None, None] + step.place - before[:, None, None, None] + 1
+        used = jnp.where(step.is_new, appended, rows_of(values["used"], step.slot))
         used = jnp.where(step.mass > self.threshold, now[:, None, None, None], used)
         return {
             "used": values["used"].at[step.slot].set(used, mode="drop"),
@@ -67,8 +67,8 @@ class LeastRecentlyUsed(TokenPolicy):
         }
 
     def rank(self, tokens: Tokens) -> Array:
-        """When it was last used; of those used at the same time the later token is the higher."""
-        places = tokens.place.shape[-1]
+        """When the token was last used; of tokens used at the same time the later ranks higher."""
+        max_tokens = tokens.place.shape[-1]
         used = jnp.where(tokens.place < tokens.lengths, tokens.values["used"], 0)
-        age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // places - 1)
-        return tokens.place - age * places
+        age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // max_tokens - 1)
+        return tokens.place - age * max_tokens

@@ -1,4 +1,4 @@
-"""A policy from a line of text: `sliding-window:1024,sinks=4`."""
+"""Parses a policy from text: `sliding-window:1024,sinks=4`."""
 
 from dataclasses import MISSING, fields
 from typing import Any
@@ -18,20 +18,20 @@ POLICIES: dict[str, type[Policy]] = {
     "semantic-merge": SemanticMerge,
     "prompt-compress": PromptCompress,
 }
-# Settings that are said shorter.
+# Short names of settings.
 _SHORT = {"observe": "observe_last"}
 
 
 def parse_policy(text: str, rope: Rope | None = None) -> Policy:
-    """A policy by name, its window or budget in tokens, and other settings.
+    """A policy from its name, its window or budget in tokens, and other settings.
 
     Args:
-      text: `NAME:TOKENS[,SETTING=VALUE...]`. Without `recent`, 7/8 of the budget;
-        without `observe`, 32 tokens, or half the budget if that is less.
-      rope: how the model turns its keys, for `positions=cache`.
+      text: `NAME:TOKENS[,SETTING=VALUE...]`. `recent` defaults to 7/8 of the budget; `observe` to 32
+        tokens, or half the budget if that is less.
+      rope: how the model rotates its keys, for `positions=cache`.
 
     Raises:
-      ValueError: for an unknown name or setting, naming those there are.
+      ValueError: for an unknown name or setting, listing the known ones.
 
     Example:
       >>> parse_policy("sliding-window:1024,sinks=4")

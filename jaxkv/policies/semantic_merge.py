@@ -1,4 +1,4 @@
-"""Like tokens become one (after KVMerger, arXiv:2407.08454, with its Gaussian weights)."""
+"""Merges similar adjacent tokens (after KVMerger, arXiv:2407.08454, with its Gaussian weights)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,40 +15,38 @@ from jaxkv.rewrite import numbers, stored_as
 from jaxkv.state import KVPool
 from pallas_kernels import control_flow
 
-# Of a token that received nothing, beside others.
+# Weight of a token that received no attention.
 _LEAST_WEIGHT = 1e-6
-# How fast a token's weight falls with its key's distance from the representative's, 1 - cosine.
+# Scale of the distance between a token's key and the representative's, 1 - cosine, in its weight.
 _REACH = 0.1
 
 
 @dataclass(frozen=True)
 class SemanticMerge(MassPolicy):
-    """Merges neighbours that are most alike, until `budget` tokens are left.
+    """Merges the most similar adjacent tokens until `budget` tokens are left.
 
-    In each layer and KV head on its own. What merging two neighbours loses is taken for
-    `a b / (a + b) * (1 - cos)`: the attention that they received, and the cosine of their keys. Where that is
-    least, the two become one token, and so may a run of them. A run's first token stays, with its key and
-    what it received. Its value takes in what each other token j of the run, which received `a_j` beside the
-    first's `a`, added to the output of the queries so far:
+    Each layer and KV head merges separately. The estimated loss of merging two adjacent tokens is
+    `a b / (a + b) * (1 - cos)`, for the attention `a`, `b` that they received and the cosine of their keys.
+    Pairs of least loss merge; adjacent pairs merge into a run. The first token of a run stays, with its key
+    and its attention `a`, as the representative. Its value becomes, over the other tokens j of the run,
 
         v + sum of min(a_j / a, 1) * exp(-(1 - cos) / 0.1) * (v_j - mean)
 
-    A softmax without j gives its share to the others, who add about the mean of the sequence's values,
-    weighted by what they received; the representative, which stands for j where their keys are alike, makes
-    up for the difference. No number of it leaves the range of the run's values, so that a query which looks
-    at the representative alone finds nothing that was not there.
+    Without token j the softmax gives j's share to the other tokens, whose mean value, weighted by attention,
+    is `mean`. The sum corrects the output for that difference, as far as j's key is like the
+    representative's. Each element of the new value is clipped to the range of the run's values.
 
-    (Means of keys made perplexity worse: neighbours' keys are turned to different positions. So did sums of
-    attention, by which tokens merged once were kept before others that receive more. Means of values, as in
-    the paper, were worse than dropping at a quarter with half of it recent.)
+    Alternatives that gave worse perplexity: means of keys, since adjacent keys are rotated to different
+    positions; sums of attention, which keep merged tokens before others that receive more. Means of values,
+    as in the paper, were worse than dropping tokens, at a quarter of the tokens with half of them recent.
 
     Attributes:
-      budget: token places a sequence keeps, the recent ones among them.
-      recent: last tokens that are not merged.
+      budget: tokens that a sequence keeps, including the recent ones.
+      recent: last tokens, which are not merged.
       positions, rope: see `TokenPolicy`.
 
     Raises:
-      ValueError: for a `recent` of the budget or beyond.
+      ValueError: for a `recent` that is not below the budget.
     """
 
     reads_keys: ClassVar[bool] = True
@@ -61,7 +59,7 @@ class SemanticMerge(MassPolicy):
             )
 
     def rank(self, tokens: Tokens) -> Array:
-        """What would be lost if a token were merged with the one before it."""
+        """The estimated loss of merging a token with the one before it."""
         k = tokens.keys
         assert k is not None
         mass = jnp.maximum(tokens.values["mass"], _LEAST_WEIGHT)
@@ -73,10 +71,10 @@ class SemanticMerge(MassPolicy):
     def gather(
         self, config: CacheConfig, tokens: Tokens, kept: Array, read: Callable[[Array], KVPool]
     ) -> tuple[KVPool, dict[str, Array], Array]:
-        """Of each run the place kept, its first, with a value that answers for the others'."""
+        """The first token of each run, with the merged value."""
         length = jnp.broadcast_to(tokens.lengths, (*kept.shape[:2], 1))
         end = jnp.concatenate([kept[..., 1:], length], axis=-1)
-        # As many trips as the longest run has more tokens.
+        # The length of the longest run: the loop below visits the run's other tokens.
         longest = jnp.max(jnp.where(tokens.lengths > 0, end - kept, 0))
         mass = jnp.maximum(tokens.values["mass"], _LEAST_WEIGHT)
         stored, own, _ = super().gather(config, tokens, kept, read)
@@ -86,10 +84,10 @@ class SemanticMerge(MassPolicy):
 
         def join(nth: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             value, least, most = carry
-            place = kept + nth
-            inside = (place < end)[..., None]
-            one = read(jnp.where(place < end, place, tokens.place.shape[-1]))
-            share = jnp.take_along_axis(mass, place, axis=-1, mode="clip") / received
+            index = kept + nth
+            inside = (index < end)[..., None]
+            one = read(jnp.where(index < end, index, tokens.place.shape[-1]))
+            share = jnp.take_along_axis(mass, index, axis=-1, mode="clip") / received
             alike = jnp.exp((_cosine(numbers(config, one.k, one.k_scale), key) - 1.0) / _REACH)
             weight = jnp.where(inside, (jnp.minimum(share, 1.0) * alike)[..., None], 0.0)
             v = jnp.where(inside, numbers(config, one.v, one.v_scale), first)
@@ -98,7 +96,7 @@ class SemanticMerge(MassPolicy):
         joined, least, most = control_flow.fori_loop(1, longest, join, (first, first, first))
         v, v_scale = stored_as(config, jnp.clip(joined, least, most), keys=False)
         merged = replace(stored, v=v, v_scale=v_scale)
-        # What was not merged stays as it is stored.
+        # Tokens that were not merged keep their stored codes.
         stored = jax.tree.map(lambda new, old: where_tokens(end - kept > 1, new, old), merged, stored)
         return stored, own, kept
 
@@ -106,7 +104,7 @@ class SemanticMerge(MassPolicy):
 def _mean_value(
     config: CacheConfig, tokens: Tokens, mass: Array, read: Callable[[Array], KVPool]
 ) -> Float[Array, "entries kv_heads 1 head_dim"]:
-    """Of a sequence's values, by what they received: the mean output of its queries, nearly."""
+    """Mean of a sequence's values, weighted by attention: about the mean output of its queries."""
     row = read(jnp.broadcast_to(tokens.place, mass.shape))
     used = tokens.place < tokens.lengths
     weights = jnp.where(used, mass, 0.0)[..., None]

@@ -1,4 +1,4 @@
-"""First in, first out, but for a sequence's first tokens (StreamingLLM, arXiv:2309.17453)."""
+"""Keeps the last tokens and the first few (StreamingLLM, arXiv:2309.17453)."""
 
 from dataclasses import dataclass, field, replace
 
@@ -18,22 +18,22 @@ from pallas_kernels.control_flow import only_if
 
 @dataclass(frozen=True)
 class SlidingWindow(Policy):
-    """Keeps the last `window` tokens and, for good, the first `sinks`.
+    """Keeps the last `window` tokens and always the first `sinks`.
 
         page_size 4, window 6, sinks 2:
-        [s s . .][. . . .][. . a b][c d e f]   ->   [s s . .][. . a b][c d e f]     the page behind is free
+        [s s . .][. . . .][. . a b][c d e f]   ->   [s s . .][. . a b][c d e f]     the second page is free
 
-    A page goes back to the stack the moment the last of its tokens leaves the window; attention does not see
-    the others that have left it. No K or V moves. Without sinks most models break once their first tokens
-    are gone, for they rest attention there that they have no use for.
+    A page is released when its last token leaves the window. Attention ignores tokens outside the window in
+    pages that remain. No K or V moves. Most models fail without sinks once their first tokens are dropped,
+    since attention that no other token needs goes to the first tokens.
 
     Attributes:
-      window: tokens that a token sees, itself included.
-      sinks: first tokens of a sequence that every token sees besides.
-      positions: "original", or "cache": once a window's worth of tokens was dropped, what is left moves up
-        to the sinks, so that positions stay below `sinks + 2 * window` and three pages, and a sequence can go
-        on for ever. A key is turned twice at most.
-      rope: how the model turns its keys, for "cache".
+      window: tokens that each token attends to, itself included.
+      sinks: first tokens of a sequence, which every token attends to in addition.
+      positions: "original", or "cache": after `window` tokens were dropped, the remaining ones are moved to
+        positions right after the sinks. Then positions stay below `sinks + 2 * window` plus three pages, and
+        a sequence can grow without limit. A key is rotated at most twice.
+      rope: how the model rotates its keys, for "cache".
 
     Raises:
       ValueError: for settings that contradict each other.
@@ -56,19 +56,19 @@ class SlidingWindow(Policy):
 
     @property
     def _window_kept(self) -> int:
-        """The newest token stays, though with a window of one no other sees it: the slot is not empty."""
+        """The window, or 2 if it is 1: the newest token always stays, so that the slot is not empty."""
         return max(self.window, 2)
 
     def most_positions(self, config: CacheConfig) -> int | None:
-        """A window beyond the places, where what is left moves up."""
+        """`capacity` plus a window if positions are renumbered; else None."""
         return self.capacity(config) + self.window if self.positions == "cache" else None
 
     def most_kept(self, config: CacheConfig) -> int:
-        """The sinks' pages and the window, wherever in a page it begins."""
+        """The sinks' pages and the window, which may begin anywhere in a page."""
         return (config.pages_for(self.sinks) + 1) * config.page_size + self._window_kept - 2
 
     def capacity(self, config: CacheConfig) -> int:
-        """The sinks' pages, the window's, and the one that is being filled."""
+        """The sinks' pages, the window's pages and the page being filled."""
         window_pages = config.pages_for(self._window_kept - 1) + 1
         return (config.pages_for(self.sinks) + window_pages) * config.page_size
 
@@ -80,15 +80,15 @@ class SlidingWindow(Policy):
             check_rope(self.rope, config.head_dim)
 
     def view(self, batch: Batch) -> Batch:
-        """The batch; its tokens see the window and the sinks."""
+        """The batch with this window and these sinks."""
         return replace(batch, window=self.window, sink_tokens=self.sinks)
 
     def shared_unit(self, config: CacheConfig, largest: int) -> int:
-        """A page, where positions stay: a window hides the same tokens whenever it gives back their pages."""
+        """A page if positions stay: the window hides the same tokens whenever pages are released."""
         return config.page_size if self.positions == "original" else super().shared_unit(config, largest)
 
     def evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
-        """Gives back the pages that no token to come can see; see `Policy.evict`."""
+        """Releases the pages that no later token can attend to; see `Policy.evict`."""
         config = cache.config
         first = config.pages_for(self.sinks)
         length = rows_of(cache.table.lengths, slot)
@@ -114,5 +114,5 @@ class SlidingWindow(Policy):
             return cache
         gap = rows_of(table.positions, slot) - rows_of(table.lengths, slot)
         far = jnp.where(gap >= self.window, slot, -1)
-        # Where siblings hold all free pages it stays where it is until the next time.
+        # If shared pages would need more free pages than there are, positions stay until the next call.
         return shift_positions(cache, far, -gap, rope=self.rope, first=first * config.page_size)[0]

@@ -1,4 +1,4 @@
-"""Eviction of single tokens, which most policies share: which stay, and their move to fewer pages."""
+"""Eviction of single tokens: ranks the tokens of each sequence and moves the kept ones to its first slots."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -31,13 +31,13 @@ from pallas_kernels.ordering import after
 
 
 class Tokens(NamedTuple):
-    """The kept tokens of some sequences in one layer, for `TokenPolicy.rank`.
+    """The tokens of some sequences in one layer, for `TokenPolicy.rank`.
 
     Attributes:
-      values: of the policy's state, each `[entries, kv_heads, max_tokens]`; past a length they mean nothing.
-      keys: float32 `[entries, kv_heads, max_tokens, head_dim]`, for a policy that reads them; else None.
-      place: `[1, 1, max_tokens]`, 0 for a sequence's oldest.
-      lengths: `[entries, 1, 1]`, token places in use.
+      values: of the policy's state, each `[entries, kv_heads, max_tokens]`; undefined past a length.
+      keys: float32 `[entries, kv_heads, max_tokens, head_dim]` for a policy that reads keys; else None.
+      place: index of each token slot, `[1, 1, max_tokens]`; 0 is a sequence's oldest token.
+      lengths: token slots in use, `[entries, 1, 1]`.
     """
 
     values: dict[str, Array]
@@ -48,17 +48,15 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenPolicy(Policy):
-    """Keeps the `budget` tokens of highest rank, in each layer and KV head on its own, in their order.
+    """Keeps the `budget` tokens of highest rank in each layer and KV head, in their order.
 
-    A window that the model has itself counts the places that are left.
-
-    A class of your own says what ranks highest:
+    A model's own window counts the tokens that are left. A subclass defines the rank:
 
       >>> import jax.numpy as jnp
       >>> from dataclasses import dataclass
       >>> @dataclass(frozen=True)
       ... class Thin(TokenPolicy):
-      ...     "Keeps the first four tokens and the last half of the budget, and of the rest every other one."
+      ...     "Keeps the first four tokens, half a budget of last ones, and every other one between."
       ...     def rank(self, tokens):
       ...         kept = (tokens.place < 4) | (tokens.place >= tokens.lengths - self.budget // 2)
       ...         return jnp.where(kept, 2, tokens.place % 2)
@@ -66,11 +64,11 @@ class TokenPolicy(Policy):
       64
 
     Attributes:
-      budget: token places a sequence keeps.
-      positions: "original": the kept tokens stay at their positions, and new ones go on from the sequence's.
-        "cache": they are numbered anew, 0, 1, 2 ..., and the keys turned to it by `rope`, so that a sequence
-        never leaves the model's context.
-      rope: how the model turns its keys, for "cache".
+      budget: tokens that a sequence keeps.
+      positions: "original": kept tokens keep their positions, and new ones continue the sequence's.
+        "cache": kept tokens are renumbered 0, 1, 2 ..., and `rope` rotates their keys accordingly, so that a
+        sequence never exceeds the model's context.
+      rope: how the model rotates its keys, for "cache".
 
     Raises:
       ValueError: for settings that contradict each other.
@@ -87,11 +85,11 @@ class TokenPolicy(Policy):
         check_positions(self.positions, self.rope)
 
     def rank(self, tokens: Tokens) -> Shaped[Array, "#entries #kv_heads max_tokens"]:
-        """A number for each token place, float32 or int32; of equal ones the older token is the higher."""
+        """A rank for each token slot, float32 or int32; of equal ranks the older token counts as higher."""
         raise NotImplementedError
 
     def most_positions(self, config: CacheConfig) -> int | None:
-        """As many as places, where these are the positions."""
+        """`capacity` if positions are renumbered; else None."""
         return self.capacity(config) if self.positions == "cache" else None
 
     def most_kept(self, config: CacheConfig) -> int:
@@ -99,11 +97,11 @@ class TokenPolicy(Policy):
         return self.budget
 
     def capacity(self, config: CacheConfig) -> int:
-        """The budget, and up to the end of the page after it."""
+        """The budget, rounded up to the end of the next page."""
         return (self.budget // config.page_size + 1) * config.page_size
 
     def check(self, config: CacheConfig) -> None:
-        """As `Policy.check`; and what is turned at every eviction must not be rounded to codes each time."""
+        """As `Policy.check`; also refuses to quantize rotated keys again at every eviction."""
         super().check(config)
         if self.positions == "cache":
             check_one_kind(config, "positions='cache'")
@@ -111,22 +109,22 @@ class TokenPolicy(Policy):
             if config.quantization is not None and not self.once:
                 raise ValueError(
                     f"{type(self).__name__}(positions='cache') would quantize the same keys again at every "
-                    f"eviction; the cache has quantization={config.quantization!r}: take positions='original'"
+                    f"eviction; the cache has quantization={config.quantization!r}: use positions='original'"
                 )
 
     def copied_tokens(self, length: int) -> int:
-        """What it keeps."""
+        """The tokens that it keeps."""
         return min(length, self.budget)
 
     def is_due(self, cache: KVCache, slot: Array) -> Array:
-        """Whether there is more than the budget."""
+        """Whether the sequence exceeds the budget."""
         return rows_of(cache.table.lengths, slot) > self.budget
 
     def evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
         """Keeps `budget` tokens of each sequence that has more; see `Policy.evict`.
 
-        A sequence's own pages are used again. What it keeps of pages that siblings share goes to free ones;
-        one that finds too few, like those named after it, keeps all until another time.
+        A sequence's own pages are reused. Tokens kept of shared pages are copied to free pages. If too few
+        are free, the sequence and later entries that need free pages keep all tokens for now.
         """
         due = self.is_due(cache, slot)
         slot = jnp.where(due, slot, cache.config.max_seqs)
@@ -160,35 +158,35 @@ class TokenPolicy(Policy):
     def _keep(
         self, pool: KVPool, values: dict, layer: Layer, some: Rewrite, lengths: Array, config: CacheConfig
     ) -> tuple[KVPool, dict]:
-        """One layer of some sequences: which tokens stay, and their move to the front."""
-        place = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None, None]
-        everywhere = jnp.broadcast_to(place, (some.slot.shape[0], config.num_kv_heads, place.shape[-1]))
+        """Chooses the kept tokens in one layer of some sequences, and moves them to the front."""
+        index = jnp.arange(config.max_tokens_per_seq, dtype=jnp.int32)[None, None]
+        indices = jnp.broadcast_to(index, (some.slot.shape[0], config.num_kv_heads, index.shape[-1]))
         own = {name: rows_of(x, (some.slot, layer.number)) for name, x in values.items() if x.ndim == 4}
 
-        def read(places: Array) -> KVPool:
-            return read_tokens(pool, layer.nth, some.old, places)
+        def read(indices: Array) -> KVPool:
+            return read_tokens(pool, layer.nth, some.old, indices)
 
-        tokens = Tokens(own, self._keys(config, read, everywhere), place, lengths)
+        tokens = Tokens(own, self._keys(config, read, indices), index, lengths)
         rank = self.rank(tokens)
         lowest = -jnp.inf if jnp.issubdtype(rank.dtype, jnp.floating) else jnp.iinfo(rank.dtype).min
-        rank = jnp.where(place < lengths, rank, lowest)
-        _, kept = jax.lax.top_k(jnp.broadcast_to(rank, everywhere.shape), self.budget)
+        rank = jnp.where(index < lengths, rank, lowest)
+        _, kept = jax.lax.top_k(jnp.broadcast_to(rank, indices.shape), self.budget)
         kept = jnp.sort(kept.astype(jnp.int32), axis=-1)
-        stored, own, stood = self.gather(config, tokens, kept, read)
+        stored, own, before = self.gather(config, tokens, kept, read)
         if self.positions == "cache":
-            stored = self._renumber(config, stored, stood)
-        places = after(everywhere[..., : self.budget], *jax.tree.leaves(stored))
-        pool = write_tokens(pool, layer.nth, some.new, places, stored)
+            stored = self._renumber(config, stored, before)
+        targets = after(indices[..., : self.budget], *jax.tree.leaves(stored))
+        pool = write_tokens(pool, layer.nth, some.new, targets, stored)
         changed = {
             name: values[name].at[some.slot, layer.number, :, : self.budget].set(x, mode="drop")
             for name, x in own.items()
         }
         return pool, values | changed
 
-    def _keys(self, config: CacheConfig, read: Callable[[Array], KVPool], places: Array) -> Array | None:
+    def _keys(self, config: CacheConfig, read: Callable[[Array], KVPool], indices: Array) -> Array | None:
         if not self.reads_keys:
             return None
-        row = read(places)
+        row = read(indices)
         return numbers(config, row.k, row.k_scale)
 
     def gather(
@@ -198,29 +196,29 @@ class TokenPolicy(Policy):
         kept: Int[Array, "entries kv_heads budget"],
         read: Callable[[Array], KVPool],
     ) -> tuple[KVPool, dict[str, Array], Int[Array, "entries kv_heads budget"]]:
-        """The tokens that are left, as they are stored; what the state remembers of them; where keys stood.
+        """The remaining tokens as stored, the policy's values for them, and the indices of their keys.
 
-        Default: those at the places kept, as they are.
+        Default: the kept tokens, unchanged.
 
         Args:
           config: of the cache.
-          tokens: as `rank` had them.
-          kept: places, ascending.
-          read: gives what is stored at places like `kept`; zeros for a place of `max_tokens`.
+          tokens: as given to `rank`.
+          kept: indices of token slots, ascending.
+          read: returns what is stored at indices shaped like `kept`; zeros for the index `max_tokens`.
         """
         own = {name: jnp.take_along_axis(x, kept, axis=-1) for name, x in tokens.values.items()}
         return read(kept), own, kept
 
-    def _renumber(self, config: CacheConfig, stored: KVPool, stood: Array) -> KVPool:
-        by = jnp.arange(self.budget, dtype=jnp.int32)[None, None] - stood
+    def _renumber(self, config: CacheConfig, stored: KVPool, before: Array) -> KVPool:
+        by = jnp.arange(self.budget, dtype=jnp.int32)[None, None] - before
         assert self.rope is not None
-        turned = self.rope.turn(numbers(config, stored.k, stored.k_scale), by)
-        k, k_scale = stored_as(config, turned, keys=True)
-        turned = replace(stored, k=k, k_scale=k_scale)
-        # What stays at its place is not rounded once more.
-        return jax.tree.map(lambda new, old: where_tokens(by != 0, new, old), turned, stored)
+        keys = self.rope.turn(numbers(config, stored.k, stored.k_scale), by)
+        k, k_scale = stored_as(config, keys, keys=True)
+        rotated = replace(stored, k=k, k_scale=k_scale)
+        # Keys that keep their position are not rounded again.
+        return jax.tree.map(lambda new, old: where_tokens(by != 0, new, old), rotated, stored)
 
 
 def where_tokens(mask: Array, one: Array, other: Array) -> Array:
-    """`jnp.where` for a mask without the axes of a token's numbers."""
+    """`jnp.where` for a mask without the axes of a token's elements."""
     return jnp.where(mask.reshape(*mask.shape, *(1,) * (one.ndim - mask.ndim)), one, other)

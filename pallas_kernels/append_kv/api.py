@@ -1,4 +1,4 @@
-"""`append_kv`: the call, checked."""
+"""`append_kv`: checks its arguments."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -27,23 +27,23 @@ def append_kv(
 
     Args:
       k_pages, v_pages: the pool.
-      k, v: this step's keys and values, converted to the pool's dtype, or quantized: see
+      k, v: this step's keys and values, converted to the pool's dtype or quantized; see
         `pallas_kernels.formats`.
-      page_ids: page of each token; one that is no page means that nothing is written.
-      offsets: place within the page.
-      layer: Python int or int32 scalar; of a traced one that is no layer nothing is written.
+      page_ids: page of each token; a token whose page is out of range is not written.
+      offsets: token slot within the page.
+      layer: Python int or int32 scalar; for a traced layer out of range nothing is written.
       k_scales, v_scales: of a pool of codes.
       kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
-      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as set by `use_backend`.
 
     Returns:
-      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place where the caller's
+      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place if the caller's
       `jit` donates them.
 
     Raises:
       ValueError: for wrong shapes or dtypes.
-      NotImplementedError: for a backend that cannot serve the call.
+      NotImplementedError: for a backend that does not support the call.
     """
     k, v, page_ids, offsets = (jnp.asarray(array) for array in (k, v, page_ids, offsets))
     pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)

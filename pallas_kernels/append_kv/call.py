@@ -1,4 +1,4 @@
-"""What a backend of `append_kv` is asked for."""
+"""The record of arguments of `append_kv`."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,6 @@
-"""`append_kv` in Pallas Triton: one launch writes K and V of all tokens, into the pool's own memory.
+"""`append_kv` in Pallas Triton: one launch writes K and V of all tokens, in place.
 
-Codes are made in the kernel, or come as words, and so do their scales: see `formats.Format.rows`.
+Depending on the format, codes and scales are computed in the kernel or before it; see `formats.Format.rows`.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ from pallas_kernels.formats import Format
 from pallas_kernels.launch import launch
 from pallas_kernels.sizes import next_power_of_two
 
-# Numbers of K that a program holds, and as many of V: 32 a thread.
+# Elements of K, and of V, per program: 32 per thread.
 _BLOCK = 4096
 
 
@@ -60,7 +60,7 @@ def _append(layer_ref, page_ref, offset_ref, *refs, heads: int, rows: int, stora
     block, token = pl.program_id(0), pl.program_id(1)
     layer, page, offset = layer_ref[0], page_ref[token], offset_ref[token]
     head = block * heads + lax.iota(jnp.int32, heads)
-    # A page past the end is padding; so is what a place that is no place would write.
+    # Tokens of a page, slot or layer out of range are padding.
     in_pool = (page >= 0) & (page < pool[0].shape[1]) & (offset >= 0) & (offset < pool[0].shape[3])
     in_pool &= (layer >= 0) & (layer < pool[0].shape[0])
     for i, (new, pages) in enumerate(zip(refs[:rows], pool, strict=False)):
@@ -69,12 +69,12 @@ def _append(layer_ref, page_ref, offset_ref, *refs, heads: int, rows: int, stora
         exists = (head < new.shape[1])[:, None] & (dim < new.shape[2])[None, :]
         zero = jnp.zeros((), new.dtype)
         values = plgpu.load(new.at[token, head[:, None], dim[None, :]], mask=exists, other=zero)
-        number, wanted = dim, exists & in_pool
+        index, wanted = dim, exists & in_pool
         if scales:
             values, scale = storage.encode_in_kernel(values)
             has_scale = in_pool & (head < new.shape[1])
             plgpu.store(scales[i].at[layer, page, head, offset], scale, mask=has_scale)
-            number = lax.iota(jnp.int32, values.shape[1])
-            wanted = has_scale[:, None] & (number < pages.shape[4])[None, :]
-        at = pages.at[layer, page, head[:, None], offset, number[None, :]]
+            index = lax.iota(jnp.int32, values.shape[1])
+            wanted = has_scale[:, None] & (index < pages.shape[4])[None, :]
+        at = pages.at[layer, page, head[:, None], offset, index[None, :]]
         plgpu.store(at, values.astype(pages.dtype), mask=wanted)

@@ -1,4 +1,4 @@
-"""`append_kv` as a scatter for K and one for V, and for the scales of each."""
+"""`append_kv` as one scatter for each of K, V and their scales."""
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -8,7 +8,7 @@ from pallas_kernels.checks import is_layer
 
 
 def lacks(call: Call) -> str | None:
-    """Nothing."""
+    """None: XLA supports every call."""
 
 
 def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
@@ -16,7 +16,7 @@ def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     del interpret
     layer, page_ids, offsets = call.layer, call.page_ids, call.offsets
     num_layers, num_pages, _, page_size, _ = call.pool.shape
-    # Padding is past the end and dropped. A negative index would count from the end: it is none.
+    # Padding is out of range and dropped. Negative indices would count from the end, so they become padding.
     wanted = (page_ids >= 0) & is_layer(layer, num_layers)
     page_ids = jnp.where(wanted, page_ids, num_pages)
     offsets = jnp.where(offsets < 0, page_size, offsets)

@@ -1,4 +1,4 @@
-"""`attention_mass`: the call, checked."""
+"""`attention_mass`: checks its arguments."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
@@ -39,26 +39,26 @@ def attention_mass(
 ) -> Float[Array, "seqs kv_heads max_tokens"]:
     """The softmax weights of `paged_attention`, summed over a sequence's queries and a KV head's group.
 
-    A pass of its own over K, with the log-sum-exp that attention found: who needs none does not pay for it.
+    A separate pass over K, using the log-sum-exp of attention, so that attention alone costs no more.
 
     Args:
       q, k_pages, page_table, kv_lengths, query_starts: as in `paged_attention`.
       table_rows, layer, scale, window, sink_tokens, softcap, k_scales: as there.
-      lse: as `paged_attention` returns it; of a call with `sink_logits`, their share goes to no key.
+      lse: as `paged_attention` returns it; it includes the share of `sink_logits`, which no key receives.
       kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
-      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
-      tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as set by `use_backend`.
+      tuning: how a GPU's kernel divides the work. Default: by device and shape.
 
     Returns:
-      float32; `max_tokens` is that of a row of the page table. Zero for places that no query sees, such as
-      those past the length, and for empty sequences; NaN for a traced layer that does not exist. Where scores
-      pass 2**24 the log-sum-exp is rounded by more than one: every place within that of the greatest then
-      counts as it.
+      float32; `max_tokens` is the size of a row of the page table. Zero for token slots that no query attends
+      to, such as those past the length, and for empty sequences; NaN for a traced layer out of range. For
+      scores above 2**24 the log-sum-exp has a rounding error of more than 1; then every score within that
+      error of the largest counts as the largest.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options.
-      NotImplementedError: for a backend that cannot serve the call.
+      NotImplementedError: for a backend that does not support the call.
     """
     q, k_pages, page_table, kv_lengths, query_starts, lse = (
         jnp.asarray(array) for array in (q, k_pages, page_table, kv_lengths, query_starts, lse)

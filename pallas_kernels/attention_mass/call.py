@@ -1,4 +1,4 @@
-"""What a backend of `attention_mass` is asked for."""
+"""The record of arguments of `attention_mass`."""
 
 from dataclasses import dataclass
 
@@ -9,10 +9,10 @@ from pallas_kernels.paged_attention import call as attention
 
 @dataclass(frozen=True, eq=False, slots=True, kw_only=True)
 class Call(attention.Call):
-    """The arguments of `api.attention_mass`, checked: those of attention, of K alone, on a layer there is.
+    """The arguments of `api.attention_mass`, checked: those of attention with K alone and a valid layer.
 
     Attributes:
-      lse: as there.
+      lse: log-sum-exp of attention.
     """
 
     lse: Float[Array, "tokens q_heads"]

@@ -1,14 +1,13 @@
 """`attention_mass` in Pallas Triton, for CUDA from sm_80 and ROCm from gfx942.
 
-One program takes some key tiles of one sequence and KV head, one after the other, and for each of them the
-query tiles that can see it. So every byte of K is read once, and the mass of a place is the sum of one
-program: nothing is added up in memory.
+One program processes some key tiles of one sequence and KV head, and for each of them the query tiles that
+attend to it. So every byte of K is read once, and one program computes the whole mass of a token slot.
 
-    key tiles        0 1 2 3 4 5 6 7      every third is one program's, so that long sequences and the first
-    program 1          x     x     x      places, which most queries see, are shared out evenly
+    key tiles        0 1 2 3 4 5 6 7      with 3 programs each takes every third tile, since most queries
+    program 1          x     x     x      attend to the first tiles
 
-Weights of a query tile are added to those of the tiles before it, number by number; only the total is summed
-over the rows, since these lie in several warps.
+The weights of query tiles are added elementwise. Only the total is summed over the rows, which lie in several
+warps.
 """
 
 from collections.abc import Callable
@@ -35,7 +34,7 @@ from pallas_kernels.paged_attention.triton.scores import LOG2E, add_up, cap, pro
 from pallas_kernels.paged_attention.triton.tiles import assembled, read_tile, scale_loader
 from pallas_kernels.paged_attention.triton.tuning import Tuning
 
-# Programs for each that can be resident: more even out what they take, fewer begin less often.
+# Programs per resident program: more balance the load better, fewer have less overhead.
 _WAVES = 8
 
 
@@ -113,25 +112,25 @@ def _receive(
     head, seq, program = (pl.program_id(axis) for axis in range(3))
     layer, table_row, num_keys = layer_ref[0], table_rows_ref[seq], lengths_ref[seq]
     first_row, num_rows = starts_ref[seq], starts_ref[seq + 1] - starts_ref[seq]
-    first_place, page_size = num_keys - num_rows, np.int32(k_ref.shape[3])
+    first_index, page_size = num_keys - num_rows, np.int32(k_ref.shape[3])
     size, key_tile = tuning.query_tile, tuning.key_tile
 
     def tiles_that_see(begin):
-        """The first query tile that sees some of the places from `begin` on, and the end of the last."""
+        """The query tiles that attend to the key tile from `begin` on: the first, and the end."""
         end = lax.div(num_rows + (size - 1), np.int32(size))
         if window is not None:
-            last = jnp.clip(begin + (key_tile - 1 + window - first_place), 0, num_rows)
+            last = jnp.clip(begin + (key_tile - 1 + window - first_index), 0, num_rows)
             in_window = lax.div(last + (size - 1), np.int32(size))
             end = jnp.where(begin < sink_tokens, end, in_window)
-        return lax.div(jnp.maximum(begin - first_place, 0), np.int32(size)), jnp.where(
+        return lax.div(jnp.maximum(begin - first_index, 0), np.int32(size)), jnp.where(
             begin < num_keys, end, 0
         )
 
     def visit(nth, _):
         begin = (program + nth * pl.num_programs(2)) * key_tile
-        places = begin + lax.iota(jnp.int32, key_tile)
-        real, offsets = places < num_keys, lax.rem(places, page_size)
-        ids = plgpu.load(page_table_ref.at[table_row, lax.div(places, page_size)], mask=real, other=0)
+        indices = begin + lax.iota(jnp.int32, key_tile)
+        real, offsets = indices < num_keys, lax.rem(indices, page_size)
+        ids = plgpu.load(page_table_ref.at[table_row, lax.div(indices, page_size)], mask=real, other=0)
         geometry = rows(first_row, num_rows, head)
         at = (layer, ids[:, None], head, offsets[:, None], geometry.layout.word[None, :])
         k = read_tile(k_ref.at[at], real[:, None] & geometry.layout.in_words, storage, assembled)
@@ -149,14 +148,14 @@ def _receive(
             if softcap is not None:
                 scores = cap(scores, scale, softcap)
             log_sum = plgpu.load(lse_ref.at[mine.token, mine.q_head], mask=mine.exists, other=0.0)
-            row_place = first_place + tile * size + mine.offset
-            visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
+            row_index = first_index + tile * size + mine.offset
+            visible = sees(row_index[:, None], indices[None, :], window=window, sink_tokens=sink_tokens)
             weights = jnp.exp2(log_weights(scores * scale, log_sum[:, None]) * LOG2E)
             return total + jnp.where(visible & mine.exists[:, None], weights, 0.0)
 
         nothing = jnp.zeros((geometry.row.shape[0], key_tile), jnp.float32)
         total = lax.fori_loop(*tiles_that_see(begin), add_tile, nothing)
         mass = jnp.sum(total, axis=0)
-        plgpu.store(mass_ref.at[seq, head, places], mass, mask=places < mass_ref.shape[2])
+        plgpu.store(mass_ref.at[seq, head, indices], mass, mask=indices < mass_ref.shape[2])
 
     lax.fori_loop(0, tiles_a_program, visit, None)

@@ -1,6 +1,6 @@
-"""`attention_mass` in plain XLA: the specification of the other backends, and what a CPU runs.
+"""`attention_mass` in plain XLA: the specification of the other backends, and the CPU backend.
 
-The loops are those of `paged_attention`: tiles of queries, and the tiles of keys that each can see.
+The loops are those of `paged_attention`: tiles of queries, and the tiles of keys that each attends to.
 """
 
 import jax
@@ -23,7 +23,7 @@ from pallas_kernels.paged_attention.xla import (
 
 
 def lacks(call: Call) -> str | None:
-    """Nothing."""
+    """None: XLA supports every call."""
 
 
 def run(call: Call, *, interpret: bool) -> Array:
@@ -35,7 +35,7 @@ def run(call: Call, *, interpret: bool) -> Array:
     tokens, num_seqs, max_tokens = q.shape[0], sequences.count, call.max_keys
     layer, kv_heads = jnp.asarray(call.layer, jnp.int32), call.pool.shape[2]
     keys, pool = KeyTiles.of_pool(call.pool), call.pool.arrays
-    # A tile's row is its sequence's number here, the row of `mass` too.
+    # Here a tile's row is the index of its sequence, which is also its row of `mass`.
     seqs = jnp.arange(num_seqs, dtype=jnp.int32)
     size, hides = query_tile(tokens, num_seqs), {"window": scoring.window, "sink_tokens": scoring.sink_tokens}
     work = plan(tokens, size, sequences.kv_lengths, sequences.query_starts, seqs, keys, **hides)
@@ -45,17 +45,17 @@ def run(call: Call, *, interpret: bool) -> Array:
     def visit_tile(tile, mass):
         seq, num_keys = work.table_row[tile], work.num_keys[tile]
         page_row = page_table[table_rows[seq]]
-        row_places = jnp.repeat(work.places[tile], q.shape[1] // kv_heads)
+        row_indices = jnp.repeat(work.indices[tile], q.shape[1] // kv_heads)
         q_tile, log_sum = at(queries, tile), at(log_sums, tile)
 
         def visit(key_tile, mass):
             where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
             ((k, k_scale),) = keys.read(pool, layer, where)
-            visible = see(row_places, keys.places(where), **hides)
+            visible = see(row_indices, keys.indices(where), **hides)
             scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
             weights = jnp.where(visible[None], jnp.exp(log_weights(scores, log_sum)), 0.0)
             corner = seq, jnp.zeros((), jnp.int32), where.first
-            # Of places that it does not own a tile adds zero.
+            # A tile adds zero at token slots that are not its own.
             own = jax.lax.dynamic_slice(mass, corner, (1, kv_heads, keys.size))
             return jax.lax.dynamic_update_slice(mass, own + _sum_of_rows(weights)[None], corner)
 
@@ -69,6 +69,6 @@ def run(call: Call, *, interpret: bool) -> Array:
 
 
 def _sum_of_rows(weights):
-    # As a product of matrices: into a sum XLA would fuse the exponentials, and take them one by one.
+    # A matrix product: XLA would fuse the exponentials into a sum, and not vectorize them.
     ones = jnp.ones((weights.shape[0], 1, weights.shape[1]), jnp.float32)
     return jnp.einsum("hnr,hrt->hnt", ones, weights, precision="highest")[:, 0]

@@ -1,3 +1,3 @@
-"""Copying whole pages, in all layers."""
+"""Copies whole pages, in all layers."""
 
 from pallas_kernels.copy_pages.api import copy_pages as copy_pages

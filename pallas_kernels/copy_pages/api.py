@@ -1,4 +1,4 @@
-"""`copy_pages`: the call, checked."""
+"""`copy_pages`: checks its arguments."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -25,20 +25,20 @@ def copy_pages(
     Args:
       k_pages, v_pages: the pool.
       sources: pages to read.
-      destinations: pages to write, each at most once and none of them a source. A source or a
-        destination that is no page means no copy, which costs nothing.
+      destinations: pages to write, each at most once and none of them a source. If the source or the
+        destination is out of range, nothing is copied, at no cost.
       k_scales, v_scales: of a pool of codes.
       kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
-      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as set by `use_backend`.
 
     Returns:
-      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place where the caller's
+      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place if the caller's
       `jit` donates them.
 
     Raises:
       ValueError: for wrong shapes or dtypes.
-      NotImplementedError: for a backend that cannot serve the call.
+      NotImplementedError: for a backend that does not support the call.
     """
     pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     sources, destinations = (jnp.asarray(ids) for ids in (sources, destinations))

@@ -1,4 +1,4 @@
-"""What a backend of `copy_pages` is asked for."""
+"""The record of arguments of `copy_pages`."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""`copy_pages` in Pallas Triton: one launch for K and V, all layers, within the pool's own memory."""
+"""`copy_pages` in Pallas Triton: one launch for K and V, all layers, in place."""
 
 from functools import partial
 
@@ -16,7 +16,7 @@ from pallas_kernels.launch import launch
 from pallas_kernels.sizes import next_power_of_two
 from pallas_kernels.words import each_pair
 
-# Bytes that a program holds at a time: 64 a thread.
+# Bytes per program and step: 64 per thread.
 _BLOCK_BYTES = 8192
 
 
@@ -36,17 +36,17 @@ def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
 def _copy_pair(sources, destinations, name, *pair, interpret: bool):
     layers, dtype = pair[0].shape[0], pair[0].dtype
     flat = [array.reshape(*array.shape[:2], -1) for array in pair]
-    numbers = max(array.shape[2] for array in flat)
+    elements = max(array.shape[2] for array in flat)
     copy = launch(
-        partial(_copy, block=min(_BLOCK_BYTES // dtype.itemsize, next_power_of_two(numbers))),
-        # A copy that is not wanted ends its programs at once.
+        partial(_copy, block=min(_BLOCK_BYTES // dtype.itemsize, next_power_of_two(elements))),
+        # Programs of a copy that is out of range end at once.
         grid=(layers, sources.shape[0]),
         out_shape=tuple(jax.ShapeDtypeStruct(array.shape, dtype) for array in flat),
         name=f"copy_{name}",
         num_warps=4,
         num_stages=1,
         interpret=interpret,
-        cost=cost.copy_pages(copies=sources.shape[0], layers=layers, page_numbers=numbers, dtype=dtype),
+        cost=cost.copy_pages(copies=sources.shape[0], layers=layers, page_numbers=elements, dtype=dtype),
         aliases={2: 0, 3: 1},
     )
     copied = copy(sources, destinations, *flat)
@@ -56,18 +56,18 @@ def _copy_pair(sources, destinations, name, *pair, interpret: bool):
 def _copy(source_ref, destination_ref, _k, _v, k_pages, v_pages, *, block: int):
     layer, copy = pl.program_id(0), pl.program_id(1)
     source, destination = source_ref[copy], destination_ref[copy]
-    numbers = max(k_pages.shape[2], v_pages.shape[2])
+    elements = max(k_pages.shape[2], v_pages.shape[2])
     last = k_pages.shape[1] - 1
 
     @pl.when((source >= 0) & (source <= last) & (destination >= 0) & (destination <= last))
     def _():
         def step(i, _):
-            number = i * block + lax.iota(jnp.int32, block)
+            index = i * block + lax.iota(jnp.int32, block)
             for pages in (k_pages, v_pages):
-                # Scales of keys may be more than those of values.
-                exists = number < pages.shape[2]
-                values = plgpu.load(pages.at[layer, source, number], mask=exists)
-                plgpu.store(pages.at[layer, destination, number], values, mask=exists)
+                # There may be more scales of keys than of values.
+                exists = index < pages.shape[2]
+                values = plgpu.load(pages.at[layer, source, index], mask=exists)
+                plgpu.store(pages.at[layer, destination, index], values, mask=exists)
             return 0
 
-        lax.fori_loop(0, -(-numbers // block), step, 0)
+        lax.fori_loop(0, -(-elements // block), step, 0)

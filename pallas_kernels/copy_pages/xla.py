@@ -1,4 +1,4 @@
-"""`copy_pages` as a loop over the copies there are, so that none costs nothing."""
+"""`copy_pages` as a loop over the actual copies, so that skipped ones cost nothing."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ from pallas_kernels.copy_pages.call import Call
 
 
 def lacks(call: Call) -> str | None:
-    """Nothing."""
+    """None: XLA supports every call."""
 
 
 def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:

@@ -1,19 +1,19 @@
-"""Storage formats: how K and V lie in a pool.
+"""Storage formats of K and V in a pool.
 
-A format is one object in one file of this folder, and one line of `_FILES`. Nothing else asks which format a
-pool has: what differs is a method or a field of `base.Format`, which documents each. Who uses what:
+A format is one object in one file of this folder, and one line of `_FILES`. No other code asks which format a
+pool has: formats differ only in the methods and fields of `base.Format`. These use them:
 
     configs, planner        `name`, `bits`, `row_size`, `scale_shapes`, `token_bytes`, `refuses`
     checks of arguments     `storage_dtype`, `scale_shapes`, `scale_dtype`
-    append, gather          `encode`, `decode`; a Triton kernel: `rows`, `write_view`, `encode_in_kernel`
-    copy and move           nothing: they move memory
+    append, gather          `encode`, `decode`; in Triton `rows`, `write_view`, `encode_in_kernel`
+    copy and move           nothing; they move memory
     attention in XLA        `queries`, `outputs`, `widen`, `widened_values`
     attention in Triton     `queries`, `outputs`, `parts`, `read_view`, `layout`, then for each tile `unpack`
                             (or `assembly`), `load_scales`, `tile_values`; `tuned` and `lacks` by device
 
-A pool has an array of pages for K and one for V, and of a quantized format an array of scales beside each.
-The functions of `pallas_kernels` take arrays; they find the format by the dtype of the pages, the first in
-the order below, unless `kv_format` names another.
+A pool has an array of pages for K and one for V, and with a quantized format an array of scales for each. The
+functions of `pallas_kernels` take arrays; the dtype of the pages determines the format, the first in the
+order below, unless `kv_format` names another.
 """
 
 from importlib import import_module
@@ -30,9 +30,9 @@ _FILES = (
     "int4",
 )
 _MODULES = [import_module(f"{__name__}.{file}") for file in _FILES]
-# By name: what configs and commands offer.
+# By name, for configs and commands.
 FORMATS: dict[str, Format] = {one.name: one for module in _MODULES for one in module.FORMATS}
-# And what is read where an array of it is given, though no config makes one.
+# Also accepted as arrays, though no config makes them.
 _READABLE = [*FORMATS.values(), *(one for module in _MODULES for one in getattr(module, "ALSO_READ", ()))]
 
 
@@ -41,10 +41,10 @@ def of(dtype: DTypeLike, name: str | None = None) -> Format:
 
     Args:
       dtype: of the pages.
-      name: of the format, where several have pages of one dtype. Default: the first.
+      name: of the format, if several have pages of this dtype. Default: the first.
 
     Raises:
-      ValueError: for a dtype that no format stores, or that the named one does not.
+      ValueError: for a dtype that no format stores, or that the named format does not store.
 
     Example:
       >>> of("int8").name, of("uint8").name
@@ -64,10 +64,10 @@ def of(dtype: DTypeLike, name: str | None = None) -> Format:
 
 
 def named(name: str) -> Format:
-    """The format that configs call this.
+    """The format of this name.
 
     Raises:
-      ValueError: for a name that is none.
+      ValueError: for an unknown name.
     """
     if name not in FORMATS:
         raise ValueError(f"format {name!r} is not known; known: {', '.join(FORMATS)}")

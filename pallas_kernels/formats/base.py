@@ -1,4 +1,4 @@
-"""What a storage format says of itself."""
+"""The interface of a storage format."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ if TYPE_CHECKING:
 
 
 class Format(ABC):
-    """How K and V lie in a pool; hashable, and compared by identity or value.
+    """How K and V are stored in a pool; hashable, compared by identity or value.
 
-    The defaults are those of a format whose pages hold a value, or the code of one, for each element of a
-    head, with at most one float32 scale for each token and KV head.
+    The defaults suit a format whose pages hold one value or code per element, with at most one float32 scale
+    per token and KV head.
 
     Attributes:
       name: in configs and commands.
       storage_dtype: of the pages.
-      kernel_dtype: of what Triton kernels are handed for them, and of the pool in tables of tunings.
-      short: another name that commands take.
-      bits: of an element; scales are not counted.
+      kernel_dtype: of the view of the pages in Triton kernels, and of the pool in tuning tables.
+      short: another name, for commands.
+      bits: per element, without scales.
       quantized: whether there are scales beside the pages.
       scale_dtype: of the scales.
-      shares_copies: on a CPU a large tile is copied by two threads, for it is only copied.
-      halves_tiles: a tile that two threads would copy is halved instead, for it is cheap to convert.
-      max_rows: of a Triton program's matrix product, where registers bound it.
-      assembly: NVIDIA's assembly that makes two elements of what lies in `r` the values in `$0`, by the name
-        of their dtype: see `paged_attention.triton.ptx`.
+      shares_copies: whether two threads copy a large tile on a CPU; pays if it is copied without conversion.
+      halves_tiles: whether a tile that two threads would copy is halved instead; pays if conversion is cheap.
+      max_rows: most rows of a Triton program's matrix product, limited by registers.
+      assembly: PTX that converts the two codes in `r` to the values in `$0`, by the name of their dtype; see
+        `paged_attention.triton.ptx`.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Format(ABC):
     # Sizes.
 
     def row_size(self, head_dim: int) -> int:
-        """Elements of the pages' array that hold a head of one token."""
+        """Elements of the page array per token and head."""
         return head_dim
 
     def head_dim(self, row_size: int) -> int:
-        """The reverse."""
+        """The inverse of `row_size`."""
         return row_size
 
     def scale_shapes(self, pages: Sequence[int]) -> tuple[tuple[int, ...], ...]:
@@ -73,99 +73,99 @@ class Format(ABC):
         return (tuple(pages[:-1]),) * 2 if self.quantized else ()
 
     def token_bytes(self, kv_heads: int, head_dim: int) -> int:
-        """K and V of a token in one layer, scales included."""
+        """Bytes of a token's K and V in one layer, including scales."""
         row = kv_heads, self.row_size(head_dim)
         return 2 * prod(row) * jnp.dtype(self.storage_dtype).itemsize + self.scale_bytes(kv_heads, head_dim)
 
     def scale_bytes(self, kv_heads: int, head_dim: int) -> int:
-        """The scales of a token in one layer."""
+        """Bytes of a token's scales in one layer."""
         shapes = self.scale_shapes((kv_heads, self.row_size(head_dim)))
         return sum(jnp.dtype(self.scale_dtype).itemsize * prod(shape) for shape in shapes)
 
     def vector_scale_bytes(self, elements: int) -> int:
-        """The scales of a token's one vector, as MLA keeps, or of heads that `refuses` names."""
+        """Bytes of the scales of one vector per token, as in MLA, or of heads that `refuses` excludes."""
         return jnp.dtype(self.scale_dtype).itemsize if self.quantized else 0
 
     def refuses(self, head_dim: int) -> str | None:
-        """What a `head_dim` must be that cannot be stored; None for one that can."""
+        """What `head_dim` must be, if this one cannot be stored; else None."""
         return None
 
     # Values.
 
     @abstractmethod
     def encode(self, values: Float[Array, "*rows head_dim"], *, keys: bool) -> tuple[Array, Array | None]:
-        """What the pages hold of rows of K (`keys`) or V, and their scales.
+        """Encodes rows of K (`keys`) or V; returns codes and scales.
 
-        What is stored is always finite in a quantized format: a NaN becomes zero, and an infinity the row's
-        largest finite value.
+        A quantized format always stores finite values: NaN becomes zero, and an infinity the row's largest
+        finite value.
         """
 
     @abstractmethod
     def decode(self, codes: Array, scales: Array | None, dtype: DTypeLike) -> Float[Array, "*rows head_dim"]:
-        """The reverse, in any floating dtype."""
+        """The inverse of `encode`, in any floating dtype."""
 
     def encode_pair(self, k: Array, v: Array) -> tuple[Array, ...]:
-        """Rows of K and V as a pool keeps them: `(k, v)`, and their scales if there are any."""
+        """Rows of K and V as stored: `(k, v)`, and their scales if there are any."""
         (k, k_scales), (v, v_scales) = self.encode(k, keys=True), self.encode(v, keys=False)
         return (k, v) if k_scales is None or v_scales is None else (k, v, k_scales, v_scales)
 
     def decode_pair(self, rows: Sequence[Array], dtype: DTypeLike) -> tuple[Array, Array]:
-        """K and V of what `encode_pair` gave, or of pages of a pool."""
+        """The inverse of `encode_pair`, also for pages of a pool."""
         k, v, k_scales, v_scales = rows if len(rows) == 4 else (*rows, None, None)
         return self.decode(k, k_scales, dtype), self.decode(v, v_scales, dtype)
 
     # Attention, on any backend.
 
     def queries(self, q: Float[Array, "tokens q_heads head_dim"]) -> tuple[Array, ...]:
-        """The queries that meet each part of a tile's keys; scores are the sum of their products."""
+        """The queries for each part of a tile's keys; scores are the sum of the products over parts."""
         return (q,)
 
     def outputs(self, out: Float[Array, "tokens q_heads head_dim"], dtype: DTypeLike) -> Array:
-        """The output of attention over the values as tiles give them, in the queries' dtype."""
+        """The output of attention, from the output over `tile_values`, in the queries' dtype."""
         return out
 
-    # Attention in XLA: a tile is copied out of the pool, and then read.
+    # Attention in XLA: a tile is first copied out of the pool.
 
     @property
     def widened_dtype(self) -> DTypeLike:
-        """Of a copied tile."""
+        """Dtype of a copied tile."""
         return jnp.float32
 
     @abstractmethod
     def widen(self, codes: Array) -> Array:
-        """A copied tile: codes, whatever their scales, in `widened_dtype`."""
+        """Converts a copied tile of codes to `widened_dtype`, without scales."""
 
     def widened_values(self, codes: Array, scales: Array | None) -> tuple[Array, Array | None]:
-        """A tile's rows `[.., widths]`, the parts that `queries` meet side by side; and a factor `[.., 1]`.
+        """A tile's rows `[.., widths]`, with the parts for `queries` concatenated; and a factor `[.., 1]`.
 
         Args:
           codes: from `widen`, `[.., row]`.
-          scales: `[.., words]` as they are stored, 1 word where `scale_shapes` has none.
+          scales: `[.., words]` as stored; 1 word if `scale_shapes` has no such axis.
         """
         return codes, scales
 
     # Writing in Triton.
 
     def rows(self, k: Array, v: Array) -> tuple[Array, ...]:
-        """What a kernel of append is given: K and V, or what was made of them before."""
+        """The inputs of the append kernel: K and V, or their encoding."""
         return k, v
 
     def write_view(self, pages: Array) -> Array:
-        """The array that the kernel writes to: another name of the same memory."""
+        """The array that the kernel writes to: a view of the same memory."""
         return as_words(pages)
 
     def from_write_view(self, view: Array) -> Array:
-        """The reverse."""
+        """The inverse of `write_view`."""
         return from_words(view, self.storage_dtype)
 
     def encode_in_kernel(self, values: Array) -> tuple[Array, Array]:
-        """Of a quantized format whose `rows` are not encoded: elements of `write_view`, and scales."""
+        """Elements of `write_view`, and scales; for a quantized format whose `rows` are not encoded."""
         raise NotImplementedError
 
     # Reading in Triton.
 
     def parts(self, size: int, tuning: Tuning) -> int:
-        """In how many parts a row comes: part `n` is the elements `n, n + parts...`
+        """Number of parts of a row; part `n` has the elements `n, n + parts...`
 
         Args:
           size: elements of the pages.
@@ -174,11 +174,11 @@ class Format(ABC):
         return 1
 
     def read_view(self, pages: Array, parts: int) -> Array:
-        """The array that the kernel reads: another name of the same memory."""
+        """The array that the kernel reads: a view of the same memory."""
         return pages
 
     def layout(self, head_dim: int, parts: int) -> Layout:
-        """Where the elements of a head lie in a tile."""
+        """The order of a head's elements in a tile."""
         return plain_layout(head_dim, parts)
 
     def unpack(self, tile: Array) -> tuple[Array, ...]:
@@ -189,66 +189,66 @@ class Format(ABC):
         """The scales of a tile of K or V.
 
         Args:
-          load: without arguments, a scale for each token; with words `[1, n]`, those of each token.
-          tokens: of a tile.
-          head_dim: of a head.
-          keys: K or V.
+          load: loads one scale per token; with indices of words `[1, n]`, these words of each token.
+          tokens: per tile.
+          head_dim: elements per head.
+          keys: whether the tile is of K.
         """
         return load()
 
     def tile_values(
         self, parts: tuple[Array, ...], scales: Any, layout: Layout
     ) -> tuple[tuple[Array, ...], Array | None]:
-        """What a tile holds, in parts that `queries` meet, and a factor for each token or None."""
+        """The values of a tile, in parts for `queries`, and a factor per token or None."""
         return parts, scales
 
     def product_dtype(self, q_dtype: DTypeLike) -> DTypeLike:
-        """In which queries and keys are multiplied. Codes are exact in any dtype of 16 bits."""
+        """The dtype in which queries and keys are multiplied; codes are exact in any 16-bit float."""
         return q_dtype
 
     # Devices.
 
     def tuned(self, tuning: Tuning, device: Device, head_dim: int, row_bytes: int) -> Tuning:
-        """The rule's tuning, changed where this format wants another.
+        """The rule's tuning, with this format's changes.
 
         Args:
           tuning: of `paged_attention.triton.tuning.rule`.
           device: the GPU.
           head_dim: of the pool.
-          row_bytes: of a head as it is multiplied, up to a power of two.
+          row_bytes: of a head in the dtype of the product, rounded up to a power of two.
         """
         return tuning
 
     def lacks(self, device: Device, row_size: int, *, converts: bool = True) -> str | None:
-        """What a Triton kernel lacks for such pages, if anything.
+        """What a Triton kernel lacks for such pages, or None.
 
         Args:
           device: the GPU.
           row_size: of the pages.
-          converts: whether the kernel reads or writes codes as values, and does not only move them.
+          converts: whether the kernel converts between codes and values, rather than only moving codes.
         """
         if jnp.dtype(self.storage_dtype).itemsize == 1 and row_size % WORD:
             return f"rows of {row_size} codes: it takes them by fours"
         return None
 
     def lacks_attention(self, device: Device, head_dim: int, q_dtype: DTypeLike) -> str | None:
-        """What `paged_attention` lacks beyond that, as registers."""
+        """What else `paged_attention` lacks, such as registers, or None."""
         return None
 
     def lacks_mass(self) -> str | None:
-        """What `attention_mass` lacks beyond that."""
+        """What else `attention_mass` lacks, or None."""
         return None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the elements of a head lie in a program's tiles.
+    """The order of a head's elements in a program's tiles.
 
     Attributes:
-      head_dim: of a head.
-      word: number of each element of a row that is loaded.
-      dims: for each part, which elements of a head it holds.
-      in_words, in_head: `[1, ..]`, which elements of a loaded row, and of a part, there are.
+      head_dim: elements per head.
+      word: indices of the loaded elements of a row.
+      dims: for each part, the indices of its elements in the head.
+      in_words, in_head: `[1, ..]`, which elements of a loaded row, and of a part, exist.
     """
 
     head_dim: int
@@ -259,7 +259,7 @@ class Layout:
 
 
 def plain_layout(head_dim: int, parts: int = 1) -> Layout:
-    """Part `n` holds the elements `n, n + parts...`"""
+    """A layout in which part `n` has the elements `n, n + parts...`"""
     word = lax.iota(jnp.int32, max(16, next_power_of_two(head_dim // parts)))
     exists = (word < head_dim // parts)[None, :]
     dims = [word * parts + part if parts > 1 else word for part in range(parts)]

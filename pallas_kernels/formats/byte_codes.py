@@ -1,7 +1,7 @@
-"""What formats of one byte an element share: codes, and one float32 scale for each token and KV head.
+"""Base of the formats with one byte per element and one float32 scale per token and KV head.
 
-Triton kernels read codes as words of four, sixteen bytes at a time: the elements 0, 4, 8... of a row, which
-are the lowest bytes of its words, make one product, the elements 1, 5, 9... the next.
+Triton kernels read codes as words of four, sixteen bytes at a time. The elements 0, 4, 8... of a row, which
+are the lowest bytes of its words, form one product, the elements 1, 5, 9... the next.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from pallas_kernels.words import WORD, as_words
 if TYPE_CHECKING:
     from pallas_kernels.paged_attention.triton.tuning import Tuning
 
-# Rows below this are stored as zeros: the inverse of their scale would overflow.
+# Rows with a smaller maximum are stored as zeros, since the inverse of their scale would overflow.
 _LEAST = 1e-30
 
 
 class ByteCodes(Format):
-    """A code of one byte for each element.
+    """One byte per element.
 
     Attributes:
-      largest: value of the largest code.
+      largest: the largest code.
     """
 
     bits = 8
@@ -45,29 +45,29 @@ class ByteCodes(Format):
         Args:
           values: finite, no magnitude above `most`.
           most: `[.., 1]`, the largest magnitude of each row.
-          inverse: of the scale that makes it the largest code; 0 for a row of zeros.
-          end: beyond it a scale up to an octave larger might stand for more than the row's dtype can hold.
+          inverse: `largest / most`; 0 for a row of zeros.
+          end: from this `most` on, a scale up to twice as large may decode to values beyond the row's dtype.
           nearest: rounds to an integer.
         """
 
     @abstractmethod
     def to_float32(self, codes: Array) -> Array:
-        """The values of codes, but for their scale."""
+        """The values of codes, without their scale."""
 
     @abstractmethod
     def from_byte(self, word: Array, nth: int) -> Array:
-        """The nth code of each int32, counted from the lowest byte, in a dtype that is exact."""
+        """The nth code of each int32, from the lowest byte, in a dtype in which it is exact."""
 
     def quantize(
         self, values: Float[Array, "*rows head_dim"], nearest: Callable[[Array], Array] = jnp.round
     ) -> tuple[Array, Float[Array, "*rows"]]:
-        """Codes and scales: each row's largest magnitude becomes the largest code, or nearly so.
+        """Codes and scales, where each row's largest magnitude becomes about the largest code.
 
-        A row of zeros comes back exactly.
+        A row of zeros is exact.
 
         Args:
           values: any floating dtype.
-          nearest: rounds to an integer, where codes are integers.
+          nearest: rounds to an integer, if codes are integers.
         """
         end = 0.9 * float(jnp.finfo(values.dtype).max)
         values = values.astype(jnp.float32)
@@ -92,12 +92,12 @@ class ByteCodes(Format):
         return self.to_float32(codes)
 
     def encode_in_kernel(self, values: Array) -> tuple[Array, Array]:
-        # Triton has no rounding to an even half.
+        # Triton has no rounding of halves to even.
         codes, scale = self.quantize(values, nearest=lambda x: jnp.floor(x + 0.5))
         return _pack(codes), scale
 
     def parts(self, size: int, tuning: Tuning) -> int:
-        # So many codes Pallas does not address one by one: see `as_words`.
+        # Pallas cannot address so many single bytes; see `as_words`.
         return WORD if 2**31 < size <= 2**32 else tuning.codes_a_word
 
     def read_view(self, pages: Array, parts: int) -> Array:
@@ -110,7 +110,7 @@ class ByteCodes(Format):
 
 
 def _pack(codes: Array) -> Array:
-    """Rows of codes as rows of words, as `as_words` does it, with what Triton has."""
+    """As `as_words`, with operations that Triton supports."""
     heads, dims = codes.shape
     bytes_ = (codes.astype(jnp.int32) & 0xFF).reshape(heads, dims // WORD, WORD)
     return jnp.sum(bytes_ << (8 * lax.iota(jnp.int32, WORD)[None, None, :]), axis=-1, dtype=jnp.int32)

@@ -1,7 +1,7 @@
-"""K and V as they are, in 16 or 32 bits.
+"""K and V unquantized, in 16 or 32 bits.
 
-Before JAX 0.11 XLA converts a whole bfloat16 pool to float32 and back for each write on a CPU, so there a
-pool of bfloat16 holds its bits as uint16.
+Before JAX 0.11, XLA on a CPU converts a whole bfloat16 pool to float32 and back for each write. There a
+bfloat16 pool stores the bits as uint16.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _BFLOAT16, _OTHER = ("uint16", "bfloat16") if jax.__version_info__ < (0, 11) els
 
 @dataclass(frozen=True)
 class Float(Format):
-    """A floating dtype, as it is or as unsigned integers of as many bits."""
+    """A floating dtype, stored as such or as unsigned integers of the same width."""
 
     name: str
     storage_dtype: str
@@ -49,7 +49,7 @@ class Float(Format):
         return self.decode(codes, None, jnp.float32)
 
     def write_view(self, pages: Array) -> Array:
-        # For a GPU's compiler it is the same memory. On a CPU it is a copy: take a part first.
+        # On a GPU it is a view of the same memory, on a CPU a copy: slice first.
         return lax.bitcast_convert_type(pages, self.name) if self.storage_dtype != self.name else pages
 
     def from_write_view(self, view: Array) -> Array:
@@ -60,7 +60,7 @@ class Float(Format):
         return self.write_view(pages)
 
     def product_dtype(self, q_dtype: DTypeLike) -> DTypeLike:
-        # Another dtype than that of the queries meets them in float32.
+        # If the dtypes of queries and keys differ, they are multiplied in float32.
         return q_dtype if jnp.dtype(q_dtype) == self.name else jnp.float32
 
     def lacks(self, device: Device, row_size: int, *, converts: bool = True) -> str | None:

@@ -1,6 +1,6 @@
-"""K and V as float8 E4M3FN, whose bits lie in uint8.
+"""K and V as float8 E4M3FN, stored as uint8.
 
-(An array of XLA's own float8 dtype would be converted whole, and copied, by each write on a CPU.)
+XLA on a CPU would convert and copy a whole array of its own float8 dtype for each write.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pallas_kernels.formats.byte_codes import ByteCodes
 if TYPE_CHECKING:
     from pallas_kernels.device import Device
 
-# Scales tried, as multiples of the one that makes the largest value the largest code.
+# Candidate scales, as multiples of the one that maps the largest value to the largest code.
 _FACTORS = (1.0, 2**0.25, 2**0.5, 2**0.75)
-# Exponents start 120 lower in a bfloat16, and 8 lower in a float16; subnormal codes are subnormal there too.
-# 0xEA is a & b | c of a `lop3`.
+# The exponent bias is 120 below bfloat16's and 8 below float16's; subnormal codes stay subnormal there.
+# 0xEA is `a & b | c` of a `lop3`.
 _ASSEMBLY = """
     and.b32 a, r, 0x7F007F00;
     shr.b32 a, a, {shift};
@@ -35,8 +35,8 @@ _ASSEMBLY = """
 class E4M3(ByteCodes):
     """See `ByteCodes`.
 
-    E4M3FN is finer just above a power of two than just below: of scales up to an octave apart a row takes
-    the one with the least squared error.
+    E4M3FN is relatively coarser just above a power of two than just below, so each row uses the candidate
+    scale with the least squared error.
     """
 
     name = "fp8"
@@ -57,7 +57,7 @@ class E4M3(ByteCodes):
         for step in _FACTORS:
             scaled = values * (inverse * (1 / step))
             error = scaled - self.to_float32(_to_bits(scaled))
-            # In whole numbers: their sum does not depend on its order, and backends agree but for near ties.
+            # As integers, whose sum is independent of its order: backends agree except for near ties.
             squares = (error * error * (1024 * step * step)).astype(jnp.int32)
             total = jnp.sum(squares, axis=-1, keepdims=True, dtype=jnp.int32)
             factor = factor if least is None else jnp.where(total < least, step, factor)
@@ -66,8 +66,8 @@ class E4M3(ByteCodes):
         return _to_bits(values * (inverse * (1 / factor))), most * (1 / self.largest) * factor
 
     def to_float32(self, codes: Array) -> Array:
-        # The bits are read as float16 with the exponent moved into place, which is 2**-8 of their value: ten
-        # times as fast on a CPU as XLA's own conversion.
+        # The bits, shifted to float16's fields, are 2**-8 of the value. On a CPU this is ten times as fast as
+        # XLA's own conversion.
         bits = codes.astype(jnp.uint16)
         bits = (bits & 0x80) << 8 | (bits & 0x7F) << 7
         return lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32) * 256

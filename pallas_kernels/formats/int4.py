@@ -1,7 +1,7 @@
-"""K and V in four bits an element: words of eight codes and, beside them, words: see `rotated_codes`.
+"""K and V in four bits per element: words of eight codes, and words of scales; see `rotated_codes`.
 
-Attention reads rows rotated: queries are rotated before it, and its output is rotated back. The spikes of
-keys are not rotated; they are a second part of a tile, for the queries as they came.
+Attention works on rotated rows: queries are rotated before it, and its output is rotated back. The outliers
+of keys are not rotated; they are a second part of a tile, multiplied by the unrotated queries.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from pallas_kernels.device import Device
     from pallas_kernels.paged_attention.triton.tuning import Tuning
 
-# Elements of a head, beyond which the place of a spike has no room.
+# Most elements per head; beyond it the index of an outlier does not fit its bits.
 _MOST = 512
-# What other quantizers of vectors take: a 16-bit scale and an 8-bit zero point for 32 elements.
+# For vectors, as in common quantizers: a 16-bit scale and an 8-bit zero point per 32 elements.
 _VECTOR_GROUP, _VECTOR_GROUP_BYTES = 32, 3
 
 
@@ -39,7 +39,7 @@ class Int4(Format):
     bits = BITS
     quantized = True
     scale_dtype = "int32"
-    # Steps, places and spikes of a tile take as many registers as its values.
+    # Steps and outliers of a tile take as many registers as its values.
     max_rows = 16
 
     def row_size(self, head_dim: int) -> int:
@@ -65,7 +65,7 @@ class Int4(Format):
 
     def decode(self, codes: Array, scales: Array | None, dtype: DTypeLike) -> Array:
         assert scales is not None
-        # A row near the largest value of a dtype of 16 bits may come back above it.
+        # A row near the largest value of a 16-bit dtype may decode to values above it.
         most = float(jnp.finfo(dtype).max)
         return jnp.clip(rotated_codes.dequantize(codes, scales), -most, most).astype(dtype)
 
@@ -90,20 +90,20 @@ class Int4(Format):
         return self.encode_pair(k, v)
 
     def layout(self, head_dim: int, parts: int) -> Layout:
-        """One part: of all words the first code, then of all the second."""
+        """One part: the first code of all words, then the second of all words, and so on."""
         del parts
         run = head_dim // CODES
         word = lax.iota(jnp.int32, max(2, next_power_of_two(run)))
         width = np.int32(word.shape[0])
-        number = lax.iota(jnp.int32, CODES * word.shape[0])
-        of_part = lax.rem(number, width)
-        dims = [lax.div(number, width) * run + of_part]
-        return Layout(head_dim, word, dims, (word < run)[None, :], (of_part < run)[None, :])
+        index = lax.iota(jnp.int32, CODES * word.shape[0])
+        in_run = lax.rem(index, width)
+        dims = [lax.div(index, width) * run + in_run]
+        return Layout(head_dim, word, dims, (word < run)[None, :], (in_run < run)[None, :])
 
     def load_scales(
         self, load: Callable[..., Array], tokens: int, head_dim: int, *, keys: bool
     ) -> list[Array]:
-        """The words of steps, and of spikes, that each code of a word needs, `[tokens, codes, 1]`."""
+        """The words of steps, and of outliers, for each code of a word, `[tokens, codes, 1]`."""
         pairs, words = num_groups(head_dim) // 2, []
         for first in range(0, num_scale_words(head_dim, keys=keys), pairs):
             pair = load(first + lax.iota(jnp.int32, pairs)[None, :])
@@ -114,23 +114,23 @@ class Int4(Format):
     def tile_values(
         self, parts: tuple[Array, ...], scales: list[Array], layout: Layout
     ) -> tuple[tuple[Array, ...], None]:
-        """What codes stand for, and behind keys their spikes: tiles as wide as a head."""
-        (tile,), (steps, *spikes) = parts, scales
+        """The values of the codes, and for keys the outliers: tiles as wide as a head."""
+        (tile,), (steps, *outliers) = parts, scales
         tokens, groups = tile.shape[0], num_groups(layout.head_dim)
         part = lax.iota(jnp.int32, CODES)[None, :, None]
         group = (part * groups) >> 3
         codes = ((tile[:, None, :] >> (BITS * part)) & 0xF).astype(jnp.float32)
         step, zero = rotated_codes.step_of(steps, group & 1)
         values = ((codes - 0.5 * zero.astype(jnp.float32)) * step).reshape(tokens, -1)
-        if not spikes:
+        if not outliers:
             return (values,), None
-        place, value = rotated_codes.spike_of(spikes[0], group & 1)
+        index, value = rotated_codes.outlier_of(outliers[0], group & 1)
         in_group = part * (layout.head_dim // CODES) - group * (layout.head_dim // groups)
-        here = (in_group + layout.word[None, None, :] == place) & layout.in_words[:, None, :]
+        here = (in_group + layout.word[None, None, :] == index) & layout.in_words[:, None, :]
         return (values, jnp.where(here, value, 0.0).reshape(tokens, -1)), None
 
     def tuned(self, tuning: Tuning, device: Device, head_dim: int, row_bytes: int) -> Tuning:
-        """As found to spill no registers."""
+        """The largest tuning found that spills no registers."""
         if device.platform == "rocm":
             if not device.arch.startswith("gfx9"):
                 return tuning
@@ -138,7 +138,7 @@ class Int4(Format):
             num_warps = 1 if row_bytes <= 128 else num_warps
             return replace(tuning, key_tile=_key_tile(2 * num_warps, head_dim), num_warps=num_warps)
         num_warps = 8 if row_bytes == 256 and 90 <= int(device.arch[3:]) < 120 else 4
-        # As many stages as leave registers for addresses: 40 KB are under way.
+        # As many stages as leave registers for addresses; 40 KB are in flight.
         num_stages = 7 if num_warps == 8 else 8
         key_tile = _key_tile(num_warps, head_dim)
         return replace(
@@ -146,7 +146,7 @@ class Int4(Format):
         )
 
     def lacks_attention(self, device: Device, head_dim: int, q_dtype: DTypeLike) -> str | None:
-        """Where machine code was found to spill."""
+        """Registers, where the machine code was found to spill."""
         reason, most = None, _most_head_dim(device)
         if q_dtype == jnp.float32:
             reason = "with float32 queries"
@@ -161,7 +161,7 @@ class Int4(Format):
 
 
 def _key_tile(num_warps: int, head_dim: int) -> int:
-    """Tokens whose keys are sixteen bytes for each thread, of warps of 32."""
+    """Tokens whose keys take sixteen bytes per thread, in warps of 32."""
     return max(16, 1024 * num_warps // next_power_of_two(head_dim))
 
 

@@ -1,3 +1,3 @@
-"""Many pages to new places at once."""
+"""Moves many pages within the pool at once."""
 
 from pallas_kernels.move_pages.api import move_pages as move_pages

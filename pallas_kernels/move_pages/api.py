@@ -1,4 +1,4 @@
-"""`move_pages`: the call, checked."""
+"""`move_pages`: checks its arguments."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
@@ -21,26 +21,26 @@ def move_pages(
 ) -> tuple[Array, ...]:
     """Moves pages within the pool, K and V, all layers, as if all at once.
 
-        pages      a  b  c  d  .        pages may trade places, and move where another has just left
+        pages      a  b  c  d  .        pages may be exchanged, and move to pages that others leave
         targets    1  0  3  4  5
-        after      b  a  ?  c  d        what is left where nothing came to is not defined
+        after      b  a  ?  c  d        a page that no other moves to is undefined
 
     Args:
       k_pages, v_pages: the pool.
-      targets: where each page goes, no two to one place; any number that is no page for one that
-        nobody needs. A page that is its own target costs nothing.
+      targets: new page id of each page, all different; out of range for a page whose content is not
+        needed. A page that is its own target costs nothing.
       k_scales, v_scales: of a pool of codes.
       kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
-      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as set by `use_backend`.
 
     Returns:
-      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place where the caller's
+      `(k_pages, v_pages)`, and `k_scales, v_scales` of a pool of codes, in place if the caller's
       `jit` donates them.
 
     Raises:
       ValueError: for wrong shapes or dtypes.
-      NotImplementedError: for a backend that cannot serve the call.
+      NotImplementedError: for a backend that does not support the call.
     """
     pool = check_pool(k_pages, v_pages, k_scales, v_scales, kv_format)
     num_pages = k_pages.shape[1]

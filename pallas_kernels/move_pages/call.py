@@ -1,4 +1,4 @@
-"""What a backend of `move_pages` is asked for."""
+"""The record of arguments of `move_pages`."""
 
 from dataclasses import dataclass
 

@@ -1,3 +1,3 @@
-"""Causal attention over ragged sequences whose K and V lie in pages."""
+"""Causal attention over ragged sequences with paged K and V."""
 
 from pallas_kernels.paged_attention.api import paged_attention as paged_attention

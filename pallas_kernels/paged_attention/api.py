@@ -1,4 +1,4 @@
-"""`paged_attention`: the call, checked."""
+"""`paged_attention`: checks its arguments."""
 
 from functools import partial
 
@@ -37,46 +37,48 @@ def paged_attention(
     tuning: Tuning | None = None,
     shared_tuning: Tuning | None = None,
 ) -> Array | tuple[Array, Array]:
-    """Attention of each sequence's newest tokens over all of it, causal, ragged, paged.
+    """Causal attention of each sequence's newest tokens over the whole sequence.
 
-    The queries of sequence `i` are the rows `query_starts[i]:query_starts[i+1]` of `q`, and stand at
-    the last places of its `kv_lengths[i]`. One row a sequence is decode; many are prefill.
+    The queries of sequence `i` are the rows `query_starts[i]:query_starts[i+1]` of `q`, for the last of its
+    `kv_lengths[i]` token slots. One row per sequence is decode; many are prefill.
 
     Args:
       q: queries; `q_heads` a multiple of `kv_heads`, query head `h` reads KV head
         `h // (q_heads // kv_heads)`.
       k_pages, v_pages: the pool.
-      page_table: page ids of a sequence a row, in token order. Entries past its length are never used.
-      kv_lengths: places of each sequence; 0 for one that has nothing to see.
+      page_table: page ids of a sequence per row, in token order. Entries past its length are never used.
+      kv_lengths: token slots of each sequence; 0 for one without keys.
       query_starts: first row of each sequence, 0 for the first, and the end of the last; rows past it
         are padding.
-      table_rows: row of `page_table` of each sequence. Default: its own number.
-      layer: Python int or int32 scalar; of a traced one that is no layer every result is NaN.
-      scale: of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
-      window: a token sees itself and the `window - 1` tokens before it.
-      sink_tokens: and a sequence's first so many, which no window hides (StreamingLLM, arXiv:2309.17453).
+      table_rows: row of `page_table` of each sequence. Default: its index.
+      layer: Python int or int32 scalar; results are NaN for a traced layer out of range.
+      scale: factor of the scores, 1e-6 to 1e6. Default: `1 / sqrt(head_dim)`.
+      window: a token attends to itself and the `window - 1` tokens before it.
+      sink_tokens: first tokens of a sequence, attended to whatever the window (StreamingLLM,
+        arXiv:2309.17453).
       softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2, arXiv:2408.00118).
-      sink_logits: a logit for each query head that joins the softmax's denominator (gpt-oss).
+      sink_logits: one logit per query head, added to the softmax's denominator (gpt-oss).
       k_scales, v_scales: of a pool of codes.
-      return_lse: also return the log-sum-exp of each row's scores, `sink_logits` included.
+      return_lse: also return the log-sum-exp of each row's scores, including `sink_logits`.
       kv_format: name of the storage format. Default: by the dtype of the pages, see `formats.of`.
       backend: "auto" or a name.
-      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as `use_backend` says.
-      shared_prefix: attend once to the pages that neighbouring sequences begin with (see `prefixes.find`),
-        where the page table shows such, and it saves bytes; not with a `window`. None: for up to 16
-        queries a sequence, if `seqs - 1` times a full row of the page table is 16 MiB of K and V or more,
-        below which one more launch costs as much as sharing could save.
-      tuning: how a GPU's kernel cuts up the work. Default: by device and shape.
-      shared_tuning: the same for what sequences share.
+      interpret: run the kernel in Pallas' interpreter, without a GPU. Default: as set by `use_backend`.
+      shared_prefix: read pages that adjacent sequences begin with once (see `prefixes.find`), where the
+        page table has such pages and it saves bytes; not with a `window`. None: for up to 16 queries per
+        sequence, if `seqs - 1` times a full row of the page table is at least 16 MiB of K and V; below that,
+        the extra launch costs as much as sharing could save.
+      tuning: how a GPU's kernel divides the work. Default: by device and shape.
+      shared_tuning: the same for shared prefixes.
 
     Returns:
       `out [tokens, q_heads, head_dim]` in `q`'s dtype, zero for padding rows and empty sequences;
       with `return_lse` also `lse` float32 `[tokens, q_heads]`, natural log, `-inf` for such rows.
-      A score of -inf, from a product below float32's range, has weight zero; a row of no others sees nothing.
+      A score of -inf, from a product below float32's range, has weight zero; if a row has no other scores,
+      it is treated as a row without keys.
 
     Raises:
       ValueError: for wrong shapes, dtypes or options.
-      NotImplementedError: for a backend that cannot serve the call.
+      NotImplementedError: for a backend that does not support the call.
     """
     q, sink_logits = jnp.asarray(q), None if sink_logits is None else jnp.asarray(sink_logits)
     k_pages, v_pages, page_table, kv_lengths, query_starts = (

@@ -1,4 +1,4 @@
-"""What a backend of `paged_attention` is asked for."""
+"""The record of arguments of `paged_attention`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention.triton.tuning import Tuning
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Sequences:
-    """Where ragged sequences lie; int32, as `api.paged_attention` takes them."""
+    """The tables of ragged sequences; int32, as for `api.paged_attention`."""
 
     page_table: Int[Array, "rows pages_per_seq"]
     table_rows: Int[Array, " seqs"]
@@ -23,17 +23,17 @@ class Sequences:
 
     @property
     def count(self) -> int:
-        """Sequences."""
+        """Number of sequences."""
         return self.kv_lengths.shape[0]
 
     @property
     def lengths(self) -> tuple[Array, Array, Array]:
-        """What `schedule.query_tiles` takes."""
+        """Arguments of `schedule.query_tiles`."""
         return self.kv_lengths, self.query_starts, self.table_rows
 
 
 class Scoring(NamedTuple):
-    """What scores are, and which of them a token sees: static."""
+    """How scores are computed, and which of them a token attends to; static."""
 
     scale: float
     window: int | None
@@ -42,7 +42,7 @@ class Scoring(NamedTuple):
 
     @classmethod
     def of(cls, options: Options, head_dim: int, max_keys: int) -> "Scoring":
-        """With the default scale, and no number larger than an array could tell apart."""
+        """Fills in the default scale, and clips values that exceed any array."""
         scale, window, sink_tokens, softcap = options
         return cls(
             scale=1 / sqrt(head_dim) if scale is None else scale,
@@ -58,14 +58,14 @@ class Call:
 
     Attributes:
       q: the queries.
-      queries: the same, as the pool's format has them meet its keys.
+      queries: the queries for each part of a tile, from `Format.queries`.
       pool: K and V.
-      sequences: the queries' own.
-      layer: a number that may be no layer's.
+      sequences: of the queries.
+      layer: index that may be out of range.
       scoring: the static options.
-      sinks: as there.
-      prefixes: finds what neighbouring sequences share, in whole units of tokens; None not to look.
-      tuning, shared_tuning: of a GPU's kernel, where the caller chose them.
+      sinks: `sink_logits`.
+      prefixes: finds the prefixes that adjacent sequences share; None to skip that.
+      tuning, shared_tuning: of a GPU's kernel, if the caller chose them.
     """
 
     q: Float[Array, "tokens q_heads head_dim"]
@@ -81,12 +81,12 @@ class Call:
 
     @property
     def max_keys(self) -> int:
-        """Places of a row of the page table."""
+        """Token slots of a row of the page table."""
         return self.sequences.page_table.shape[1] * self.pool.shape[3]
 
     @property
     def shape(self) -> dict[str, Any]:
-        """What tunings are chosen by: see `tuning.rule`."""
+        """Arguments of `tuning.rule`, for choosing tunings."""
         tokens, q_heads, head_dim = self.q.shape
         return dict(
             tokens=tokens,

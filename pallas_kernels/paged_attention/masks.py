@@ -1,26 +1,26 @@
-"""Which places a token sees: the same for every backend."""
+"""The attention mask, the same for every backend."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-# Beyond any row's place.
+# Larger than any index.
 _NEAR = 2**31 - 1
 
 
 def sees(
-    row_places: Int[Array, "..."], places: Int[Array, "..."], *, window: int | None, sink_tokens: int
+    row_indices: Int[Array, "..."], key_indices: Int[Array, "..."], *, window: int | None, sink_tokens: int
 ) -> Bool[Array, "..."]:
-    """Those up to its own; with a window, of these the last and the sequence's first `sink_tokens`.
+    """Whether a query attends to a key: up to its own index, within the window or the first `sink_tokens`.
 
     Args:
-      row_places: of the tokens that look, along one axis.
-      places: of those that may be seen, along the other.
+      row_indices: of the queries in their sequence, along one axis.
+      key_indices: of the keys, along the other.
       window, sink_tokens: as in `paged_attention`.
     """
-    visible = places <= row_places
+    visible = key_indices <= row_indices
     if window is None:
         return visible
     if sink_tokens:
-        # As if they were near, which takes one comparison for each row and place.
-        places = jnp.where(places < sink_tokens, _NEAR, places)
-    return visible & (places > row_places - window)
+        # Sink tokens count as near, so that one comparison per query and key suffices.
+        key_indices = jnp.where(key_indices < sink_tokens, _NEAR, key_indices)
+    return visible & (key_indices > row_indices - window)

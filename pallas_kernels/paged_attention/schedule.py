@@ -1,20 +1,21 @@
-"""Who works on what: query tiles, and their key tiles cut into items of even size.
+"""Divides the work into query tiles, and their key tiles into items of equal size.
 
-All of it follows from the lengths, on the device, so one compiled program serves every batch of a shape:
+The schedule is computed on the device from the lengths, so one compiled program works for every batch of a
+shape:
 
-    sequence 0, 1 query at place 5      query tile 0     item 0: key tile  0
-    sequence 1, 1 query at place 300    query tile 1     item 1: key tiles 0 1
+    sequence 0, 1 query at index 5      query tile 0     item 0: key tile  0
+    sequence 1, 1 query at index 300    query tile 1     item 1: key tiles 0 1
                                                          item 2: key tiles 2
-    sequence 2, empty                   query tile 2     nothing to see, no item
+    sequence 2, empty                   query tile 2     no keys, no item
 
-Behind a window that hides all but a sequence's first tokens, the key tiles of these are visited in the places
-of as many before the window: numbers 3 and 4 stand for the key tiles 0 and 1.
+With a window and sink tokens, the key tiles with sink tokens are visited under the numbers of as many tiles
+before the window. Here 3 and 4 stand for the key tiles 0 and 1:
 
     key tiles        0 1 2 3 4 5 6 7      sink tokens in 0 1, the window in 5 6 7
     visited                3 4 5 6 7
 
-Where neighbouring sequences begin with the same pages (see `prefixes`), tiles of their queries together
-visit what they share, and each one's own tiles begin behind it.
+If adjacent sequences begin with the same pages (see `prefixes`), joint tiles of their queries visit the
+shared tokens, and the tiles of each sequence begin after them.
 """
 
 from typing import NamedTuple
@@ -27,31 +28,31 @@ from pallas_kernels.ragged import ragged_rows
 
 
 class QueryTiles(NamedTuple):
-    """Runs of neighbouring rows of `q` that belong to one sequence, or to none.
+    """Runs of adjacent rows of `q` of one sequence, or of padding.
 
     Attributes:
       table_row: row of the page table.
       first_row, num_rows: its rows of `q`.
-      first_place: place of its first row in the sequence; row `n` sees places up to `first_place + n`.
-      first_key: the first place that it visits.
-      num_keys: places that its last row sees; 0 for padding and for empty sequences.
+      first_index: index of its first row in the sequence; row `n` attends to keys up to `first_index + n`.
+      first_key: index of the first key that it visits.
+      num_keys: end of the keys that its last row attends to; 0 for padding and for empty sequences.
     """
 
     table_row: Int[Array, " tiles"]
     first_row: Int[Array, " tiles"]
     num_rows: Int[Array, " tiles"]
-    first_place: Int[Array, " tiles"]
+    first_index: Int[Array, " tiles"]
     first_key: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
 
 
 class Items(NamedTuple):
-    """Shares of the work. An item past the last has `tile` 0 and no key tiles.
+    """Items of the work. An item past the last has `tile` 0 and no key tiles.
 
     Attributes:
       tile: the query tile.
       begin, end: its key tiles.
-      starts: first item of each query tile, and the end of the last, where items are in the tiles' order.
+      starts: first item of each query tile, and the end of the last, if items are in the order of tiles.
     """
 
     tile: Int[Array, " items"]
@@ -61,7 +62,7 @@ class Items(NamedTuple):
 
 
 def num_query_tiles(tokens: int, num_seqs: int, size: int) -> int:
-    """The most tiles there can be: one for each sequence and the padding, one for every `size` rows more."""
+    """Most tiles: one per sequence and for the padding, and one per further `size` rows."""
     runs = min(tokens, num_seqs + 1)
     return runs + (tokens - runs) // size
 
@@ -77,18 +78,19 @@ def query_tiles(
     skipped: Int[Array, " seqs"] | None = None,
     causal: bool = True,
 ) -> QueryTiles:
-    """Cuts the rows of `q` into tiles of at most `size`; every row is in one.
+    """Divides the rows of `q` into tiles of at most `size`; every row is in one.
 
     Args:
       tokens: rows of `q`, static.
       size: static.
       kv_lengths, query_starts, table_rows, window: as in `paged_attention`.
-      skipped: places at each sequence's beginning that are not visited.
-      causal: the queries stand at the last places of their sequence. Else behind them, and see them all.
+      skipped: first tokens of each sequence that are not visited.
+      causal: whether the queries are the last tokens of their sequence. Else they come after it, and attend
+        to all of it.
     """
     num_seqs = kv_lengths.shape[0]
-    # The rows past the last sequence are those of one more, which is empty. It is not among the ends: over a
-    # mesh XLA's partitioner would pad a vector that is longer than a sharded one, and count the padding.
+    # Rows past the last sequence form one more sequence, which is empty. `ends` excludes it: on a mesh XLA's
+    # partitioner would pad a vector longer than a sharded one, and count the padding.
     starts = jnp.concatenate([query_starts, jnp.full(1, tokens, query_starts.dtype)]).astype(jnp.int32)
     num_queries = starts[1:] - starts[:-1]
     lengths = jnp.concatenate([kv_lengths.astype(jnp.int32), jnp.zeros(1, jnp.int32)])
@@ -96,11 +98,11 @@ def query_tiles(
     seq, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size))
     offset = nth * size
     num_rows = jnp.clip(num_queries[seq] - offset, 0, size)
-    first_place = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]
-    sees = first_place + num_rows if causal else first_place
-    first_key = jnp.zeros_like(first_place)
+    first_index = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]
+    key_end = first_index + num_rows if causal else first_index
+    first_key = jnp.zeros_like(first_index)
     if window is not None:
-        first_key = jnp.maximum(first_place - window + 1, 0)
+        first_key = jnp.maximum(first_index - window + 1, 0)
     own_seq = jnp.minimum(seq, num_seqs - 1)
     if skipped is not None:
         first_key = jnp.maximum(first_key, skipped[own_seq])
@@ -108,26 +110,26 @@ def query_tiles(
         table_row=table_rows[own_seq].astype(jnp.int32),
         first_row=starts[seq] + offset,
         num_rows=num_rows,
-        first_place=first_place,
+        first_index=first_index,
         first_key=first_key,
-        num_keys=jnp.where((lengths[seq] > 0) & (num_rows > 0), sees, 0),
+        num_keys=jnp.where((lengths[seq] > 0) & (num_rows > 0), key_end, 0),
     )
 
 
 def share(
     tiles: QueryTiles, num_items: int, key_tile: int, *, busy: int | None = None, sink_tokens: int = 0
 ) -> Items:
-    """Cuts each query tile's key tiles into items, all of about the same size.
+    """Divides each query tile's key tiles into items of about equal size.
 
-    The size is the least that makes do with `num_items`: a long sequence among short ones is cut into
-    many, so that none of the GPU waits for it. What is cut is cut evenly: a small last piece would leave the
-    others as large as they are.
+    The size is the least for which `num_items` suffice, so that a long sequence among short ones is divided
+    among many programs. The items of a query tile are of equal size: with a small last one the others would
+    be larger.
 
     Args:
       tiles: the query tiles.
       num_items: static, more than `busy`.
-      key_tile: tokens a key tile.
-      busy: how many of the tiles have anything to see, at most; static. Default: all.
+      key_tile: tokens per key tile.
+      busy: most tiles that have keys; static. Default: all.
       sink_tokens: as in `paged_attention`.
     """
     num_tiles = tiles.num_keys.shape[0]
@@ -138,7 +140,7 @@ def share(
     size = jnp.maximum((jnp.sum(count, dtype=jnp.int32) + spare - 1) // spare, 1)
     pieces = (count + size - 1) // size
     ends = jnp.cumsum(pieces, dtype=jnp.int32)
-    # No larger, and no more pieces.
+    # Equal pieces; no larger ones, and no more of them.
     size = (count + pieces - 1) // jnp.maximum(pieces, 1)
     entry, nth = ragged_rows(ends, num_items)
     tile = jnp.minimum(entry, num_tiles - 1)
@@ -152,7 +154,7 @@ def share(
 
 
 def whole(tiles: QueryTiles, key_tile: int, *, heaviest_first: bool = False, sink_tokens: int = 0) -> Items:
-    """One item for each query tile, in their order or so that the last to begin is soon done."""
+    """One item per query tile, in order, or largest first, so that the last to start is short."""
     tile = jnp.arange(tiles.num_keys.shape[0], dtype=jnp.int32)
     begin, end = _key_tiles(tiles, key_tile, sink_tokens)
     starts = jnp.arange(tiles.num_keys.shape[0] + 1, dtype=jnp.int32)
@@ -168,16 +170,16 @@ def _key_tiles(tiles: QueryTiles, key_tile: int, sink_tokens: int) -> tuple[Arra
 
 
 def first_visited(first: Int[Array, "..."], num_sinks: int) -> Int[Array, "..."]:
-    """The first visited key tile, given the window's first and the number of those with sink tokens."""
+    """The first visited key tile, from the window's first and the number of tiles with sink tokens."""
     return jnp.maximum(first - num_sinks, 0)
 
 
 def stands_for(visited: Int[Array, ""], first: Int[Array, ""], begin: Int[Array, ""]) -> Int[Array, ""]:
-    """The key tile that a visited one stands for.
+    """The key tile that a visited number stands for.
 
     Args:
-      visited: its number.
-      first: the window's first.
-      begin: the first that is visited.
+      visited: the number.
+      first: the window's first key tile.
+      begin: the first visited number.
     """
     return jnp.where(visited < first, visited - begin, visited)

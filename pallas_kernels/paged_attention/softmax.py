@@ -1,11 +1,11 @@
 """The online softmax (Milakov and Gimelshein, arXiv:1805.02867), as pure functions.
 
-A partial result is `(m, l, o)`: the greatest score seen, before its scale, the sum of
-`exp((score - m) * scale)`, and the sum of `exp((score - m) * scale) * v`. A row that has seen nothing is
-`(LOWEST, 0, 0)`. A score of -inf, which a product that overflows gives, has weight zero: a row that sees
-nothing else is one that has seen nothing.
+A partial result is `(m, l, o)`: the largest score so far, before its scale, the sum of
+`exp((score - m) * scale)`, and the sum of `exp((score - m) * scale) * v`. A row without scores is
+`(LOWEST, 0, 0)`. A score of -inf, from a product that overflows, has weight zero; a row with no other scores
+counts as a row without scores.
 
-With `exp=jnp.exp2`, which is one instruction on a GPU, `scale` holds the factor log2(e) too.
+With `exp=jnp.exp2`, which is one instruction on a GPU, `scale` includes the factor log2(e).
 """
 
 from collections.abc import Callable
@@ -16,15 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-# The greatest score of a row that has seen none: finite, so that a score of -inf less it is not NaN, and no
-# more than any finite score.
+# The largest score of a row without scores: finite, so that `-inf - LOWEST` is not NaN, and not above any
+# finite score.
 LOWEST = float(np.finfo(np.float32).min)
 
 
 class Partial(NamedTuple):
-    """Attention over some of a row's tokens, not yet normalized; float32.
+    """Attention over some of a row's keys, not yet normalized; float32.
 
-    `o` may be a tuple of arrays, each with some of the numbers of a head.
+    `o` may be a tuple of arrays, each with some elements of a head.
     """
 
     m: Float[Array, "*rows"]
@@ -33,7 +33,7 @@ class Partial(NamedTuple):
 
 
 def empty(rows: tuple[int, ...], head_dim: int) -> Partial:
-    """Rows that have seen nothing."""
+    """The partial result of rows without scores."""
     return Partial(
         m=jnp.full(rows, LOWEST, jnp.float32),
         l=jnp.zeros(rows, jnp.float32),
@@ -51,22 +51,22 @@ def extend(
     product: Callable[[Array, Any], Any],
     exp: Callable[[Array], Array] = jnp.exp,
 ) -> Partial:
-    """Lets rows see one more tile of tokens.
+    """Adds one more tile of keys to partial results.
 
     Args:
-      seen: what they saw before.
-      scores: of the tile's tokens.
-      visible: which of them a row sees; None for all.
-      v: the tile's values, or codes; what it holds at tokens nobody sees must be finite.
+      seen: the partial results.
+      scores: of the tile's keys.
+      visible: which of them each row attends to; None for all.
+      v: the tile's values, or codes; they must be finite at masked tokens too.
       scale: of the scores; positive.
-      product: of `p [*rows, tokens]` and `v`, as `seen.o` is.
+      product: of `p [*rows, tokens]` and `v`, in the form of `seen.o`.
     """
     if visible is not None:
         scores = jnp.where(visible, scores, -jnp.inf)
     m = jnp.maximum(seen.m, jnp.max(scores, axis=-1))
     p = exp((scores - m[..., None]) * scale)
     if visible is not None:
-        # It is zero already where this masks; but Triton's compiler spills without.
+        # Masked weights are zero already, but without this Triton's compiler spills registers.
         p = jnp.where(visible, p, 0.0)
     rescale = exp((seen.m - m) * scale)
     return Partial(
@@ -79,7 +79,7 @@ def extend(
 def merge(
     one: Partial, other: Partial, *, scale: float = 1.0, exp: Callable[[Array], Array] = jnp.exp
 ) -> Partial:
-    """What rows have seen in two disjoint sets of tokens."""
+    """Merges partial results over two disjoint sets of keys."""
     m = jnp.maximum(one.m, other.m)
     weight, other_weight = exp((one.m - m) * scale), exp((other.m - m) * scale)
     return Partial(
@@ -97,13 +97,13 @@ def finish(
     exp: Callable[[Array], Array] = jnp.exp,
     log: Callable[[Array], Array] = jnp.log,
 ) -> tuple[Any, Array]:
-    """The output and the log-sum-exp of rows that have seen all; zero and -inf where that is nothing.
+    """The output and the log-sum-exp of complete rows; zero and -inf for rows without scores.
 
-    `exp` and `log` are natural here, and so `scale` is without log2(e).
+    Here `exp` and `log` are natural, so `scale` excludes the factor log2(e).
     """
     m, l, o = seen  # noqa: E741
     if scale != 1:
-        # A scale above one makes LOWEST -inf, and -inf less a sink of -inf is NaN.
+        # With a scale above 1, LOWEST becomes -inf, and -inf minus a sink of -inf is NaN.
         m = jnp.maximum(m * scale, LOWEST)
     some = l > 0
     if sinks is not None:

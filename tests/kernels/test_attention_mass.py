@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import attention_mass
+from pallas_kernels import attention_mass, reference
 from pallas_kernels.paged_attention.triton.tuning import Tuning
-from tests.kernels import reference
-from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, Case, make
+from pallas_kernels.reference.cases import PAGED_ATTENTION, TOLERANCE, Case, make
 
 BACKENDS = ("xla", "triton")
 # A kernel for them there is not: `tuning.lacks_mass`.
@@ -17,7 +16,7 @@ CHOSEN = (
     "decode with GQA, float32",
     "decode with MQA, bfloat16",
     "prefill with head_dim 80",
-    "live sequences that ask nothing",
+    "live sequences without queries",
     "a long prompt",
     "large scores",
     "sinks",

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 import pallas_kernels
-from benchmarks.check_targets import Kernel, launches, pretend
 from pallas_kernels import formats
 from pallas_kernels.device import Device
+from tests.compiled.machine_code.kernel import Kernel
+from tests.compiled.machine_code.launches import launches, pretend
 
 H100 = Device("sm_90", 132)
 

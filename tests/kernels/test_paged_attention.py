@@ -16,11 +16,11 @@ from pallas_kernels import (
     formats,
     move_pages,
     paged_attention,
+    reference,
     use_backend,
 )
 from pallas_kernels.paged_attention.triton.tuning import Tuning
-from tests.kernels import reference
-from tests.kernels.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
+from pallas_kernels.reference.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
 
 BACKENDS = ("xla", "triton")
 QUANTIZED = ("int8", "uint8")
@@ -317,7 +317,7 @@ def test_the_largest_numbers_of_a_dtype_come_back_finite(stored, dtype):
 @pytest.mark.parametrize("stored", QUANTIZED)
 def test_every_code_is_read_as_numpy_reads_it(stored):
     codes = np.arange(256, dtype=np.uint8).view(jnp.dtype(stored))
-    want = reference.numbers(codes).astype(np.float32)
+    want = reference.unscaled(codes).astype(np.float32)
     real = np.isfinite(want)
     np.testing.assert_array_equal(formats.of(stored).widen(jnp.asarray(codes))[real], want[real])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pallas_kernels import cost, formats
 from pallas_kernels.paged_attention import prefixes, schedule
-from tests.kernels.cases import Case, make
+from pallas_kernels.reference.cases import Case, make
 
 SEQS, TOKENS, KEY_TILE = 5, 48, 8
 sequences = st.lists(st.tuples(st.integers(0, 90), st.integers(0, 9)), min_size=SEQS, max_size=SEQS)
@@ -91,7 +91,7 @@ def test_a_window_with_sink_tokens_visits_what_somebody_sees_and_nothing_twice(w
         keys = jnp.arange(begin, end, dtype=jnp.int32)
         visited = visits(keys, tiles.first_key[tile] // KEY_TILE, jnp.asarray(begin)).tolist()
         rows = range(int(tiles.num_rows[tile])) if tiles.num_keys[tile] else ()
-        places = [int(tiles.first_place[tile]) + row for row in rows]
+        places = [int(tiles.first_index[tile]) + row for row in rows]
         seen = {
             place // KEY_TILE
             for row in places

@@ -5,13 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import tune
-from benchmarks.attention_problems import decode, uniform
 from pallas_kernels import formats, paged_attention
 from pallas_kernels.device import Device
 from pallas_kernels.paged_attention.triton import tables, tuning
 from pallas_kernels.paged_attention.triton.tables import Shape, Values
-from tests.kernels.cases import PAGED_ATTENTION, TOLERANCE, make
+from pallas_kernels.reference.cases import PAGED_ATTENTION, TOLERANCE, make
 
 H100 = Device("sm_90", 132, "NVIDIA H100 80GB HBM3")
 BFLOAT16 = formats.named("bfloat16")
@@ -125,34 +123,3 @@ def test_a_row_that_lacks_a_key(tmp_path):
     path.write_text('device = "a"\n[[shape]]\nqueries = "one"')
     with pytest.raises(ValueError, match=r"mine\.toml: shape 1 lacks head_dim"):
         tables.read(path)
-
-
-def test_the_search_takes_what_is_faster_beyond_the_spread(monkeypatch):
-    """With a clock that likes tiles of 64 keys, and warps by fours."""
-    some = tune.Class((decode(uniform(2, 40), heads=(4, 2, 16)),))
-
-    def seconds(candidate):
-        return abs(candidate.key_tile - 64) + 10 * abs(candidate.num_warps - 4) + 100
-
-    class Clock:
-        def __init__(self, some):
-            pass
-
-        def prepare(self, candidate):
-            return "too much shared memory" if candidate.num_stages == 6 else [candidate]
-
-        def race(self, runners):
-            return {one: tune.Sample((seconds(one),) * 3) for one in runners}
-
-    monkeypatch.setattr(tune, "Search", Clock)
-    found = tune.search(some, H100, deadline=float("inf"))
-    assert found is not None and found.values == Values(key_tile=64)
-    assert found.ratio.median > 1.4
-
-
-def test_every_class_of_the_search_is_a_row_of_its_own(monkeypatch):
-    monkeypatch.setattr(tune, "HAS_GPU", True)
-    found = tune.classes()
-    assert len({some.shape for some in found}) == len(found)
-    for some in found:
-        assert {tune.Class((problem,)).shape for problem in some.problems} == {some.shape}

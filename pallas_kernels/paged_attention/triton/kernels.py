@@ -1,13 +1,13 @@
-"""What is launched for `paged_attention` in Pallas Triton, and the kernels.
+"""The launches and kernels of `paged_attention` in Pallas Triton.
 
-One program takes one item of the schedule for one KV head: a query tile, with all query heads of the KV
+One program processes one item of the schedule for one KV head: a query tile, with all query heads of the KV
 head as the rows of one matrix product, and a run of key tiles. So every byte of K and V is read once,
-whatever the number of query heads. Where a query tile is cut into several items, each leaves a partial
-softmax behind and a second launch merges them. What neighbouring sequences share is worked on by a launch of
-its own, with more rows to a product, and merged by the same.
+whatever the number of query heads. If a query tile is divided into several items, each writes a partial
+softmax, and a second launch merges them. A separate launch, with more rows per product, processes shared
+prefixes; its results are merged likewise.
 
 A key tile is a number of tokens, whatever the page size: each token's address comes from the page table,
-and the ids of the next tile are fetched while this one is worked on.
+and the page ids of the next tile are loaded while this one is processed.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from pallas_kernels.paged_attention.triton.tiles import assembled, read_tile, sc
 from pallas_kernels.paged_attention.triton.tuning import Tuning
 from pallas_kernels.ragged import ragged_rows
 
-# Below any scale but zero, and its inverse is finite.
+# Below any scale except zero, with a finite inverse.
 _LEAST_SCALE = 1e-35
 
 
@@ -45,10 +45,10 @@ class _Launches:
     """What the launches of a call have in common.
 
     Attributes:
-      arrays: the layer, the page table, sinks, queries, the pool, and more queries.
+      arrays: the layer, the page table, sinks, queries, the pool, and further queries.
       call: the call.
-      parts: in which a row of the pool comes, see `Format.parts`.
-      cost: of all.
+      parts: of a row of the pool; see `Format.parts`.
+      cost: of all launches.
       interpret: run without a GPU.
     """
 
@@ -60,8 +60,8 @@ class _Launches:
 
 
 def run(call: Call, *, interpret: bool):
-    """See `api.paged_attention`. Returns `(out, lse)`, `out` as the format's tiles give it."""
-    # Matrix units take 16 bits.
+    """See `api.paged_attention`. Returns `(out, lse)`, `out` before `Format.outputs`."""
+    # Matrix units take 16-bit operands.
     q, *more_queries = (part.astype(call.q.dtype) for part in call.queries)
     tuning = call.tuning or tunings.choose(Device.current(), **call.shape)
     shared_tuning = call.shared_tuning or tunings.choose_shared(Device.current(), **call.shape)
@@ -116,7 +116,7 @@ def run(call: Call, *, interpret: bool):
         size = shared_tuning.query_tile
         runs = shared.lengths, shared.query_starts, shared.table_rows
         shared_tiles = schedule.query_tiles(tokens, size, *runs, causal=False)
-        # A run that shares has two sequences at least.
+        # A run with a shared prefix has at least two sequences.
         busy = min(shared_tiles.num_keys.shape[0], num_seqs // 2 + tokens // size)
         num_items = busy + max(1, shared_tuning.programs // kv_heads)
         items = schedule.share(shared_tiles, num_items, shared_tuning.key_tile, busy=busy)
@@ -143,9 +143,9 @@ def run(call: Call, *, interpret: bool):
 
 
 def _layer_and_whether(layer, num_layers: int):
-    """The layer that is read, and whether it is the one asked for: else every row becomes NaN."""
-    asked = as_layer(layer)
-    return jnp.stack([jnp.clip(asked, 0, num_layers - 1), is_layer(layer, num_layers).astype(jnp.int32)])
+    """The layer clipped to the pool, and whether it was in range; otherwise every row becomes NaN."""
+    clipped = jnp.clip(as_layer(layer), 0, num_layers - 1)
+    return jnp.stack([clipped, is_layer(layer, num_layers).astype(jnp.int32)])
 
 
 def _outputs(q):
@@ -162,7 +162,7 @@ def _visit(
     split: bool,
     name: str,
 ) -> tuple[jax.Array, ...]:
-    """One launch: what the rows of the tiles see, whole (`out, lse`) or in parts, by item (`m, l, o`)."""
+    """One launch: attention of the tiles, complete (`out, lse`) or a partial result per item (`m, l, o`)."""
     q, storage, interpret = launches.arrays[3], launches.call.pool.storage, launches.interpret
     kv_heads = launches.call.pool.shape[2]
     rows = tuning.query_tile * (q.shape[1] // kv_heads)
@@ -201,7 +201,7 @@ def _attend(
     table_row_ref,
     first_row_ref,
     num_rows_ref,
-    first_place_ref,
+    first_index_ref,
     first_key_ref,
     num_keys_ref,
     layer_ref,
@@ -226,22 +226,22 @@ def _attend(
     head, item = pl.program_id(0), pl.program_id(1)
     layer, tile = layer_ref[0], tile_ref[item]
     begin, end = begin_ref[item], end_ref[item]
-    num_keys, first_place, num_rows = num_keys_ref[tile], first_place_ref[tile], num_rows_ref[tile]
+    num_keys, first_index, num_rows = num_keys_ref[tile], first_index_ref[tile], num_rows_ref[tile]
     table_row, page_size = table_row_ref[tile], np.int32(k_ref.shape[3])
     mine = rows(first_row_ref[tile], num_rows, head)
-    row_place = first_place + mine.offset
+    row_index = first_index + mine.offset
     q = mine.load(q_ref)
     factor, rest = scale_in_two(scale)
     for more_q_ref in more_q_refs:
         q += mine.load(more_q_ref)
 
-    def places_of(key):
+    def indices_of(key):
         return key * key_tile + lax.iota(jnp.int32, key_tile)
 
     def page_ids(key):
-        places = places_of(key)
+        indices = indices_of(key)
         return plgpu.load(
-            page_table_ref.at[table_row, lax.div(places, page_size)], mask=places < num_keys, other=0
+            page_table_ref.at[table_row, lax.div(indices, page_size)], mask=indices < num_keys, other=0
         )
 
     def weigh(p, v):
@@ -250,23 +250,23 @@ def _attend(
     def weigh_codes(scale, p, v):
         if q_ref.dtype != jnp.float16:
             return weigh(p * scale[None, :], v)
-        # The smallest scales would be below what float16 can tell apart.
+        # The smallest scales would underflow in float16.
         most = jnp.maximum(jnp.max(scale), _LEAST_SCALE)
         return tuple(part * most for part in weigh(p * (scale / most)[None, :], v))
 
     def visit(key, carry, *, edge: bool):
         seen, ids = carry
-        places = places_of(key)
-        real = mine.layout.in_words & ((places < num_keys) if edge else (places >= 0))[:, None]
-        offsets = lax.rem(places, page_size)
+        indices = indices_of(key)
+        real = mine.layout.in_words & ((indices < num_keys) if edge else (indices >= 0))[:, None]
+        offsets = lax.rem(indices, page_size)
         at = (layer, ids[:, None], head, offsets[:, None], mine.layout.word[None, :])
         k, v = (read_tile(ref.at[at], real, storage, assembled) for ref in (k_ref, v_ref))
-        place = layer, ids, head, offsets
+        tokens = layer, ids, head, offsets
         k_scale = v_scale = None
         if scale_refs:
             scales = [
                 storage.load_scales(
-                    scale_loader(ref, place, places < num_keys), key_tile, q_ref.shape[2], keys=keys
+                    scale_loader(ref, tokens, indices < num_keys), key_tile, q_ref.shape[2], keys=keys
                 )
                 for ref, keys in zip(scale_refs, (True, False), strict=True)
             ]
@@ -284,7 +284,7 @@ def _attend(
         scores = scores * factor
         visible = None
         if edge:
-            visible = sees(row_place[:, None], places[None, :], window=window, sink_tokens=sink_tokens)
+            visible = sees(row_index[:, None], indices[None, :], window=window, sink_tokens=sink_tokens)
         seen = softmax.extend(seen, scores, visible, v, scale=rest, product=weigh_tile, exp=jnp.exp2)
         return seen, next_ids
 
@@ -295,19 +295,19 @@ def _attend(
             jnp.clip(first, begin, end),
             schedule.first_visited(first, -(-sink_tokens // key_tile)),
         )
-        # A loop of its own, in numbers that stand for themselves: a choice between two takes registers.
+        # A separate loop over the actual tiles with sink tokens: selecting a tile would take registers.
         low, high = jnp.maximum(begin - instead, 0), start - instead
         seen, _ = lax.fori_loop(low, high, partial(visit, edge=True), (seen, page_ids(low)))
     carry = seen, page_ids(start)
-    # In the interior every row sees every token of a tile, and nothing is masked.
-    low, high = start, jnp.clip((first_place + 1) // key_tile, start, end)
+    # In the interior every row attends to every token of a tile, and nothing is masked.
+    low, high = start, jnp.clip((first_index + 1) // key_tile, start, end)
     if window is not None:
-        low = jnp.clip(-((window - first_place - num_rows) // key_tile), start, high)
+        low = jnp.clip(-((window - first_index - num_rows) // key_tile), start, high)
         carry = lax.fori_loop(start, low, partial(visit, edge=True), carry)
     carry = lax.fori_loop(low, high, partial(visit, edge=False), carry)
     seen, _ = lax.fori_loop(high, end, partial(visit, edge=True), carry)
     if split:
-        # An item without key tiles is past the last one, and nobody reads what it would leave.
+        # An item without key tiles is past the last one; its result is never read.
         pl.when(begin < end)(lambda: mine.store_partial(softmax.Partial(*out_refs), item, seen))
     else:
         out_ref, lse_ref = out_refs
@@ -325,7 +325,7 @@ def _merge(
     rows,
     scale: float,
 ):
-    """The items of a query tile, and those of what its rows share with others, become rows of the output."""
+    """Merges the items of a query tile, and those of its shared prefixes, to rows of the output."""
     *refs, out_ref, lse_ref = refs
     head, tile = pl.program_id(0), pl.program_id(1)
     mine = rows(first_row_ref[tile], num_rows_ref[tile], head)
@@ -338,17 +338,20 @@ def _merge(
     seen = lax.fori_loop(starts_ref[tile], starts_ref[tile + 1], visit, mine.nothing_seen())
     if refs[3:]:
         shared_starts_ref, shared_tile_ref, shared_row_ref, *shared = refs[3:]
-        # Rows of nobody lie among a run's; they see nothing.
-        asks = mine.exists & (num_keys_ref[tile] > 0)
-        shared_tile, place = (
-            plgpu.load(ref.at[mine.token], mask=asks, other=0) for ref in (shared_tile_ref, shared_row_ref)
+        # A run may include padding rows, which attend to nothing.
+        is_query = mine.exists & (num_keys_ref[tile] > 0)
+        shared_tile, shared_row = (
+            plgpu.load(ref.at[mine.token], mask=is_query, other=0)
+            for ref in (shared_tile_ref, shared_row_ref)
         )
         group = sinks_ref.shape[1]
-        first, end = (plgpu.load(shared_starts_ref.at[shared_tile + n], mask=asks, other=0) for n in range(2))
+        first, end = (
+            plgpu.load(shared_starts_ref.at[shared_tile + n], mask=is_query, other=0) for n in range(2)
+        )
 
         def visit_shared(nth, seen):
             item = first + nth
-            row = place * group + mine.in_group
+            row = shared_row * group + mine.in_group
             part = mine.load_partial(softmax.Partial(*shared), item, row, item < end)
             return softmax.merge(seen, part, scale=rest, exp=jnp.exp2)
 

@@ -1,4 +1,4 @@
-"""The rows of a Triton program's matrix products: which queries they are, how they are read and written."""
+"""The rows of a Triton program's matrix products: their queries, and how they are loaded and stored."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,7 +18,7 @@ from pallas_kernels.sizes import next_power_of_two
 def rows_like(
     q, kv_heads: int, tuning: Tuning, layout: Callable[[int], Layout] = plain_layout
 ) -> Callable[..., "Rows"]:
-    """Makes `Rows` of first row, number and head."""
+    """A function that makes `Rows` from the first row, the number of rows and the head."""
     group = q.shape[1] // kv_heads
     return partial(Rows, group=group, size=tuning.query_tile, head_dim=q.shape[2], layout=layout)
 
@@ -34,7 +34,7 @@ def _log(x):
 class Rows:
     """The rows of a program's matrix product: query tokens x query heads of one KV head.
 
-    What is as wide as a head comes in parts, laid out as a tile of the pool's keys is.
+    Arrays as wide as a head are divided into parts, with the layout of a tile of keys.
     """
 
     def __init__(
@@ -59,17 +59,17 @@ class Rows:
         self.dims, self.in_head = self.layout.dims, self.layout.in_head
 
     def nothing_seen(self) -> softmax.Partial:
-        """What each row starts from."""
+        """The initial partial result of each row."""
         m, l, o = softmax.empty(self.row.shape, self.dims[0].shape[0])  # noqa: E741
         return softmax.Partial(m, l, (o,) * len(self.dims))
 
     def load(self, q):
-        """`[rows, width]` for each part, zeros where there is no row."""
+        """Loads `[rows, width]` for each part, zeros for rows that do not exist."""
         mask = self.exists[:, None] & self.in_head
         return tuple(plgpu.load(at, mask=mask, other=0.0) for at in self._at(q))
 
     def store(self, out, lse, seen: softmax.Partial, sinks, is_layer, *, scale: float):
-        """Writes the rows that exist, when they have seen all; NaN where the layer was none."""
+        """Writes the complete rows that exist; NaN if the layer is out of range."""
         sinks = plgpu.load(sinks.at[self.head, self.in_group], mask=self.exists, other=0.0)
         _, rest = scale_in_two(scale)
         values, log_sum = softmax.finish(seen, sinks, scale=rest / LOG2E, exp=_exp, log=_log)
@@ -80,7 +80,7 @@ class Rows:
         plgpu.store(lse.at[self.token, self.q_head], log_sum, mask=self.exists)
 
     def load_partial(self, parts, item, row, mask) -> softmax.Partial:
-        """What an item's program left of a row, for each of these rows."""
+        """Loads the partial result of an item for each of these rows."""
         at = item, self.head, row
         wide = mask[:, None] & self.in_head
         return softmax.Partial(
@@ -90,7 +90,7 @@ class Rows:
         )
 
     def store_partial(self, parts, item, seen: softmax.Partial):
-        """Leaves it behind."""
+        """Stores the partial result of an item."""
         plgpu.store(parts.m.at[item, self.head, self.row], seen.m, mask=self.in_tile)
         plgpu.store(parts.l.at[item, self.head, self.row], seen.l, mask=self.in_tile)
         for at, part in zip(self._at_item(parts.o, item, self.row), seen.o, strict=True):

@@ -1,19 +1,19 @@
-"""Tables that a search on a GPU fills: how `paged_attention` is cut up there, by class of shapes.
+"""Tuning tables from a search on a GPU: how `paged_attention` is divided, by class of shapes.
 
-One TOML file a GPU, by its name as JAX says it:
+One TOML file per GPU, named by JAX's name of the device:
 
     device = "NVIDIA H100 80GB HBM3"
 
     [[shape]]
-    queries = "one"          # a sequence; or "many"
+    queries = "one"          # per sequence; or "many"
     head_dim = 128
-    group = 4                # query heads a KV head, up to a power of two
+    group = 4                # query heads per KV head, rounded up to a power of two
     pool = "bfloat16"
     dtype = "bfloat16"       # of the queries
-    key_tile = 64            # and whichever else of `Values` was found better than the rule of `tuning`
+    key_tile = 64            # and other fields of `Values` that were faster than the rule of `tuning`
 
-The user's own, which the environment variable JAXKV_TUNING names, goes before the ones that lie in `tables/`
-beside this file. A file is read once a process, when a program is first traced.
+The user's file, named by the environment variable JAXKV_TUNING, takes precedence over those in `tables/`
+beside this module. A file is read once per process, when a program is first traced.
 """
 
 import json
@@ -40,12 +40,12 @@ _OURS = Path(__file__).with_name("tables")
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What is cut up alike.
+    """A class of shapes with the same tuning.
 
     Attributes:
-      queries: "one" a sequence on average, or "many".
+      queries: "one" per sequence on average, or "many".
       head_dim: of the pool.
-      group: query heads a KV head, up to a power of two.
+      group: query heads per KV head, rounded up to a power of two.
       pool, dtype: names of the pool's dtype, and of the queries'.
     """
 
@@ -59,7 +59,7 @@ class Shape:
     def of(
         cls, *, tokens: int, seqs: int, group: int, head_dim: int, storage: Format, q_dtype: DTypeLike
     ) -> "Shape":
-        """Of the arguments of `tuning.choose`."""
+        """From the arguments of `tuning.choose`."""
         names = storage.kernel_dtype, jnp.dtype(q_dtype).name
         many = ceil(tokens / seqs) > 1
         return cls("many" if many else "one", head_dim, next_power_of_two(group), *names)
@@ -81,11 +81,11 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """Of a `Tuning`; None where the rule of `tuning` stands.
+    """Values of a `Tuning`; None keeps the value of the rule of `tuning`.
 
     Attributes:
-      query_tile, key_tile, num_warps, num_stages: as there; no query tile is longer than the sequences are.
-      programs: to be resident on each multiprocessor.
+      query_tile, key_tile, num_warps, num_stages: as there; a query tile is at most as long as the sequences.
+      programs: resident programs per multiprocessor.
     """
 
     query_tile: int | None = None
@@ -102,7 +102,7 @@ class Values:
             if name in self.given and self.given[name] != next_power_of_two(self.given[name]):
                 raise ValueError(f"{name}={self.given[name]} must be a power of two")
         if (self.key_tile or 16) < 16:
-            raise ValueError(f"key_tile={self.key_tile} must be 16 or more: matrix units take no less")
+            raise ValueError(f"key_tile={self.key_tile} must be 16 or more, for matrix units")
 
     @property
     def given(self) -> dict[str, Any]:
@@ -111,15 +111,15 @@ class Values:
 
 
 def find(device: str, shape: Shape) -> Values:
-    """What the tables say of a shape on a GPU; nothing of it where they do not name it.
+    """The values in the tables for a shape on a GPU; none if they lack the shape.
 
     Args:
       device: its name, `jax.Device.device_kind`.
       shape: the shape.
 
     Raises:
-      ValueError: for a file that is no such table, naming it and the key.
-      OSError: where JAXKV_TUNING names no file.
+      ValueError: for an invalid table, naming the file and the key.
+      OSError: if JAXKV_TUNING names a file that cannot be read.
     """
     own, ours = os.environ.get(VARIABLE), _OURS / f"{file_name(device)}.toml"
     for path in [*([Path(own)] if own else []), *([ours] if ours.exists() else [])]:
@@ -130,13 +130,13 @@ def find(device: str, shape: Shape) -> Values:
 
 
 def file_name(device: str) -> str:
-    """Of what belongs to a device, without the suffix: `nvidia-h100-80gb-hbm3`."""
+    """The file name for a device, without suffix: `nvidia-h100-80gb-hbm3`."""
     return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 @cache
 def read(path: Path) -> tuple[str, Mapping[Shape, Values]]:
-    """A file's GPU and table; for its errors see `find`."""
+    """The GPU and table of a file; raises as `find`."""
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -150,8 +150,8 @@ def read(path: Path) -> tuple[str, Mapping[Shape, Values]]:
 
 
 def write(path: Path, device: str, table: Mapping[Shape, Values], comment: str = "") -> None:
-    """The inverse of `read`, behind a comment of some lines."""
-    # Numbers and such strings are written in TOML as in JSON.
+    """The inverse of `read`, with a comment at the top."""
+    # Integers and these strings have the same form in TOML as in JSON.
     lines = [f"# {line}" for line in comment.splitlines()] + [f"device = {json.dumps(device)}"]
     for shape, values in table.items():
         row = {**asdict(shape), **values.given}

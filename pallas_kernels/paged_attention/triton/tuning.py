@@ -1,4 +1,4 @@
-"""How `paged_attention` is cut up on a GPU: a rule by device and shape, and what `tables` knows better."""
+"""How `paged_attention` is divided on a GPU: a rule by device and shape, overridden by `tables`."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -14,24 +14,23 @@ from pallas_kernels.formats import Format
 from pallas_kernels.paged_attention.triton import tables
 from pallas_kernels.sizes import next_power_of_two
 
-# Rows of a matrix product that a program takes: query tokens x query heads of a KV head.
+# Most rows of a program's matrix product: query tokens x query heads of a KV head.
 _MAX_ROWS = 128
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How the work is cut up. Any values are right, with key tiles of 16 or more on a GPU; some are fast.
+    """How the work is divided. Results are right for all values, with key tiles of at least 16 on a GPU.
 
     Attributes:
-      query_tile: neighbouring tokens of a sequence that a program takes, at most.
-      key_tile: tokens of K and V that it works on at a time, a power of two.
-      num_warps, num_stages: as Triton means them.
-      programs: to be resident on the device at once. Query tiles are cut until there are so many.
-      codes_a_word: codes of a byte that are read, and multiplied, as parts of a word: 1 or 4.
-      exact_float32: float32 products as they are, where a GPU's matrix units take float32 (CDNA) or
-        none at all. Else three products of TF32 parts, as accurate and on matrix units.
-      ptx: words of codes become numbers of 16 bits in NVIDIA's assembly, where there is some for them. For
-        CUDA alone.
+      query_tile: most adjacent tokens of a sequence per program.
+      key_tile: tokens of K and V per step, a power of two.
+      num_warps, num_stages: Triton's options.
+      programs: resident programs on the device. Query tiles are divided until there are as many.
+      codes_a_word: one-byte codes that are read as parts of a word, and multiplied apart: 1 or 4.
+      exact_float32: whether float32 products are computed directly, for GPUs whose matrix units take float32
+        (CDNA) or that have none for it. Otherwise as three products of TF32 parts, equally accurate.
+      ptx: whether words of codes are converted to 16-bit values in PTX, if the format has it. CUDA only.
     """
 
     query_tile: int
@@ -53,27 +52,27 @@ class Tuning:
             raise ValueError(f"codes_a_word={self.codes_a_word} must be 1 or 4")
 
     def num_items(self, num_tiles: int, kv_heads: int, max_keys: int, *, prompts: bool) -> int:
-        """Items to cut the query tiles into: `num_tiles` where a second launch would not pay."""
+        """Number of items to divide the query tiles into; `num_tiles` if a second launch would not pay."""
         short = max_keys <= 2 * self.key_tile
-        # Long prompts fill the device many times over, and their partial results would be large.
+        # Long prompts occupy the device without division, and their partial results would be large.
         many = prompts and num_tiles * kv_heads >= 2 * self.programs
         return num_tiles if short or many else num_tiles + max(1, self.programs // kv_heads)
 
     def precision(self, *dtypes: DTypeLike) -> lax.Precision | lax.DotAlgorithmPreset:
-        """Of the matrix products."""
+        """Precision of the matrix products."""
         if all(jnp.dtype(dtype) != jnp.float32 for dtype in dtypes):
             return lax.Precision.DEFAULT
         return lax.Precision.HIGHEST if self.exact_float32 else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
 
 
 def choose(device: Device, **shape) -> Tuning:
-    """What the tables say of a shape on a device; for the rest the rule.
+    """The tuning of the rule, with the values of the tables.
 
     Args:
       device, shape: the arguments of `rule`.
 
     Raises:
-      ValueError, OSError: for a table that cannot be read, see `tables.find`.
+      ValueError, OSError: for a table that cannot be read; see `tables.find`.
     """
     chosen, found = rule(device, **shape), tables.find(device.kind, tables.Shape.of(**shape)).given
     if "query_tile" in found:
@@ -95,22 +94,22 @@ def rule(
     storage: Format,
     q_dtype: DTypeLike,
 ) -> Tuning:
-    """What is reasoned, and was found not to spill registers.
+    """A tuning by device and shape; all were checked not to spill registers.
 
     Args:
-      device: what it will run on.
+      device: the GPU.
       tokens, seqs: rows of `q` and sequences, static.
-      group: query heads a KV head.
+      group: query heads per KV head.
       head_dim, storage: of the pool.
       q_dtype: of the queries.
     """
     rdna = device.platform == "rocm" and not device.arch.startswith("gfx9")
     codes = storage.quantized
-    # Of what is multiplied: codes become values of q's dtype first.
+    # Of the operands: codes are first converted to q's dtype.
     itemsize = jnp.dtype(q_dtype if codes else storage.kernel_dtype).itemsize
     row_bytes = next_power_of_two(head_dim) * itemsize
-    # The rows' queries and outputs stay in registers; float32 is multiplied in parts, and needs more, and so
-    # do codes and the numbers that they become.
+    # Queries and outputs of the rows stay in registers. float32, which is multiplied in parts, needs more,
+    # and so do codes with their values.
     max_rows = 32 if rdna else _MAX_ROWS
     max_rows = max(16, min(max_rows, _MAX_ROWS * 256 // row_bytes))
     if itemsize == 4 or (codes and row_bytes > 256):
@@ -121,12 +120,12 @@ def rule(
     rows = next_power_of_two(query_tile * group)
     many_registers = rows > 32 or row_bytes > 512
     most_registers = rows * row_bytes > 64 * 256 or (codes and rows > 64)
-    # A tile of K is 16 KB on CUDA: one or two are under way while one is worked on, and two programs fit.
-    # Codes take half of it, and four do.
+    # A tile of K is 16 KB on CUDA: one or two are in flight while one is processed, and two programs fit.
+    # With codes, which take half, four programs fit.
     key_tile = min(128, max(16, 16384 // row_bytes))
     programs = 4 * device.multiprocessors
     if rdna:
-        # Its matrix units take every operand twice: more tokens at a time would not fit the registers.
+        # RDNA's matrix units need every operand twice: more tokens at a time would not fit the registers.
         num_warps = 8 if row_bytes > 128 or many_registers else 4
         tuning = Tuning(query_tile, 16, num_warps, 1, programs, codes_a_word=1, exact_float32=True)
         return storage.tuned(tuning, device, head_dim, row_bytes)
@@ -139,18 +138,18 @@ def rule(
         return storage.tuned(tuning, device, head_dim, row_bytes)
     if codes:
         key_tile = max(16, key_tile // 2) if itemsize == 4 else min(key_tile, 64)
-    # Two bytes a number and 128 of them: more stages of codes would leave room for half as many programs,
-    # which were a tenth slower on an H100.
+    # With rows of 128 two-byte values, more stages of codes would halve the number of programs, which was a
+    # tenth slower on an H100.
     num_stages, codes_a_word = (6 if codes and (itemsize == 4 or row_bytes < 256) else 4), 4
     small = not 90 <= int(device.arch[3:]) < 120
     if small:
-        # Less shared memory (99 KB a program on consumer GPUs): half the tile, and as many programs.
+        # Less shared memory (99 KB per program on consumer GPUs): half the tile, as many programs.
         key_tile, num_stages = max(16, key_tile // 2), 8 if codes else 5
         if itemsize == 4 and device.arch not in ("sm_80", "sm_87"):
             num_stages = 3
     elif most_registers:
-        # Parts of words would take more; and these matrix units read V from shared memory, where it comes
-        # sixteen bytes at a time either way.
+        # Parts of words would take more registers. These matrix units read V from shared memory, which is
+        # filled sixteen bytes at a time either way.
         codes_a_word = 1
     # With float16 queries and short rows the assembly would spill.
     assembled = codes and itemsize == 2 and (row_bytes >= 256 or jnp.dtype(q_dtype) != jnp.float16)
@@ -160,31 +159,31 @@ def rule(
 
 
 def choose_shared(device: Device, *, seqs: int, **shape) -> Tuning:
-    """For what neighbouring sequences share: tiles of sixteen sequences' queries together.
+    """The tuning for shared prefixes: joint tiles of the queries of sixteen sequences.
 
-    The partial results of so many rows are large: no more programs than there are multiprocessors.
+    The partial results of so many rows are large, so there are only as many programs as multiprocessors.
 
     Args:
       device, seqs: as for `rule`.
-      shape: its other arguments.
+      shape: the other arguments of `rule`.
     """
     return replace(rule(device, seqs=ceil(seqs / 16), **shape), programs=device.multiprocessors)
 
 
 def choose_mass(device: Device, **shape) -> Tuning:
-    """For `attention_mass`, whose inner loop is over queries: a tile of them is fetched ahead.
+    """The tuning for `attention_mass`, whose inner loop is over queries: one tile of them is prefetched.
 
     Args:
       device, shape: the arguments of `rule`.
     """
     tuning = rule(device, **shape)
-    # K stays in registers meanwhile, in float32 in parts.
+    # K stays in registers during the loop; float32 in parts.
     wide = tuning.precision(shape["q_dtype"], shape["storage"].kernel_dtype) != lax.Precision.DEFAULT
     return replace(tuning, num_stages=min(2, tuning.num_stages), num_warps=8 if wide else tuning.num_warps)
 
 
 def lacks(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> str | None:
-    """What the kernel lacks for these queries of such a pool on this device, if anything."""
+    """What the kernel lacks for these queries and pool on this device, or None."""
     head_dim = q.shape[2]
     if device.platform == "rocm" and not device.arch.startswith("gfx9") and head_dim > 128:
         return f"registers for head_dim {head_dim} on {device.arch}: 128 is the most"
@@ -196,7 +195,7 @@ def lacks(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> s
 
 
 def lacks_mass(device: Device, q: Array | jax.ShapeDtypeStruct, storage: Format) -> str | None:
-    """The same for `attention_mass`."""
+    """As `lacks`, for `attention_mass`."""
     if reason := storage.lacks_mass():
         return reason
     head_dim, wide = q.shape[2], "float32" in (q.dtype, storage.kernel_dtype)
