@@ -137,12 +137,13 @@ class ModelConfig:
         Raises:
           ValueError: as `CacheConfig` does.
         """
-        return CacheConfig(
+        sizes = dict(
             num_layers=self.num_layers,
             num_kv_heads=self.num_kv_heads,
             head_dim=self.head_dim,
-            **options,
+            layer_windows=self.windows,
         )
+        return CacheConfig(**{**sizes, **options})  # type: ignore[arg-type]
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | PathLike[str]) -> Self:

@@ -182,7 +182,7 @@ class Llama(nnx.Module):
             q, k, v = block.qkv(x, batch.positions)
             cache = append(cache, layer, batch, k, v)
             attended, lse = attend(cache, layer, batch, q, window=window, return_lse=True)
-            if return_mass:
+            if return_mass and layer in cache.config.full_layers:
                 masses.append(attention_mass(cache, layer, batch, q, lse, window=window))
                 attended = after(attended, masses[-1])
             x = block.mix(x, attended)
