@@ -50,6 +50,7 @@ from jaxkv.invariants import check_invariants as check_invariants
 from jaxkv.invariants import raise_for_status as raise_for_status
 from jaxkv.errors import JaxKVError as JaxKVError
 from jaxkv.errors import OutOfPagesError as OutOfPagesError
+from jaxkv.errors import RollbackTooLongError as RollbackTooLongError
 from jaxkv.errors import SequenceTooLongError as SequenceTooLongError
 from jaxkv.errors import InvalidSequenceError as InvalidSequenceError
 from jaxkv.errors import SlotOccupiedError as SlotOccupiedError

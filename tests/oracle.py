@@ -335,12 +335,19 @@ class Oracle:
 
     # bounded memory ------------------------------------------------------------------------
 
+    @property
+    def num_full(self) -> int:
+        """Groups with full attention, which come first."""
+        return len(self.groups) - len(self.windowed)
+
     def drop_pages(self, slot, first, dropped):
-        """Whole pages, from a column on."""
-        used, sequence, page_size = self.num_used, self.sequences[slot], self.config.page_size
-        gone = slice(first * page_size, (first + dropped) * page_size)
-        sequence.tokens = np.delete(sequence.tokens, gone, axis=0)
-        del sequence.pages[first : first + dropped]
+        """Whole pages, from a column on, in groups with full attention."""
+        used, page_size = self.num_used, self.config.page_size
+        for row in self.sequences[slot].rows[: self.num_full]:
+            row.tokens = np.delete(
+                row.tokens, slice(first * page_size, (first + dropped) * page_size), axis=0
+            )
+            del row.pages[first : first + dropped]
         self.stats["total_deallocations"] += used - self.num_used
         self.count_eviction(dropped * page_size)
 
@@ -351,21 +358,24 @@ class Oracle:
     def own_pages(self, wanted: dict[int, tuple[int, int]]) -> list[int]:
         """Pages of its own for each slot, from a column to a length; returns the slots that got them.
 
-        Its own pages stay where they are, those beyond the length fill holes, then come fresh ones."""
+        Its own pages stay where they are, those beyond the length fill holes, then come fresh ones. In every
+        group with full attention or in none."""
         owners, used, free, granted, handed_out = self.owners(), self.num_used, self.num_free, [], 0
         starved = False
         for slot, (first, length) in wanted.items():
-            pages, end = self.sequences[slot].pages, -(-length // self.config.page_size)
-            spares = [page for page in pages[max(first, end) :] if owners[page] == 1]
-            holes = sum(owners[page] > 1 for page in pages[first:end])
-            need = max(holes - len(spares), 0)
+            full, end = self.sequences[slot].rows[: self.num_full], -(-length // self.config.page_size)
+            spares = [[p for p in row.pages[max(first, end) :] if owners[p] == 1] for row in full]
+            holes = [sum(owners[page] > 1 for page in row.pages[first:end]) for row in full]
+            needs = [max(count - len(own), 0) for count, own in zip(holes, spares, strict=True)]
+            need = sum(needs)
             if need and (starved or need > free):
                 starved = True
                 continue
             free, handed_out = free - need, handed_out + need
-            spares = iter([*spares, *(self.new_page() for _ in range(need))])
-            kept = [page if owners[page] == 1 else next(spares) for page in pages[first:end]]
-            self.sequences[slot].pages = pages[:first] + kept
+            for row, own, fresh in zip(full, spares, needs, strict=True):
+                spare = iter([*own, *(self.new_page() for _ in range(fresh))])
+                kept = [page if owners[page] == 1 else next(spare) for page in row.pages[first:end]]
+                row.pages = row.pages[:first] + kept
             granted.append(slot)
         self.stats["total_allocations"] += handed_out
         self.stats["total_deallocations"] += used + handed_out - self.num_used

@@ -34,6 +34,19 @@ def programs(policy) -> Programs:
             out, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
             return cache, (out, lse, jaxkv.attention_mass(cache, layer, batch, q, lse))
 
+        if len(cache.config.groups) > 1:
+            results = []
+            for layer in range(len(q)):
+                cache = jaxkv.append(cache, layer, batch, k[layer], v[layer])
+                out, lse = jaxkv.attend(cache, layer, batch, q[layer], return_lse=True)
+                mass = None
+                if layer in cache.config.full_layers:
+                    mass = jaxkv.attention_mass(cache, layer, batch, q[layer], lse)
+                results.append((out, lse, mass))
+            out, lse, mass = zip(*results, strict=True)
+            mass = jnp.stack([of for of in mass if of is not None])
+            return jaxkv.observe(cache, batch, mass), batch, out, lse, mass
+
         layers = jnp.arange(len(q), dtype=jnp.int32)
         cache, (out, lse, mass) = jax.lax.scan(one_layer, cache, (layers, *map(jnp.stack, (k, v, q))))
         return jaxkv.observe(cache, batch, mass), batch, out, lse, mass
@@ -63,7 +76,7 @@ class PolicyTwin(Twin):
             self.options = {"window": policy.window, "sink_tokens": policy.sinks}
 
     def _nothing(self):
-        return np.zeros((0, self.config.num_layers, self.config.num_kv_heads))
+        return np.zeros((0, len(self.config.full_layers), self.config.num_kv_heads))
 
     def extend(self, seqs, num_tokens):
         count = len(seqs)
@@ -112,10 +125,10 @@ class PolicyTwin(Twin):
                 continue
             rows = slice(want.query_starts[entry], want.query_starts[entry + 1])
             expected = np.zeros(mass[:, entry].shape)
-            for layer in range(config.num_layers):
+            for nth, layer in enumerate(config.full_layers):
                 weights = self._weights(layer, slot, np.asarray(q[layer][rows], np.float64))
                 by_head = weights.reshape(weights.shape[0], config.num_kv_heads, group, -1).sum((0, 2))
-                expected[layer, :, : sequence.length] = by_head
+                expected[nth, :, : sequence.length] = by_head
             np.testing.assert_allclose(mass[:, entry], expected, rtol=MASS, atol=MASS)
             self._remember(slot, entry, int(num_tokens[entry]), mass[:, entry])
 
@@ -223,26 +236,30 @@ class PolicyTwin(Twin):
     def _keep(self, slot):
         """Gathers the survivors of every layer and head; a group of places becomes one."""
         sequence, policy, memory = self.oracle.sequences[slot], self.policy, self.memory[slot]
-        old, budget = sequence.tokens, policy.budget
-        sequence.tokens, self.memory[slot] = old[:budget].copy(), memory[:budget].copy()
+        budget, length, old = policy.budget, sequence.length, [row.tokens for row in sequence.rows]
+        self.memory[slot] = memory[:budget].copy()
+        for row in sequence.rows[: self.oracle.num_full]:
+            row.tokens = row.tokens[:budget].copy()
         self.seen[slot], sequence.least = 0, budget
-        for layer in range(self.config.num_layers):
+        for nth, layer in enumerate(self.config.full_layers):
+            row, index = self.oracle.home[layer]
+            tokens = sequence.rows[row].tokens[:, :, index]
             for head in range(self.config.num_kv_heads):
-                own, remembered = old[:, :, layer, head], memory[:, layer, head]
+                own, remembered = old[row][:, :, index, head], memory[:, nth, head]
                 groups = self._groups(own[:, 0], remembered)
                 assert len(groups) == budget
                 for place, group in enumerate(groups):
                     first = group[0]
-                    sequence.tokens[place, :, layer, head] = own[first]
+                    tokens[place, :, head] = own[first]
                     if len(group) > 1:
                         value = policy_rules.merged(own[:, 0], own[:, 1], remembered, group)
-                        sequence.tokens[place, 1, layer, head] = value
-                    self.memory[slot][place, layer, head] = remembered[first]
+                        tokens[place, 1, head] = value
+                    self.memory[slot][place, nth, head] = remembered[first]
                     if policy.positions == "cache":
-                        key = sequence.tokens[place, 0, layer, head]
+                        key = tokens[place, 0, head]
                         key[...] = turned(key, place - first, policy.rope)
         if policy.positions == "cache":
-            sequence.position -= len(old) - budget
+            sequence.position -= length - budget
         if policy.positions == "cache" or isinstance(policy, SemanticMerge):
             self._take_over(slot)
 
@@ -307,25 +324,27 @@ class PolicyTwin(Twin):
         sequences, column = self.oracle.sequences, first // self.config.page_size
         granted = self.oracle.own_pages({slot: (column, sequences[slot].length) for slot in moves})
         for slot in granted:
-            keys = sequences[slot].tokens[first:, 0]
-            keys[...] = turned(keys, moves[slot], self.policy.rope)
+            for row in sequences[slot].rows:
+                keys = row.tokens[first:, 0]
+                keys[...] = turned(keys, moves[slot], self.policy.rope)
             sequences[slot].position += moves[slot]
             self._take_over(slot)
         return granted
 
     def _take_over(self, slot):
         """What was computed anew is as near as its dtype allows; the oracle goes on from the library's."""
-        tokens = self.oracle.sequences[slot].tokens
-        for layer in range(self.config.num_layers):
+        for layer in self.config.full_layers:
+            row, index = self.oracle.home[layer]
+            tokens = self.oracle.sequences[slot].rows[row].tokens[:, :, index]
             k, v, lengths = jax.device_get(
                 jax.jit(jaxkv.gather, static_argnums=1)(self.cache, layer, np.array([slot], np.int32))
             )
             assert lengths[0] >= len(tokens), "tokens may have come in behind"
             for nth, got in enumerate((k, v)):
                 got = got[0, : len(tokens)].astype(np.float64)
-                tolerance = self._step(tokens[:, nth, layer])
-                assert np.all(np.abs(got - tokens[:, nth, layer]) <= tolerance)
-                tokens[:, nth, layer] = got
+                tolerance = self._step(tokens[:, nth])
+                assert np.all(np.abs(got - tokens[:, nth]) <= tolerance)
+                tokens[:, nth] = got
 
     def _step(self, values):
         if self.config.quantization == "int8":
