@@ -10,7 +10,16 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.arguments import whole
 from jaxkv.config import MAX_TOKENS, CacheConfig
-from jaxkv.entries import check_vectors, clean_slots, first_fault, page_sizes, pages_for, rows_of, table_rows
+from jaxkv.entries import (
+    check_vectors,
+    clean_slots,
+    first_fault,
+    lengths_of,
+    page_sizes,
+    pages_for,
+    rows_of,
+    table_rows,
+)
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.layers import copied_within
 from jaxkv.operation import REPLICATED, as_given, operation
@@ -183,7 +192,7 @@ def _make_room(cache: KVCache, request: _Request) -> tuple[KVCache, _Request]:
     if cache.policy is None or cache.policy.rule.once:
         return cache, request
     config, rule = cache.config, cache.policy.rule
-    room = -rows_of(cache.table.lengths, request.slot) % config.page_size
+    room = -lengths_of(cache.table, request.slot, config) % config.page_size
     grows = (request.status == Status.OK) & (request.num_tokens > room)
     slot = jnp.where(grows, request.slot, config.max_seqs)
     cache, _ = rule.evict(cache, slot)

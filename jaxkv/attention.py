@@ -178,14 +178,14 @@ def _located(
     cache: KVCache, layer, batch: Batch, q: Array, scale, window, sink_tokens, softcap
 ) -> tuple[Located, Options]:
     """The layer, none where the cache cannot serve the batch, and the options of the call."""
+    if isinstance(window, str) and window != "layer":
+        raise ValueError(f"window={window!r} must be an integer, None or 'layer'")
     kinds = of_shape(kinds_for(cache.config, layer), "q", head_dim=q.shape[-1])
     if len(kinds) > 1:
         kinds = _named_by(window, kinds)
     located = serve_batch(cache, locate(cache.config, layer, kinds), batch)
     own = kinds[0].window
     if isinstance(window, str):
-        if window != "layer":
-            raise ValueError(f"window={window!r} must be an integer, None or 'layer'")
         window = own
     options = check_options(scale, window, sink_tokens, softcap)
     if own is None:

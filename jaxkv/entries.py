@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.config import CacheConfig
-from jaxkv.state import Status
+from jaxkv.state import PageTable, Status
 from pallas_kernels.checks import as_int32
 
 
@@ -59,6 +59,11 @@ def table_rows(slot: Int[Array, " entries"], config: CacheConfig) -> Int[Array, 
     """The rows of the page table of each slot, `num_rows` for a slot of `max_seqs`."""
     first = jnp.arange(len(config.groups), dtype=jnp.int32)[:, None] * config.max_seqs
     return jnp.where(slot[None] < config.max_seqs, first + slot[None], config.num_rows)
+
+
+def lengths_of(table: PageTable, slot: Int[Array, " entries"], config: CacheConfig) -> Int[Array, " entries"]:
+    """Token slots in use of each slot in the first group, 0 for a slot of `max_seqs`."""
+    return rows_of(table.lengths, table_rows(slot, config)[0])
 
 
 def full_rows(slot: Int[Array, " entries"], config: CacheConfig) -> Int[Array, " rows"]:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
-from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, rows_of
+from jaxkv.entries import check_vectors, clean_slots, first_fault, lengths_of, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.layers import copied_within
 from jaxkv.operation import REPLICATED, as_given, operation
@@ -80,7 +80,7 @@ def _shift_positions(
 ) -> tuple[KVCache, Array]:
     config = cache.config
     slot = clean_slots(seqs, config.max_seqs)
-    length, position = rows_of(cache.table.lengths, slot), rows_of(cache.table.positions, slot)
+    length, position = lengths_of(cache.table, slot, config), rows_of(cache.table.positions, slot)
     status = first_fault(
         (seqs < 0, Status.PADDING),
         (length == 0, Status.INVALID_SEQ),

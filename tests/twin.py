@@ -322,9 +322,11 @@ class Twin:
         """Rows of refused and padding entries are zero; the others see their sequence."""
         for layer in range(self.config.num_layers):
             expected, expected_lse = np.zeros(out[layer].shape), np.full(lse[layer].shape, -np.inf)
+            # A policy's window and sink tokens are of layers with full attention.
+            options = self.options if layer in self.config.full_layers else {}
             for row, (slot, place, _) in want.rows.items():
                 one = _float64(q[layer][row : row + 1])
-                seen = self.oracle.attend(layer, slot, one, place, **self.options)
+                seen = self.oracle.attend(layer, slot, one, place, **options)
                 expected[row], expected_lse[row] = seen
             self._close(out[layer], expected)
             self._close(lse[layer], expected_lse)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import rows_of
+from jaxkv.entries import lengths_of, rows_of
 from jaxkv.policies.attention_mass import zeros
 from jaxkv.policies.base import Step, check_counts
 from jaxkv.policies.token_policy import TokenPolicy, Tokens
@@ -83,7 +83,7 @@ class PromptCompress(TokenPolicy):
     def is_due(self, cache: KVCache, slot: Array) -> Array:
         """Whether the prompt exceeds the budget and no token was appended since it was observed."""
         assert cache.policy is not None
-        length = rows_of(cache.table.lengths, slot)
+        length = lengths_of(cache.table, slot, cache.config)
         return (length > self.budget) & (rows_of(cache.policy.values["seen"], slot) == length)
 
     def forget(self, values: dict[str, Array], slot: Array) -> dict[str, Array]:

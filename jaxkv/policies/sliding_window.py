@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import full_rows, rows_of
+from jaxkv.entries import full_rows, lengths_of, rows_of
 from jaxkv.ownership import count
 from jaxkv.pages import drop_pages
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
@@ -91,7 +91,7 @@ class SlidingWindow(Policy):
         """Releases the pages that no later token can attend to; see `Policy.evict`."""
         config = cache.config
         first = config.pages_for(self.sinks)
-        length = rows_of(cache.table.lengths, slot)
+        length = lengths_of(cache.table, slot, config)
         pages = jnp.maximum((length - self._window_kept + 1) // config.page_size - first, 0)
         cache = only_if(jnp.any(pages > 0), lambda cache: self._evict(cache, slot, pages, first), cache)
         return cache, pages * config.page_size
@@ -112,7 +112,7 @@ class SlidingWindow(Policy):
         cache = replace(cache, table=table, stats=stats, policy=state)
         if self.rope is None or self.positions == "original":
             return cache
-        gap = rows_of(table.positions, slot) - rows_of(table.lengths, slot)
+        gap = rows_of(table.positions, slot) - lengths_of(table, slot, config)
         far = jnp.where(gap >= self.window, slot, -1)
         # If shared pages would need more free pages than there are, positions stay until the next call.
         return shift_positions(cache, far, -gap, rope=self.rope, first=first * config.page_size)[0]

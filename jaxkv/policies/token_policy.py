@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import rows_of
+from jaxkv.entries import lengths_of, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.layers import view, whole
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
@@ -118,7 +118,7 @@ class TokenPolicy(Policy):
 
     def is_due(self, cache: KVCache, slot: Array) -> Array:
         """Whether the sequence exceeds the budget."""
-        return rows_of(cache.table.lengths, slot) > self.budget
+        return lengths_of(cache.table, slot, cache.config) > self.budget
 
     def evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
         """Keeps `budget` tokens of each sequence that has more; see `Policy.evict`.
@@ -133,7 +133,7 @@ class TokenPolicy(Policy):
 
     def _evict(self, cache: KVCache, slot: Array) -> tuple[KVCache, Array]:
         config = cache.config
-        length = rows_of(cache.table.lengths, slot)
+        length = lengths_of(cache.table, slot, config)
         cache, rewrite = own_pages(cache, slot, jnp.zeros_like(slot), jnp.full_like(slot, self.budget))
         granted = rewrite.slot < config.max_seqs
         lengths_before = jnp.zeros(config.max_seqs, jnp.int32).at[slot].set(length, mode="drop")
