@@ -210,10 +210,9 @@ class PolicyTwin(Twin):
         count = len(seqs)
         seqs = self._padded(seqs)
         self.cache, dropped = programs(self.policy).evict(self.cache, seqs)
-        self.oracle.release(
-            [(slot, 1) for slot in dict.fromkeys(seqs.tolist()) if 0 <= slot < self.config.max_seqs]
-        )
-        want = self._evict(list(dict.fromkeys(s for s in seqs.tolist() if 0 <= s < self.config.max_seqs)))
+        valid = list(dict.fromkeys(s for s in seqs.tolist() if 0 <= s < self.config.max_seqs))
+        self.oracle.release([(slot, 1) for slot in valid])
+        want = self._evict(valid)
         got, named = [], set()
         for slot in seqs.tolist():
             got.append(want.get(slot, 0) if slot not in named else 0)
