@@ -14,9 +14,9 @@ from jaxkv.entries import check_vectors, clean_slots, first_fault, pages_for, ro
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import Taken, count, num_available, num_owners, release, take
+from jaxkv.pool import copy_within
 from jaxkv.state import Batch, KVCache, KVPool, PageTable, Status
 from pallas_kernels.control_flow import skip_where_idle
-from pallas_kernels.copy_pages import copy_pages
 from pallas_kernels.ragged import ragged_rows
 
 
@@ -222,16 +222,7 @@ def _copy_tails(
     source, destination = (
         jnp.where(grant.copies, page, config.num_pages) for page in (grant.tail, grant.first_page)
     )
-    pages = copy_pages(
-        pool.k,
-        pool.v,
-        source,
-        destination,
-        k_scales=pool.k_scale,
-        v_scales=pool.v_scale,
-        kv_format=config.storage.name,
-    )
-    return KVPool(*pages), release(table, source)
+    return copy_within(pool, source, destination, config), release(table, source)
 
 
 def _enter(table: PageTable, grant: _Grant, tokens: _Tokens) -> PageTable:

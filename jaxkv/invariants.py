@@ -157,7 +157,7 @@ def _check_rows(cache: KVCache, table) -> np.ndarray:
     for slot in np.flatnonzero(used > 1):
         ids, times = np.unique(table.pages[slot, : used[slot]], return_counts=True)
         if times.max() > 1:
-            raise CacheCorruptedError(f"slot {slot}: page {ids[times.argmax()]} stands twice in its row")
+            raise CacheCorruptedError(f"slot {slot}: page {ids[times.argmax()]} is twice in its row")
     return owned
 
 
@@ -176,13 +176,13 @@ def _check_stack(cache: KVCache, table) -> None:
         raise CacheCorruptedError(f"num_free {num_free} is not in 0..{num_pages}")
     stack = table.free_pages[:num_free]
     outside = (stack < 0) | (stack >= num_pages)
-    _refuse(outside, f"free stack place {{}}: page {{}} is not in 0..{num_pages - 1}", stack)
+    _refuse(outside, f"free stack entry {{}}: page {{}} is not in 0..{num_pages - 1}", stack)
     times = np.bincount(stack, minlength=num_pages)
     _refuse(times > 1, "page {} stands {} times on the free stack", times)
     _refuse((times > 0) & (table.refcounts > 0), "page {} is free and has refcount {}", table.refcounts)
     _refuse(
         (times == 0) & (table.refcounts == 0),
-        "page {} is leaked: nobody owns it and it is not free (refcount {})",
+        "page {} is leaked: no row names it and it is not free (refcount {})",
         table.refcounts,
     )
 

@@ -7,12 +7,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from jaxkv.config import CacheConfig
 from jaxkv.entries import check_vectors, clean_slots, rows_of
 from jaxkv.fingerprint import layer_for
 from jaxkv.operation import REPLICATED, as_given, axis_of, operation
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import append_kv
 from pallas_kernels.checks import as_layer, check_layer, is_layer
+from pallas_kernels.copy_pages import copy_pages
 
 
 def append(
@@ -71,6 +73,20 @@ def _append(cache: KVCache, layer: Array, batch: Batch, k: Array, v: Array) -> K
         kv_format=cache.config.storage.name,
     )
     return replace(cache, pool=KVPool(*written))
+
+
+def copy_within(pool: KVPool, sources: Array, destinations: Array, config: CacheConfig) -> KVPool:
+    """Copies whole pages, in all layers; see `pallas_kernels.copy_pages`."""
+    pages = copy_pages(
+        pool.k,
+        pool.v,
+        sources,
+        destinations,
+        k_scales=pool.k_scale,
+        v_scales=pool.v_scale,
+        kv_format=config.storage.name,
+    )
+    return KVPool(*pages)
 
 
 def gather(
