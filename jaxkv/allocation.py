@@ -21,7 +21,7 @@ from jaxkv.entries import (
     table_rows,
 )
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.layers import copied_within
+from jaxkv.layers import copy_within
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import Taken, count, num_available, num_owners, release, take
 from jaxkv.pages import release_windows
@@ -278,7 +278,7 @@ def _copy_tails(
     source, destination = (
         jnp.where(grant.copies, page, config.num_pages) for page in (grant.tail, grant.first_page)
     )
-    pool = copied_within(pool, config, source.reshape(-1), destination.reshape(-1))
+    pool = copy_within(pool, source.reshape(-1), destination.reshape(-1), config)
     return pool, release(table, source.reshape(-1))
 
 

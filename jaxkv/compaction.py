@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.entries import rows_of
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.layers import moved_within
+from jaxkv.layers import move_within
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, is_live, num_spanned, renumber
 from jaxkv.state import KVCache, PageTable
@@ -66,7 +66,7 @@ def _compact(cache: KVCache) -> tuple[KVCache, Array]:
     table = replace(renumber(table, target), pages=rows_of(target, table.pages, num_pages))
     table = stamp(table, Operation.COMPACT, jnp.ones(1, bool), num_moved[None])
     stats = count(cache.stats, compactions=1, pages_moved=num_moved)
-    pool = moved_within(cache.pool, cache.config, target)
+    pool = move_within(cache.pool, target, cache.config)
     return replace(cache, pool=pool, table=table, stats=stats), num_moved
 
 

@@ -180,7 +180,7 @@ def _check_rows(cache: KVCache, table) -> np.ndarray:
         ids, times = np.unique(table.pages[number, : used[number]], return_counts=True)
         if times.max() > 1:
             raise CacheCorruptedError(
-                f"{_row(config, number)}: page {ids[times.argmax()]} stands twice in its row"
+                f"{_row(config, number)}: page {ids[times.argmax()]} is twice in its row"
             )
     return owned
 
@@ -205,13 +205,13 @@ def _check_stack(cache: KVCache, table) -> None:
         raise CacheCorruptedError(f"num_free {num_free} is not in 0..{num_pages}")
     stack = table.free_pages[:num_free]
     outside = (stack < 0) | (stack >= num_pages)
-    _refuse(outside, f"free stack place {{}}: page {{}} is not in 0..{num_pages - 1}", stack)
+    _refuse(outside, f"free stack entry {{}}: page {{}} is not in 0..{num_pages - 1}", stack)
     times = np.bincount(stack, minlength=num_pages)
     _refuse(times > 1, "page {} stands {} times on the free stack", times)
     _refuse((times > 0) & (table.refcounts > 0), "page {} is free and has refcount {}", table.refcounts)
     _refuse(
         (times == 0) & (table.refcounts == 0),
-        "page {} is leaked: nobody owns it and it is not free (refcount {})",
+        "page {} is leaked: no row names it and it is not free (refcount {})",
         table.refcounts,
     )
 

@@ -138,15 +138,15 @@ def whole(pool: KVPool, config: CacheConfig) -> KVPool:
     )
 
 
-def copied_within(pool: KVPool, config: CacheConfig, sources: Array, destinations: Array) -> KVPool:
-    """The pool after copies of whole pages; see `pallas_kernels.copy_pages`."""
+def copy_within(pool: KVPool, sources: Array, destinations: Array, config: CacheConfig) -> KVPool:
+    """Copies whole pages; see `pallas_kernels.copy_pages`."""
     seen = view(pool, config, config.groups[0])
     pages = copy_pages(seen.k, seen.v, sources, destinations, **_beside_pages(seen, config))
     return whole(KVPool(*pages), config)
 
 
-def moved_within(pool: KVPool, config: CacheConfig, targets: Array) -> KVPool:
-    """The pool after whole pages moved, as if all at once; see `pallas_kernels.move_pages`."""
+def move_within(pool: KVPool, targets: Array, config: CacheConfig) -> KVPool:
+    """Moves whole pages, as if all at once; see `pallas_kernels.move_pages`."""
     seen = view(pool, config, config.groups[0])
     pages = move_pages(seen.k, seen.v, targets, **_beside_pages(seen, config))
     return whole(KVPool(*pages), config)

@@ -9,7 +9,7 @@ from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.entries import check_vectors, clean_slots, first_fault, lengths_of, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.layers import copied_within
+from jaxkv.layers import copy_within
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.rewrite import Layer, numbers, own_pages, stored_as
 from jaxkv.rope import Rope
@@ -17,7 +17,7 @@ from jaxkv.state import KVCache, KVPool, Status
 from pallas_kernels import control_flow
 from pallas_kernels.ragged import ragged_rows
 
-# Of one layer's keys that are turned at a time.
+# Of one layer's keys that are rotated at a time.
 _VISIT_BYTES = 8 * 2**20
 _MOST = 2**31 - 1
 
@@ -36,19 +36,20 @@ def shift_positions(
         by -86, first 4 0 1 2 3 |  4  5  6  7        next  8
 
     Only differences of positions count in rotary attention: what moves together sees itself as before. A
-    page that others share is copied first; they read what they read before. Numbers of few bits are rounded
+    page that others share is copied first; they read what they read before. Values of few bits are rounded
     once more each time, so shift seldom and far.
 
     Args:
       cache: the cache.
       seqs: slots; a negative one is padding. A slot may be named once a call.
-      by: positions, negative as a rule; one number an entry.
-      rope: how the model turns its keys.
-      first: places before it stay where they are; static.
+      by: positions, negative as a rule; one element an entry.
+      rope: how the model rotates its keys.
+      first: token slots before it stay where they are; static.
 
     Returns:
       The cache and a `Status` for each entry: INVALID_SEQ for an empty slot, one beyond `max_seqs` or named
-      before; INVALID_LENGTH where the next position would fall below the places in use, or beyond int32;
+      before; INVALID_LENGTH where the next position would fall below the token slots in use, or beyond
+        int32;
       OUT_OF_PAGES where there is no page for a copy. Such a sequence is as it was.
 
     Raises:
@@ -92,9 +93,9 @@ def _shift_positions(
     cache, plan = own_pages(cache, jnp.where(moves, slot, config.max_seqs), column, length)
     copied = (plan.slot < config.max_seqs)[None, :, None] & (plan.old != plan.new)
     destinations = jnp.where(copied, plan.new, config.num_pages).reshape(-1)
-    pool = copied_within(cache.pool, config, plan.old.reshape(-1), destinations)
+    pool = copy_within(cache.pool, plan.old.reshape(-1), destinations, config)
     owned = jnp.where(plan.slot < config.max_seqs, pages_for(length, config.page_size) - column, 0)
-    pool = _turn_keys(pool, config, plan.new, column, owned, by, rope, first)
+    pool = _rotate_keys(pool, config, plan.new, column, owned, by, rope, first)
     table = replace(cache.table, positions=cache.table.positions.at[plan.slot].add(by, mode="drop"))
     shifted = plan.slot < config.max_seqs
     table = stamp(table, Operation.SHIFT_POSITIONS, shifted, plan.slot, by, jnp.full_like(by, first))
@@ -117,11 +118,11 @@ def check_rope(rope: object, head_dim: int) -> None:
         raise ValueError(f"rope={rope!r} must be a jaxkv.Rope")
     if 2 * len(rope.frequencies) > head_dim:
         raise ValueError(
-            f"rope turns {2 * len(rope.frequencies)} features; the cache has head_dim={head_dim}"
+            f"rope rotates {2 * len(rope.frequencies)} features; the cache has head_dim={head_dim}"
         )
 
 
-def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first: int) -> KVPool:
+def _rotate_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first: int) -> KVPool:
     """A walk over the pages of all sequences, some at a time, in each layer."""
     page_bytes = config.num_kv_heads * config.page_size * config.head_dim * 4
     most = rows.shape[1] * rows.shape[2]
@@ -135,8 +136,8 @@ def _turn_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, first:
         nth = nth + rows_of(column, entry)
         page, layer = rows_of(rows[layer.group], (entry, nth), config.num_pages), layer.nth
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
-        turned = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
-        new = stored_as(config, turned, keys=True)
+        rotated = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
+        new = stored_as(config, rotated, keys=True)
         moves = (nth[:, None] * config.page_size + offset[None] >= first)[:, None, :]
         return tuple(
             None if part is None else _write_pages(part, layer, page, moves, was, now)

@@ -26,8 +26,8 @@ def reorder(
         reorder seqs [0, 1, 2], parents [1, 1, 0]
         after    0 [a b c d][g h . .]    1 [a b c d][g h . .]    2 [a b c d][e f . .]
 
-    Parents are read as before the call, so slots may trade places. A slot that is its own parent stays as it
-    is. No free page is needed: pages are shared, as after `fork`, and those that no slot continues are
+    Parents are read as before the call, so slots may trade sequences. A slot that is its own parent stays as
+    it is. No free page is needed: pages are shared, as after `fork`, and those that no slot continues are
     released. The first writer of a shared tail page gets a copy of it from `allocate`, which needs a free
     page. A policy's state follows.
 

@@ -178,7 +178,7 @@ def read_tokens(
     rows: Int[Array, "entries pages_per_seq"],
     places: Int[Array, "entries kv_heads tokens"],
 ) -> KVPool:
-    """What is stored of tokens, `[entries, kv_heads, tokens, ...]`; zeros at places past a row."""
+    """What is stored of tokens, `[entries, kv_heads, tokens, ...]`; zeros at indices past a row."""
     at = _locate(pool, layer, rows, places)
     return jax.tree.map(lambda array: array.at[at].get(mode="fill", fill_value=0), pool)
 
@@ -190,7 +190,7 @@ def write_tokens(
     places: Int[Array, "entries kv_heads tokens"],
     tokens: KVPool,
 ) -> KVPool:
-    """Stores tokens as they were read; what is meant for a place past a row is dropped."""
+    """Stores tokens as they were read; what is meant for an index past a row is dropped."""
     at = _locate(pool, layer, rows, places)
     return jax.tree.map(lambda array, new: array.at[at].set(new, mode="drop"), pool, tokens)
 
