@@ -9,6 +9,7 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig, Status, policies
+from jaxkv.models import ModelConfig, random_model
 from tests import jitted
 from tests.caches import ints, normal, poisoned_init
 from tests.policy_twin import PolicyTwin
@@ -289,3 +290,22 @@ def test_the_groups_table_is_todays_where_every_layer_is_full():
     assert config == replace(config, layer_windows=None)
     assert config.pool_shape == (5, 6, 2, 16, 8)
     assert jax.tree.map(jnp.shape, jaxkv.init(config).table).pages == (64, 6)
+
+
+def test_text_from_released_pages_is_that_of_a_full_cache_with_masked_windows():
+    sizes = dict(vocab_size=50, hidden_size=32, num_layers=3, num_q_heads=4, num_kv_heads=2, head_dim=8)
+    model = random_model(
+        ModelConfig(**sizes, intermediate_size=32, max_context=256, window=6, full_attention_layers=(1,)),
+        jax.random.key(0),
+    )
+    prompts = [list(range(1, 40)), list(range(3, 12))]
+    options = dict(page_size=4, max_seqs=4, num_pages=120, max_pages_per_seq=24, dtype="float32")
+    texts = [
+        jaxkv.generate(model, prompts, model.cache_config(**options, **of), max_new_tokens=40, num_samples=2)
+        for of in ({}, {"layer_windows": None})
+    ]
+    assert texts[0].tokens == texts[1].tokens
+    assert texts[0].peak_pages * 2 < texts[1].peak_pages * 3, "a group of one layer against one of three"
+    fitting = jaxkv.generate(model, prompts, max_new_tokens=40)
+    assert [[tokens[0]] for tokens in texts[0].tokens] == fitting.tokens
+    assert len(fitting.cache.config.groups) > 1

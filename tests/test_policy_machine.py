@@ -89,7 +89,7 @@ SLOW = {
 }
 # Of two scores that differ by a rounding either may win: the same histories every time.
 CASES = {
-    name: machine(name, shape, PolicyMachine, examples=EXAMPLES // 4, derandomize=True)
+    name: machine(name, shape, PolicyMachine, examples=-(-EXAMPLES // 32), derandomize=True)
     for name, shape in SHAPES.items()
 }
 globals().update(

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
@@ -275,10 +276,11 @@ def columns(rows):
     return [list(column) for column in zip(*rows, strict=True)]
 
 
-def machine(name, shape, kind=Machine, examples=EXAMPLES, **options):
+def machine(name, shape, kind=Machine, examples=None, **options):
+    examples = examples or -(-EXAMPLES // (len(SHAPES) - len(SLOW)))
     case = type("Machine", (kind,), {"shape": shape}).TestCase
     case.settings = settings(
-        max_examples=-(-examples // len(SHAPES)),
+        max_examples=examples,
         stateful_step_count=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
@@ -288,4 +290,14 @@ def machine(name, shape, kind=Machine, examples=EXAMPLES, **options):
     return case
 
 
-globals().update({case.__name__: case for case in map(machine, SHAPES, SHAPES.values())})
+# Of layer groups every run has a full layer among windows, pages of one token, and kinds of three shapes.
+SLOW = {
+    "windows only",
+    "windows below and of a page, rollback",
+    "a window beyond the context, groups of one layer",
+    "kinds of two shapes, int4",
+}
+CASES = {name: machine(name, shape) for name, shape in SHAPES.items()}
+globals().update(
+    {case.__name__: pytest.mark.slow(case) if name in SLOW else case for name, case in CASES.items()}
+)
