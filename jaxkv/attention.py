@@ -187,10 +187,11 @@ def _located(
     own = kinds[0].window
     if isinstance(window, str):
         window = own
-    options = check_options(scale, window, sink_tokens, softcap)
     if own is None:
-        return located, _within_policy(batch, options)
-    if options.window is None or options.window > own:
+        window, sink_tokens = _within_policy(batch, window, sink_tokens)
+        return located, check_options(scale, window, sink_tokens, softcap)
+    options = check_options(scale, own if window is None else window, sink_tokens, softcap)
+    if window is None or options.window > own:  # type: ignore[operator]
         raise ValueError(
             f"window={window!r} is wider than the layer's own, {own}: what is beyond is released"
         )
@@ -213,12 +214,11 @@ def _named_by(window: int | str | None, kinds: list[Group]) -> list[Group]:
     return named
 
 
-def _within_policy(batch: Batch, options: Options) -> Options:
-    """With the policy's window where it is smaller."""
-    window, sinks = options.window, options.sink_tokens
+def _within_policy(batch: Batch, window: int | None, sink_tokens: int) -> tuple[int | None, int]:
+    """The window and sink tokens, the batch's where its window is smaller."""
     if batch.window is not None and (window is None or batch.window < window):
-        return options._replace(window=batch.window, sink_tokens=max(sinks, batch.sink_tokens))
-    return options
+        return batch.window, max(sink_tokens, batch.sink_tokens)
+    return window, sink_tokens
 
 
 def _like_queries(_cache: KVCache, _place, _batch, q: Array, *_) -> tuple[PartitionSpec, PartitionSpec]:

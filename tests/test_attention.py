@@ -231,7 +231,7 @@ def mistakes(cache, batch):
         "window=1.5": lambda: attend(cache, 0, batch, q, window=1.5),
         "sink_tokens=-1": lambda: attend(cache, 0, batch, q, window=4, sink_tokens=-1),
         "sink_tokens=1.5": lambda: attend(cache, 0, batch, q, window=4, sink_tokens=1.5),
-        "sink_tokens=2 .* needs a window": lambda: attend(cache, 0, batch, q, sink_tokens=2),
+        "sink_tokens=2 needs a window": lambda: attend(cache, 0, batch, q, sink_tokens=2),
         "softcap=-1": lambda: attend(cache, 0, batch, q, softcap=-1),
         "scale=1000000000.0 must lie": lambda: attend(cache, 0, batch, q, scale=1e9),
         "q_heads=4": lambda: attend(cache, 0, batch, q, sink_logits=jnp.zeros(2)),

@@ -130,6 +130,7 @@ def test_status_values_are_fixed():
         "OCCUPIED": 4,
         "PADDING": 5,
         "INVALID_LENGTH": 6,
+        "ROLLBACK_TOO_LONG": 7,
     }
 
 

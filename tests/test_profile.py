@@ -83,10 +83,12 @@ def test_bytes_and_tokens_may_pass_int32():
     )
     profile = MemoryProfile(
         lengths=np.full(4096, 2**20, np.int32),
+        row_lengths=np.full((1, 4096), 2**20, np.int32),
         num_used=np.int32(2**8),
         num_shared=np.int32(2**8),
         num_spanned=np.int32(2**8),
         num_stored=np.int32(2**20),
+        num_slots=np.int32(2**20),
         stats=jaxkv.AllocationStats(np.zeros(8, np.int32)),
         config=config,
     )
@@ -127,7 +129,8 @@ def test_bytes_and_tokens_within_jit_may_pass_int32():
     config = CacheConfig(num_layers=80, num_kv_heads=8, head_dim=128, num_pages=2**17, page_size=2**12)
     one = jnp.int32(2**16)
     stats = jaxkv.AllocationStats(jnp.zeros(10, jnp.int32))
-    profile = MemoryProfile(jnp.full(4096, 2**20, jnp.int32), one, one, one, jnp.int32(2**28), stats, config)
+    lengths, stored = jnp.full(4096, 2**20, jnp.int32), jnp.int32(2**28)
+    profile = MemoryProfile(lengths, lengths[None], one, one, one, stored, stored, stats, config)
     got = jax.jit(lambda profile: profile.as_dict())(profile)
     for name in ("tokens", "unused_places", "used_bytes", "free_bytes", "efficiency", "fragmentation"):
         np.testing.assert_allclose(got[name], getattr(profile, name), rtol=1e-6, err_msg=name)

@@ -48,11 +48,13 @@ class Policy:
     """Which tokens to drop. A subclass implements `evict`; a subclass of `TokenPolicy` implements `rank`.
 
     Class attributes:
+      name: in commands, for a policy that is exported from `jaxkv.policies`.
       needs_mass: whether `note` needs the attention that each token received.
       once: whether it compresses a prompt once, when `jaxkv.evict` is called. Then `allocate` evicts nothing,
         and decode steps need not be observed.
     """
 
+    name: ClassVar[str | None] = None
     needs_mass: ClassVar[bool] = False
     once: ClassVar[bool] = False
 

@@ -1,6 +1,7 @@
 """Keeps the tokens that received the most attention (H2O, arXiv:2306.14048)."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Array
 
@@ -22,6 +23,8 @@ class HeavyHitter(MassPolicy):
     Raises:
       ValueError: for a `recent` beyond the budget.
     """
+
+    name: ClassVar[str] = "heavy-hitter"
 
     def rank(self, tokens: Tokens) -> Array:
         """Attention received; infinity for the recent tokens."""

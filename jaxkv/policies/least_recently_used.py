@@ -36,6 +36,8 @@ class LeastRecentlyUsed(TokenPolicy):
       ValueError: for a negative threshold.
     """
 
+    name: ClassVar[str] = "lru"
+
     threshold: float = 0.01
 
     needs_mass: ClassVar[bool] = True

@@ -3,20 +3,12 @@
 from dataclasses import MISSING, fields
 from typing import Any
 
+from jaxkv import policies
 from jaxkv.policies.base import Policy
-from jaxkv.policies.heavy_hitter import HeavyHitter
-from jaxkv.policies.least_recently_used import LeastRecentlyUsed
-from jaxkv.policies.prompt_compress import PromptCompress
-from jaxkv.policies.semantic_merge import SemanticMerge
-from jaxkv.policies.sliding_window import SlidingWindow
 from jaxkv.rope import Rope
 
 POLICIES: dict[str, type[Policy]] = {
-    "sliding-window": SlidingWindow,
-    "lru": LeastRecentlyUsed,
-    "heavy-hitter": HeavyHitter,
-    "semantic-merge": SemanticMerge,
-    "prompt-compress": PromptCompress,
+    policy.name: policy for policy in vars(policies).values() if isinstance(policy, type) and policy.name
 }
 # Short names of settings.
 _SHORT = {"observe": "observe_last"}

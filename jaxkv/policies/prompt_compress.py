@@ -33,6 +33,8 @@ class PromptCompress(TokenPolicy):
       ValueError: for settings that contradict each other.
     """
 
+    name: ClassVar[str] = "prompt-compress"
+
     observe_last: int = 32
     kernel: int = 5
 

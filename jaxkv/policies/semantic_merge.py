@@ -49,6 +49,8 @@ class SemanticMerge(MassPolicy):
       ValueError: for a `recent` that is not below the budget.
     """
 
+    name: ClassVar[str] = "semantic-merge"
+
     reads_keys: ClassVar[bool] = True
 
     def __post_init__(self):

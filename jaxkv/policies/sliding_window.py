@@ -1,6 +1,7 @@
 """Keeps the last tokens and the first few (StreamingLLM, arXiv:2309.17453)."""
 
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -44,6 +45,8 @@ class SlidingWindow(Policy):
       >>> SlidingWindow(window=8, sinks=2).capacity(config)
       16
     """
+
+    name: ClassVar[str] = "sliding-window"
 
     window: int
     sinks: int = 4
