@@ -181,6 +181,7 @@ class Twin:
         self.cache, num_moved = programs().compact(self.cache)
         self.oracle.compact(num_moved)
         self.check()
+        self._check_bytes(self.profile)
         table, used = jax.device_get(self.cache.table), self.oracle.num_used
         assert np.all(table.refcounts[:used] > 0), "a hole below a live page"
         assert self._stack() == list(range(used, self.config.num_pages))
@@ -217,6 +218,7 @@ class Twin:
         self._check_table(table)
         self._check_stats(stats)
         self._check_profile(view.profile)
+        self.profile = view.profile
         lengths = [sequence.length for sequence in oracle.sequences]
         places = view.k.shape[2]
         assert places == config.max_tokens_per_seq
@@ -224,7 +226,7 @@ class Twin:
             np.testing.assert_array_equal(view.gathered[layer], lengths)
             for slot, length in enumerate(lengths):
                 for got, want in zip((view.k, view.v), oracle.gather(layer, slot), strict=True):
-                    np.testing.assert_array_equal(got[layer, slot, :length], want)
+                    assert np.array_equal(got[layer, slot, :length], want), (layer, slot)
                     assert not got[layer, slot, length:].any(), "not zero past the length"
         self._check_look(view, q)
 
@@ -259,10 +261,13 @@ class Twin:
             assert getattr(stats, name) == want.get(name, 0), name
 
     def _check_profile(self, profile):
-        want, got = self.oracle.profile(), profile.as_dict()
-        assert {name: got[name] for name in want} == want
+        want = self.oracle.profile()
+        assert {name: getattr(profile, name) for name in want} == want
         used = [self.id_of[label] for label in self.oracle.owners()]
         assert profile.holes == max(used, default=-1) + 1 - len(used)
+
+    def _check_bytes(self, profile):
+        """These follow from the counts and the config; working them out takes as long as the rest."""
         assert profile.used_bytes + profile.free_bytes == profile.pool_bytes
         assert profile.total_bytes == sum(x.nbytes for x in jax.tree.leaves(self.cache))
 
