@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
     max_context=128,
 )
 DRAWN = Sampling(temperature=1.5, top_k=20)
-# Tests take the same shapes where they can: as many sequences and new tokens, so that one program serves them.
+# Most tests have as many sequences and new tokens as others: one compiled program serves them.
 PROMPTS = [[1, 2, 3], list(range(4, 15)), [7], [9, 8, 7, 6, 5]]
 
 
