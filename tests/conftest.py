@@ -44,7 +44,7 @@ jaxtyping.install_import_hook(
 
 pytest.register_assert_rewrite("tests.twin", "tests.edges")
 
-# Tracing makes objects by the million and hardly any cycles: collecting often would take a twentieth of the time.
+# Tracing makes objects by the million and hardly any cycles: collecting often takes a twentieth of the time.
 gc.set_threshold(50_000, 20, 50)
 
 collect_ignore = ["fixtures"]  # data, and the scripts that wrote it
