@@ -9,8 +9,8 @@ import pytest
 
 from tests.four_devices import OPERATIONS, POLICIES, WAYS
 
-# What a policy does with codes is what it does with values; three of them differ in a rule alone. Codes make a
-# difference to the operations that read or write the pool, and `sampled` does neither.
+# What a policy does with codes is what it does with values; three of them differ in a rule alone. Codes are
+# nothing to `sampled`, which neither reads nor writes the pool.
 OFTEN = [*OPERATIONS, "SlidingWindow", "HeavyHitter"]
 SELDOM = [name for name in POLICIES if name not in OFTEN]
 
