@@ -59,7 +59,7 @@ def test_another_position_is_a_difference():
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_one_other_number_is_a_difference(name):
+def test_one_other_value_is_a_difference(name):
     cache, _ = filled(SMALL, (6, 5))
     pool = getattr(cache.pool, name)
     page = cache.table.pages[1, 1]
@@ -153,8 +153,8 @@ def test_a_donated_operation_keeps_no_copy_of_the_pool(operation, arguments):
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("operation", [jaxkv.allocate, decode, scanned])
-def test_nor_do_codes_become_a_pool_of_numbers(operation, quantization):
+@pytest.mark.parametrize("operation", [jaxkv.allocate, scanned, pytest.param(decode, marks=pytest.mark.slow)])
+def test_nor_do_codes_become_a_pool_of_values(operation, quantization):
     config = replace(CONFIG, quantization=quantization)
     cache = jax.eval_shape(lambda: jaxkv.init(config))
     assert_in_place(operation, cache, SLOTS, SLOTS if operation is jaxkv.allocate else Q)
