@@ -19,7 +19,8 @@ FAST := $(addprefix tests/, test_structure.py test_pages.py test_arguments.py te
 test-fast: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q -m 'not slow' $(FAST)
 
-# Real weights again: through interpreted kernels, quantized pools, and a compaction half way. More policies.
+# Real weights again: through interpreted kernels, quantized pools, and a compaction half way. More policies, and
+# rarer combinations of sizes, formats and options.
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
 

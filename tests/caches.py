@@ -5,6 +5,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import jaxkv
 from jaxkv import CacheConfig
@@ -32,7 +33,8 @@ def ints(*values):
 
 
 def normal(*shape, dtype="float32", seed=0):
-    return jax.random.normal(jax.random.key(seed), shape, jnp.float32).astype(dtype)
+    """NumPy draws them: JAX would compile a program for every shape."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape).astype(jnp.dtype(dtype)))
 
 
 def tokens(config, count, seed=0):

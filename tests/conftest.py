@@ -1,7 +1,9 @@
 """Settings for every test: CPU by default, strict promotion of dtypes and ranks, shapes as annotated."""
 
+import gc
 import os
 from importlib.metadata import version
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile far more than they run: LLVM's optimizations would take a third of their time, and the newer
@@ -42,28 +44,47 @@ jaxtyping.install_import_hook(
 
 pytest.register_assert_rewrite("tests.twin", "tests.edges")
 
+# Tracing makes objects by the million and hardly any cycles: collecting often takes a twentieth of the time.
+gc.set_threshold(50_000, 20, 50)
+
 collect_ignore = ["fixtures"]  # data, and the scripts that wrote it
 
 # Begun first: with one of these left to the end, one core would wait for the other.
 LONGEST = (
-    "test_smollm2_generate.py",
     "test_cli.py",
     "test_paged_attention.py",
     "test_policies.py",
     "test_policy_machine.py",
     "test_x64.py",
     "test_state_machine.py",
-    "test_smollm2.py",
+    "test_attention.py",
 )
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """The longest modules first, and last in each the tests after which programs are compiled anew."""
+    modules = list(dict.fromkeys(item.path for item in items))
+    modules.sort(key=lambda path: LONGEST.index(path.name) if path.name in LONGEST else len(LONGEST))
+    items.sort(key=lambda item: (modules.index(item.path), "traced_anew" in item.fixturenames))
+
+
+# Of 65,530 memory mappings, after which a process is killed. Every compiled program takes some.
+MOST_MAPPINGS = 20_000
 
 
 @pytest.fixture(scope="module", autouse=True)
-def programs_of_one_module():
-    """Every compiled program maps memory, and a process that maps 65,530 regions is killed."""
+def programs_of_several_modules():
+    """Compiled programs are kept for the modules that follow, until they take too many memory mappings."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if not mappings.exists() or mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        jax.clear_caches()
+
+
+@pytest.fixture
+def traced_anew():
+    """For a test that patches what is traced: it takes no program of another test, and leaves none."""
+    jax.clear_caches()
     yield
     jax.clear_caches()
 

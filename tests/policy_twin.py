@@ -1,6 +1,7 @@
 """A cache under a policy and its oracle, side by side; see `tests.twin`."""
 
 import functools
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 import jaxkv
 from jaxkv import Status
 from jaxkv.policies import HeavyHitter, LeastRecentlyUsed, PromptCompress, SemanticMerge, SlidingWindow
-from tests import policy_rules
+from tests import jitted, policy_rules
 from tests.twin import TOLERANCE, Twin, poisoning
 
 # How many roundings of float32, in float64's place, the attention a token received may be off by.
@@ -335,12 +336,12 @@ class PolicyTwin(Twin):
 
     def _take_over(self, slot):
         """What was computed anew is as near as its dtype allows; the oracle goes on from the library's."""
+        cache = replace(self.cache, policy=None)
         for layer in self.config.full_layers:
             row, index = self.oracle.home[layer]
             tokens = self.oracle.sequences[slot].rows[row].tokens[:, :, index]
-            k, v, lengths = jax.device_get(
-                jax.jit(jaxkv.gather, static_argnums=1)(self.cache, layer, np.array([slot], np.int32))
-            )
+            read = jitted.gather(cache, np.int32(layer), np.array([slot], np.int32))
+            k, v, lengths = jax.device_get(read)
             assert lengths[0] >= len(tokens), "tokens may have come in behind"
             for nth, got in enumerate((k, v)):
                 got = got[0, : len(tokens)].astype(np.float64)

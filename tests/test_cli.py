@@ -87,12 +87,6 @@ def test_a_prompts_file_of_blank_lines_holds_no_prompt(capsys, tmp_path):
     assert "no prompt" in fails(capsys, "generate", "--model", "x", "--prompts-file", str(path))
 
 
-def test_a_prompt_longer_than_the_cache_is_refused_with_the_numbers(capsys):
-    arguments = ["generate", "--model", "smollm2-135m", "--prompt", "one two three four five six seven"]
-    line = fails(capsys, *arguments, "--num-pages", "1", "--page-size", "4")
-    assert "prompt 0 has 7 tokens; a sequence holds 4" in line
-
-
 def test_a_port_in_use_is_refused_before_anything_is_loaded(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
@@ -167,9 +161,32 @@ def test_the_demo_is_sensible_on_a_quantized_cache(kv_dtype, saved):
     assert f"{saved} saved" in figures["memory"]
 
 
-def test_generate_streams_text_and_ctrl_c_stops_it_cleanly():
-    arguments = ["--prompt", "Once upon a time", "--max-new-tokens", "4000"]
-    process = run("generate", "--model", "smollm2-135m", *arguments)
+@pytest.fixture
+def tiny_model(tmp_path) -> str:
+    """A random model of a few kilobytes whose tokens are words, for texts without end."""
+    folder = shutil.copytree("tests/fixtures/llama_untied", tmp_path / "tiny")
+    sizes = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 2**20}))
+    words = {f"w{number}": number for number in range(sizes["vocab_size"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return str(folder)
+
+
+def test_a_prompt_longer_than_the_cache_is_refused_with_the_numbers(capsys, tiny_model):
+    arguments = ["generate", "--model", tiny_model, "--prompt", "w1 w2 w3 w4 w5 w6 w7"]
+    line = fails(capsys, *arguments, "--num-pages", "1", "--page-size", "4")
+    assert "prompt 0 has 7 tokens; a sequence holds 4" in line
+
+
+def test_a_pool_that_no_memory_holds_is_refused(capsys, tiny_model):
+    arguments = ["generate", "--model", tiny_model, "--prompt", "w1", "--page-size", "1000000"]
+    assert "device refused" in fails(capsys, *arguments, "--num-pages", "1000")
+
+
+def test_generate_streams_text_and_ctrl_c_stops_it_cleanly(tiny_model):
+    process = run("generate", "--model", tiny_model, "--prompt", "w1 w2 w3", "--max-new-tokens", "100000")
     assert process.stdout is not None
     begun = process.stdout.read(3)
     assert begun.strip()
@@ -180,18 +197,6 @@ def test_generate_streams_text_and_ctrl_c_stops_it_cleanly():
     assert "Traceback" not in error
     assert "stopped" in error
     assert out
-
-
-@pytest.fixture
-def tiny_model(tmp_path) -> str:
-    """A random model of a few kilobytes whose tokens are words."""
-    folder = shutil.copytree("tests/fixtures/llama_untied", tmp_path / "tiny")
-    size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    words = {f"w{number}": number for number in range(size)}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return str(folder)
 
 
 def test_generate_serves_metrics_while_it_runs(capsys, tiny_model):
@@ -232,8 +237,3 @@ def test_profile_shows_a_report_and_maps_and_draws_them(capsys, tiny_model, tmp_
         assert expected in out
     assert max(map(len, out.splitlines())) <= 80
     assert picture.read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_pool_that_no_memory_holds_is_refused(capsys):
-    arguments = ["generate", "--model", "smollm2-135m", "--prompt", "a", "--page-size", "1000000"]
-    assert "device refused" in fails(capsys, *arguments, "--num-pages", "1000")

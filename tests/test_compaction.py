@@ -2,7 +2,6 @@
 
 import importlib
 from dataclasses import replace
-from functools import partial
 
 import chex
 import jax
@@ -85,10 +84,10 @@ def test_a_full_pool_in_the_worst_order_is_sorted():
     assert [twin.pages(slot) for slot in range(4)] == [[0, 1], [2, 3], [4, 5], [6, 7]]
 
 
-def test_any_arrangement_in_chunks_of_any_size(monkeypatch):
+def test_any_arrangement_in_chunks_of_any_size(monkeypatch, traced_anew):
     """What one chunk displaces, a later one must find."""
     module = importlib.import_module("pallas_kernels.move_pages.xla")
-    twin, random = Twin(PACKED, entries=9), np.random.default_rng(0)
+    twin, random, arranged = Twin(PACKED, entries=9), np.random.default_rng(0), []
     for _ in range(4):
         for _ in range(4):
             slots = random.permutation(9)[:5]
@@ -96,24 +95,20 @@ def test_any_arrangement_in_chunks_of_any_size(monkeypatch):
             twin.truncate(slots[:2], random.integers(0, 9, size=2))
             twin.fork(slots[:2], slots[2:4])
             twin.free(random.permutation(9)[:1])
-        results = []
-        for chunk in (1, 2, 7, 100):
-            monkeypatch.setattr(module, "_CHUNK_BYTES", chunk * 2 * PACKED.page_bytes)
-            jax.clear_caches()
-            cache, num_moved = compact_in_chunks(twin.cache, chunk)
+        arranged.append(jax.tree.map(jnp.copy, twin.cache))
+    tables = [[] for _ in arranged]
+    for chunk in (1, 2, 7, 100):
+        monkeypatch.setattr(module, "_CHUNK_BYTES", chunk * 2 * PACKED.page_bytes)
+        jax.clear_caches()  # `compact` is compiled anew, once for a size of chunk
+        for before, results in zip(arranged, tables, strict=True):
+            cache, num_moved = jitted.compact(before)
             assert num_moved > 7
             jaxkv.check_invariants(cache)
-            assert_caches_equivalent(twin.cache, cache)
+            assert_caches_equivalent(before, cache)
             results.append(jax.device_get(cache.table))
+    for results in tables:
         for table in results[1:]:
             chex.assert_trees_all_equal(table, results[0])
-
-
-@partial(jax.jit, static_argnums=1)
-def compact_in_chunks(cache, chunk):
-    """Compiled anew for each size of a chunk."""
-    del chunk
-    return jaxkv.compact(cache)
 
 
 def test_contents_are_the_same_wherever_the_pages_lie():

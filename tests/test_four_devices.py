@@ -9,15 +9,21 @@ import pytest
 
 from tests.four_devices import OPERATIONS, POLICIES, WAYS
 
-# What a policy does with codes is what it does with numbers; three of them differ in a rule alone.
-OFTEN = [*OPERATIONS, "SlidingWindow", "HeavyHitter"]
+# Of the policies one runs in `make test`, the others in `test-slow`; codes make no difference to them, nor to
+# `sampled`, which neither reads nor writes the pool.
+OFTEN = [*OPERATIONS, "HeavyHitter"]
 SELDOM = [name for name in POLICIES if name not in OFTEN]
 
 
 @pytest.mark.parametrize(
     ("quantization", "names"),
-    [("none", OFTEN), ("int8", list(OPERATIONS)), pytest.param("none", SELDOM, marks=pytest.mark.slow)],
-    ids=["float", "int8", "other policies"],
+    [
+        ("none", OFTEN),
+        ("int8", ["decode", "table_operations"]),
+        pytest.param("int8", ["options"], marks=pytest.mark.slow),
+        pytest.param("none", SELDOM, marks=pytest.mark.slow),
+    ],
+    ids=["float", "int8", "other options, int8", "other policies"],
 )
 def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, names):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"

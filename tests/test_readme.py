@@ -6,7 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
+
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.models import ModelConfig, random_model
+from jaxkv.models.loading import LoadedModel, find_model
+from jaxkv.models.tokenizer_gguf import gguf_tokenizer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -28,7 +34,33 @@ def test_there_are_two_examples_and_at_most_120_lines():
     assert len(README.splitlines()) <= 120
 
 
-def test_the_text_example_prints_two_answers_to_each_question(tmp_path):
+def test_the_text_example_prints_two_answers_to_each_question(monkeypatch, capsys):
+    """SmolLM2's tokenizer, and a random model of one layer in its place."""
+    tokenizer = gguf_tokenizer(GGUFFile(find_model("smollm2-135m")))
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        num_layers=1,
+        num_q_heads=2,
+        num_kv_heads=1,
+        head_dim=8,
+        intermediate_size=16,
+        max_context=128,
+    )
+    loaded = LoadedModel(random_model(config, jax.random.key(0)), config, tokenizer, "tiny")
+    asked = []
+    monkeypatch.setattr("jaxkv.models.load", lambda name: asked.append(name) or loaded)
+    variables = {}
+    exec(compile(EXAMPLES[0], "README.md", "exec"), variables)
+    assert asked == ["smollm2-135m"]
+    out = capsys.readouterr().out
+    assert out.count("Why is the sky blue?\n") == out.count("What is the capital of France?\n") == 1
+    tokens = variables["result"].tokens
+    assert [[len(sample) for sample in samples] for samples in tokens] == [[32, 32], [32, 32]]
+
+
+@pytest.mark.slow
+def test_the_text_example_knows_the_capital_of_france(tmp_path):
     lines = pasted(EXAMPLES[0], tmp_path)
     assert [lines.index(question) for question in ("Why is the sky blue?", "What is the capital of France?")]
     assert "Paris" in "\n".join(lines[lines.index("What is the capital of France?") :])

@@ -90,27 +90,25 @@ def test_a_cache_of_one_slot_has_one_order():
 
 
 @pytest.mark.parametrize("chunk", [1, 8])
-def test_long_rows_take_several_steps_and_trade_places_as_short_ones_do(chunk, monkeypatch):
+def test_long_rows_take_several_steps_and_are_swapped_as_short_ones_are(chunk, monkeypatch, traced_anew):
     monkeypatch.setattr("jaxkv.pages._CHUNK", chunk)
     cache, _ = filled(replace(SMALL, num_pages=16), (16, 3, 7))
     rows = np.asarray(cache.table.pages)
-    # A function of its own: `jit` would take the program that was traced with the usual chunk.
-    cache, status = jax.jit(lambda *args: jaxkv.reorder(*args))(cache, ints(0, 1, 2), ints(1, 0, 1))
+    cache, status = jitted.reorder(cache, ints(0, 1, 2), ints(1, 0, 1))
     assert status.tolist() == [OK, OK, OK]
     np.testing.assert_array_equal(cache.table.pages[:3], rows[[1, 0, 1]])
     assert cache.table.num_free == 16 - 5
     jaxkv.check_invariants(cache)
 
 
-def test_pages_that_stand_in_different_columns_survive_their_first_owner():
+def test_pages_that_stand_in_different_columns_survive_their_first_owner(monkeypatch, traced_anew):
     """After a window gave up slot 1's first pages, the two share pages, but not at the same columns."""
     cache, _ = filled(SMALL, (12,), policy=SlidingWindow(window=5, sinks=0))
     cache, _ = jitted.fork(cache, ints(0), ints(1))
     cache, dropped = jitted.evict(cache, ints(1))
     assert dropped.tolist() == [8]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jaxkv.pages._CHUNK", 1)
-        cache, _ = jax.jit(lambda *args: jaxkv.reorder(*args))(cache, ints(0), ints(1))
+    monkeypatch.setattr("jaxkv.pages._CHUNK", 1)
+    cache, _ = jitted.reorder(cache, ints(0), ints(1))
     assert cache.table.pages[0].tolist() == cache.table.pages[1].tolist()
     jaxkv.check_invariants(cache)
 

@@ -1,4 +1,7 @@
-"""SmolLM2's own text: the paged cache writes, token for token, what a dense cache writes."""
+"""SmolLM2's own text: the paged cache writes, token for token, what a dense cache writes.
+
+`make test` has the demo instead (`test_cli.py`), which holds SmolLM2's logits to dense attention.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -13,6 +16,8 @@ from jaxkv.decode import decode, prefill, start
 from jaxkv.models import dense_cache, load
 from jaxkv.sampling import GREEDY
 from pallas_kernels import use_backend
+
+pytestmark = pytest.mark.slow
 
 NEW_TOKENS = 64
 SYSTEM = "You are a friendly assistant. Answer in plain English, in one or two short sentences, please."
@@ -71,7 +76,7 @@ def texts(result: jaxkv.Generation) -> list[list[int]]:
     return [samples[0] for samples in result.tokens]
 
 
-@pytest.mark.parametrize("share_prefix", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("share_prefix", [False, True])
 def test_greedy_text_is_that_of_a_dense_cache_forked_and_unforked(smollm2, prompts, expected, share_prefix):
     result = jaxkv.generate(
         smollm2.model,
@@ -85,7 +90,6 @@ def test_greedy_text_is_that_of_a_dense_cache_forked_and_unforked(smollm2, promp
     assert (result.peak_pages < result.peak_pages_unshared) == share_prefix
 
 
-@pytest.mark.slow
 def test_greedy_text_is_that_of_a_dense_cache_before_and_after_compact(smollm2, prompts, expected):
     model = smollm2.model
     cache = jaxkv.init(smollm2.config.cache_config(**CONFIG))
@@ -111,7 +115,6 @@ def test_greedy_text_is_that_of_a_dense_cache_before_and_after_compact(smollm2, 
     assert state.output.tolist() == expected
 
 
-@pytest.mark.slow
 def test_greedy_text_by_the_interpreted_gpu_kernels_is_that_of_a_dense_cache(smollm2):
     prompt, length = smollm2.tokenizer.encode("The capital of France is"), 10
     seqs = jnp.zeros(1, jnp.int32)

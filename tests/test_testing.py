@@ -12,12 +12,12 @@ from jaxkv.testing import assert_caches_equivalent, assert_in_place, assert_inva
 from tests import jitted
 from tests.caches import SMALL, filled, ints
 
-LAYERS = 4
+LAYERS = 2
 CONFIG = jaxkv.CacheConfig(
     num_layers=LAYERS,
     num_kv_heads=2,
     head_dim=64,
-    num_pages=512,
+    num_pages=1024,
     max_seqs=8,
     max_pages_per_seq=64,
     dtype="float32",
@@ -59,7 +59,7 @@ def test_another_position_is_a_difference():
 
 
 @pytest.mark.parametrize("name", ["k", "v"])
-def test_one_other_number_is_a_difference(name):
+def test_one_other_value_is_a_difference(name):
     cache, _ = filled(SMALL, (6, 5))
     pool = getattr(cache.pool, name)
     page = cache.table.pages[1, 1]
@@ -153,8 +153,8 @@ def test_a_donated_operation_keeps_no_copy_of_the_pool(operation, arguments):
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("operation", [jaxkv.allocate, decode, scanned])
-def test_nor_do_codes_become_a_pool_of_numbers(operation, quantization):
+@pytest.mark.parametrize("operation", [jaxkv.allocate, scanned, pytest.param(decode, marks=pytest.mark.slow)])
+def test_nor_do_codes_become_a_pool_of_values(operation, quantization):
     config = replace(CONFIG, quantization=quantization)
     cache = jax.eval_shape(lambda: jaxkv.init(config))
     assert_in_place(operation, cache, SLOTS, SLOTS if operation is jaxkv.allocate else Q)
@@ -185,10 +185,9 @@ def test_an_eviction_keeps_some_sequences_tokens_and_no_pool(policy):
 
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2]], ids=lambda policy: type(policy).__name__)
 def test_nor_does_a_step_that_may_evict(policy):
-    """`allocate`, and a whole decode step that also observes."""
+    """A whole decode step, which allocates, and observes too."""
     config = replace(CONFIG, num_pages=8192)
     cache = jax.eval_shape(lambda: jaxkv.init(config, policy))
-    assert_in_place(jaxkv.allocate, cache, SLOTS, SLOTS)
     assert_in_place(decode_with_mass, cache, SLOTS, Q)
 
 

@@ -10,7 +10,7 @@ import pytest
 import jaxkv
 
 
-@pytest.mark.parametrize("page_size", [4, 16, 300])
+@pytest.mark.parametrize("page_size", [4, pytest.param(16, marks=pytest.mark.slow), 300])
 def test_every_operation_keeps_its_dtypes_under_x64(page_size):
     config = jaxkv.CacheConfig(
         num_layers=2,

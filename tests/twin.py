@@ -79,14 +79,14 @@ class View(NamedTuple):
 
 
 def look(cache, q, sinks) -> View:
-    """Everything that can be read: each slot gathered, and its last tokens' attention in each group."""
+    """Everything that can be read: each slot gathered, and its last tokens' attention in each group.
+
+    Of a cache without its policy, whose window limits what a batch sees: the oracle says what is there.
+    """
     config = cache.config
     slots = jnp.arange(config.max_seqs, dtype=jnp.int32)
     gathered = [jaxkv.gather(cache, layer, slots) for layer in range(config.num_layers)]
-    # Without the policy's window: the oracle says what is there, not what a batch may see.
-    _, batch = jaxkv.allocate(
-        replace(cache, policy=None), slots, jnp.zeros_like(slots), total_tokens=q[0].shape[0]
-    )
+    _, batch = jaxkv.allocate(cache, slots, jnp.zeros_like(slots), total_tokens=q[0].shape[0])
     # As few as the shortest row has: a group's row may be empty just before its next token.
     counts = jnp.minimum(jnp.min(cache.table.lengths.reshape(-1, config.max_seqs), axis=0), LOOKS)
     starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
@@ -207,6 +207,7 @@ class Twin:
         self.cache, num_moved = programs().compact(self.cache)
         self.oracle.compact(num_moved)
         self.check()
+        self._check_bytes(jaxkv.memory_profile(self.cache))
         table, used = jax.device_get(self.cache.table), self.oracle.num_used
         assert np.all(table.refcounts[:used] > 0), "a hole below a live page"
         assert self._stack() == list(range(used, self.config.num_pages))
@@ -242,9 +243,9 @@ class Twin:
         config, oracle = self.config, self.oracle
         jaxkv.check_invariants(self.cache)
         q = self._of_layers(LOOKS * config.max_seqs, self.q_heads)
-        table, stats, view = jax.device_get(
-            (self.cache.table, self.cache.stats, programs().look(self.cache, q, self.sinks))
-        )
+        # What can be read does not depend on a policy: one program for the caches of all.
+        view = programs().look(replace(self.cache, policy=None), q, self.sinks)
+        table, stats, view = jax.device_get((self.cache.table, self.cache.stats, view))
         self._check_table(table)
         self._check_stats(stats)
         self._check_profile(view.profile)
@@ -255,7 +256,7 @@ class Twin:
                 length = len(stored[0])
                 assert view.lengths[layer][slot] == length
                 for got, want in zip((view.k[layer], view.v[layer]), stored, strict=True):
-                    np.testing.assert_array_equal(got[slot, :length], want[: got.shape[1]])
+                    assert np.array_equal(got[slot, :length], want[: got.shape[1]]), (layer, slot)
                     assert not got[slot, length:].any(), "not zero past the length"
         self._check_look(view, q)
 
@@ -291,10 +292,13 @@ class Twin:
             assert getattr(stats, name) == want.get(name, 0), name
 
     def _check_profile(self, profile):
-        want, got = self.oracle.profile(), profile.as_dict()
-        assert {name: got[name] for name in want} == want
+        want = self.oracle.profile()
+        assert {name: getattr(profile, name) for name in want} == want
         used = [self.id_of[label] for label in self.oracle.owners()]
         assert profile.holes == max(used, default=-1) + 1 - len(used)
+
+    def _check_bytes(self, profile):
+        """These follow from the counts and the config; working them out takes as long as the rest."""
         assert profile.used_bytes + profile.free_bytes == profile.pool_bytes
         assert profile.total_bytes == sum(x.nbytes for x in jax.tree.leaves(self.cache))
 

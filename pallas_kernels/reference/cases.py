@@ -27,6 +27,7 @@ class Case:
     stored: str | None = None  # as codes of this dtype
     padding_rows: int = 0  # rows of q that belong to no sequence
     spare_pages: int = 3  # pages of the pool that belong to no sequence, filled with NaN
+    spare_columns: int = 1  # columns of the page table beyond the longest sequence's
     magnitude: float = 1.0  # of q
     sinks: bool = False
     begins_like: dict[int, tuple[int, int]] = field(default_factory=dict)  # one before it, in so many pages
@@ -70,7 +71,7 @@ def make(case: Case, seed: int = 0) -> Arguments:
     dtype = jnp.dtype(case.dtype)
     needed = [-(-length // case.page_size) for length in case.lengths]
     num_pages = sum(needed) - sum(pages for _, pages in case.begins_like.values()) + case.spare_pages
-    width = max(1, *needed) + 1
+    width = max(1, *needed) + case.spare_columns
     order = random.permutation(num_pages).tolist()
     page_table = np.full((len(needed), width), num_pages, np.int32)
     pool = (case.num_layers, num_pages, case.kv_heads, case.page_size, case.head_dim)
@@ -103,6 +104,20 @@ def make(case: Case, seed: int = 0) -> Arguments:
         options["sink_logits"] = random.normal(size=case.q_heads).astype(np.float32)
     lengths = np.array(case.lengths, np.int32)
     return Arguments(q.astype(dtype), k_pages, v_pages, page_table, lengths, query_starts, options)
+
+
+def padded(case: Case, seqs: int = 6, rows: int = 80, num_pages: int = 20, columns: int = 14) -> Case:
+    """The same case in arrays of a given size: one program serves all that differ in lengths alone."""
+    empty = [0] * (seqs - len(case.lengths))
+    pages = [-(-length // case.page_size) for length in case.lengths]
+    return replace(
+        case,
+        lengths=(*case.lengths, *empty),
+        queries=(*case.num_queries, *empty),
+        padding_rows=rows - sum(case.num_queries),
+        spare_pages=num_pages - sum(pages),
+        spare_columns=columns - max(1, *pages),
+    )
 
 
 DTYPES = ("float32", "bfloat16", "float16")

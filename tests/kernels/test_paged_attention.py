@@ -1,6 +1,7 @@
 """The kernels against NumPy float64, one table of cases for every backend."""
 
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from pallas_kernels import (
     use_backend,
 )
 from pallas_kernels.paged_attention.triton.tuning import Tuning
-from pallas_kernels.reference.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make
+from pallas_kernels.reference.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make, padded
 
 BACKENDS = ("xla", "triton")
 QUANTIZED = ("int8", "uint8")
@@ -34,6 +35,12 @@ attend = jax.jit(
     ),
 )
 
+mass_of = jax.jit(
+    attention_mass,
+    static_argnames=("scale", "window", "sink_tokens", "softcap", "backend", "interpret", "tuning"),
+)
+append = jax.jit(append_kv, static_argnames=("backend", "interpret"))
+copy = jax.jit(copy_pages, static_argnames=("backend", "interpret"))
 move = jax.jit(move_pages, donate_argnums=(0, 1), static_argnames=("backend", "interpret"))
 
 backends = pytest.mark.parametrize("backend", BACKENDS)
@@ -58,8 +65,47 @@ def assert_close(got, want, dtype, magnitude=1.0):
     np.testing.assert_allclose(*float64(got, want), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * magnitude)
 
 
+# They differ in data alone, and are padded to the same shapes: one program for a backend.
+ONE_PROGRAM = (
+    "prefill with head_dim 64",
+    "every length at a page boundary",
+    "whole prompts",
+    "a chunk after a prefix",
+    "prefill and decode in one call",
+    "live sequences that ask nothing",
+    "nothing to see at all",
+    "rows of no sequence",
+    "large scores",
+)
+# Combinations of what other cases hold one by one.
+SELDOM = (
+    "decode with MHA, bfloat16",
+    "decode with MHA, float16",
+    "decode with GQA, float16",
+    "decode with MQA, float32",
+    "decode with MQA, bfloat16",
+    "decode with head_dim 64",
+    "decode with head_dim 80",
+    "decode with head_dim 128",
+    "prefill with head_dim 96",
+    "prefill with head_dim 256",
+    "pages of 2",
+    "a softcap of 50",
+    "decode of int8, float16",
+    "prefill of int8, float32",
+    "two share all but a tail",
+    "a prefix and nothing else",
+    "a shared prefix of uint8",
+)
+CASES = [
+    pytest.param(padded(case) if case.name in ONE_PROGRAM else case, marks=marks, id=case.name)
+    for case in PAGED_ATTENTION
+    for marks in ([pytest.mark.slow] if case.name in SELDOM else [()])
+]
+
+
 @backends
-@pytest.mark.parametrize("case", PAGED_ATTENTION, ids=str)
+@pytest.mark.parametrize("case", CASES)
 def test_attention_is_that_of_float64(case, backend):
     arguments = make(case)
     out, lse = attend(
@@ -121,7 +167,7 @@ def test_output_holds_nothing_of_pages_that_are_not_the_sequences_own(backend):
 
 
 @backends
-def test_window_is_that_of_the_places_it_covers(backend):
+def test_window_is_that_of_the_tokens_it_covers(backend):
     """A token with window w sees what it would see in a sequence of its last w tokens."""
     case = Case("", (50,), page_size=4, num_layers=1, layer=0)
     arguments = make(case)
@@ -136,20 +182,21 @@ def test_window_is_that_of_the_places_it_covers(backend):
 
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("traced", [True, False], ids=["traced layer", "int layer"])
-def test_append_writes_each_token_to_its_place_and_nothing_else(backend, dtype, traced):
+def test_append_writes_each_token_to_its_slot_and_nothing_else(backend, dtype):
     random = np.random.default_rng(0)
     k_pages, v_pages = random.normal(size=(2, 3, 6, 2, 4, 8)).astype(jnp.dtype(dtype))
     k, v = random.normal(size=(2, 7, 2, 8)).astype(jnp.dtype(dtype))
     page_ids = np.array([5, 0, 6, 5, 2, 6, 1000], np.int32)  # 6 and beyond: dropped
     offsets = np.array([3, 0, 0, 1, 2, 3, 1], np.int32)
     want = reference.append_kv(k_pages, v_pages, k, v, page_ids, offsets, layer=1)
-    layer = jnp.int32(1) if traced else 1
-    append = jax.jit(lambda *args: append_kv(*args, layer=layer, **on(backend)), donate_argnums=(0, 1))
-    got = append(jnp.asarray(k_pages), jnp.asarray(v_pages), k, v, page_ids, offsets)
-    for one, other in zip(got, want, strict=True):
-        assert one.dtype == jnp.dtype(dtype)
-        np.testing.assert_array_equal(one, other)
+    arguments = jnp.asarray(k_pages), jnp.asarray(v_pages), k, v, page_ids, offsets
+    results = [append(*arguments, layer=jnp.int32(1), **on(backend))]
+    if dtype == "float32":
+        results.append(jax.jit(lambda *args: append_kv(*args, layer=1, **on(backend)))(*arguments))
+    for got in results:
+        for one, other in zip(got, want, strict=True):
+            assert one.dtype == jnp.dtype(dtype)
+            np.testing.assert_array_equal(one, other)
 
 
 @backends
@@ -166,11 +213,11 @@ def test_append_writes_each_token_to_its_place_and_nothing_else(backend, dtype, 
 def test_copy_moves_pages_in_every_layer_and_nothing_else(backend, dtype, copies):
     random = np.random.default_rng(0)
     k_pages, v_pages = random.normal(size=(2, 3, 6, 2, 4, 8)).astype(jnp.dtype(dtype))
-    sources, destinations = [*copies, 1, 6], [*copies.values(), 6, 1000]  # 6 and beyond: nothing
+    nothing = 4 - len(copies)  # beyond the 6 pages: as source, as destination, or both
+    sources, destinations = [*copies, *[1, 6, 7, 1][:nothing]], [*copies.values(), *[6, 1000, 6, 7][:nothing]]
     sources, destinations = np.array(sources, np.int32), np.array(destinations, np.int32)
     want = reference.copy_pages(k_pages, v_pages, sources, destinations)
-    copy = jax.jit(lambda *args: copy_pages(*args, **on(backend)), donate_argnums=(0, 1))
-    got = copy(jnp.asarray(k_pages), jnp.asarray(v_pages), sources, destinations)
+    got = copy(jnp.asarray(k_pages), jnp.asarray(v_pages), sources, destinations, **on(backend))
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -183,13 +230,13 @@ def test_copy_from_one_page_to_many():
 
 @st.composite
 def some_moves(draw):
-    """Some of the pages to some of the places: chains, cycles, and what stays."""
+    """Some of the pages to some of the page ids: chains, cycles, and what stays."""
     num_pages = draw(st.sampled_from([1, 2, 7, 40]))
     count = draw(st.integers(0, num_pages))
     pages = draw(st.permutations(range(num_pages)))[:count]
-    places = draw(st.sampled_from([sorted(pages), range(num_pages), draw(st.permutations(range(num_pages)))]))
+    ids = draw(st.sampled_from([sorted(pages), range(num_pages), draw(st.permutations(range(num_pages)))]))
     targets = np.full(num_pages, draw(st.sampled_from([-1, num_pages, 1000])), np.int32)
-    targets[pages] = places[:count]
+    targets[pages] = ids[:count]
     return targets
 
 
@@ -209,7 +256,7 @@ def test_pages_move_as_if_all_at_once(backend, targets):
 @backends
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_pool_moves_in_every_layer_and_every_part_of_a_page(backend, dtype):
-    """Parts of 4096 bytes, the last of them part full; one long cycle and what trades places."""
+    """Parts of 4096 bytes, the last of them part full; one long cycle, and two pages that are swapped."""
     random = np.random.default_rng(0)
     k_pages, v_pages = random.normal(size=(2, 3, 9, 3, 11, 80)).astype(jnp.dtype(dtype))
     targets = np.array([1, 2, 3, 4, 0, 6, 5, 7, 8], np.int32)
@@ -228,8 +275,20 @@ def pool_of_codes(stored, shape=(3, 9, 2, 5, 24)):
 
 
 @backends
-@pytest.mark.parametrize("stored", CODES)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("stored", "dtype"),
+    [
+        ("int8", "float32"),
+        ("uint8", "float32"),
+        ("int32", "float32"),
+        ("int8", "float16"),
+        ("uint8", "bfloat16"),
+        ("int32", "bfloat16"),
+        pytest.param("int8", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("uint8", "float16", marks=pytest.mark.slow),
+        pytest.param("int32", "float16", marks=pytest.mark.slow),
+    ],
+)
 def test_append_quantizes_each_row_on_its_own(backend, stored, dtype):
     pages, scales = pool_of_codes(stored)
     k, v = np.random.default_rng(1).normal(size=(2, 7, 2, 24)).astype(jnp.dtype(dtype))
@@ -238,8 +297,7 @@ def test_append_quantizes_each_row_on_its_own(backend, stored, dtype):
     k[6, 0], v[6, 1] = np.nan, 3e-38
     page_ids, offsets = np.array([5, 0, 9, 5, 2, 8, 7], np.int32), np.array([3, 0, 0, 1, 2, 4, 1], np.int32)
     want = reference.append_kv(*pages, k, v, page_ids, offsets, layer=1, **scales)
-    append = jax.jit(lambda *args, **scales: append_kv(*args, layer=1, **scales, **on(backend)))
-    got = append(*pages, k, v, page_ids, offsets, **scales)
+    got = append(*pages, k, v, page_ids, offsets, layer=1, **scales, **on(backend))
     assert [array.dtype for array in got] == [array.dtype for array in want]
     for one, other in zip(got, want, strict=True):
         np.testing.assert_array_equal(*float64(one, other))
@@ -253,24 +311,30 @@ def test_scales_go_where_their_pages_go(backend, stored):
     pages, scales = pool_of_codes(stored)
     some, others = np.array([1, 4, 9], np.int32), np.array([0, 8, 3], np.int32)
     targets = np.array([1, 2, 0, 9, 8, 4, 6, 5, 7], np.int32)
-    copied = jax.jit(lambda *args, **scales: copy_pages(*args, **scales, **on(backend)))
     want_copied = reference.copy_pages(*pages, some[:2], others[:2], **scales)
     want_moved = reference.move_pages(*pages, targets, **scales)
     for want, got in (
-        (want_copied, copied(*pages, some, others, **scales)),
+        (want_copied, copy(*pages, some, others, **scales, **on(backend))),
         (want_moved, move(*pages, targets, **scales, **on(backend))),
     ):
         assert len(got) == 4
         for one, other in zip(got, want, strict=True):
-            # Place 3 is left, and nothing comes to it.
+            # Page 3 is left, and nothing comes to it.
             np.testing.assert_array_equal(*(np.delete(array, 3, axis=1) for array in float64(one, other)))
+
+
+@partial(jax.jit, static_argnums=(2, 3))
+def stored_and_read(k, v, storage, dtype):
+    storage = formats.named(storage) if isinstance(storage, str) else storage
+    return storage.decode_pair(storage.encode_pair(k, v), dtype)
 
 
 @pytest.mark.parametrize("stored", QUANTIZED)
 def test_what_codes_stand_for_is_near_what_was_written(stored):
     values = np.random.default_rng(0).normal(size=(1000, 64)).astype(np.float32)
     storage = formats.of(stored)
-    error = np.abs(storage.decode(*storage.encode(jnp.asarray(values), keys=True), "float32") - values)
+    stored_and_read = jax.jit(lambda x: storage.decode(*storage.encode(x, keys=True), "float32"))
+    error = np.abs(stored_and_read(values) - values)
     most = np.abs(values).max(axis=1, keepdims=True)
     if stored == "int8":
         assert np.all(error <= most / 127 / 2 * 1.001)
@@ -281,14 +345,13 @@ def test_what_codes_stand_for_is_near_what_was_written(stored):
 @pytest.mark.parametrize("head_dim", [64, 80, 128])
 @pytest.mark.parametrize("offset", [0.0, 3.0])
 def test_four_bits_are_near_what_was_written(head_dim, offset):
-    """A number that stands out is kept apart in keys, and costs the others of V."""
+    """An element that stands out is kept apart in keys, and costs the others of V."""
     random = np.random.default_rng(0)
     values = (random.normal(size=(1000, head_dim)) + offset).astype(np.float32)
     values[:, 3] *= 20
-    int4 = formats.named("int4")
-    k, v = int4.decode_pair(int4.encode_pair(jnp.asarray(values), jnp.asarray(values)), "float32")
+    k, v = stored_and_read(values, values, "int4", "float32")
     size, plain = (np.linalg.norm(part, axis=1) for part in (values, np.delete(values, 3, axis=1)))
-    # What all numbers have in common falls on one of those that they are rotated to.
+    # What all elements have in common falls on one of those that they are rotated to.
     assert np.mean(np.linalg.norm(k - values, axis=1) / plain) < (0.13 if offset else 0.1)
     assert np.max(np.linalg.norm(k - values, axis=1) / size) < 0.15
     assert np.max(np.linalg.norm(v - values, axis=1) / size) < 0.25
@@ -297,20 +360,18 @@ def test_four_bits_are_near_what_was_written(head_dim, offset):
 @pytest.mark.parametrize("stored", ["bfloat16", *CODES])
 def test_what_is_stored_is_stored_again_as_near(stored):
     values = np.random.default_rng(0).normal(size=(2, 50, 32)).astype(np.float32)
-    storage = formats.of(stored)
-    once = storage.decode_pair(storage.encode_pair(*map(jnp.asarray, values)), "float32")
-    again = storage.decode_pair(storage.encode_pair(*once), "float32")
+    once = stored_and_read(*values, formats.of(stored), "float32")
+    again = stored_and_read(*once, formats.of(stored), "float32")
     assert np.linalg.norm(np.subtract(again, once)) < 0.1 * np.linalg.norm(values)
 
 
 @pytest.mark.parametrize("stored", CODES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_largest_numbers_of_a_dtype_come_back_finite(stored, dtype):
+def test_the_largest_values_of_a_dtype_come_back_finite(stored, dtype):
     random, most = np.random.default_rng(0), float(jnp.finfo(dtype).max)
     values = (most * random.uniform(-1, 1, size=(500, 16))).astype(jnp.dtype(dtype))
     values[:, 0] = most
-    storage = formats.of(stored)
-    for part in storage.decode_pair(storage.encode_pair(jnp.asarray(values), jnp.asarray(values)), dtype):
+    for part in stored_and_read(values, values, formats.of(stored), dtype):
         assert np.isfinite(float64(part)[0]).all()
 
 
@@ -358,7 +419,7 @@ def calls(backend):
 
 @pytest.mark.parametrize("operation", calls("auto"))
 def test_auto_finds_a_backend(operation):
-    calls("auto")[operation]()
+    jax.jit(calls("auto")[operation])()
 
 
 @pytest.mark.parametrize("operation", calls("auto"))
@@ -411,12 +472,12 @@ def test_64_bit_mode_changes_nothing(backend):
         out, lse = attend(*arguments.arrays, layer=1, return_lse=True, **on(backend), **arguments.options)
         q, k_pages, v_pages, *rows = arguments.arrays
         options = {name: value for name, value in arguments.options.items() if name != "sink_logits"}
-        mass = attention_mass(q, k_pages, *rows, lse, layer=1, **options, **on(backend))
-        place = jnp.zeros(1, jnp.int32)
-        k_new, v_new = append_kv(
-            k_pages, v_pages, k_pages[0, :1, :, 0], v_pages[0, :1, :, 0], place, place, **on(backend)
+        mass = mass_of(q, k_pages, *rows, lse, layer=1, **options, **on(backend))
+        zero = jnp.zeros(1, jnp.int32)
+        k_new, v_new = append(
+            k_pages, v_pages, k_pages[0, :1, :, 0], v_pages[0, :1, :, 0], zero, zero, **on(backend)
         )
-        copied = copy_pages(k_pages, v_pages, place, place + 1, **on(backend))
+        copied = copy(k_pages, v_pages, zero, zero + 1, **on(backend))
     want = expected(case, arguments)
     assert_close(out, want[0], "float32")
     assert_close(lse, want[1], "float32")
@@ -429,24 +490,34 @@ TUNINGS = {
     "many cuts": Tuning(query_tile=1, key_tile=16, num_warps=4, num_stages=1, programs=200),
     "more items than work": Tuning(query_tile=4, key_tile=64, num_warps=4, num_stages=1, programs=4000),
 }
+TUNED = {
+    "long beside short": Case("", (700, 3, 0, 17)),
+    "window, sink tokens, sinks, padding": Case(
+        "",
+        (300, 90, 7),
+        (5, 1, 7),
+        padding_rows=4,
+        sinks=True,
+        options={"window": 33, "sink_tokens": 20},
+    ),
+    "71 heads on one, bfloat16": Case("", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16"),
+}
+# Each tuning and each case twice; the other three pairs in `make test-slow`.
+RARE_PAIRS = (
+    ("long beside short", "more items than work"),
+    ("window, sink tokens, sinks, padding", "one cut"),
+    ("71 heads on one, bfloat16", "many cuts"),
+)
 
 
-@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS)
 @pytest.mark.parametrize(
-    "case",
+    ("case", "tuning"),
     [
-        Case("long beside short", (700, 3, 0, 17)),
-        Case(
-            "window, sink tokens, sinks, padding",
-            (300, 90, 7),
-            (5, 1, 7),
-            padding_rows=4,
-            sinks=True,
-            options={"window": 33, "sink_tokens": 20},
-        ),
-        Case("71 heads on one, bfloat16", (129, 64), q_heads=71, kv_heads=1, dtype="bfloat16"),
+        pytest.param(TUNED[case], TUNINGS[tuning], marks=marks, id=f"{case}-{tuning}")
+        for case in TUNED
+        for tuning in TUNINGS
+        for marks in ([pytest.mark.slow] if (case, tuning) in RARE_PAIRS else [()])
     ],
-    ids=str,
 )
 def test_any_tuning_is_right(case, tuning):
     arguments = make(case)
@@ -466,9 +537,10 @@ def test_any_tuning_is_right(case, tuning):
 
 
 @backends
-@pytest.mark.parametrize("scale", [1.0, 0.3])
 @pytest.mark.parametrize("score", [-2e30, -3e38], ids=str)
-@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+@pytest.mark.parametrize(
+    ("shared", "scale"), [(False, 1.0), (False, 0.3), (True, 0.3)], ids=["alone", "alone, scaled", "shared"]
+)
 def test_the_greatest_score_weighs_one_however_low_it_is(backend, shared, score, scale):
     """Rows of two sequences with the same 32 keys; an empty one between them sees nothing."""
     k_pages = np.full((1, 3, 1, 32, 16), 0.0, np.float32)
@@ -487,7 +559,7 @@ def test_the_greatest_score_weighs_one_however_low_it_is(backend, shared, score,
     np.testing.assert_allclose(out[:, 0], jnp.stack([v_pages[0, 1, 0, 5]] * 2), rtol=1e-6)
     want = float(q[0, 0, 0]) * float(k_pages[0, 1, 0, 5, 0]) * scale
     np.testing.assert_allclose(lse, jnp.full((2, 1), want), rtol=1e-6)
-    mass = attention_mass(q, k_pages, *rows, lse, scale=scale, **on(backend))
+    mass = mass_of(q, k_pages, *rows, lse, scale=scale, **on(backend))
     np.testing.assert_array_equal(np.flatnonzero(mass), [5, 2 * 64 + 5])
     np.testing.assert_array_equal(mass.sum(axis=(1, 2)), [1, 0, 1])
 
@@ -507,7 +579,7 @@ def test_a_lone_key_weighs_one_and_scores_of_minus_infinity_weigh_nothing(backen
         out, lse = attend(q, k_pages, v_pages, *one, scale=1.0, return_lse=True, tuning=tuning, **on(backend))
         np.testing.assert_array_equal(out, jnp.full_like(out, out_want))
         np.testing.assert_allclose(lse, jnp.full_like(lse, lse_want), rtol=1e-6)
-        mass = attention_mass(q, k_pages, *one, lse, scale=1.0, **on(backend))
+        mass = mass_of(q, k_pages, *one, lse, scale=1.0, **on(backend))
         np.testing.assert_array_equal(mass, jnp.full_like(mass, out_want))
 
 
@@ -519,5 +591,5 @@ def test_the_mass_of_a_huge_score_from_codes_is_one(backend):
     rows = jnp.array([[0]]), jnp.array([1]), jnp.array([0, 1])
     codes = {"k_scales": scales}
     _, lse = attend(q, k_pages, k_pages, *rows, **codes, v_scales=scales, return_lse=True, **on(backend))
-    mass = attention_mass(q, k_pages, *rows, lse, **codes, **on(backend))
+    mass = mass_of(q, k_pages, *rows, lse, **codes, **on(backend))
     np.testing.assert_array_equal(mass[0, 0], np.eye(16)[0] * 2)

@@ -47,8 +47,12 @@ def test_after_the_capital_of_france_comes_what_llama_cpp_says(smollm2):
     assert [smollm2.tokenizer.decode([int(token)]) for token in likeliest] == [" Paris", " the", " London"]
 
 
+@pytest.mark.slow
 def test_paged_logits_are_the_dense_ones(smollm2):
-    """Three prompts of different lengths in two ragged chunks, against dense attention, in float32."""
+    """Three prompts of different lengths in two ragged chunks, against dense attention, in float32.
+
+    In `make test` the demo compares them: `test_cli.py`.
+    """
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 49152, (3, 40), dtype=np.int32)
     dense = jax.jit(dense_logits)(smollm2.model, jnp.asarray(tokens), jnp.full(3, 40))
