@@ -19,7 +19,8 @@ from tests.twin import Twin
 OK, INVALID_LENGTH = Status.OK, Status.INVALID_LENGTH
 OUT_OF_PAGES, ROLLBACK_TOO_LONG = Status.OUT_OF_PAGES, Status.ROLLBACK_TOO_LONG
 ONE_FULL = GROUPED["one full layer among windows"]  # windows 5, pages of 4, chunks of 9
-ROLLBACK = GROUPED["windows below and of a page, rollback"]  # windows 2 and 4, pages of 4, rollback 3
+ROLLBACK = GROUPED["windows below and of a page, rollback"]  # windows 2 and 4, pages of 4, rollback 4
+SMALL_POOL = replace(ONE_FULL["config"], num_pages=9)
 SHAPES = GROUPED["kinds of three shapes, int8"]
 
 
@@ -52,8 +53,7 @@ def test_a_chunk_longer_than_max_chunk_is_refused():
 
 
 def test_what_is_released_counts_as_free_in_the_same_call_and_stands_for_a_refused_entry():
-    config = replace(ONE_FULL["config"], num_pages=9)
-    twin = Twin(config, total_tokens=12)
+    twin = Twin(SMALL_POOL, q_heads=2, total_tokens=12)
     twin.extend([0], [9])  # three pages in each group
     assert twin.oracle.num_free == 0
     # The pages before the window of position 9 are released: one in each windowed group.
@@ -64,7 +64,7 @@ def test_what_is_released_counts_as_free_in_the_same_call_and_stands_for_a_refus
 
 
 def test_a_full_group_may_need_a_page_when_windowed_ones_give_theirs_back():
-    twin = Twin(replace(ONE_FULL["config"], num_pages=11), total_tokens=12)
+    twin = Twin(SMALL_POOL, q_heads=2, total_tokens=12)
     twin.extend([0], [9])
     twin.extend([0], [3])
     assert twin.extend([0], [1]) == [OK]
@@ -92,16 +92,16 @@ def test_a_fork_shares_every_group_and_the_first_write_copies_in_each(length):
 # taking tokens back -----------------------------------------------------------------------------
 
 
-def test_the_tokens_of_the_last_call_can_always_be_taken_back_and_rollback_more():
+def test_the_tokens_of_the_last_call_can_always_be_taken_back_and_a_page_more_where_rollback_says_so():
     twin = Twin(**ROLLBACK)
     twin.extend([0], [8])
-    for count in (5, 1, 4):
+    for count in (5, 1, 3):
         twin.extend([0], [count])
         position = twin.oracle.sequences[0].position
         assert twin.truncate([0], [position - count]) == [OK]
         twin.extend([0], [count])
-        assert twin.truncate([0], [position - count - 3]) == [OK]
-        twin.extend([0], [3])
+        assert twin.truncate([0], [position - count - 4]) == [OK]
+        twin.extend([0], [4])
         twin.extend([0], [count])
 
 
@@ -117,14 +117,6 @@ def test_a_cut_beyond_what_is_kept_changes_nothing():
     assert twin.truncate([0], [8]) == [OK]
     assert twin.truncate([0], [0]) == [OK]
     assert twin.extend([0], [9]) == [OK]
-
-
-def test_a_page_can_be_taken_back_where_rollback_says_so():
-    config = replace(ONE_FULL["config"], rollback=4, max_pages_per_seq=5, num_pages=24)
-    twin = Twin(config, total_tokens=12)
-    twin.extend([0], [9])
-    twin.extend([0], [8])
-    assert twin.truncate([0], [5]) == [OK]
 
 
 def test_truncate_says_what_it_refused():

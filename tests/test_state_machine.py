@@ -99,7 +99,7 @@ GROUPED = {
             num_pages=18,
             max_pages_per_seq=5,
             layer_windows=(2, None, 4),
-            rollback=3,
+            rollback=4,
             max_chunk=8,
         ),
         "q_heads": 2,
