@@ -8,7 +8,9 @@ from jaxkv.policies.base import Policy
 from jaxkv.rope import Rope
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in vars(policies).values() if isinstance(policy, type) and policy.name
+    kind.name: kind
+    for kind in vars(policies).values()
+    if isinstance(kind, type) and issubclass(kind, Policy) and kind.name is not None
 }
 # Short names of settings.
 _SHORT = {"observe": "observe_last"}
