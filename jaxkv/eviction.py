@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int
 from jaxkv.entries import check_vectors, clean_slots
 from jaxkv.fingerprint import is_current
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.pages import release_windows
 from jaxkv.policies.base import Step
+from jaxkv.releasing import release_windows
 from jaxkv.state import Batch, KVCache, PolicyState, Status
 
 

@@ -28,6 +28,8 @@ jax.config.update("jax_enable_compilation_cache", False)
 CHECKED = (
     "allocation",
     "pages",
+    "releasing",
+    "granting",
     "forking",
     "reordering",
     "merge",

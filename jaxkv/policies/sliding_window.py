@@ -9,9 +9,9 @@ from jaxtyping import Array
 from jaxkv.config import CacheConfig
 from jaxkv.entries import full_rows, lengths_of, rows_of
 from jaxkv.ownership import count
-from jaxkv.pages import drop_pages
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
 from jaxkv.positions import check_one_kind, check_rope, shift_positions
+from jaxkv.releasing import drop_pages
 from jaxkv.rope import Rope
 from jaxkv.state import Batch, KVCache
 from pallas_kernels.control_flow import only_if
