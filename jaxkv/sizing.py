@@ -146,7 +146,8 @@ def pool_sizes(
     pages = [config.pages_for_seq(count) for count in slots]
     # Samples of a prompt copy its partly filled last pages before the ones they share are given back.
     spare = len(lengths) * len(config.groups) if num_samples > 1 else 0
-    spare += config.pages_for_chunk(max(slots))
+    # Prompts are prefilled one after the other, and each releases its last chunk's pages at its next token.
+    spare += sum(config.pages_for_chunk(count) for count in slots)
     if policy is not None and (num_samples > 1 or len(lengths) > 1):
         # And what a policy keeps of shared pages goes to pages of each sequence's own.
         spare += sum(-(-policy.copied_tokens(length) // config.page_size) for length in lengths)
