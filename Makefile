@@ -63,7 +63,7 @@ FETCH := $(BIN)/pip install -q --only-binary :all: --no-compile --target $(PEERS
 peers: $(PEERS)/.installed
 
 bench: .venv-bench/.installed
-	missed=0; for name in ops decode attention memory; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
+	missed=0; for name in ops decode attention memory groups; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
 
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity

@@ -98,7 +98,7 @@ def growth() -> list[dict]:
 def models() -> list[dict]:
     """Parameters and bytes of the known models."""
     rows = []
-    print("\nmodels, 8,192 tokens in bfloat16; reserved is without windows")
+    print("\nmodels, 8,192 tokens in bfloat16; reserved is the pool of the cache")
     print(f"{'model':<20}{'parameters':>18}{'exact':>14}{'reserved':>14}{'a token':>14}")
     for name in catalog.names("models"):
         shape = ModelShape.from_config(name)

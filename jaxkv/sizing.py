@@ -21,6 +21,9 @@ from jaxkv.units import format_bytes, parse_bytes
 def for_context_length(context: int, *, memory: str | int | None = None, **options: Any) -> CacheConfig:
     """A config whose sequences hold `context` tokens each.
 
+    Layers with a window need more pages for a sequence while a chunk of its prompt is prefilled, until its
+    next token. The pool has these for one sequence at a time.
+
     Args:
       context: tokens of the longest sequence.
       memory: most memory for the cache, in bytes or like "12GiB"; the pool gets as many pages as fit.
@@ -38,15 +41,11 @@ def for_context_length(context: int, *, memory: str | int | None = None, **optio
     tokens = whole(context)
     if tokens is None or tokens < 1:
         raise ValueError(f"context={context!r} must be a positive integer")
-    one = CacheConfig(**options, num_pages=1, max_pages_per_seq=1)
-    row = one.pages_for(tokens)
-    # Of a group with full attention, then of one sequence in all groups and while its prompt is prefilled.
-    one = replace(one, num_pages=row, max_pages_per_seq=row)
-    of_seq, more_of_chunk = one.pages_for_seq(tokens), one.pages_for_chunk(tokens)
+    row = row_config(tokens, **options)
     if memory is None:
-        return replace(one, num_pages=of_seq * one.max_seqs + more_of_chunk)
+        return replace(row, num_pages=pages_for_seqs(row, tokens, row.max_seqs))
     allowed = parse_bytes(memory)
-    least = replace(one, num_pages=of_seq + more_of_chunk)
+    least = replace(row, num_pages=pages_for_seqs(row, tokens, 1))
     spare = allowed - least.estimated_memory_bytes()
     if spare < 0:
         raise ValueError(
@@ -54,8 +53,25 @@ def for_context_length(context: int, *, memory: str | int | None = None, **optio
             f"which takes {least.estimated_memory()}"
         )
     # Each further page takes its bytes, a refcount and an entry of the free stack.
-    more = spare // (one.page_bytes + 8)
-    return replace(least, num_pages=min(least.num_pages + more, (MAX_TOKENS - 1) // one.page_size))
+    more = spare // (row.page_bytes + 8)
+    return replace(least, num_pages=min(least.num_pages + more, (MAX_TOKENS - 1) // row.page_size))
+
+
+def row_config(context: int, **options: Any) -> CacheConfig:
+    """A config whose sequences may have `context` tokens; the pool has the pages of one full row only.
+
+    Args:
+      context: tokens of the longest sequence.
+      options: the other arguments of `CacheConfig`, without `num_pages` and `max_pages_per_seq`.
+    """
+    one = CacheConfig(**options, num_pages=1, max_pages_per_seq=1)
+    pages = one.pages_for(context)
+    return replace(one, num_pages=pages, max_pages_per_seq=pages)
+
+
+def pages_for_seqs(config: CacheConfig, num_tokens: int, num_seqs: int) -> int:
+    """Pages of `num_seqs` sequences of `num_tokens` tokens, while one of them prefills a chunk."""
+    return config.pages_for_seq(num_tokens) * num_seqs + config.pages_for_chunk(num_tokens)
 
 
 def from_preset(name: str, *, memory: str | int | None = None, **options: Any) -> CacheConfig:
@@ -130,7 +146,8 @@ def pool_sizes(
     pages = [config.pages_for_seq(count) for count in slots]
     # Samples of a prompt copy its partly filled last pages before the ones they share are given back.
     spare = len(lengths) * len(config.groups) if num_samples > 1 else 0
-    spare += config.pages_for_chunk(max(slots))
+    # Prompts are prefilled one after the other, and each releases its last chunk's pages at its next token.
+    spare += sum(config.pages_for_chunk(count) for count in slots)
     if policy is not None and (num_samples > 1 or len(lengths) > 1):
         # And what a policy keeps of shared pages goes to pages of each sequence's own.
         spare += sum(-(-policy.copied_tokens(length) // config.page_size) for length in lengths)

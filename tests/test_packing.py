@@ -1,10 +1,14 @@
 """Token lists become the arrays that a step takes."""
 
+from functools import partial
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxkv
+from jaxkv.packing import chunks
+from jaxkv.sizing import pool_sizes
 from tests import jitted
 from tests.caches import SMALL
 
@@ -42,3 +46,19 @@ def test_the_axis_is_as_long_as_the_tokens_unless_it_is_said():
 def test_what_is_no_list_of_token_ids_is_refused_by_entry(lists, total, message):
     with pytest.raises(ValueError, match=message):
         jaxkv.pack(lists, total_tokens=total)
+
+
+@pytest.mark.parametrize("size", [32, 128])
+def test_a_pool_sized_for_prompts_holds_them_until_each_releases_what_is_outside_its_window(size):
+    make = partial(
+        jaxkv.CacheConfig, num_layers=2, num_kv_heads=1, head_dim=1, layer_windows=(16, None), max_chunk=32
+    )
+    prompts = [[1] * 100] * 4
+    config = make(**pool_sizes(make, [100] * 4, [110] * 4, 1, None))
+    cache, seqs = jaxkv.init(config), jnp.arange(4, dtype=jnp.int32)
+    for num_tokens, _, _ in chunks(prompts, size, config.max_chunk, whole=False):
+        cache, batch = jitted.allocate(cache, seqs, jnp.asarray(num_tokens), total_tokens=size)
+        assert batch.status.tolist() == [jaxkv.Status.OK] * 4
+    for _ in range(10):
+        cache, batch = jitted.allocate(cache, seqs, jnp.ones_like(seqs))
+        assert batch.status.tolist() == [jaxkv.Status.OK] * 4

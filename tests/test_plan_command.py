@@ -67,6 +67,8 @@ def test_json_is_one_document_with_the_suggestions(capsys):
     assert document["needed"] == document["kv"]["reserved"] + sum(document[part] for part in parts)
     document = json.loads(run(capsys, "llama-2-7b --json")[1])
     assert "fits" not in document
+    groups = json.loads(run(capsys, "gpt-oss-20b --json")[1])["groups"]
+    assert [(len(group["layers"]), group["window"]) for group in groups] == [(12, None), (12, 128)]
 
 
 def test_a_device_with_no_room_at_all_is_no_error(capsys):
@@ -89,6 +91,11 @@ def test_the_formula_is_explained_with_its_values(capsys):
     assert "quantization='fp8'" in out
     assert "512 pages x 16 tokens x 32 layers" in out
     assert "12 layers x 128 tokens + 12 layers x 8,192 tokens" in run(capsys, "gpt-oss-20b --explain")[1]
+    out = run(capsys, "gemma-3-1b --explain --concurrency 2")[1]
+    assert rows(out)["KV reserved"].endswith("1,612 pages for 7 groups of 4 layers")
+    assert "KV reserved = 1,612 pages x 16 tokens x 4 layers x " in out
+    each = "1 x 512 pages of a full group + 6 x 33 pages of a group with window 512"
+    assert f"pages = 2 x ({each}) + 192 for a prefill chunk of 512 tokens" in out
     assert "576 of the latent vector" in run(capsys, "deepseek-v3 --explain")[1]
 
 

@@ -23,19 +23,20 @@ from jaxkv.planner.page_size import CANDIDATES
 
 MIB, GIB = 2**20, 2**30
 
-# Of 8,192 tokens in bfloat16: exact, and reserved without windows, in MiB; parameters as published.
+# Of 8,192 tokens in bfloat16: exact, and reserved, in MiB; parameters as published. With windows, reserved is
+# the pages of the groups and of a prefill chunk of 512 tokens (32 pages more in each group with a window).
 MODELS = {
     "deepseek-v2-lite": (243, 243, 15.7e9),
     "deepseek-v3": (549, 549, 671e9),
-    "gemma-2-9b": (2016, 2688, 9.24e9),
-    "gemma-3-1b": (43, 208, 1.0e9),
-    "gpt-oss-20b": (195, 384, 20.9e9),
+    "gemma-2-9b": (2016, (512 + 257 + 32) * 21 / 8, 9.24e9),
+    "gemma-3-1b": (43, (512 + 6 * (33 + 32)) / 16, 1.0e9),
+    "gpt-oss-20b": (195, (512 + 9 + 32) * 12 / 32, 20.9e9),
     "llama-2-13b": (6400, 6400, 13.02e9),
     "llama-2-70b": (2560, 2560, 68.98e9),
     "llama-2-7b": (4096, 4096, 6.74e9),
     "llama-3.1-70b": (2560, 2560, 70.55e9),
     "llama-3.1-8b": (1024, 1024, 8.03e9),
-    "mistral-7b-v0.1": (512, 1024, 7.24e9),
+    "mistral-7b-v0.1": (512, (257 + 32) * 2, 7.24e9),
     "mistral-7b-v0.3": (1024, 1024, 7.25e9),
     "qwen2-0.5b": (96, 96, 494e6),
     "qwen2.5-14b": (1536, 1536, 14.77e9),
@@ -102,7 +103,9 @@ def test_pages_round_up_each_sequence_and_fragmentation_is_a_factor_of_its_own()
     token = 2 * 2 * 16 * 4
     assert counted.exact == 3 * 2 * 17 * token
     assert counted.paged == 3 * 2 * 32 * token
-    assert kv_cache_bytes(shape(), 17, 3, kv_dtype="f32", fragmentation=1.5).paged == 1.5 * counted.paged
+    for model in (shape(), shape(model_type="mistral", sliding_window=4)):
+        one, more = (kv_cache_bytes(model, 17, 3, kv_dtype="f32", fragmentation=f) for f in (1, 1.5))
+        assert (more.paged, more.reserved) == (1.5 * one.paged, 1.5 * one.reserved)
 
 
 def test_a_window_may_begin_in_the_middle_of_a_page():
@@ -472,19 +475,32 @@ def test_the_largest_context_and_concurrency_fit_and_one_more_does_not(model, op
     assert made.kv_capacity_tokens == int(made.max_concurrency_ratio * made.context)
 
 
-@pytest.mark.parametrize("model", ["mistral-7b-v0.1", "gemma-3-1b", "gpt-oss-20b"])
+@pytest.mark.parametrize("model", ["llama-3.1-8b", "mistral-7b-v0.1", "gemma-3-1b", "gpt-oss-20b"])
 def test_a_planned_cache_holds_the_planned_context(model):
-    made = plan(ModelShape.from_config(model), "H100", context=8192, concurrency=2)
-    assert made.cache_config.max_context_length(2) == 8192
-    assert made.needed > made.kv.reserved >= made.cache_config.num_pages * made.cache_config.page_bytes
-    assert any("outside a window" in note for note in made.notes)
-    every_layer = model.startswith("mistral")
-    assert any("SlidingWindow(4096, sinks=0)" in note for note in made.notes) == every_layer
-    one_layer = dataclasses.replace(made.cache_config, num_layers=1, num_kv_heads=1, head_dim=8)
-    _, batch = jaxkv.allocate(
-        jaxkv.init(one_layer), jnp.array([0, 1]), jnp.array([8192, 8192]), total_tokens=2 * 8192
+    context = 2048 if model == "llama-3.1-8b" else 8192
+    made = plan(ModelShape.from_config(model), "H100", context=context, concurrency=2)
+    assert made.cache_config.max_context_length(2) == context
+    assert made.needed > made.kv.reserved == made.cache_config.pool_bytes
+    assert made.pages == made.cache_config.num_pages
+    windows = any(made.shape.windows)
+    assert any("layers with a window release their pages" in note for note in made.notes) == windows
+    # K and V of one element; the groups, and so the pages, are those of the plan.
+    small = dataclasses.replace(
+        made.cache_config, num_kv_heads=1, head_dim=1, group_layers=made.layers_per_page
     )
-    assert batch.status.tolist() == [0, 0]
+    assert small.groups[-1].layers == made.groups[-1].layers
+    cache, chunk = jaxkv.init(small), small.max_chunk
+    allocate = jax.jit(jaxkv.allocate, static_argnames="total_tokens", donate_argnames="cache")
+    # The second prompt is prefilled while the first sequence is decoded, until both have the whole context.
+    first = context - context // chunk
+    for start in range(0, first, chunk):
+        counts = jnp.array([min(chunk, first - start), 0])
+        cache, batch = allocate(cache, jnp.array([0, 1]), counts, total_tokens=chunk + 1)
+        jaxkv.raise_for_status(batch)
+    for _ in range(context // chunk):
+        cache, batch = allocate(cache, jnp.array([0, 1]), jnp.array([1, chunk]), total_tokens=chunk + 1)
+        jaxkv.raise_for_status(batch)
+    assert cache.table.positions.tolist() == [context, context]
 
 
 @pytest.mark.parametrize(
@@ -564,6 +580,33 @@ def test_planned_bytes_are_those_that_init_allocates(model, kv_dtype):
     assert allocated(config) == made.kv.reserved + made.tables
 
 
+@pytest.mark.parametrize("kv_dtype", ["bf16", "int8", "int4"])
+def test_with_windows_too_and_pages_of_a_prefill_chunk(kv_dtype):
+    kinds = ["sliding_attention"] * 5 + ["full_attention"]
+    model = shape(model_type="gemma3_text", num_hidden_layers=6, sliding_window=24, layer_types=kinds)
+    made = plan(model, "H100", context=1000, concurrency=3, kv_dtype=kv_dtype, page_size=8)
+    assert len(made.groups) == 6
+    # 24 tokens begin and end within a page; a chunk of 512 fills 64 more.
+    assert made.pages == 3 * (125 + 5 * 4) + 5 * 64
+    assert made.kv.paged < made.kv.reserved == made.cache_config.pool_bytes
+    assert allocated(made.cache_config) == made.kv.reserved + made.tables
+
+
+def test_where_jaxkv_has_no_cache_every_layer_keeps_the_whole_context():
+    model = shape(model_type="mistral", sliding_window=10, head_dim=12)
+    made = plan(model, "H100", context=100, kv_dtype="int4")
+    assert (made.cache_config, made.groups, made.pages) == (None, (), 7)
+    assert made.kv.reserved == 7 * made.kv.paged / 2 and made.notes == ()
+
+
+def test_a_plan_of_more_pages_than_a_pool_has_is_refused():
+    model = shape(model_type="gemma3_text", num_hidden_layers=6, sliding_window=2**19)
+    made = plan(model, "100TiB", context=2**19, concurrency=2)
+    assert (made.max_context, made.max_concurrency) == (256, 341)
+    with pytest.raises(ValueError, match=r"context x concurrency takes .* token slots; a pool has fewer"):
+        plan(model, "100TiB", context=2**19, concurrency=2000)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["small", "medium"])
 def test_a_preset_fits_here_and_allocates_what_was_planned(preset):
@@ -577,6 +620,10 @@ def test_a_config_for_a_context_length():
     assert (config.num_pages, config.max_pages_per_seq) == (28, 7)
     assert config.max_context_length() == 112
     assert dataclasses.replace(config, num_pages=14).max_context_length(concurrency=4) == 48
+    windows = sizing.for_context_length(1000, **sizes, layer_windows=(16, None))
+    assert (windows.max_pages_per_seq, windows.max_context_length(4)) == (63, 1008)
+    # A window of 16 lies on two pages; a chunk of 512 tokens fills 32 more, of one sequence at a time.
+    assert windows.num_pages == 4 * (63 + 2) + 32
     with pytest.raises(ValueError, match="concurrency=5 is more than max_seqs=4"):
         config.max_context_length(5)
     with pytest.raises(ValueError, match=r"memory=1\.00 KiB does not hold one sequence of 100 tokens"):

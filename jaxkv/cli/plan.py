@@ -3,10 +3,12 @@
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from jaxkv import catalog
 from jaxkv.config import QUANTIZATIONS
+from jaxkv.groups import decode_pages
 from jaxkv.planner.kv_bytes import KV_BITS, SHORT, check_count, kv_cache_bytes
 from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
 from jaxkv.planner.planning import Device, Plan, plan
@@ -199,7 +201,7 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
         "KV exact": format_mebibytes(kv.exact)
         + (f" + {format_mebibytes(kv.scales)} of scales" if kv.scales else ""),
         f"KV in pages of {made.page_size}": format_mebibytes(kv.paged),
-        "KV reserved in full": f"{format_mebibytes(kv.reserved)}, {made.pages:,} pages",
+        "KV reserved": f"{format_mebibytes(kv.reserved)}, {made.pages:,} pages" + _groups(made),
     }
     if made.tensor_parallel > 1:
         rows["devices"] = f"{made.tensor_parallel}; bytes are per device"
@@ -233,6 +235,12 @@ def _layers(shape: ModelShape) -> str:
     return f"{shape.num_layers}, {len(windowed)} of them with a window of {max(windowed):,}"
 
 
+def _groups(made: Plan) -> str:
+    if len(made.groups) < 2:
+        return ""
+    return f" for {len(made.groups)} groups of {made.layers_per_page} layers"
+
+
 def _table(columns: Sequence[dict[str, str]]) -> str:
     names = list(dict.fromkeys(name for column in columns for name in column))
     widths = [max(map(len, names)), *(max(map(len, column.values())) for column in columns)]
@@ -243,7 +251,7 @@ def _table(columns: Sequence[dict[str, str]]) -> str:
 
 def _page_sizes(choice: PageSizeChoice, made: Plan) -> str:
     shape = made.shape
-    token = kv_cache_bytes(shape, 1, kv_dtype=made.kv_dtype, page_size=1).reserved
+    token = kv_cache_bytes(shape, 1, kv_dtype=made.kv_dtype, page_size=1).paged
     lines = [
         f"page size {choice.page_size}: {choice.reason}",
         "  size   pages    empty slots   their bytes   table bytes",
@@ -274,9 +282,10 @@ def explain(made: Plan) -> str:
     lines = [
         f"KV exact = {made.concurrency:,} x ({kept}) x {token}{scales}",
         f"         = {kv.exact:,} bytes" + (f" on each of {devices} devices" if devices > 1 else ""),
-        f"KV reserved = {made.pages:,} pages x {made.page_size} tokens x {shape.num_layers} layers x "
+        f"KV reserved = {made.pages:,} pages x {made.page_size} tokens x {made.layers_per_page} layers x "
         f"{token}{' and scales' if kv.scales else ''}",
         f"            = {kv.reserved:,} bytes",
+        *_pages(made),
         f"weights = {_weights(made)} / {devices} devices = {made.weights:,} bytes",
         f"activations = {prefilled:,} tokens of a prefill step x 2 bytes x "
         f"(4 x {shape.hidden_size:,} + ({q:,} Q + 2 x {k:,} K, V + 2 x {shape.mlp_width:,} MLP) / {devices})",
@@ -286,6 +295,21 @@ def explain(made: Plan) -> str:
         f"overhead = {made.overhead:,} bytes for the driver, compiled programs and libraries (assumed)",
     ]
     return "\n".join(lines)
+
+
+def _pages(made: Plan) -> list[str]:
+    """The pages of a cache with layer groups, by kind of group."""
+    config = made.cache_config
+    if config is None or config.layer_windows is None:
+        return []
+    each = " + ".join(
+        f"{count} x {decode_pages(config, kind, made.context):,} pages of a "
+        f"{'full group' if kind.window is None else f'group with window {kind.window:,}'}"
+        for kind, count in Counter(group.shape for group in made.groups).items()
+    )
+    chunk = config.pages_for_chunk(made.context)
+    more = f" + {chunk:,} for a prefill chunk of {config.max_chunk:,} tokens" if chunk else ""
+    return [f"pages = {made.concurrency:,} x ({each}){more}"]
 
 
 def _weights(made: Plan) -> str:

@@ -1,12 +1,13 @@
 """Bytes of K and V."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 from jaxkv.arguments import integer, real
 from jaxkv.config import CacheConfig
 from jaxkv.planner.shape import ModelShape
-from jaxkv.sizing import for_context_length
+from jaxkv.sizing import pages_for_seqs, row_config
 from pallas_kernels.formats import FORMATS
 
 KV_BITS = {name: storage.bits for name, storage in FORMATS.items()}
@@ -18,10 +19,14 @@ class KVBytes:
     """K and V of all layers, in bytes.
 
     Attributes:
-      exact: the elements of the kept tokens only.
-      paged: whole pages, including scales and `fragmentation`, if pages outside a window are released.
-      reserved: the same if every layer keeps the whole context. jaxkv's cache needs this, since a window
-        limits attention but releases no pages.
+      exact: the elements of the tokens that each layer can still see, and nothing else.
+      paged: the whole pages that hold these tokens, if each layer had pages of its own. It includes scales
+        and `fragmentation`. No cache of pages this size takes less.
+      reserved: the pool of `cache_config`, with `fragmentation`: what `init` allocates for K and V. Beyond
+        `paged` it has the padding of groups (layers are divided into groups of equal size; the last group
+        of a kind may have fewer) and the pages of one prefill chunk, which layers with a window need in
+        addition. Without windows it equals `paged`. Where jaxkv has no cache (MLA, refused formats), every
+        layer keeps the whole context.
       scales: scales of a quantized cache, in addition to `exact`.
     """
 
@@ -73,15 +78,21 @@ def kv_cache_bytes(
     element_bits = KV_BITS[dtype] * shape.elements_per_token
     scale_bytes = _scale_bytes(shape, dtype)
 
-    def in_pages(pages: int) -> int:
-        return math.ceil(pages * page_size * (element_bits // 8 + scale_bytes) * concurrency * factor)
+    def in_pages(windows: Iterable[int | None]) -> int:
+        slots = sum(pages_of(context, window, page_size) for window in windows) * page_size * concurrency
+        return math.ceil(slots * (element_bits // 8 + scale_bytes) * factor)
 
+    row = _row_config(shape, context, kv_dtype=dtype, page_size=page_size)
+    if row is None:
+        reserved = in_pages([None] * len(shape.windows))
+    else:
+        reserved = math.ceil(pages_for_seqs(row, context, concurrency) * row.page_bytes * factor)
     kept = sum(min(context, window or context) for window in shape.windows)
     return KVBytes(
         exact=kept * concurrency * element_bits // 8,
         scales=kept * concurrency * scale_bytes,
-        paged=in_pages(sum(pages_of(context, window, page_size) for window in shape.windows)),
-        reserved=in_pages(len(shape.windows) * pages_of(context, None, page_size)),
+        paged=in_pages(shape.windows),
+        reserved=reserved,
     )
 
 
@@ -99,7 +110,7 @@ def cache_config(
     kv_dtype: str = "auto",
     page_size: int = 16,
 ) -> CacheConfig | None:
-    """The cache for such sequences. It keeps every token in every layer; see `KVBytes.reserved`.
+    """The cache for such sequences. Its layers with a window release their pages; see `KVBytes.reserved`.
 
     None if jaxkv cannot store it: MLA, or a `head_dim` that the format refuses, such as int4 with one that is
     not a multiple of 8.
@@ -107,15 +118,38 @@ def cache_config(
     Args:
       shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
     """
+    row = _row_config(shape, context, concurrency, kv_dtype=kv_dtype, page_size=page_size)
+    return None if row is None else replace(row, num_pages=pages_for_seqs(row, context, concurrency))
+
+
+def pool_pages(
+    shape: ModelShape, context: int, concurrency: int, *, kv_dtype: str = "auto", page_size: int = 16
+) -> int:
+    """Pages of `cache_config`'s pool, also for more sequences than a pool can hold.
+
+    Args:
+      shape, context, concurrency, kv_dtype, page_size: as for `kv_cache_bytes`.
+    """
+    row = _row_config(shape, context, kv_dtype=kv_dtype, page_size=page_size)
+    if row is None:
+        return pages_of(context, None, page_size) * concurrency
+    return pages_for_seqs(row, context, concurrency)
+
+
+def _row_config(
+    shape: ModelShape, context: int, concurrency: int = 1, *, kv_dtype: str, page_size: int
+) -> CacheConfig | None:
+    """`cache_config` with the pages of one full row only."""
     dtype = resolve_dtype(shape, kv_dtype)
     if shape.is_latent or FORMATS[dtype].refuses(shape.head_dim):
         return None
     quantized = FORMATS[dtype].quantized
-    return for_context_length(
+    return row_config(
         context,
         num_layers=shape.num_layers,
         num_kv_heads=shape.num_kv_heads,
         head_dim=shape.head_dim,
+        layer_windows=shape.windows,
         page_size=page_size,
         max_seqs=concurrency,
         dtype=(shape.dtype or "bfloat16") if quantized else dtype,

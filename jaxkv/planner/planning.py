@@ -8,7 +8,16 @@ from jaxkv import catalog
 from jaxkv.arguments import real
 from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.config import MAX_TOKENS, CacheConfig
-from jaxkv.planner.kv_bytes import SHORT, KVBytes, cache_config, check_count, kv_cache_bytes, resolve_dtype
+from jaxkv.groups import Group
+from jaxkv.planner.kv_bytes import (
+    SHORT,
+    KVBytes,
+    cache_config,
+    check_count,
+    kv_cache_bytes,
+    pool_pages,
+    resolve_dtype,
+)
 from jaxkv.planner.shape import ModelShape
 from jaxkv.units import format_bytes, parse_bytes
 
@@ -130,9 +139,26 @@ class Plan:
         return cache_config(self._sharded, self.context, self.concurrency, **options)  # type: ignore[arg-type]
 
     @property
+    def groups(self) -> tuple[Group, ...]:
+        """The cache's groups of layers; none if jaxkv cannot store it."""
+        return () if self.cache_config is None else self.cache_config.groups
+
+    @property
+    def layers_per_page(self) -> int:
+        """Layers whose K and V a page holds: those of a group."""
+        return self.shape.num_layers if self.cache_config is None else self.cache_config.pool_shape[0]
+
+    @cached_property
     def pages(self) -> int:
-        """Pages of the pool."""
-        return -(-self.context // self.page_size) * self.concurrency
+        """Pages of the pool; with layer groups those of all groups, each of the layers of one group."""
+        options = dict(kv_dtype=self.kv_dtype, page_size=self.page_size)
+        return pool_pages(self._sharded, self.context, self.concurrency, **options)  # type: ignore[arg-type]
+
+    @property
+    def pages_per_seq(self) -> int:
+        """Pages of one sequence of `context` tokens, in all groups."""
+        row = self.cache_config
+        return -(-self.context // self.page_size) if row is None else row.pages_for_seq(self.context)
 
     @property
     def tables(self) -> int:
@@ -184,7 +210,7 @@ class Plan:
     def max_concurrency_ratio(self) -> float:
         """Number of sequences of `context` tokens that fit, with a fraction for the remaining memory."""
         most = replace(self, concurrency=max(self.max_concurrency, 1))
-        one = most.kv.reserved / most.concurrency + self.shape.vocab_size * _LOGIT_BYTES
+        one = most.kv.reserved * most.pages_per_seq / most.pages + self.shape.vocab_size * _LOGIT_BYTES
         spare = most.headroom / one
         return self.max_concurrency + min(spare, 0.999) if self.max_concurrency else max(0.0, 1 + spare)
 
@@ -199,13 +225,18 @@ class Plan:
         most = min(
             self.shape.max_context, (MAX_TOKENS // self.concurrency - 1) // self.page_size * self.page_size
         )
-        return _largest(lambda context: replace(self, context=context).fits, most)
+        return _largest(lambda context: replace(self, context=context)._may_run, most)
 
     @cached_property
     def max_concurrency(self) -> int:
         """The most sequences of this context; 0 for none."""
         most = (MAX_TOKENS - 1) // (self.page_size * -(-self.context // self.page_size))
-        return _largest(lambda concurrency: replace(self, concurrency=concurrency).fits, most)
+        return _largest(lambda concurrency: replace(self, concurrency=concurrency)._may_run, most)
+
+    @property
+    def _may_run(self) -> bool:
+        """Whether a pool can have as many pages, and the plan fits."""
+        return self.pages * self.page_size < MAX_TOKENS and self.fits
 
     @property
     def decode_tokens_per_second(self) -> float | None:
@@ -229,11 +260,12 @@ class Plan:
         if self.context > self.shape.max_context:
             reach = "its rotary scaling reaches" if self.shape.is_extended else "it was trained on"
             notes += (f"{reach} {self.shape.max_context:,} tokens",)
-        if self.kv.paged != self.kv.reserved:
-            notes += ("jaxkv keeps tokens outside a window, so it needs K and V reserved in full",)
-            windows = set(self.shape.windows)
-            if len(windows) == 1:
-                notes += (f"with the policy SlidingWindow({windows.pop()}, sinks=0) it releases their pages",)
+        config = self.cache_config
+        if config is not None and config.pages_for_chunk(self.context):
+            notes += (
+                "layers with a window release their pages; the pool suffices to prefill one sequence at a "
+                f"time, {config.max_chunk:,} tokens at a time",
+            )
         return notes
 
     def as_dict(self) -> dict[str, object]:
@@ -261,6 +293,7 @@ class Plan:
             "kv": {name: getattr(self.kv, name) for name in ("exact", "scales", "paged", "reserved")},
             "decode_tokens_per_second_ceiling": self.decode_tokens_per_second,
             "cache_config": None if self.cache_config is None else asdict(self.cache_config),
+            "groups": [asdict(group) for group in self.groups],
             "notes": list(self.notes),
         }
 
@@ -308,17 +341,13 @@ def plan(
         check_count("page_size", page_size),
         check_count("prefill_chunk", prefill_chunk),
     )
-    slots = -(-context // page_size) * page_size * concurrency
-    if slots >= MAX_TOKENS:
-        raise ValueError(
-            f"context x concurrency takes {slots:,} token slots; a pool has fewer than {MAX_TOKENS:,}"
-        )
+    _check_slots(-(-context // page_size) * page_size * concurrency)
     if shape.num_q_heads % tensor_parallel:
         raise ValueError(f"tensor_parallel={tensor_parallel} must divide the {shape.num_q_heads} query heads")
     share = real(memory_fraction)
     if share is None or not 0 < share <= 1:
         raise ValueError(f"memory_fraction={memory_fraction!r} must be above 0 and at most 1")
-    return Plan(
+    made = Plan(
         shape=shape,
         device=_device(device),
         context=context,
@@ -331,6 +360,15 @@ def plan(
         prefill_chunk=prefill_chunk,
         fragmentation=fragmentation,
     )
+    _check_slots(made.pages * page_size)
+    return made
+
+
+def _check_slots(slots: int) -> None:
+    if slots >= MAX_TOKENS:
+        raise ValueError(
+            f"context x concurrency takes {slots:,} token slots; a pool has fewer than {MAX_TOKENS:,}"
+        )
 
 
 def _device(device: Device | str | int) -> Device:

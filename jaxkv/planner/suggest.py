@@ -87,9 +87,10 @@ def _narrower_kv(plan: Plan) -> Iterator[Suggestion]:
     for dtype in ("bfloat16", *sorted(QUANTIZATIONS, key=KV_BITS.__getitem__)[::-1]):
         if KV_BITS[dtype] < KV_BITS[plan.kv_dtype]:
             saved = plan.kv.reserved - replace(plan, kv_dtype=dtype).kv.reserved
-            yield _suggestion(
-                plan, f"keep K and V in {dtype}, {format_mebibytes(saved)} less", kv_dtype=dtype
-            )
+            # A format that refuses the model's head_dim has no layer groups, and may take more.
+            if saved > 0:
+                text = f"keep K and V in {dtype}, {format_mebibytes(saved)} less"
+                yield _suggestion(plan, text, kv_dtype=dtype)
 
 
 def _narrower_weights(plan: Plan) -> Iterator[Suggestion]:
