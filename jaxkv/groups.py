@@ -108,21 +108,16 @@ def page_size(config: "CacheConfig", shape: Shape) -> int:
     Raises:
       ValueError: where that is no whole number.
     """
-    elements, own = (
-        config.page_size * row_elements(config, next(iter(kinds_of(config)))),
-        row_elements(config, shape),
-    )
+    kinds, own = kinds_of(config), row_elements(config, shape)
+    first = row_elements(config, next(iter(kinds)))
+    elements = config.page_size * first
     if elements % own:
-        step = own // _common_divisor(elements // config.page_size, own)
+        step = lcm(first, *(row_elements(config, kind) for kind in kinds)) // first  # fits every kind
         raise ValueError(
             f"page_size={config.page_size}: a page would hold {elements / own:.2f} tokens of layers with "
             f"{shape.num_kv_heads} KV heads of {shape.head_dim}; take a multiple of {step}"
         )
     return elements // own
-
-
-def _common_divisor(one: int, other: int) -> int:
-    return one * other // lcm(one, other)
 
 
 def row_elements(config: "CacheConfig", shape: Shape) -> int:

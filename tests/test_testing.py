@@ -160,6 +160,39 @@ def test_nor_do_codes_become_a_pool_of_values(operation, quantization):
     assert_in_place(operation, cache, SLOTS, SLOTS if operation is jaxkv.allocate else Q)
 
 
+# Each last layer of three has full attention. Of two shapes, its pages hold as many tokens as the others'.
+WINDOWS = replace(CONFIG, num_layers=6, num_pages=2048, layer_windows=(32, 32, None) * 2, max_chunk=64)
+TWO_SHAPES = replace(
+    WINDOWS, layer_kv_heads=(2, 2, 1) * 2, layer_head_dims=(64, 64, 128) * 2, max_pages_per_seq=64
+)
+
+
+def decode_of_kinds(cache, seqs, x):
+    """A decode step in which heads are as wide as a layer's kind has them."""
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.ones_like(seqs))
+    for layer, home in enumerate(cache.config.homes):
+        kind = cache.config.groups[home.group]
+        q = x.reshape(x.shape[0], -1, kind.head_dim)
+        k = q[:, : kind.num_kv_heads]
+        cache = jaxkv.append(cache, layer, batch, k, k)
+        x = jaxkv.attend(cache, layer, batch, q).reshape(x.shape)
+    return cache, x
+
+
+@pytest.mark.parametrize("quantization", [None, "int8"])
+@pytest.mark.parametrize("config", [WINDOWS, TWO_SHAPES], ids=["one shape", "two shapes"])
+@pytest.mark.parametrize(
+    "operation", [jaxkv.allocate, jaxkv.fork, jaxkv.free, jaxkv.truncate, decode_of_kinds]
+)
+def test_nor_do_layers_of_two_kinds(operation, config, quantization):
+    config = replace(config, quantization=quantization)
+    assert len({group.shape for group in config.groups}) == 2
+    cache = jax.eval_shape(lambda: jaxkv.init(config))
+    x = jax.ShapeDtypeStruct((8, 256), jnp.float32)
+    others = {jaxkv.free: (), decode_of_kinds: (x,)}.get(operation, (SLOTS,))
+    assert_in_place(operation, cache, SLOTS, *others)
+
+
 def test_compact_keeps_a_chunk_and_no_pool():
     config = replace(CONFIG, num_pages=4096)
     cache = jax.eval_shape(lambda: jaxkv.init(config))

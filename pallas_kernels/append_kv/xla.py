@@ -17,9 +17,9 @@ def run(call: Call, *, interpret: bool) -> tuple[Array, ...]:
     layer, page_ids, offsets = call.layer, call.page_ids, call.offsets
     num_layers, num_pages, _, page_size, _ = call.pool.shape
     # Padding is out of range and dropped. Negative indices would count from the end, so they become padding.
-    wanted = (page_ids >= 0) & is_layer(layer, num_layers)
+    # Scales may have more slots than `page_size`, so offsets past that do too.
+    wanted = (page_ids >= 0) & (offsets >= 0) & (offsets < page_size) & is_layer(layer, num_layers)
     page_ids = jnp.where(wanted, page_ids, num_pages)
-    offsets = jnp.where(offsets < 0, page_size, offsets)
 
     def write(pages, values):
         return pages.at[layer, page_ids, :, offsets].set(values, mode="drop")

@@ -31,7 +31,7 @@ def attention_mass(
     window: int | None = None,
     sink_tokens: int = 0,
     softcap: float | None = None,
-    k_scales: Shaped[Array, "layers pages kv_heads page_size *words"] | None = None,
+    k_scales: Shaped[Array, "layers pages kv_heads k_slots *words"] | None = None,
     kv_format: str | None = None,
     backend: str = "auto",
     interpret: bool | None = None,

@@ -31,6 +31,7 @@ class Case:
     magnitude: float = 1.0  # of q
     sinks: bool = False
     begins_like: dict[int, tuple[int, int]] = field(default_factory=dict)  # one before it, in so many pages
+    more_slots: int = 0  # a page of scales has so many more than `page_size`
     options: dict = field(default_factory=dict)
 
     def __str__(self):
@@ -99,6 +100,9 @@ def make(case: Case, seed: int = 0) -> Arguments:
         worst, worst_scale = WORST[case.stored]
         for codes, scales in ((k_pages, k_scales), (v_pages, v_scales)):
             codes[unowned], scales[unowned] = worst, worst_scale
+        k_scales, v_scales = (
+            with_slots(scales, case.more_slots, WORST[case.stored][1]) for scales in (k_scales, v_scales)
+        )
         options |= {"k_scales": k_scales, "v_scales": v_scales}
     if case.sinks:
         options["sink_logits"] = random.normal(size=case.q_heads).astype(np.float32)
@@ -120,6 +124,12 @@ def padded(case: Case, seqs: int = 6, rows: int = 80, num_pages: int = 20, colum
     )
 
 
+def with_slots(scales: np.ndarray, more: int, value: float | int) -> np.ndarray:
+    """Scales `[layers, pages, kv_heads, slots, ...]` with more slots a page, which hold this value."""
+    after = [(0, more if axis == 3 else 0) for axis in range(scales.ndim)]
+    return np.pad(scales, after, constant_values=value)
+
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 # How far a result computed in float32 and rounded to the dtype may lie from float64, values of
@@ -127,6 +137,39 @@ DTYPES = ("float32", "bfloat16", "float16")
 TOLERANCE = {"float32": 1e-5, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 
 RAGGED = (1, 37, 16, 0, 100, 17)
+
+# Rows of a window that began in mid-text: their lengths are the tokens stored. Some queries are a chunk that
+# is longer than the window.
+WINDOWED_ROWS = [
+    Case(
+        f"a chunk past its window, {stored or dtype}, {kv_heads} KV heads",
+        (67, 27, 0, 20, 40),
+        (45, 1, 0, 1, 40),
+        kv_heads=kv_heads,
+        page_size=8,
+        dtype=dtype,
+        stored=stored,
+        more_slots=more_slots,
+        options={"window": 20},
+    )
+    for kv_heads, dtype, stored, more_slots in (
+        (2, "float32", None, 0),
+        (2, "float32", "int8", 4),
+        (1, "float32", "int8", 8),
+        (2, "bfloat16", "uint8", 4),
+    )
+]
+WINDOWED_ROWS.append(
+    Case(
+        "decode in windows' rows, int8, 1 KV heads",
+        (20, 27, 0, 5, 24),
+        kv_heads=1,
+        page_size=8,
+        stored="int8",
+        more_slots=8,
+        options={"window": 20},
+    )
+)
 
 SHARED_PREFIX = [
     Case("two share all but a tail", (140, 131), begins_like={1: (0, 8)}),
@@ -275,4 +318,5 @@ PAGED_ATTENTION = (
     ]
     + SINK_TOKENS
     + SHARED_PREFIX
+    + WINDOWED_ROWS
 )

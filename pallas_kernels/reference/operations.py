@@ -46,6 +46,14 @@ def read_pages(pages, page_table_row, length):
     return pages[ids].swapaxes(1, 2).reshape(-1, kv_heads, *row)[:length]
 
 
+def read_tokens(arrays, layer, page_table_row, length):
+    """Their values from one layer's pages and, of codes, scales, which may have more slots a page."""
+    page_size = arrays[0].shape[3]
+    return dequantize(
+        *(read_pages(array[layer][:, :, :page_size], page_table_row, length) for array in arrays)
+    )
+
+
 def paged_attention(
     q,
     k_pages,
@@ -69,10 +77,7 @@ def paged_attention(
     for row, length in enumerate(kv_lengths):
         rows = slice(query_starts[row], query_starts[row + 1])
         if length > 0 and rows.start < rows.stop:
-            k, v = (
-                dequantize(*(read_pages(array[layer], page_table[row], length) for array in arrays))
-                for arrays in pool
-            )
+            k, v = (read_tokens(arrays, layer, page_table[row], length) for arrays in pool)
             out[rows], lse[rows] = attention(q[rows], k, v, **options)
     return out, lse
 
@@ -97,7 +102,7 @@ def attention_mass(
     for row, length in enumerate(kv_lengths):
         rows = slice(query_starts[row], query_starts[row + 1])
         if length > 0 and rows.start < rows.stop:
-            k = dequantize(*(read_pages(array[layer], page_table[row], length) for array in arrays))
+            k = read_tokens(arrays, layer, page_table[row], length)
             weights, _ = softmax(q[rows], k, **options)
             grouped = weights.reshape(len(weights), kv_heads, -1, length)
             mass[row, :, :length] = grouped.sum(axis=(0, 2))

@@ -2,13 +2,15 @@
 
 Each program is compiled for an H100 with its cache donated, at the sizes of an 8-billion-parameter
 model and a 4 GiB pool, on the `xla` backend and on the `triton` one. (The model itself has all its 32
-layers with floats, and the first four with codes; the pool always has 32.) Three answers are read off what
-the compiler returns:
+layers with floats, and the first four with codes; the pool always has 32.) Others have the sizes of Gemma 3
+27B and Gemma 4 26B, whose layers are of two kinds, with nothing but the cache in them. Three answers are read
+off what the compiler returns:
 
   temporaries   What the program needs beside its arguments and results. Of this, what the pool may be the
                 reason for is at most 2% of the pool.
   copies        Instructions of the optimized HLO that write a new buffer of at least one layer of K. There
-                must be none. (A layer is 1.6% of the pool: the limit above alone would let one pass.)
+                must be none. (A layer of 32 is 1.6% of the pool: the limit above alone would let one
+                pass.)
   aliased       Bytes of the results that reuse donated arguments. It must be the whole pool.
 
 Where one of the first two does not hold, the same program is compiled with a pool as small as the page table

@@ -21,7 +21,16 @@ from pallas_kernels import (
     use_backend,
 )
 from pallas_kernels.paged_attention.triton.tuning import Tuning
-from pallas_kernels.reference.cases import DTYPES, PAGED_ATTENTION, RAGGED, TOLERANCE, Case, make, padded
+from pallas_kernels.reference.cases import (
+    DTYPES,
+    PAGED_ATTENTION,
+    RAGGED,
+    TOLERANCE,
+    Case,
+    make,
+    padded,
+    with_slots,
+)
 
 BACKENDS = ("xla", "triton")
 QUANTIZED = ("int8", "uint8")
@@ -181,6 +190,34 @@ def test_window_is_that_of_the_tokens_it_covers(backend):
 
 
 @backends
+@pytest.mark.parametrize("queries", [1, 45])
+def test_a_row_that_begins_in_mid_text_gives_what_the_whole_text_gives(backend, queries):
+    """A window's row without the pages that no query sees, and the whole row, in one batch of tables."""
+    window, page_size = 20, 8
+    case = Case("", (120,), (queries,), page_size=page_size, options={"window": window})
+    arguments = make(case)
+    released = (120 - queries + 1 - window) // page_size
+    assert released > 0
+    q, k_pages, v_pages, table, lengths, starts = arguments.arrays
+    whole = attend(q, k_pages, v_pages, table, lengths, starts, layer=1, window=window, **on(backend))
+    # As wide as the table was: what is past the row is of no page.
+    rest = jnp.pad(table[:, released:], ((0, 0), (0, released)), constant_values=k_pages.shape[1])
+    row = attend(
+        q,
+        k_pages,
+        v_pages,
+        rest,
+        lengths - released * page_size,
+        starts,
+        layer=1,
+        window=window,
+        **on(backend),
+    )
+    assert_close(row, whole, "float32")
+    assert_close(row, expected(case, arguments)[0], "float32")
+
+
+@backends
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_append_writes_each_token_to_its_slot_and_nothing_else(backend, dtype):
     random = np.random.default_rng(0)
@@ -267,10 +304,11 @@ def test_a_pool_moves_in_every_layer_and_every_part_of_a_page(backend, dtype):
         np.testing.assert_array_equal(one, other)
 
 
-def pool_of_codes(stored, shape=(3, 9, 2, 5, 24)):
+def pool_of_codes(stored, shape=(3, 9, 2, 5, 24), more_slots=0):
     """k_pages, v_pages and their scales by name, random."""
     k, v = np.random.default_rng(0).normal(size=(2, *shape))
-    k_pages, v_pages, k_scales, v_scales = reference.encode(k, v, np.dtype(stored))
+    k_pages, v_pages, *scales = reference.encode(k, v, np.dtype(stored))
+    k_scales, v_scales = (with_slots(array, more_slots, 1) for array in scales)
     return (k_pages, v_pages), {"k_scales": k_scales, "v_scales": v_scales}
 
 
@@ -327,6 +365,38 @@ def test_scales_go_where_their_pages_go(backend, stored):
 def stored_and_read(k, v, storage, dtype):
     storage = formats.named(storage) if isinstance(storage, str) else storage
     return storage.decode_pair(storage.encode_pair(k, v), dtype)
+
+
+@backends
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("stored", ["int8"])
+def test_slots_of_scales_past_the_page_move_with_it_and_are_never_written(backend, stored, kv_heads):
+    """As in pools of layers of different shape: there a page may have more scales than tokens."""
+    pages, scales = pool_of_codes(stored, (3, 9, kv_heads, 5, 24), more_slots=3)
+    k, v = np.random.default_rng(1).normal(size=(2, 6, kv_heads, 24)).astype(np.float32)
+    page_ids, offsets = np.array([5, 0, 9, 5, 4, 3], np.int32), np.array([4, 0, 0, 1, 5, 7], np.int32)
+    targets = np.array([1, 2, 0, 9, 8, 4, 6, 5, 7], np.int32)
+    # The last two are past the page: neither codes nor scales are written.
+    inside = np.where(offsets < 5, page_ids, 9)
+    append = jax.jit(lambda *args, **scales: append_kv(*args, layer=1, **scales, **on(backend)))
+    copy = jax.jit(lambda *args, **scales: copy_pages(*args, **scales, **on(backend)))
+    for want, got in (
+        (
+            reference.append_kv(*pages, k, v, inside, offsets, layer=1, **scales),
+            append(*pages, k, v, page_ids, offsets, **scales),
+        ),
+        (
+            reference.copy_pages(*pages, page_ids[:2], page_ids[4:], **scales),
+            copy(*pages, page_ids[:2], page_ids[4:], **scales),
+        ),
+        (
+            reference.move_pages(*pages, targets, **scales),
+            move(*pages, targets, **scales, **on(backend)),
+        ),
+    ):
+        for one, other in zip(got, want, strict=True):
+            # Page 3 is left by the move, and nothing comes to it.
+            np.testing.assert_array_equal(*(np.delete(array, 3, axis=1) for array in float64(one, other)))
 
 
 @pytest.mark.parametrize("stored", QUANTIZED)

@@ -47,7 +47,7 @@ def check(program: Program) -> Verdict:
     whole, small = program.cache(POOL_BYTES), program.cache(0)
     memory, hlo = compiled(program, whole)
     pool, small_pool = _bytes(whole.pool), _bytes(small.pool)
-    layer_of_k = _bytes(whole.pool.k) // whole.config.num_layers
+    layer_of_k = _bytes(whole.pool.k) // whole.pool.k.shape[0]
     more, copies = memory.temp_size_in_bytes, Counter(new_buffers(hlo, layer_of_k))
     if more * pool > LIMIT * pool * (pool - small_pool) or copies:
         small_memory, small_hlo = compiled(program, small)

@@ -1,4 +1,4 @@
-"""What is compiled: a function of a cache, at the sizes of an 8-billion-parameter model."""
+"""What is compiled: a function of a cache, at the sizes of a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,6 +23,24 @@ LLAMA_8B = ModelConfig(
 )
 POOL_BYTES = 4 * 2**30
 MAX_SEQS, ROW_PAGES = 64, 128
+_ROWS = dict(num_pages=ROW_PAGES, max_seqs=MAX_SEQS, max_pages_per_seq=ROW_PAGES, dtype="bfloat16")
+LLAMA = LLAMA_8B.cache_config(num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16")
+# Five layers with a window, then one with full attention: all of one shape, and of two.
+GEMMA_3_27B = jaxkv.CacheConfig(
+    num_layers=62,
+    num_kv_heads=16,
+    head_dim=128,
+    layer_windows=[None if layer % 6 == 5 else 1024 for layer in range(62)],
+    **_ROWS,
+)
+GEMMA_4_26B = jaxkv.CacheConfig(
+    num_layers=30,
+    layer_windows=[None if layer % 6 == 5 else 1024 for layer in range(30)],
+    layer_kv_heads=[2 if layer % 6 == 5 else 8 for layer in range(30)],
+    layer_head_dims=[512 if layer % 6 == 5 else 256 for layer in range(30)],
+    page_size=32,
+    **_ROWS,
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +54,11 @@ class Program:
     backend: str = "xla"
     quantization: str | None = None
     policy: policies.Policy | None = None
+    sizes: jaxkv.CacheConfig = LLAMA
 
     def cache(self, pool_bytes: int) -> jaxkv.KVCache:
         """Shapes of its cache with a pool of about so many bytes, and no smaller than one row."""
-        sizes = LLAMA_8B.cache_config(
-            num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16", quantization=self.quantization
-        )
+        sizes = replace(self.sizes, quantization=self.quantization)
         pages = max(ROW_PAGES, pool_bytes // sizes.page_bytes)
         return jax.eval_shape(lambda: jaxkv.init(replace(sizes, num_pages=pages), self.policy))
 
@@ -58,6 +75,12 @@ def one_token() -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         jax.ShapeDtypeStruct((MAX_SEQS, kv_heads, head_dim), jnp.bfloat16),
         jax.ShapeDtypeStruct((MAX_SEQS, q_heads, head_dim), jnp.bfloat16),
     )
+
+
+def hidden(sizes: jaxkv.CacheConfig, tokens: int) -> jax.ShapeDtypeStruct:
+    """Of each token, the elements of two query heads for each KV head of the widest layers."""
+    elements = 2 * max(group.num_kv_heads * group.head_dim for group in sizes.groups)
+    return jax.ShapeDtypeStruct((tokens, elements), jnp.bfloat16)
 
 
 @once

@@ -7,9 +7,20 @@ import jax.numpy as jnp
 
 import jaxkv
 from jaxkv import policies
-from tests.compiled.in_place.program import LLAMA_8B, MAX_SEQS, Program, int32, model, one_token
+from tests.compiled.in_place.program import (
+    GEMMA_3_27B,
+    GEMMA_4_26B,
+    LLAMA_8B,
+    MAX_SEQS,
+    Program,
+    hidden,
+    int32,
+    model,
+    one_token,
+)
 
 CHUNK_TOKENS = 512
+BLOCK = 6  # layers from one with full attention to the next
 SEQS, ONE = int32(MAX_SEQS), int32(1)
 
 
@@ -65,9 +76,43 @@ def allocate_and_evict(cache, seqs):
     )
 
 
+def one_layer(cache, batch, x, layer, like: int):
+    """Append and attend in a layer, which may be traced, of the same kind as layer `like`."""
+    kind = cache.config.groups[cache.config.homes[like].group]
+    q = x.reshape(x.shape[0], -1, kind.head_dim)
+    k = q[:, : kind.num_kv_heads]
+    cache = jaxkv.append(cache, layer, batch, k, k)
+    return cache, jaxkv.attend(cache, layer, batch, q, window=kind.window).reshape(x.shape)
+
+
+def unrolled(cache, seqs, num_tokens, x):
+    """A step of layers of several kinds with nothing but the cache in it: a program for each layer."""
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=x.shape[0])
+    for layer in range(cache.config.num_layers):
+        cache, x = one_layer(cache, batch, x, layer, layer)
+    return cache, x
+
+
+def by_blocks(cache, seqs, num_tokens, x):
+    """The same as a loop over blocks of layers, and what is left over."""
+    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=x.shape[0])
+    blocks = cache.config.num_layers // BLOCK
+
+    def block(nth, carry):
+        cache, x = carry
+        for layer in range(BLOCK):
+            cache, x = one_layer(cache, batch, x, BLOCK * nth + layer, layer)
+        return cache, x
+
+    cache, x = jax.lax.fori_loop(0, blocks, block, (cache, x))
+    for layer in range(BLOCK * blocks, cache.config.num_layers):
+        cache, x = one_layer(cache, batch, x, layer, layer)
+    return cache, x
+
+
 def programs() -> list[Program]:
     """All of them."""
-    return [*_floats(), *_codes(), *_masses(), *_evictions()]
+    return [*_floats(), *_codes(), *_masses(), *_evictions(), *_kinds()]
 
 
 def _floats() -> list[Program]:
@@ -83,11 +128,11 @@ def _floats() -> list[Program]:
         Program("maybe_compact", jaxkv.maybe_compact, lambda: ()),
         Program("loop with maybe_compact", generate_and_compact, lambda: (SEQS, *one_token())),
     ]
-    one_layer = partial(append_and_attend, layers=1)
+    step_of_one = partial(append_and_attend, layers=1)
     triton = [
         ("decode step", decode, lambda: (model(32), SEQS, SEQS)),
         ("prefill chunk", prefill, lambda: (model(32), ONE, ONE, int32(CHUNK_TOKENS))),
-        ("append and attend, 1 layer", one_layer, lambda: (SEQS, *one_token())),
+        ("append and attend, 1 layer", step_of_one, lambda: (SEQS, *one_token())),
         ("allocate, copy-on-write", jaxkv.allocate, lambda: (SEQS, SEQS)),
         ("compact", jaxkv.compact, lambda: ()),
         ("maybe_compact", jaxkv.maybe_compact, lambda: ()),
@@ -159,3 +204,37 @@ def _evictions() -> list[Program]:
         )
         for name, backend, quantization in chosen
     ]
+
+
+def _kinds() -> list[Program]:
+    """Layers with and without a window, of one shape and of two, for floats and for codes."""
+    rows = []
+    for name, sizes in (("Gemma 3", GEMMA_3_27B), ("Gemma 4", GEMMA_4_26B)):
+        step, chunk = partial(_tokens, SEQS, sizes, MAX_SEQS), partial(_tokens, ONE, sizes, CHUNK_TOKENS)
+        rows += [
+            ("xla", f"{name}, decode step", by_blocks, step, sizes, None),
+            ("xla", f"{name}, prefill chunk", by_blocks, chunk, sizes, None),
+            ("xla", f"{name}, allocate", jaxkv.allocate, lambda: (SEQS, SEQS), sizes, None),
+            ("xla", f"{name}, fork", jaxkv.fork, lambda: (SEQS, SEQS), sizes, None),
+            ("xla", f"{name}, free", jaxkv.free, lambda: (SEQS,), sizes, None),
+            ("xla", f"{name}, truncate", jaxkv.truncate, lambda: (SEQS, SEQS), sizes, None),
+            ("xla", f"{name}, compact", jaxkv.compact, lambda: (), sizes, None),
+            ("triton", f"{name}, decode step", by_blocks, step, sizes, None),
+            ("triton", f"{name}, prefill chunk", by_blocks, chunk, sizes, None),
+            ("triton", f"{name}, allocate", jaxkv.allocate, lambda: (SEQS, SEQS), sizes, None),
+            ("triton", f"{name}, compact", jaxkv.compact, lambda: (), sizes, None),
+        ]
+    step = partial(_tokens, SEQS, GEMMA_4_26B, MAX_SEQS)
+    rows += [
+        ("triton", "Gemma 4, unrolled", unrolled, step, GEMMA_4_26B, None),
+        ("triton", "Gemma 4, decode, int8", by_blocks, step, GEMMA_4_26B, "int8"),
+        ("triton", "Gemma 4, compact, int8", jaxkv.compact, lambda: (), GEMMA_4_26B, "int8"),
+    ]
+    return [
+        Program(f"{backend}: {name}", run, arguments, backend=backend, quantization=quantization, sizes=sizes)
+        for backend, name, run, arguments, sizes, quantization in rows
+    ]
+
+
+def _tokens(seqs, sizes, tokens: int) -> tuple:
+    return seqs, seqs, hidden(sizes, tokens)
