@@ -292,6 +292,27 @@ def test_the_groups_table_is_todays_where_every_layer_is_full():
     assert jax.tree.map(jnp.shape, jaxkv.init(config).table).pages == (64, 6)
 
 
+@pytest.mark.parametrize(
+    ("window", "lengths", "new", "options"),
+    [
+        (6, (40, 41, 33, 47), 1, {}),
+        (6, (40, 41, 33, 47, 39, 40), 1, {"prefill_chunk": 32}),
+        (64, (100,), 20, {"prefill_chunk": 16, "policy": policies.HeavyHitter(8, 4)}),
+    ],
+    ids=["in one step", "in short steps", "a policy keeps less than the window"],
+)
+def test_a_pool_made_for_prompts_holds_them(window, lengths, new, options):
+    """While they are prefilled together, and where a policy keeps less than what windows show."""
+    sizes = dict(vocab_size=20, hidden_size=8, num_layers=2, num_q_heads=1, num_kv_heads=1, head_dim=8)
+    model = random_model(
+        ModelConfig(**sizes, intermediate_size=8, max_context=256, window=window, full_attention_layers=(1,)),
+        jax.random.key(0),
+    )
+    prompts = [[prompt] * length for prompt, length in enumerate(lengths)]
+    result = jaxkv.generate(model, prompts, max_new_tokens=new, **options)
+    assert result.finish == [[jaxkv.Finish.LENGTH]] * len(lengths)
+
+
 def test_text_from_released_pages_is_that_of_a_full_cache_with_masked_windows():
     sizes = dict(vocab_size=50, hidden_size=32, num_layers=3, num_q_heads=4, num_kv_heads=2, head_dim=8)
     model = random_model(
