@@ -285,6 +285,14 @@ def test_a_cache_with_windows_takes_little_more_than_what_can_be_read():
     assert config.max_context_length() == 8192
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"layer_windows": (2**31, None)}, {"layer_windows": (4, None), "rollback": 2**30}], ids=str
+)
+def test_windows_are_counted_in_int32(sizes):
+    with pytest.raises(ValueError, match=r"a window of \d+ in layer_windows, rollback=.*must be below"):
+        CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=8, **sizes)
+
+
 def test_the_groups_table_is_todays_where_every_layer_is_full():
     config = CacheConfig(num_layers=5, num_kv_heads=2, head_dim=8, num_pages=6, layer_windows=(None,) * 5)
     assert config == replace(config, layer_windows=None)
