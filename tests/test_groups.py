@@ -226,6 +226,23 @@ def test_mass_of_a_windowed_layer_is_by_position():
         cache, batch = jitted.allocate(cache, ints(0), ints(9), total_tokens=9)
 
 
+@pytest.mark.parametrize("layer", [0, 1], ids=["windowed", "full"])
+def test_mass_of_a_stale_batch_is_nan(layer):
+    cache, batch = step(ONE_FULL["config"])
+    cache = jitted.free(cache, ints(0))
+    mass = jaxkv.attention_mass(cache, layer, batch, normal(2, 2, 4), jnp.zeros((2, 2)))
+    assert np.isnan(mass[0]).all()
+
+
+def test_a_traced_layer_of_one_window_and_several_head_counts_is_refused():
+    config = CacheConfig(num_layers=2, num_pages=4, page_size=4, layer_kv_heads=(1, 2), head_dim=8)
+    cache, batch = step(config)
+    with pytest.raises(ValueError, match="window=None differ in their KV heads; give layer as a Python int"):
+        jax.eval_shape(
+            lambda layer: jaxkv.attend(cache, layer, batch, jnp.ones((2, 2, 8)), window=None), ints(0)[0]
+        )
+
+
 # policies ---------------------------------------------------------------------------------------
 
 WITH_POLICY = replace(
