@@ -5,7 +5,7 @@ A policy is a frozen dataclass of static settings. `jaxkv.init(config, policy)` 
 
     cache, batch = jaxkv.allocate(cache, seqs, num_tokens)     # evicts first what is due
     ... append and attend in each layer, and attention_mass if `policy.needs_mass`
-    cache = jaxkv.observe(cache, batch, mass)                  # mass of all layers, stacked
+    cache = jaxkv.observe(cache, batch, mass)                  # of all full layers, stacked
 
 These functions call the policy's methods inside `jit`. `jaxkv.generate` also asks it how to chunk prompts.
 """
