@@ -278,6 +278,12 @@ def test_a_policy_needs_layers_with_full_attention():
         jaxkv.init(GROUPED["windows only"]["config"], policies.SlidingWindow(4, 1))
 
 
+def test_a_policy_that_observes_more_than_a_chunk_at_once_is_refused():
+    with pytest.raises(ValueError, match=r"observes the last 10 tokens .* takes max_chunk=9 at once"):
+        jaxkv.init(WITH_POLICY, policies.PromptCompress(12, observe_last=10))
+    jaxkv.init(WITH_POLICY, policies.PromptCompress(12, observe_last=9))
+
+
 def test_evict_releases_what_windows_hide_without_a_policy():
     cache, _ = jitted.allocate(jaxkv.init(ONE_FULL["config"]), ints(0), ints(9), total_tokens=9)
     after, dropped = jax.jit(jaxkv.evict)(cache, ints(0, 0, -1))

@@ -81,6 +81,11 @@ class Policy:
             raise ValueError(
                 f"{self} acts on layers with full attention, all of one shape; the cache {found}"
             )
+        if config.layer_windows is not None and self.last_step() > config.max_chunk:
+            raise ValueError(
+                f"{self} observes the last {self.last_step()} tokens of a prompt in one step; the cache "
+                f"takes max_chunk={config.max_chunk} at once"
+            )
         kept, most = self.most_kept(config), self.capacity(config)
         if kept >= most:
             raise ValueError(f"{self} keeps {kept} of {most} token slots; there must be room for one more")
