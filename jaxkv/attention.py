@@ -145,7 +145,8 @@ def attention_mass(
 
     Returns:
       float32: for each entry of the batch, KV head and token slot of the entry's row, the sum of the softmax
-      weights over all queries and all query heads of that KV head. Zero for slots that no query attends to,
+      weights over all queries and all query heads of that KV head; in a layer with a window of its own by
+      position instead of slot, as `gather` has them. Zero for slots that no query attends to,
       for padding and for refused entries; NaN for a stale batch or a traced layer out of range.
 
     Raises:
