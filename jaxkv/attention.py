@@ -16,7 +16,7 @@ from jaxkv.layers import Located, Place, by_position, kinds_for, locate, of_shap
 from jaxkv.operation import axis_of, operation
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import paged_attention
-from pallas_kernels.checks import Options, check_options
+from pallas_kernels.checks import Options, check_options, is_layer
 
 
 @overload
@@ -145,7 +145,8 @@ def attention_mass(
 
     Returns:
       float32: for each entry of the batch, KV head and token slot of the entry's row, the sum of the softmax
-      weights over all queries and all query heads of that KV head. Zero for slots that no query attends to,
+      weights over all queries and all query heads of that KV head; in a layer with a window of its own by
+      position instead of slot, as `gather` has them. Zero for slots that no query attends to,
       for padding and for refused entries; NaN for a stale batch or a traced layer out of range.
 
     Raises:
@@ -207,6 +208,11 @@ def _named_by(window: int | str | None, kinds: list[Group]) -> list[Group]:
     named = [kind for kind in kinds if kind.window == window]
     if len(named) != 1:
         windows = ", ".join(str(kind.window) for kind in kinds)
+        if named:
+            raise ValueError(
+                f"layer is traced, and layers with window={window!r} differ in their KV heads; give layer as "
+                "a Python int"
+            )
         raise ValueError(
             f"window={window!r}: the layer is traced, and layers are of several kinds; window must say which "
             f"one is meant: {windows}"
@@ -281,7 +287,9 @@ def _attention_mass(
     start = (
         rows_of(cache.table.positions, clean_slots(batch.seqs, cache.config.max_seqs, once=False)) - stored
     )
-    return by_position(mass, jnp.where(batch.ok, start, 0), stored, cache.config.max_tokens_per_seq, axis=2)
+    mass = by_position(mass, jnp.where(batch.ok, start, 0), stored, cache.config.max_tokens_per_seq, axis=2)
+    # A stale batch does not say where its tokens are now.
+    return jnp.where(is_layer(place.index, cache.config.pool_shape[0]), mass, jnp.nan)
 
 
 def _rows(cache: KVCache, place: Place, batch: Batch, kind: Group) -> tuple[Array, Array, Array]:

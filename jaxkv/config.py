@@ -130,6 +130,12 @@ class CacheConfig:
             raise ValueError(
                 f"max_pages_per_seq={self.max_pages_per_seq} must not exceed num_pages={self.num_pages}"
             )
+        for window in filter(None, self.layer_windows or ()):
+            if window + self.rollback + self.max_chunk >= MAX_TOKENS:
+                raise ValueError(
+                    f"a window of {window} in layer_windows, rollback={self.rollback} and "
+                    f"max_chunk={self.max_chunk}: their sum must be below {MAX_TOKENS}"
+                )
         for name in ("num_pages", "max_pages_per_seq"):
             slots = getattr(self, name) * self.page_size
             if slots >= MAX_TOKENS:

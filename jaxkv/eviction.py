@@ -27,7 +27,7 @@ def observe(
     Args:
       cache: as `allocate` returned it with `batch`, or after `append`. Of a stale batch nothing is noted.
       batch: of the step.
-      mass: what `attention_mass` returned in each layer, stacked.
+      mass: what `attention_mass` returned in each layer with full attention, stacked.
 
     Returns:
       The cache.
@@ -57,7 +57,8 @@ def observe(
     shape = len(config.full_layers), entries, config.num_kv_heads, config.max_tokens_per_seq
     if mass.shape != shape:
         raise ValueError(
-            f"mass must be [layers, entries, kv_heads, max_tokens] = {list(shape)}, not {list(mass.shape)}"
+            f"mass must be [layers, entries, kv_heads, max_tokens] = {list(shape)}, of the layers with full "
+            f"attention, not {list(mass.shape)}"
         )
     return replace(cache, policy=_observe(cache, batch, mass))
 

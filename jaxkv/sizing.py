@@ -11,6 +11,7 @@ from jaxkv import catalog
 from jaxkv.arguments import whole
 from jaxkv.config import MAX_TOKENS, CacheConfig
 from jaxkv.errors import OutOfPagesError, SequenceTooLongError
+from jaxkv.groups import decode_pages
 from jaxkv.packing import most_at_once
 from jaxkv.pages import lengths
 from jaxkv.policies import Policy
@@ -128,35 +129,63 @@ def token_slots(
 def pool_sizes(
     make: Callable[..., CacheConfig],
     lengths: Sequence[int],
+    totals: Sequence[int],
     slots: Sequence[int],
     num_samples: int,
     policy: Policy | None,
+    prefill_chunk: int,
 ) -> dict[str, int]:
     """Arguments of `make` for a pool that holds every sequence at its longest.
 
     Args:
       make: makes the `CacheConfig` of `num_pages` and other sizes.
       lengths: tokens of each prompt.
+      totals: and of its continuation, whatever is forgotten: what layers with a window go by.
       slots: most token slots of each prompt and its continuation.
       num_samples: continuations of each prompt.
       policy: what is forgotten.
+      prefill_chunk: most tokens per prefill step.
     """
-    most = make(num_pages=1).pages_for(max(slots))
-    config = make(num_pages=most, max_pages_per_seq=most)
-    pages = [config.pages_for_seq(count) for count in slots]
+    row = make(num_pages=1).pages_for(max(slots))
+    config = make(num_pages=row, max_pages_per_seq=row)
+    pages = [
+        sum(decode_pages(config, of.shape, most if of.window is None else total) for of in config.groups)
+        for most, total in zip(slots, totals, strict=True)
+    ]
     # Samples of a prompt copy its partly filled last pages before the ones they share are given back.
     spare = len(lengths) * len(config.groups) if num_samples > 1 else 0
-    # Prompts are prefilled one after the other, and each releases its last chunk's pages at its next token.
-    spare += sum(config.pages_for_chunk(count) for count in slots)
+    step = prefill_chunk if policy is None else max(prefill_chunk, policy.last_step())
+    spare += _pages_for_step(config, lengths, step)
     if policy is not None and (num_samples > 1 or len(lengths) > 1):
-        # And what a policy keeps of shared pages goes to pages of each sequence's own.
-        spare += sum(-(-policy.copied_tokens(length) // config.page_size) for length in lengths)
+        # And what a policy keeps of shared pages goes to pages of each sequence's own, in each full group.
+        copied = sum(-(-policy.copied_tokens(length) // config.page_size) for length in lengths)
+        spare += copied * sum(group.window is None for group in config.groups)
     return dict(
         num_pages=sum(pages) * num_samples + spare,
         page_size=config.page_size,
         max_seqs=len(lengths) * num_samples,
-        max_pages_per_seq=most,
+        max_pages_per_seq=row,
     )
+
+
+def _pages_for_step(config: CacheConfig, lengths: Sequence[int], num_tokens: int) -> int:
+    """Pages more than while they are decoded that prompts hold, all together, in a step of their prefill.
+
+    Args:
+      config: of the cache.
+      lengths: tokens of each prompt.
+      num_tokens: of the step.
+    """
+    pages = 0
+    for group in config.groups:
+        all_stored = [min(group.columns, -(-length // group.page_size)) for length in lengths]
+        more = sum(
+            most - min(most, decode_pages(config, group.shape, length))
+            for most, length in zip(all_stored, lengths, strict=True)
+        )
+        # Each part of the step goes to whole pages and one more.
+        pages += min(more, num_tokens // group.page_size + len(lengths))
+    return pages
 
 
 def fitting_config(
@@ -198,9 +227,10 @@ def fitting_config(
         max(1, token_slots(make, page_size, length, new, policy, prefill_chunk))
         for length, new in zip(lengths, new_tokens, strict=True)
     ]
+    totals = [max(1, length + new) for length, new in zip(lengths, new_tokens, strict=True)]
     if policy is None and max_context is not None:
         slots = [min(count, max_context) for count in slots]
-    sizes = pool_sizes(make, lengths, slots, num_samples, policy)
+    sizes = pool_sizes(make, lengths, totals, slots, num_samples, policy, prefill_chunk)
     if num_pages is not None:
         sizes |= dict(num_pages=num_pages, max_pages_per_seq=min(sizes["max_pages_per_seq"], num_pages))
     return make(**sizes)

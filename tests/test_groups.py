@@ -218,6 +218,23 @@ def test_mass_of_a_windowed_layer_is_by_position():
         cache, batch = jitted.allocate(cache, ints(0), ints(9), total_tokens=9)
 
 
+@pytest.mark.parametrize("layer", [0, 1], ids=["windowed", "full"])
+def test_mass_of_a_stale_batch_is_nan(layer):
+    cache, batch = step(ONE_FULL["config"])
+    cache = jitted.free(cache, ints(0))
+    mass = jaxkv.attention_mass(cache, layer, batch, normal(2, 2, 4), jnp.zeros((2, 2)))
+    assert np.isnan(mass[0]).all()
+
+
+def test_a_traced_layer_of_one_window_and_several_head_counts_is_refused():
+    config = CacheConfig(num_layers=2, num_pages=4, page_size=4, layer_kv_heads=(1, 2), head_dim=8)
+    cache, batch = step(config)
+    with pytest.raises(ValueError, match="window=None differ in their KV heads; give layer as a Python int"):
+        jax.eval_shape(
+            lambda layer: jaxkv.attend(cache, layer, batch, jnp.ones((2, 2, 8)), window=None), ints(0)[0]
+        )
+
+
 # policies ---------------------------------------------------------------------------------------
 
 WITH_POLICY = replace(
@@ -253,6 +270,12 @@ def test_a_policy_needs_layers_with_full_attention():
         jaxkv.init(GROUPED["windows only"]["config"], policies.SlidingWindow(4, 1))
 
 
+def test_a_policy_that_observes_more_than_a_chunk_at_once_is_refused():
+    with pytest.raises(ValueError, match=r"observes the last 10 tokens .* takes max_chunk=9 at once"):
+        jaxkv.init(WITH_POLICY, policies.PromptCompress(12, observe_last=10))
+    jaxkv.init(WITH_POLICY, policies.PromptCompress(12, observe_last=9))
+
+
 def test_evict_releases_what_windows_hide_without_a_policy():
     cache, _ = jitted.allocate(jaxkv.init(ONE_FULL["config"]), ints(0), ints(9), total_tokens=9)
     after, dropped = jax.jit(jaxkv.evict)(cache, ints(0, 0, -1))
@@ -277,11 +300,40 @@ def test_a_cache_with_windows_takes_little_more_than_what_can_be_read():
     assert config.max_context_length() == 8192
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"layer_windows": (2**31, None)}, {"layer_windows": (4, None), "rollback": 2**30}], ids=str
+)
+def test_windows_are_counted_in_int32(sizes):
+    with pytest.raises(ValueError, match=r"a window of \d+ in layer_windows, rollback=.*must be below"):
+        CacheConfig(num_layers=2, num_kv_heads=1, head_dim=8, num_pages=8, **sizes)
+
+
 def test_the_groups_table_is_todays_where_every_layer_is_full():
     config = CacheConfig(num_layers=5, num_kv_heads=2, head_dim=8, num_pages=6, layer_windows=(None,) * 5)
     assert config == replace(config, layer_windows=None)
     assert config.pool_shape == (5, 6, 2, 16, 8)
     assert jax.tree.map(jnp.shape, jaxkv.init(config).table).pages == (64, 6)
+
+
+@pytest.mark.parametrize(
+    ("window", "lengths", "new", "options"),
+    [
+        (6, (40, 41, 33, 47), 1, {}),
+        (6, (40, 41, 33, 47, 39, 40), 1, {"prefill_chunk": 32}),
+        (64, (100,), 20, {"prefill_chunk": 16, "policy": policies.HeavyHitter(8, 4)}),
+    ],
+    ids=["in one step", "in short steps", "a policy keeps less than the window"],
+)
+def test_a_pool_made_for_prompts_holds_them(window, lengths, new, options):
+    """While they are prefilled together, and where a policy keeps less than what windows show."""
+    sizes = dict(vocab_size=20, hidden_size=8, num_layers=2, num_q_heads=1, num_kv_heads=1, head_dim=8)
+    model = random_model(
+        ModelConfig(**sizes, intermediate_size=8, max_context=256, window=window, full_attention_layers=(1,)),
+        jax.random.key(0),
+    )
+    prompts = [[prompt] * length for prompt, length in enumerate(lengths)]
+    result = jaxkv.generate(model, prompts, max_new_tokens=new, **options)
+    assert result.finish == [[jaxkv.Finish.LENGTH]] * len(lengths)
 
 
 def test_text_from_released_pages_is_that_of_a_full_cache_with_masked_windows():

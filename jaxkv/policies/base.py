@@ -5,7 +5,7 @@ A policy is a frozen dataclass of static settings. `jaxkv.init(config, policy)` 
 
     cache, batch = jaxkv.allocate(cache, seqs, num_tokens)     # evicts first what is due
     ... append and attend in each layer, and attention_mass if `policy.needs_mass`
-    cache = jaxkv.observe(cache, batch, mass)                  # mass of all layers, stacked
+    cache = jaxkv.observe(cache, batch, mass)                  # of all full layers, stacked
 
 These functions call the policy's methods inside `jit`. `jaxkv.generate` also asks it how to chunk prompts.
 """
@@ -80,6 +80,11 @@ class Policy:
             found = "has none" if not shapes else f"has layers of {len(shapes)} shapes"
             raise ValueError(
                 f"{self} acts on layers with full attention, all of one shape; the cache {found}"
+            )
+        if config.layer_windows is not None and self.last_step() > config.max_chunk:
+            raise ValueError(
+                f"{self} observes the last {self.last_step()} tokens of a prompt in one step; the cache "
+                f"takes max_chunk={config.max_chunk} at once"
             )
         kept, most = self.most_kept(config), self.capacity(config)
         if kept >= most:
