@@ -12,6 +12,7 @@ from jaxkv.ownership import count, release
 from jaxkv.pages import for_each_page
 from jaxkv.state import AllocationStats, KVCache, PageTable
 from pallas_kernels.control_flow import skip_where_idle
+from pallas_kernels.ordering import after
 
 
 def release_windows(cache: KVCache, slot: Int[Array, " entries"]) -> KVCache:
@@ -80,6 +81,7 @@ def drop_pages(
 
     moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, row), size) - first, 0)
     table = for_each_page(give_back, table, dropped)
-    table = for_each_page(move_up, table, moved)
+    # Rows change after all pages were read, or the table would be copied.
+    table = for_each_page(move_up, table, after(moved, table.num_free))
     table = stamp(table, Operation.DROP_PAGES, dropped > 0, row, first, dropped)
     return replace(table, lengths=table.lengths.at[row].add(-dropped * size, mode="drop"))

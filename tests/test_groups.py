@@ -10,6 +10,7 @@ import pytest
 import jaxkv
 from jaxkv import CacheConfig, Status, policies
 from jaxkv.models import ModelConfig, random_model
+from jaxkv.testing import assert_in_place
 from tests import jitted
 from tests.caches import ints, normal, poisoned_init
 from tests.policy_twin import PolicyTwin
@@ -353,3 +354,18 @@ def test_text_from_released_pages_is_that_of_a_full_cache_with_masked_windows():
     fitting = jaxkv.generate(model, prompts, max_new_tokens=40)
     assert [[tokens[0]] for tokens in texts[0].tokens] == fitting.tokens
     assert len(fitting.cache.config.groups) > 1
+
+
+def test_releasing_pages_copies_no_page_table():
+    config = replace(
+        gemma((64, 1), 2, num_kv_heads=1, head_dim=8, num_pages=4096, max_pages_per_seq=2048, max_seqs=256),
+        group_layers=1,
+    )
+    cache, seqs = jax.eval_shape(lambda: jaxkv.init(config)), jnp.arange(256, dtype=jnp.int32)
+    table = 4 * config.num_rows * config.num_columns
+    assert table == 2**22
+    for operation in (
+        lambda cache: jaxkv.allocate(cache, seqs, jnp.ones_like(seqs)),
+        lambda c: jaxkv.evict(c, seqs),
+    ):
+        assert_in_place(operation, cache, max_temp_bytes=table // 16)
