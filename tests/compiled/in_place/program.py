@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache as once
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +24,23 @@ LLAMA_8B = ModelConfig(
 )
 POOL_BYTES = 4 * 2**30
 MAX_SEQS, ROW_PAGES = 64, 128
-_ROWS = dict(num_pages=ROW_PAGES, max_seqs=MAX_SEQS, max_pages_per_seq=ROW_PAGES, dtype="bfloat16")
+_ROWS: dict[str, Any] = dict(
+    num_pages=ROW_PAGES, max_seqs=MAX_SEQS, max_pages_per_seq=ROW_PAGES, dtype="bfloat16"
+)
 LLAMA = LLAMA_8B.cache_config(num_pages=ROW_PAGES, max_seqs=MAX_SEQS, dtype="bfloat16")
 # Five layers with a window, then one with full attention: all of one shape, and of two.
 GEMMA_3_27B = jaxkv.CacheConfig(
     num_layers=62,
     num_kv_heads=16,
     head_dim=128,
-    layer_windows=[None if layer % 6 == 5 else 1024 for layer in range(62)],
+    layer_windows=tuple(None if layer % 6 == 5 else 1024 for layer in range(62)),
     **_ROWS,
 )
 GEMMA_4_26B = jaxkv.CacheConfig(
     num_layers=30,
-    layer_windows=[None if layer % 6 == 5 else 1024 for layer in range(30)],
-    layer_kv_heads=[2 if layer % 6 == 5 else 8 for layer in range(30)],
-    layer_head_dims=[512 if layer % 6 == 5 else 256 for layer in range(30)],
+    layer_windows=tuple(None if layer % 6 == 5 else 1024 for layer in range(30)),
+    layer_kv_heads=tuple(2 if layer % 6 == 5 else 8 for layer in range(30)),
+    layer_head_dims=tuple(512 if layer % 6 == 5 else 256 for layer in range(30)),
     page_size=32,
     **_ROWS,
 )
