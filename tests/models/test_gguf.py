@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxkv.models import ModelConfig, ModelLoadError, dense_logits, load
-from jaxkv.models.load_gguf import NAMES
+from jaxkv.models.tensor_names import GGUF_NAMES as NAMES
 from jaxkv.models.weights import expected_shapes
 from jaxkv.planner import ModelShape
 from jaxkv.rope import FrequencyFactors, LinearScaling, inverse_frequencies
@@ -125,7 +125,7 @@ DOWN = "blk.1.ffn_down.weight"
 @pytest.mark.parametrize(
     ("replace", "message"),
     [
-        ({"general.architecture": "gemma2"}, "architecture 'gemma2' is not supported; supported: llama,"),
+        ({"general.architecture": "rwkv6"}, "architecture 'rwkv6' is not supported; supported: llama,"),
         ({DOWN: None}, f"tensor '{DOWN}' is missing"),
         ({DOWN: np.ones((32, 47), np.float32)}, f"tensor '{DOWN}' has shape (32, 47), expected (32, 48)"),
         ({DOWN: np.full((32, 48), np.nan, np.float32)}, f"tensor '{DOWN}' holds NaN"),
