@@ -63,6 +63,10 @@ class Block(nnx.Module):
     def __init__(self, config: ModelConfig, parameter: ParameterSource, layer: int):
         hidden, ffn = config.hidden_size, config.intermediate_size
         qkv = config.q_features + 2 * config.kv_features
+        together = config.qk_norm == "all"
+        q_width, k_width = (
+            (config.q_features, config.kv_features) if together else (config.head_dim, config.head_dim)
+        )
         before, after = config.norms != "after", config.norms != "before"
 
         def kept(name: str, *shape: int, wanted: bool = True) -> nnx.Param | None:
@@ -72,8 +76,8 @@ class Block(nnx.Module):
         self.attention_norm = kept("attention_norm", hidden, wanted=before)
         self.qkv_weight = nnx.Param(parameter(f"blocks.{layer}.qkv", (qkv, hidden)))
         self.qkv_bias = kept("qkv_bias", qkv, wanted=config.qkv_bias)
-        self.q_norm = kept("q_norm", config.head_dim, wanted=config.qk_norm)
-        self.k_norm = kept("k_norm", config.head_dim, wanted=config.qk_norm)
+        self.q_norm = kept("q_norm", q_width, wanted=config.qk_norm is not None)
+        self.k_norm = kept("k_norm", k_width, wanted=config.qk_norm is not None)
         self.out_weight = nnx.Param(parameter(f"blocks.{layer}.out", (hidden, config.q_features)))
         self.attention_post_norm = kept("attention_post_norm", hidden, wanted=after)
         self.mlp_norm = kept("mlp_norm", hidden, wanted=before)
@@ -99,9 +103,10 @@ class Block(nnx.Module):
             fused = fused + self.qkv_bias[...][None, :]
         heads = fused.reshape(x.shape[0], -1, config.head_dim)
         q, k, v = jnp.split(heads, [config.num_q_heads, config.num_q_heads + config.num_kv_heads], axis=1)
-        q, k = self._normed(q, self.q_norm), self._normed(k, self.k_norm)
-        frequencies = np.asarray(self.rope.frequencies, np.float32)
-        q, k = (rotate(part, positions, frequencies, self.rope.pairing) for part in (q, k))
+        q, k = self._heads_normed(q, self.q_norm), self._heads_normed(k, self.k_norm)
+        if self.rope is not None:
+            frequencies = np.asarray(self.rope.frequencies, np.float32)
+            q, k = (rotate(part, positions, frequencies, self.rope.pairing) for part in (q, k))
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
     def mix(
@@ -111,11 +116,20 @@ class Block(nnx.Module):
     ) -> Float[Array, "tokens hidden"]:
         """Adds the output of attention, then of the gated MLP, to the residual stream."""
         flat = attended.reshape(x.shape[0], -1).astype(jnp.float32)
-        x = x + self._normed(project(flat, self.out_weight[...]), self.attention_post_norm)
+        x = self._added(x, self._normed(project(flat, self.out_weight[...]), self.attention_post_norm))
         normed = self._normed(x, self.mlp_norm)
         gate, up = jnp.split(project(normed, self.gate_up_weight[...]), 2, axis=-1)
         activated = _ACTIVATIONS[self.config.activation](gate) * up
-        return x + self._normed(project(activated, self.down_weight[...]), self.mlp_post_norm)
+        return self._added(x, self._normed(project(activated, self.down_weight[...]), self.mlp_post_norm))
+
+    def _added(self, x: Array, part: Array) -> Array:
+        multiplier = self.config.residual_multiplier
+        return x + (part if multiplier == 1.0 else part * multiplier)
+
+    def _heads_normed(self, heads: Array, norm: nnx.Param | None) -> Array:
+        if self.config.qk_norm != "all":
+            return self._normed(heads, norm)
+        return self._normed(heads.reshape(heads.shape[0], -1), norm).reshape(heads.shape)
 
     def _normed(self, x: Array, norm: nnx.Param | None) -> Array:
         return x if norm is None else rms_norm(x, norm[...], self.config.rms_norm_eps)

@@ -15,6 +15,7 @@ from jaxkv.models.families.reading import config_arguments
 from jaxkv.models.families.registry import family_of, text_part
 from jaxkv.rope import Rope, RopePairing, RopeScaling, check_scaling
 
+QKNorm = Literal["heads", "all"]
 Norms = Literal["before", "around", "after"]
 Activation = Literal["silu", "gelu_tanh"]
 
@@ -29,6 +30,20 @@ _HF_NAMES = {
     "intermediate_size": "intermediate_size",
     "max_context": "max_position_embeddings",
     "window": "sliding_window",
+}
+_POSITIVE = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logit_multiplier",
+    "query_scale",
+    "attention_softcap",
+    "logit_softcap",
+)
+_CHOICES = {
+    "norms": get_args(Norms),
+    "qk_norm": (*get_args(QKNorm), None),
+    "activation": get_args(Activation),
+    "rope_pairing": get_args(RopePairing),
 }
 
 
@@ -50,10 +65,14 @@ class ModelConfig:
       rope_scaling: how the frequencies are scaled, or None.
       window_rope_theta: the base in layers with a window, unscaled; None is as in the others.
       norms: of attention and MLP: of what they read, of what they add to the residual stream, or of both.
-      qk_norm: whether queries and keys are normalized, each head by itself, before they are rotated.
+      qk_norm: whether queries and keys are normalized before they are rotated: "heads", each head by itself;
+        "all", all heads of a token together; None, not at all.
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
       activation: of the MLP's gate; "gelu_tanh" is GELU's approximation by tanh.
+      no_rope_layers: layers that do not rotate queries and keys, in order.
       embedding_multiplier: factor of the embeddings.
+      residual_multiplier: factor of what attention and MLP add to the residual stream.
+      logit_multiplier: factor of the logits.
       query_scale: factor of the attention scores; None is `1 / sqrt(head_dim)`.
       attention_softcap: limits attention scores, as in `jaxkv.attend`; None limits nothing.
       logit_softcap: limits logits in the same way.
@@ -79,10 +98,13 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     window_rope_theta: float | None = None
     norms: Norms = "before"
-    qk_norm: bool = False
+    qk_norm: QKNorm | None = None
     qkv_bias: bool = False
     activation: Activation = "silu"
+    no_rope_layers: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
     query_scale: float | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -112,14 +134,16 @@ class ModelConfig:
             value = getattr(self, name)
             if value is not None and not 1.0 < value < math.inf:
                 raise ValueError(f"{name} must be a finite number above 1, not {value!r}")
-        for name in ("embedding_multiplier", "query_scale", "attention_softcap", "logit_softcap"):
+        for name in _POSITIVE:
             value = getattr(self, name)
             if value is not None and not 0.0 < value < math.inf:
                 raise ValueError(f"{name} must be a positive number, not {value!r}")
-        for name, allowed in (("norms", Norms), ("activation", Activation), ("rope_pairing", RopePairing)):
-            if getattr(self, name) not in get_args(allowed):
-                names = " or ".join(map(repr, get_args(allowed)))
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                names = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name} must be {names}, not {getattr(self, name)!r}")
+        if not set(self.no_rope_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"no_rope_layers must be of {self.num_layers} layers, not {self.no_rope_layers}")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, self.head_dim)
         full = self.full_attention_layers
@@ -146,16 +170,20 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def ropes(self) -> tuple[Rope, ...]:
-        """How each layer's queries and keys are rotated by their positions."""
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """How each layer's queries and keys are rotated by their positions; None is not at all."""
         full = Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
         theta = self.window_rope_theta
         near = full if theta is None else Rope.of(self.head_dim, theta, pairing=self.rope_pairing)
-        return tuple(full if window is None else near for window in self.windows)
+        without = set(self.no_rope_layers)
+        return tuple(
+            None if layer in without else full if window is None else near
+            for layer, window in enumerate(self.windows)
+        )
 
     @property
     def rope(self) -> Rope | None:
-        """How the keys of every layer are rotated by their positions; None if layers differ."""
+        """How the keys of every layer are rotated by their positions; None if layers differ or do not."""
         ropes = set(self.ropes)
         return ropes.pop() if len(ropes) == 1 else None
 

@@ -125,7 +125,8 @@ class Decoder(nnx.Module):
         """The final norm, the output projection and the logits' softcap: float32 logits."""
         table = self.embedding if self.unembedding is None else self.unembedding
         normed = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
-        return softcapped(project(normed, table[...]), self.config.logit_softcap)
+        logits, multiplier = project(normed, table[...]), self.config.logit_multiplier
+        return softcapped(logits if multiplier == 1.0 else logits * multiplier, self.config.logit_softcap)
 
 
 Llama = Decoder

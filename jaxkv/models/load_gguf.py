@@ -56,7 +56,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
         if (size := number(name, int, head_dim)) != head_dim:
             raise _unsupported(file, f"{architecture}.{name}", size, f"the head's {head_dim}")
     try:
-        options = family.options(Fields(raw | family.header(file)))
+        options = family.options(Fields({**family.absent, **raw, **family.header(file)}))
         if "window" not in options and (window := number("attention.sliding_window", int, 0)):
             raise _unsupported(file, f"{architecture}.attention.sliding_window", window)
         return ModelConfig(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxkv.checkpoints.hf_folder import of_full_attention
 from jaxkv.models import ModelConfig
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.registry import family_of
+from jaxkv.models.families.registry import BY_ARCHITECTURE, family_of
 from jaxkv.models.load_hf import SafetensorsFolder
 from jaxkv.models.weights import expected_shapes
 
@@ -38,7 +38,7 @@ def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     for name in tensors:
         if name.endswith("norm.weight"):
             tensors[name] += np.float32(family.hf_names.norm_offset)
-    if architecture_of(raw) == "llama":
+    if BY_ARCHITECTURE[architecture_of(raw)].gguf_pairing != family.hf_pairing:
         for name in tensors:
             if name.endswith(QK):
                 key = "num_attention_heads" if name.endswith(QK[0]) else "num_key_value_heads"

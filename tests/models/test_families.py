@@ -21,6 +21,16 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # What a GGUF file's header says beyond the sizes that all have.
 HEADERS = {
     "qwen3": {},
+    "olmo2": {},
+    "smollm3": {},
+    "seed_oss": {},
+    "ernie4_5": {},
+    "granite": {
+        "embedding_scale": 3.0,
+        "residual_scale": 0.5,
+        "attention.scale": 0.25,
+        "logit_scale": 2.0,
+    },
     "gemma2": {
         "attention.sliding_window": 7,
         "attn_logit_softcapping": 5.0,
@@ -98,6 +108,13 @@ def test_gemma3_rotates_layers_with_a_window_by_a_base_of_their_own():
     assert got.ropes[0] == got.ropes[2] != got.ropes[1]
 
 
+def test_layers_without_rotary_positions_are_those_of_the_config():
+    assert config("smollm3").no_rope_layers == config("smollm3", no_rope_layers=None).no_rope_layers == (3,)
+    assert config("exaone4").no_rope_layers == (1,)
+    whole = config("exaone4", sliding_window=None, layer_types=None)
+    assert (whole.no_rope_layers, whole.windows) == ((), (None,) * 3)
+
+
 def test_a_nested_config_is_its_text_part():
     nested = json.loads((FIXTURES / "gemma3_nested" / "config.json").read_text())
     assert ModelConfig.from_hf(nested) == ModelConfig.from_hf(nested["text_config"])
@@ -117,6 +134,13 @@ def test_a_nested_config_is_its_text_part():
         ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
          "sliding_attention: 'yarn' is not supported"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types 'chunked_attention' is not"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be positive, not 0.0"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4 times 0 or 1"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_scaling 'longrope' is not supported"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True is not supported"),
+        ("ernie4_5", {"use_bias": True}, "use_bias True is not supported"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
     ],
 )  # fmt: skip

@@ -24,9 +24,10 @@ class Family:
       options: from the fields of a `config.json`, the arguments of `ModelConfig` that this family sets.
       allowed: values that a field of `config.json` may have; any other is refused. Added to `ALLOWED`.
       rotary: from a `config.json`, the rotary settings of the layers with full attention.
-      tied: whether the output projection is the embedding table where a config does not say.
+      absent: values of fields that a `config.json` does not have.
       wrappers: `model_type` of a config whose `text_config` is of this family.
       hf_names: tensor names in a Hugging Face checkpoint.
+      hf_pairing: features that a Hugging Face checkpoint rotates as a pair.
       architecture: `general.architecture` of a GGUF file, or None if there is none of its own.
       header: from a GGUF file, the fields of the equivalent `config.json` that only this family has.
       gguf_names: tensor names in a GGUF file.
@@ -37,9 +38,10 @@ class Family:
     options: Callable[[Fields], dict[str, Any]] = _nothing
     allowed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     rotary: Callable[[Mapping[str, Any]], Mapping[str, Any]] = rotary_settings
-    tied: bool = False
+    absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
     hf_names: TensorNames = HF_NAMES
+    hf_pairing: RopePairing = "half"
     architecture: str | None = None
     header: Callable[[GGUFFile], dict[str, Any]] = _nothing
     gguf_names: TensorNames = GGUF_NAMES

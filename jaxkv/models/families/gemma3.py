@@ -14,8 +14,8 @@ _LAYERS_OF_27B = 62
 
 
 def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of layers with full attention, whose base is a million if none is given."""
-    return {"rope_theta": raw.get("rope_theta") or 1e6} | dict(of_full_attention(rotary_settings(raw)))
+    """The settings of layers with full attention."""
+    return of_full_attention(rotary_settings(raw))
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -25,23 +25,24 @@ def options(fields: Fields) -> dict[str, Any]:
         gemma2.shared(fields)
         | windows(fields, every_nth_full(fields, period))
         | {
-            "qk_norm": True,
-            "window_rope_theta": _window_theta(fields),
+            "qk_norm": "heads",
+            "window_rope_theta": window_theta(fields, fields.number("rope_local_base_freq", 1e4)),
             "attention_softcap": gemma2.softcap(fields, "attn_logit_softcapping", None),
             "logit_softcap": gemma2.softcap(fields, "final_logit_softcapping", None),
         }
     )
 
 
-def _window_theta(fields: Fields) -> float:
+def window_theta(fields: Fields, absent: float) -> float:
+    """The base of layers with a window, `absent` if the settings do not say; their scaling is refused."""
     settings = rotary_settings(fields.raw).get("sliding_attention")
     if not isinstance(settings, Mapping):
-        return fields.number("rope_local_base_freq", 1e4)
+        return absent
     if (kind := rotary_type(settings)) != "default":
         raise ValueError(
             f"rope_parameters of sliding_attention: {shown(kind)} is not supported; supported: default"
         )
-    return Fields(settings).number("rope_theta", 1e4)
+    return Fields(settings).number("rope_theta", absent)
 
 
 def header(file: GGUFFile) -> dict[str, Any]:
@@ -61,7 +62,7 @@ FAMILY = Family(
     options=options,
     allowed=gemma2.ALLOWED,
     rotary=rotary,
-    tied=True,
+    absent={"tie_word_embeddings": True, "rope_theta": 1e6},
     wrappers=("gemma3",),
     hf_names=gemma2.NAMES,
     architecture="gemma3",

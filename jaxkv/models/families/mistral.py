@@ -1,4 +1,4 @@
-"""Mistral: Llama with a window, in every layer or those that `layer_types` names. In GGUF it is Llama."""
+"""Mistral and Ministral: Llama with a window, in all layers or those that `layer_types` names."""
 
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.models.families.family import Family
@@ -10,4 +10,9 @@ def options(fields: Fields) -> dict:
     return windows(fields, layer_kinds(fields))
 
 
-FAMILY = Family(model_types=("mistral",), options=options)
+# GGUF files of these say that they are Llama.
+FAMILY = Family(
+    model_types=("mistral", "ministral"),
+    options=options,
+    absent={"num_key_value_heads": 8, "sliding_window": 4096},
+)

@@ -8,7 +8,7 @@ from jaxkv.models.families.layers import FULL, layer_kinds
 def options(fields: Fields) -> dict:
     """The norms of queries and keys."""
     layer_kinds(fields, allowed=(FULL,))
-    return {"qk_norm": True}
+    return {"qk_norm": "heads"}
 
 
 FAMILY = Family(

@@ -25,6 +25,7 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     Raises:
       ValueError: if a feature is not supported, or a field is missing or out of range; the message names it.
     """
+    raw = {**family.absent, **raw}
     settings = family.rotary(raw)
     for name, allowed in {**ALLOWED, **family.allowed}.items():
         _refuse_all_but(name, raw.get(name), allowed)
@@ -43,7 +44,8 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope_theta": Fields(settings).number("rope_theta", fields.number("rope_theta", 1e4)),
         "rope_scaling": rope_scaling(raw, settings, positions),
-        "tied_embeddings": fields.flag("tie_word_embeddings", family.tied),
+        "rope_pairing": family.hf_pairing,
+        "tied_embeddings": fields.flag("tie_word_embeddings", False),
         "max_context": trained_context(raw, positions),
         **family.options(fields),
     }

@@ -4,7 +4,22 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.checkpoints.hf_folder import shown
-from jaxkv.models.families import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from jaxkv.models.families import (
+    ernie4_5,
+    exaone4,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
 from jaxkv.models.families.family import Family
 
 FAMILIES: tuple[Family, ...] = (
@@ -14,6 +29,14 @@ FAMILIES: tuple[Family, ...] = (
     qwen3.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
+    phi3.FAMILY,
+    olmo2.FAMILY,
+    olmo3.FAMILY,
+    granite.FAMILY,
+    smollm3.FAMILY,
+    seed_oss.FAMILY,
+    exaone4.FAMILY,
+    ernie4_5.FAMILY,
 )
 BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES if family.architecture}
