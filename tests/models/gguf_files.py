@@ -118,7 +118,14 @@ def quantized_blocks(rng: np.random.Generator, shape: tuple[int, int], kind: Typ
     """Random raw rows of a quantization type, with scales that are ordinary float16 numbers."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    places = {Types.Q8_0: (0,), Types.Q4_0: (0,), Types.Q4_1: (0, 2), Types.Q4_K: (0, 2), Types.Q6_K: (208,)}
+    places = {
+        Types.Q8_0: (0,),
+        Types.Q5_0: (0,),
+        Types.Q4_0: (0,),
+        Types.Q4_1: (0, 2),
+        Types.Q4_K: (0, 2),
+        Types.Q6_K: (208,),
+    }
     for place in places[kind]:
         scales = rng.uniform(0.001, 0.01, rows.shape[:2]).astype(np.float16)
         rows[..., place : place + 2] = scales[..., None].view(np.uint8)

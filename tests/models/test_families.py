@@ -1,5 +1,6 @@
 """Every family gives PyTorch's logits through the paged cache, and refuses what it does not build."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -148,3 +149,20 @@ def test_what_a_family_does_not_build_is_refused_by_name(name, change, message):
     with pytest.raises(ValueError) as raised:
         config(name, **change)
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": "between"}, "norms must be 'before' or 'around' or 'after', not 'between'"),
+        ({"qk_norm": "each"}, "qk_norm must be 'heads' or 'all' or None, not 'each'"),
+        ({"activation": "relu"}, "activation must be 'silu' or 'gelu_tanh', not 'relu'"),
+        ({"residual_multiplier": 0.0}, "residual_multiplier must be a positive number, not 0.0"),
+        ({"window_rope_theta": 1.0}, "window_rope_theta must be a finite number above 1, not 1.0"),
+        ({"no_rope_layers": (3,)}, "no_rope_layers must be of 3 layers, not (3,)"),
+    ],
+)
+def test_a_bad_option_is_named(change, message):
+    with pytest.raises(ValueError) as raised:
+        dataclasses.replace(config("gemma3"), **change)
+    assert str(raised.value) == message

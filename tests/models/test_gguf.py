@@ -51,7 +51,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [Types.Q8_0, Types.Q4_0, Types.Q4_1, Types.Q4_K, Types.Q6_K])
+@pytest.mark.parametrize("kind", [Types.Q8_0, Types.Q5_0, Types.Q4_0, Types.Q4_1, Types.Q4_K, Types.Q6_K])
 def test_quantized_weights_are_the_packages_dequantized_ones(tmp_path, kind):
     """Every matrix of a file is quantized; the model holds exactly what `gguf` makes of it."""
     rng, config = np.random.default_rng(0), ModelConfig(**SIZES)
