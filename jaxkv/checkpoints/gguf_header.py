@@ -1,6 +1,6 @@
 """Converts the header of a GGUF file to the equivalent `config.json`."""
 
-from collections.abc import Collection
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jaxkv.checkpoints.hf_folder import shown
@@ -20,12 +20,12 @@ MODEL_TYPES = {
 EMBEDDING, UNEMBEDDING = "token_embd.weight", "output.weight"
 
 
-def config_fields(file: "GGUFFile", supported: Collection[str] = tuple(MODEL_TYPES)) -> dict[str, Any]:
+def config_fields(file: "GGUFFile", supported: Mapping[str, str] = MODEL_TYPES) -> dict[str, Any]:
     """The fields of the `config.json` equivalent to a file's header.
 
     Args:
       file: the GGUF file.
-      supported: architectures that the caller supports, of `MODEL_TYPES`.
+      supported: architectures that the caller supports, and the `model_type` of each.
 
     Raises:
       ModelLoadError: for another architecture, a file of several parts, experts, or a field that is missing
@@ -48,7 +48,7 @@ def config_fields(file: "GGUFFile", supported: Collection[str] = tuple(MODEL_TYP
 
     heads, hidden, positions = map(number, ("attention.head_count", "embedding_length", "context_length"))
     return {
-        "model_type": MODEL_TYPES[kind],
+        "model_type": supported[kind],
         "num_hidden_layers": number("block_count"),
         "hidden_size": hidden,
         "intermediate_size": number("feed_forward_length"),

@@ -134,7 +134,8 @@ def original_positions(raw: Mapping[str, Any], settings: Mapping[str, Any], posi
     return value
 
 
-def _of_full_attention(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+def of_full_attention(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The rotary settings of layers with full attention, where each kind of layer has its own."""
     # Models with windows may have separate settings for each kind of layer.
     nested = settings.get("full_attention")
     return nested if isinstance(nested, Mapping) else settings
@@ -160,7 +161,7 @@ def trained_context(raw: Mapping[str, Any], positions: int) -> int:
       >>> trained_context({"rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 2048)
       8192
     """
-    settings = _of_full_attention(rotary_settings(raw))
+    settings = of_full_attention(rotary_settings(raw))
     kind = rotary_type(settings)
     if kind not in _STRETCHES or str(raw.get("model_type")).startswith("gemma3"):
         return positions
@@ -183,7 +184,7 @@ def is_extended(raw: Mapping[str, Any], positions: int) -> bool:
     Raises:
       ValueError: as `trained_context`.
     """
-    settings = _of_full_attention(rotary_settings(raw))
+    settings = of_full_attention(rotary_settings(raw))
     if rotary_type(settings) not in _STRETCHES:
         return False
     return trained_context(raw, positions) > original_positions(raw, settings, positions)

@@ -1,12 +1,13 @@
-"""A Llama-family model on the paged cache, and its loaders. Needs `pip install 'jaxkv[models]'`."""
+"""A decoder on the paged cache, and its loaders. Needs `pip install 'jaxkv[models]'`."""
 
 from jaxkv.extras import needs_extra as _needs_extra
 
 with _needs_extra():
     from jaxkv.models.config import ModelConfig as ModelConfig
-    from jaxkv.models.llama import Llama as Llama
-    from jaxkv.models.llama import abstract_model as abstract_model
-    from jaxkv.models.llama import random_model as random_model
+    from jaxkv.models.decoder import Decoder as Decoder
+    from jaxkv.models.decoder import Llama as Llama
+    from jaxkv.models.decoder import abstract_model as abstract_model
+    from jaxkv.models.decoder import random_model as random_model
     from jaxkv.models.dense import dense_logits as dense_logits
     from jaxkv.models.loading import KNOWN_MODELS as KNOWN_MODELS
     from jaxkv.models.loading import LoadedModel as LoadedModel

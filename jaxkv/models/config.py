@@ -1,27 +1,23 @@
-"""The static sizes of a Llama-family model, and how to read them from a `config.json`."""
+"""The static sizes and options of a decoder, and how to read them from a `config.json`."""
 
 import dataclasses
 import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 from jaxkv.arguments import whole
-from jaxkv.checkpoints.fields import Fields, most
-from jaxkv.checkpoints.hf_folder import (
-    original_positions,
-    read_json,
-    rotary_settings,
-    rotary_type,
-    shown,
-    trained_context,
-    with_defaults,
-)
+from jaxkv.checkpoints.fields import most
+from jaxkv.checkpoints.hf_folder import read_json, shown, with_defaults
 from jaxkv.config import CacheConfig
-from jaxkv.rope import LinearScaling, Llama3Scaling, Rope, RopePairing, RopeScaling, check_scaling
+from jaxkv.models.families.reading import config_arguments
+from jaxkv.models.families.registry import family_of, text_part
+from jaxkv.rope import Rope, RopePairing, RopeScaling, check_scaling
 
-SUPPORTED_ARCHITECTURES = ("llama", "mistral", "qwen2")
+QKNorm = Literal["heads", "all"]
+Norms = Literal["before", "around", "after"]
+Activation = Literal["silu", "gelu_tanh"]
 
 # Names in a `config.json` of the fields with limits.
 _HF_NAMES = {
@@ -35,11 +31,25 @@ _HF_NAMES = {
     "max_context": "max_position_embeddings",
     "window": "sliding_window",
 }
+_POSITIVE = (
+    "embedding_multiplier",
+    "residual_multiplier",
+    "logit_multiplier",
+    "query_scale",
+    "attention_softcap",
+    "logit_softcap",
+)
+_CHOICES = {
+    "norms": get_args(Norms),
+    "qk_norm": (*get_args(QKNorm), None),
+    "activation": get_args(Activation),
+    "rope_pairing": get_args(RopePairing),
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The static sizes and options of one Llama-family model; hashable, so it can be a static argument.
+    """The static sizes and options of one model; hashable, so it can be a static argument.
 
     Attributes:
       vocab_size: tokens of the vocabulary.
@@ -53,7 +63,19 @@ class ModelConfig:
       rope_theta: the base of the rotary frequencies.
       rope_pairing: which features are rotated as a pair; see `jaxkv.rope.rotate`.
       rope_scaling: how the frequencies are scaled, or None.
+      window_rope_theta: the base in layers with a window, unscaled; None is as in the others.
+      norms: of attention and MLP: of what they read, of what they add to the residual stream, or of both.
+      qk_norm: whether queries and keys are normalized before they are rotated: "heads", each head by itself;
+        "all", all heads of a token together; None, not at all.
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
+      activation: of the MLP's gate; "gelu_tanh" is GELU's approximation by tanh.
+      no_rope_layers: layers that do not rotate queries and keys, in order.
+      embedding_multiplier: factor of the embeddings.
+      residual_multiplier: factor of what attention and MLP add to the residual stream.
+      logit_multiplier: factor of the logits.
+      query_scale: factor of the attention scores; None is `1 / sqrt(head_dim)`.
+      attention_softcap: limits attention scores, as in `jaxkv.attend`; None limits nothing.
+      logit_softcap: limits logits in the same way.
       tied_embeddings: whether the output projection is the embedding table.
       window: latest tokens that a token attends to, itself included; None is all.
       full_attention_layers: layers that attend to all tokens despite the window, in order.
@@ -74,7 +96,18 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_pairing: RopePairing = "half"
     rope_scaling: RopeScaling | None = None
+    window_rope_theta: float | None = None
+    norms: Norms = "before"
+    qk_norm: QKNorm | None = None
     qkv_bias: bool = False
+    activation: Activation = "silu"
+    no_rope_layers: tuple[int, ...] = ()
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    query_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     tied_embeddings: bool = False
     window: int | None = None
     full_attention_layers: tuple[int, ...] = ()
@@ -97,10 +130,20 @@ class ModelConfig:
             raise ValueError(f"head_dim must be even, not {self.head_dim}")
         if not 0.0 < self.rms_norm_eps < 1.0:
             raise ValueError(f"rms_norm_eps must lie between 0 and 1, not {self.rms_norm_eps!r}")
-        if not 1.0 < self.rope_theta < math.inf:
-            raise ValueError(f"rope_theta must be a finite number above 1, not {self.rope_theta!r}")
-        if self.rope_pairing not in ("half", "interleaved"):
-            raise ValueError(f"rope_pairing must be 'half' or 'interleaved', not {self.rope_pairing!r}")
+        for name in ("rope_theta", "window_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not 1.0 < value < math.inf:
+                raise ValueError(f"{name} must be a finite number above 1, not {value!r}")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise ValueError(f"{name} must be a positive number, not {value!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                names = " or ".join(map(repr, allowed))
+                raise ValueError(f"{name} must be {names}, not {getattr(self, name)!r}")
+        if not set(self.no_rope_layers) <= set(range(self.num_layers)):
+            raise ValueError(f"no_rope_layers must be of {self.num_layers} layers, not {self.no_rope_layers}")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, self.head_dim)
         full = self.full_attention_layers
@@ -127,9 +170,22 @@ class ModelConfig:
         return self.num_kv_heads * self.head_dim
 
     @property
-    def rope(self) -> Rope:
-        """How keys are rotated by their positions."""
-        return Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
+    def ropes(self) -> tuple[Rope | None, ...]:
+        """How each layer's queries and keys are rotated by their positions; None is not at all."""
+        full = Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
+        theta = self.window_rope_theta
+        near = full if theta is None else Rope.of(self.head_dim, theta, pairing=self.rope_pairing)
+        without = set(self.no_rope_layers)
+        return tuple(
+            None if layer in without else full if window is None else near
+            for layer, window in enumerate(self.windows)
+        )
+
+    @property
+    def rope(self) -> Rope | None:
+        """How the keys of every layer are rotated by their positions; None if layers differ or do not."""
+        ropes = set(self.ropes)
+        return ropes.pop() if len(ropes) == 1 else None
 
     def cache_config(self, **options: Any) -> CacheConfig:
         """A `jaxkv.CacheConfig` for this model; `options` are its other arguments.
@@ -153,90 +209,6 @@ class ModelConfig:
           ValueError: if the file cannot be read, the architecture or a feature is not supported, or a field
             is missing or out of range; the message names it.
         """
-        raw = with_defaults(source if isinstance(source, Mapping) else read_json(Path(source)))
-        _refuse_unsupported(raw)
-        fields = Fields(raw)
-        hidden, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-        layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
-        window, full_attention_layers = _windows(fields, layers)
-        return cls(
-            vocab_size=fields.integer("vocab_size"),
-            hidden_size=hidden,
-            num_layers=layers,
-            num_q_heads=q_heads,
-            num_kv_heads=fields.integer("num_key_value_heads", default=q_heads),
-            head_dim=fields.integer("head_dim", default=hidden // q_heads),
-            intermediate_size=fields.integer("intermediate_size"),
-            rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-            rope_theta=Fields(rotary_settings(raw)).number("rope_theta", fields.number("rope_theta", 1e4)),
-            rope_scaling=_rope_scaling(raw, positions),
-            qkv_bias=raw["model_type"] == "qwen2",
-            tied_embeddings=fields.flag("tie_word_embeddings", False),
-            window=window,
-            full_attention_layers=full_attention_layers,
-            max_context=trained_context(raw, positions),
-        )
-
-
-def _refuse_unsupported(raw: Mapping[str, Any]) -> None:
-    kind = raw.get("model_type")
-    if kind not in SUPPORTED_ARCHITECTURES:
-        raise ValueError(
-            f"model_type {shown(kind)} is not supported; supported: {', '.join(SUPPORTED_ARCHITECTURES)}"
-        )
-    required: dict[str, tuple[Any, ...]] = {
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "mlp_bias": (False,),
-        "partial_rotary_factor": (1, 1.0),
-        "quantization_config": (),
-        "quantization": (),
-    }
-    if kind == "qwen2":
-        required["use_sliding_window"] = (False,)
-    for name, allowed in required.items():
-        _refuse_all_but(name, raw.get(name), allowed)
-    _refuse_all_but("partial_rotary_factor", rotary_settings(raw).get("partial_rotary_factor"), (1, 1.0))
-
-
-def _refuse_all_but(name: str, value: object, allowed: tuple[Any, ...]) -> None:
-    if value is None or value in allowed:
-        return
-    only = f"; supported: {', '.join(map(repr, allowed))}" if allowed else ""
-    raise ValueError(f"{name} {shown(value)} is not supported{only}")
-
-
-def _windows(fields: Fields, layers: int) -> tuple[int | None, tuple[int, ...]]:
-    """The window, and the layers without it."""
-    has_window = fields.raw["model_type"] == "mistral"
-    kinds = fields.layer_types(layers) or []
-    allowed = ["full_attention"] + ["sliding_attention"] * has_window
-    for kind in kinds:
-        if kind not in allowed:
-            raise ValueError(f"layer_types {shown(kind)} is not supported; supported: {', '.join(allowed)}")
-    if not has_window:
-        # Llama has no window; Qwen2's configs have one that is switched off.
-        return None, ()
-    window = fields.optional("sliding_window")
-    full = tuple(layer for layer, kind in enumerate(kinds) if kind == "full_attention")
-    if window is None and len(full) < len(kinds):
-        raise ValueError("layer_types has sliding_attention, but sliding_window is null")
-    return (None, ()) if kinds and len(full) == len(kinds) else (window, full)
-
-
-def _rope_scaling(raw: Mapping[str, Any], positions: int) -> RopeScaling | None:
-    settings = rotary_settings(raw)
-    kind = rotary_type(settings)
-    if kind == "default":
-        return None
-    fields = Fields(settings)
-    if kind == "linear":
-        return LinearScaling(factor=fields.number("factor"))
-    if kind == "llama3":
-        return Llama3Scaling(
-            factor=fields.number("factor"),
-            low_freq_factor=fields.number("low_freq_factor"),
-            high_freq_factor=fields.number("high_freq_factor"),
-            original_max_position=original_positions(raw, settings, positions),
-        )
-    raise ValueError(f"rope_scaling {shown(kind)} is not supported; supported: default, linear, llama3")
+        raw = source if isinstance(source, Mapping) else read_json(Path(source))
+        text = with_defaults(text_part(raw))
+        return cls(**config_arguments(text, family_of(text)))

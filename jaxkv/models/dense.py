@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxkv.models.llama import Llama
+from jaxkv.models.block import softcapped
+from jaxkv.models.decoder import Decoder
 
 
 def dense_logits(
-    model: Llama, tokens: Int[Array, "seqs length"], lengths: Int[Array, " seqs"]
+    model: Decoder, tokens: Int[Array, "seqs length"], lengths: Int[Array, " seqs"]
 ) -> Float[Array, "seqs length vocab"]:
     """The logits after every token of whole sequences, in one forward pass.
 
@@ -24,11 +25,14 @@ def dense_logits(
     """
     seqs, length = tokens.shape
     positions = jnp.tile(jnp.arange(length, dtype=jnp.int32), seqs)
-    masks = {window: _causal(length, window) for window in set(model.config.windows)}
+    config = model.config
+    scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+    masks = {window: _causal(length, window) for window in set(config.windows)}
     x = model.embed(tokens.reshape(-1))
-    for block, window in zip(model.blocks, model.config.windows, strict=True):
-        q, k, v = (part.reshape(seqs, length, -1, model.config.head_dim) for part in block.qkv(x, positions))
-        x = block.mix(x, _attention(q, k, v, masks[window]).reshape(seqs * length, -1, q.shape[-1]))
+    for block, window in zip(model.blocks, config.windows, strict=True):
+        q, k, v = (part.reshape(seqs, length, -1, config.head_dim) for part in block.qkv(x, positions))
+        attended = _attention(q, k, v, masks[window], scale, config.attention_softcap)
+        x = block.mix(x, attended.reshape(seqs * length, -1, q.shape[-1]))
     logits = model.unembed(x).reshape(seqs, length, -1)
     counts = jnp.arange(length)[None, :] < lengths[:, None]
     return jnp.where(counts[..., None], logits, jnp.zeros_like(logits))
@@ -45,10 +49,13 @@ def _attention(
     k: Float[Array, "seqs length kv_heads head_dim"],
     v: Float[Array, "seqs length kv_heads head_dim"],
     mask: Bool[Array, "length length"],
+    scale: float,
+    softcap: float | None,
 ) -> Float[Array, "seqs length q_heads head_dim"]:
     seqs, length, _, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(seqs, length, kv_heads, -1, head_dim).astype(jnp.float32)
-    scores = jnp.einsum("sqhgd,skhd->shgqk", grouped, k.astype(jnp.float32)) * head_dim**-0.5
+    scores = jnp.einsum("sqhgd,skhd->shgqk", grouped, k.astype(jnp.float32)) * scale
+    scores = softcapped(scores, softcap)
     weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
     return jnp.einsum("shgqk,skhd->sqhgd", weights, v.astype(jnp.float32)).reshape(q.shape)

@@ -7,36 +7,23 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_file import GGUFFile
-from jaxkv.checkpoints.gguf_header import EMBEDDING, UNEMBEDDING, config_fields
+from jaxkv.checkpoints.gguf_header import config_fields
 from jaxkv.checkpoints.hf_folder import shown, trained_context
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.llama import Llama
-from jaxkv.models.weights import Progress, TensorNames, build_model
+from jaxkv.models.decoder import Decoder
+from jaxkv.models.families.registry import BY_ARCHITECTURE
+from jaxkv.models.weights import Progress, build_model
 from jaxkv.rope import FrequencyFactors, LinearScaling, RopeScaling
 
-GGUF_ARCHITECTURES = ("llama", "qwen2")
-
-NAMES = TensorNames(
-    embedding=EMBEDDING,
-    final_norm="output_norm.weight",
-    unembedding=UNEMBEDDING,
-    layer="blk.{layer}.",
-    attention_norm="attn_norm.weight",
-    qkv=("attn_q.weight", "attn_k.weight", "attn_v.weight"),
-    qkv_bias=("attn_q.bias", "attn_k.bias", "attn_v.bias"),
-    out="attn_output.weight",
-    mlp_norm="ffn_norm.weight",
-    gate_up=("ffn_gate.weight", "ffn_up.weight"),
-    down="ffn_down.weight",
-)
 ROPE_FACTORS = "rope_freqs.weight"
 
 
 def load_gguf(
     file: GGUFFile, *, dtype: DTypeLike, progress: Progress | None = None
-) -> tuple[Llama, ModelConfig]:
+) -> tuple[Decoder, ModelConfig]:
     """Reads the model from an open file.
 
     Args:
@@ -48,8 +35,9 @@ def load_gguf(
       ModelLoadError: naming the file and the fault.
     """
     config = gguf_config(file)
+    names = BY_ARCHITECTURE[file.get("general.architecture")].gguf_names
     model = build_model(
-        config, file, NAMES, dtype=dtype, ignored=lambda name: name == ROPE_FACTORS, progress=progress
+        config, file, names, dtype=dtype, ignored=lambda name: name == ROPE_FACTORS, progress=progress
     )
     return model, config
 
@@ -60,16 +48,17 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     Raises:
       ModelLoadError: for an unsupported architecture or feature, or an invalid field, naming it.
     """
-    raw = config_fields(file, GGUF_ARCHITECTURES)
-    architecture = raw["model_type"]
-    number = functools.partial(_number, file, architecture)
-    if window := number("attention.sliding_window", int, 0):
-        raise _unsupported(file, f"{architecture}.attention.sliding_window", window)
+    raw = config_fields(file, {name: family.model_types[0] for name, family in BY_ARCHITECTURE.items()})
+    architecture = file.get("general.architecture")
+    family, number = BY_ARCHITECTURE[architecture], functools.partial(_number, file, architecture)
     head_dim = raw["head_dim"]
     for name in ("rope.dimension_count", "attention.value_length"):
         if (size := number(name, int, head_dim)) != head_dim:
             raise _unsupported(file, f"{architecture}.{name}", size, f"the head's {head_dim}")
     try:
+        options = family.options(Fields({**family.absent, **raw, **family.header(file)}))
+        if "window" not in options and (window := number("attention.sliding_window", int, 0)):
+            raise _unsupported(file, f"{architecture}.attention.sliding_window", window)
         return ModelConfig(
             vocab_size=raw["vocab_size"],
             hidden_size=raw["hidden_size"],
@@ -80,12 +69,11 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
             intermediate_size=raw["intermediate_size"],
             rms_norm_eps=number("attention.layer_norm_rms_epsilon", float),
             rope_theta=number("rope.freq_base", float, 10000.0),
-            # Llama's Q and K were permuted when the file was written; Qwen2's were not.
-            rope_pairing="interleaved" if architecture == "llama" else "half",
+            rope_pairing=family.gguf_pairing,
             rope_scaling=_rope_scaling(file, architecture, raw["rope_scaling"]),
-            qkv_bias=architecture == "qwen2",
             tied_embeddings=raw["tie_word_embeddings"],
             max_context=trained_context(raw, raw["max_position_embeddings"]),
+            **options,
         )
     except ModelLoadError:
         raise

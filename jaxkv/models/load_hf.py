@@ -1,6 +1,7 @@
 """Loads a Hugging Face model folder: `config.json` and one or more `.safetensors` files."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,23 +13,13 @@ from safetensors import SafetensorError, safe_open
 from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, read_json, shard_files, shown
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.llama import Llama
-from jaxkv.models.weights import Progress, TensorNames, build_model
+from jaxkv.models.decoder import Decoder
+from jaxkv.models.families.registry import family_of, is_wrapper, text_part
+from jaxkv.models.tensor_names import TensorNames
+from jaxkv.models.weights import Progress, TensorSource, build_model
 
-NAMES = TensorNames(
-    embedding="model.embed_tokens.weight",
-    final_norm="model.norm.weight",
-    unembedding="lm_head.weight",
-    layer="model.layers.{layer}.",
-    attention_norm="input_layernorm.weight",
-    qkv=("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-    qkv_bias=("self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"),
-    out="self_attn.o_proj.weight",
-    mlp_norm="post_attention_layernorm.weight",
-    gate_up=("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    down="mlp.down_proj.weight",
-)
-
+# What sees images in a model of text and images.
+_OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")
 # By their names in the file format. Other dtypes of safetensors do not occur in these models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
@@ -86,7 +77,28 @@ class SafetensorsFolder:
         return int(np.prod(self.shapes[name])) * self._dtypes[name].itemsize
 
 
-def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None) -> tuple[Llama, ModelConfig]:
+class TextPart:
+    """The language model's tensors of a checkpoint that holds more, by the names they have in its own."""
+
+    def __init__(self, whole: SafetensorsFolder):
+        self.path, self._whole = whole.path, whole
+        self._names = {name.replace("language_model.", "", 1): name for name in whole.shapes}
+        self.shapes = {
+            text: whole.shapes[name] for text, name in self._names.items() if not _OTHER_PARTS.search(name)
+        }
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its own dtype."""
+        return self._whole.read(self._names[name])
+
+    def num_bytes(self, name: str) -> int:
+        """Bytes of one tensor in its file."""
+        return self._whole.num_bytes(self._names[name])
+
+
+def load_hf(
+    folder: Path, *, dtype: DTypeLike, progress: Progress | None = None
+) -> tuple[Decoder, ModelConfig]:
     """Reads a model folder.
 
     Args:
@@ -98,29 +110,31 @@ def load_hf(folder: Path, *, dtype: DTypeLike, progress: Progress | None = None)
       ModelLoadError: naming the file and the fault.
     """
     try:
-        config = ModelConfig.from_hf(folder)
+        raw = read_json(folder)
+        config, names = ModelConfig.from_hf(raw), family_of(text_part(raw)).hf_names
     except ValueError as error:
         message = str(error)
         named = message.startswith(str(folder))
         raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
-    source = SafetensorsFolder(folder)
-    if config.tied_embeddings and not _is_tied(source):
+    whole = SafetensorsFolder(folder)
+    source = TextPart(whole) if is_wrapper(raw) else whole
+    if config.tied_embeddings and not _is_tied(source, names):
         config = dataclasses.replace(config, tied_embeddings=False)
 
     def ignored(name: str) -> bool:
         # Old checkpoints have the rotary frequencies; some tied ones have the embedding table twice.
-        return name.endswith(".rotary_emb.inv_freq") or (name == NAMES.unembedding and config.tied_embeddings)
+        return name.endswith(".rotary_emb.inv_freq") or (name == names.unembedding and config.tied_embeddings)
 
-    model = build_model(config, source, NAMES, dtype=dtype, ignored=ignored, progress=progress)
+    model = build_model(config, source, names, dtype=dtype, ignored=ignored, progress=progress)
     return model, config
 
 
-def _is_tied(source: SafetensorsFolder) -> bool:
+def _is_tied(source: TensorSource, names: TensorNames) -> bool:
     """Whether the checkpoint's output projection is its embedding table; a config may wrongly say so."""
-    names = NAMES.embedding, NAMES.unembedding
-    if any(name not in source.shapes for name in names):
+    both = names.embedding, names.unembedding
+    if any(name not in source.shapes for name in both):
         return True
-    table, output = map(source.read, names)
+    table, output = map(source.read, both)
     return np.array_equal(table, output)
 
 

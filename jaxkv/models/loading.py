@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.llama import Llama
+from jaxkv.models.decoder import Decoder
 from jaxkv.models.load_gguf import load_gguf
 from jaxkv.models.load_hf import load_hf
 from jaxkv.models.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ class LoadedModel:
       name: the known name, or the name of the file or folder.
     """
 
-    model: Llama
+    model: Decoder
     config: ModelConfig
     tokenizer: Tokenizer | None
     name: str

@@ -14,7 +14,15 @@ from jaxkv.models.text_stream import TextStream as TextStream
 
 # Tokens that end a turn in the chat formats of the supported models. A file often names only one of them as
 # its end-of-sequence token.
-END_OF_TURN = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>", "</s>")
+END_OF_TURN = (
+    "<|endoftext|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|end_of_text|>",
+    "<end_of_turn>",
+    "</s>",
+)
 
 
 class Tokenizer:

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.tokenizer import Tokenizer
+from jaxkv.models.tokenizer_spm import sentencepiece_bpe
 
 # llama.cpp's names for splits before merging; the expressions are from the models' tokenizer files.
 _LLAMA3 = (
@@ -27,7 +28,7 @@ _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
 # Files of these prepend the begin-of-sequence token unless they say otherwise.
 _STARTS_WITH_BOS = ("llama-bpe",)
 
-_CONTROL, _USER_DEFINED = 3, 4
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Tokens for chat templates, and their fields (one is misspelled in the format).
 _NAMED = {"unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls"}
@@ -41,21 +42,18 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
       ModelLoadError: for an unsupported kind of tokenizer, or damaged metadata, naming it.
     """
     kind = file.get("tokenizer.ggml.model")
-    if kind != "gpt2":
+    if kind not in _KINDS:
         raise ModelLoadError(
-            f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; supported: 'gpt2' (byte-level BPE)"
-        )
-    pre = file.get("tokenizer.ggml.pre", "default")
-    pre = _ALIASES.get(pre, pre)
-    if pre not in _SPLITS:
-        raise ModelLoadError(
-            f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(_SPLITS)}"
+            f"{file.path}: tokenizer.ggml.model {kind!r} is not supported; supported: 'gpt2' (byte-level "
+            "BPE), 'llama' (SentencePiece BPE)"
         )
     tokens = _strings(file, "tokenizer.ggml.tokens")
-    inner = _byte_level_bpe(file, tokens, pre)
+    if len(set(tokens)) != len(tokens):
+        raise ModelLoadError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
+    inner, starts_with_bos = _KINDS[kind](file, tokens)
     _add_special(file, inner, tokens)
     bos, eos = (_token(file, tokens, name) for name in ("bos_token_id", "eos_token_id"))
-    if bos and file.get("tokenizer.ggml.add_bos_token", pre in _STARTS_WITH_BOS):
+    if bos and file.get("tokenizer.ggml.add_bos_token", starts_with_bos):
         first = (tokens[bos[0]], bos[0])
         inner.post_processor = processors.TemplateProcessing(
             single=[first[0], "$A"], pair=[first[0], "$A", "$B"], special_tokens=[first]
@@ -72,10 +70,15 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
     )
 
 
-def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str], pre: str) -> tokenizers.Tokenizer:
+def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:
+    """The tokenizer, and whether it prepends the begin-of-sequence token unless the file says otherwise."""
+    pre = file.get("tokenizer.ggml.pre", "default")
+    pre = _ALIASES.get(pre, pre)
+    if pre not in _SPLITS:
+        raise ModelLoadError(
+            f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(_SPLITS)}"
+        )
     vocabulary = {token: number for number, token in enumerate(tokens)}
-    if len(vocabulary) != len(tokens):
-        raise ModelLoadError(f"{file.path}: tokenizer.ggml.tokens holds a token twice")
     merges = []
     for merge in _strings(file, "tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
@@ -91,13 +94,32 @@ def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str], pre: str) -> tokenize
     inner.decoder = decoders.ByteLevel()
     if pre == "qwen2":
         inner.normalizer = normalizers.NFC()
-    return inner
+    return inner, pre in _STARTS_WITH_BOS
 
 
-def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:
+    """As `_byte_level_bpe`, from pieces and their scores."""
+    scores, types = file.get("tokenizer.ggml.scores"), _types(file, tokens)
+    valid = isinstance(scores, list) and all(isinstance(score, float) for score in scores)
+    if not valid or len(scores) != len(tokens):
+        raise ModelLoadError(f"{file.path}: tokenizer.ggml.scores must hold a score for each token")
+    pieces = {token for token in range(len(tokens)) if not types or types[token] == _NORMAL}
+    space_prefix = bool(file.get("tokenizer.ggml.add_space_prefix", True))
+    return sentencepiece_bpe(tokens, scores, pieces, space_prefix=space_prefix), True
+
+
+_KINDS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece}
+
+
+def _types(file: GGUFFile, tokens: Sequence[str]) -> list[int]:
     types = file.get("tokenizer.ggml.token_type", [])
     if types and len(types) != len(tokens):
         raise ModelLoadError(f"{file.path}: {len(types)} token types for {len(tokens)} tokens")
+    return types
+
+
+def _add_special(file: GGUFFile, inner: tokenizers.Tokenizer, tokens: Sequence[str]) -> None:
+    types = _types(file, tokens)
     control = [tokens[i] for i, kind in enumerate(types) if kind == _CONTROL]
     defined = [tokens[i] for i, kind in enumerate(types) if kind == _USER_DEFINED]
     inner.add_special_tokens([AddedToken(text, normalized=False) for text in control])

@@ -4,7 +4,6 @@ A format provides a `TensorSource`. This module determines which tensors a model
 the model stores as one matrix, and reads one tensor at a time, so memory holds the model and one matrix more.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
@@ -16,7 +15,8 @@ from jax.typing import DTypeLike
 
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.llama import Llama, parameter_dtype
+from jaxkv.models.decoder import Decoder, parameter_dtype
+from jaxkv.models.tensor_names import TensorNames
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the total."""
@@ -44,31 +44,6 @@ class TensorSource(Protocol):
         ...
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class TensorNames:
-    """A format's name for each parameter; tensors of several names are joined along the outer dimension."""
-
-    embedding: str
-    final_norm: str
-    unembedding: str
-    layer: str
-    attention_norm: str
-    qkv: tuple[str, str, str]
-    qkv_bias: tuple[str, str, str]
-    out: str
-    mlp_norm: str
-    gate_up: tuple[str, str]
-    down: str
-
-    def parts(self, parameter: str) -> tuple[str, ...]:
-        """Names of the tensors of a parameter of `Llama`, such as `blocks.3.qkv`."""
-        *prefix, last = parameter.split(".")
-        names = getattr(self, last)
-        names = (names,) if isinstance(names, str) else names
-        start = self.layer.format(layer=prefix[1]) if prefix else ""
-        return tuple(start + name for name in names)
-
-
 def build_model(
     config: ModelConfig,
     source: TensorSource,
@@ -77,7 +52,7 @@ def build_model(
     dtype: DTypeLike,
     ignored: Callable[[str], bool],
     progress: Progress | None = None,
-) -> Llama:
+) -> Decoder:
     """Reads a whole checkpoint into a model.
 
     Args:
@@ -105,9 +80,11 @@ def build_model(
             done += source.num_bytes(part)
             if progress is not None:
                 progress(done, total)
+        if names.norm_offset and name.endswith("norm"):
+            whole += names.norm_offset
         return jnp.asarray(whole)
 
-    return Llama(config, parameter)
+    return Decoder(config, parameter)
 
 
 def expected_shapes(config: ModelConfig, names: TensorNames) -> dict[str, tuple[int, ...]]:
@@ -117,12 +94,13 @@ def expected_shapes(config: ModelConfig, names: TensorNames) -> dict[str, tuple[
     wanted: dict[str, tuple[int, ...]] = {}
 
     def note(parameter: str, shape: tuple[int, ...]) -> jax.Array:
-        heights = rows.get(parameter.rpartition(".")[2], shape[:1])
-        for name, height in zip(names.parts(parameter), heights, strict=True):
+        parts = names.parts(parameter)
+        heights = rows[parameter.rpartition(".")[2]] if len(parts) > 1 else shape[:1]
+        for name, height in zip(parts, heights, strict=True):
             wanted[name] = (height, *shape[1:])
         return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[return-value]
 
-    Llama(config, note)
+    Decoder(config, note)
     return wanted
 
 

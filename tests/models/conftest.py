@@ -2,5 +2,5 @@
 
 import jaxtyping
 
-CHECKED = ("rope", "llama", "dense")
+CHECKED = ("block", "decoder", "dense")
 jaxtyping.install_import_hook([f"jaxkv.models.{module}" for module in CHECKED], "beartype.beartype")

@@ -6,24 +6,21 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from jaxkv.models.load_gguf import NAMES as GGUF_NAMES
-from jaxkv.models.load_hf import NAMES as HF_NAMES
+from jaxkv.checkpoints.hf_folder import of_full_attention
+from jaxkv.models import ModelConfig
+from jaxkv.models.families.family import Family
+from jaxkv.models.families.registry import BY_ARCHITECTURE, family_of
 from jaxkv.models.load_hf import SafetensorsFolder
+from jaxkv.models.weights import expected_shapes
 
 Types = gguf.GGMLQuantizationType
 QK = ("attn_q.weight", "attn_k.weight")
 
 
-def tensor_names(layers: int) -> dict[str, str]:
+def tensor_names(config: ModelConfig, family: Family) -> dict[str, str]:
     """Every tensor's name in a Hugging Face checkpoint, and in a GGUF file."""
-    blocks = ("attention_norm", "qkv", "qkv_bias", "out", "mlp_norm", "gate_up", "down")
-    parameters = ["embedding", "final_norm", "unembedding"]
-    parameters += [f"blocks.{layer}.{name}" for layer in range(layers) for name in blocks]
-    return {
-        hf: ours
-        for name in parameters
-        for hf, ours in zip(HF_NAMES.parts(name), GGUF_NAMES.parts(name), strict=True)
-    }
+    both = (expected_shapes(config, names) for names in (family.hf_names, family.gguf_names))
+    return dict(zip(*both, strict=True))
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -35,10 +32,13 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """A Hugging Face checkpoint's config, and its tensors under GGUF names in float32."""
     raw = json.loads((folder / "config.json").read_text())
-    source = SafetensorsFolder(folder)
-    names = tensor_names(raw["num_hidden_layers"])
+    source, family = SafetensorsFolder(folder), family_of(raw)
+    names = tensor_names(ModelConfig.from_hf(folder), family)
     tensors = {names[name]: source.read(name).astype(np.float32) for name in source.shapes}
-    if raw["model_type"] != "qwen2":
+    for name in tensors:
+        if name.endswith("norm.weight"):
+            tensors[name] += np.float32(family.hf_names.norm_offset)
+    if BY_ARCHITECTURE[architecture_of(raw)].gguf_pairing != family.hf_pairing:
         for name in tensors:
             if name.endswith(QK):
                 key = "num_attention_heads" if name.endswith(QK[0]) else "num_key_value_heads"
@@ -46,9 +46,14 @@ def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     return raw, tensors
 
 
+def architecture_of(raw: dict) -> str:
+    """The architecture that a GGUF file of this `config.json` names."""
+    return family_of(raw).architecture or "llama"
+
+
 def metadata(raw: dict) -> dict[str, object]:
     """The header fields of a model with this `config.json`."""
-    architecture = "qwen2" if raw["model_type"] == "qwen2" else "llama"
+    architecture = architecture_of(raw)
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
     fields = {
         "block_count": raw["num_hidden_layers"],
@@ -60,7 +65,7 @@ def metadata(raw: dict) -> dict[str, object]:
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": raw["rms_norm_eps"],
-        "rope.freq_base": raw["rope_parameters"]["rope_theta"],
+        "rope.freq_base": of_full_attention(raw["rope_parameters"])["rope_theta"],
         "rope.dimension_count": head_dim,
     }
     named = {f"{architecture}.{name}": value for name, value in fields.items()}
@@ -113,7 +118,14 @@ def quantized_blocks(rng: np.random.Generator, shape: tuple[int, int], kind: Typ
     """Random raw rows of a quantization type, with scales that are ordinary float16 numbers."""
     block, size = gguf.GGML_QUANT_SIZES[kind]
     rows = rng.integers(0, 256, (shape[0], shape[1] // block, size), dtype=np.uint8)
-    places = {Types.Q8_0: (0,), Types.Q4_0: (0,), Types.Q4_1: (0, 2), Types.Q4_K: (0, 2), Types.Q6_K: (208,)}
+    places = {
+        Types.Q8_0: (0,),
+        Types.Q5_0: (0,),
+        Types.Q4_0: (0,),
+        Types.Q4_1: (0, 2),
+        Types.Q4_K: (0, 2),
+        Types.Q6_K: (208,),
+    }
     for place in places[kind]:
         scales = rng.uniform(0.001, 0.01, rows.shape[:2]).astype(np.float16)
         rows[..., place : place + 2] = scales[..., None].view(np.uint8)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxkv.models import ModelConfig, ModelLoadError, dense_logits, load
-from jaxkv.models.load_gguf import NAMES
+from jaxkv.models.tensor_names import GGUF_NAMES as NAMES
 from jaxkv.models.weights import expected_shapes
 from jaxkv.planner import ModelShape
 from jaxkv.rope import FrequencyFactors, LinearScaling, inverse_frequencies
@@ -51,7 +51,7 @@ SIZES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [Types.Q8_0, Types.Q4_0, Types.Q4_1, Types.Q4_K, Types.Q6_K])
+@pytest.mark.parametrize("kind", [Types.Q8_0, Types.Q5_0, Types.Q4_0, Types.Q4_1, Types.Q4_K, Types.Q6_K])
 def test_quantized_weights_are_the_packages_dequantized_ones(tmp_path, kind):
     """Every matrix of a file is quantized; the model holds exactly what `gguf` makes of it."""
     rng, config = np.random.default_rng(0), ModelConfig(**SIZES)
@@ -125,7 +125,7 @@ DOWN = "blk.1.ffn_down.weight"
 @pytest.mark.parametrize(
     ("replace", "message"),
     [
-        ({"general.architecture": "gemma2"}, "architecture 'gemma2' is not supported; supported: llama,"),
+        ({"general.architecture": "rwkv6"}, "architecture 'rwkv6' is not supported; supported: llama,"),
         ({DOWN: None}, f"tensor '{DOWN}' is missing"),
         ({DOWN: np.ones((32, 47), np.float32)}, f"tensor '{DOWN}' has shape (32, 47), expected (32, 48)"),
         ({DOWN: np.full((32, 48), np.nan, np.float32)}, f"tensor '{DOWN}' holds NaN"),
@@ -145,7 +145,8 @@ DOWN = "blk.1.ffn_down.weight"
         ({"token_embd.weight": None}, "tensor 'token_embd.weight' is missing"),
         ({"llama.rope.scaling.type": "linear"}, "no field 'llama.rope.scaling.factor'"),
         ({"llama.rope.scaling.type": "yarn"}, "rope scaling 'yarn' is not supported"),
-        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.model 'llama' is not supported"),
+        ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model 'bert' is not supported"),
+        ({"tokenizer.ggml.model": "llama"}, "tokenizer.ggml.scores must hold a score for each token"),
         ({"tokenizer.ggml.pre": "tekken"}, "tokenizer.ggml.pre 'tekken' is not supported"),
         ({"tokenizer.ggml.merges": ["h zz"]}, "merge 'h zz' is not of the vocabulary"),
         ({"tokenizer.ggml.tokens": None}, "'tokenizer.ggml.tokens'"),

@@ -5,6 +5,7 @@ import random
 import pytest
 
 from jaxkv.models import ModelConfig
+from jaxkv.models.families.registry import BY_MODEL_TYPE
 from jaxkv.planner import ModelShape, plan
 from tests.models.test_model_config import LLAMA
 
@@ -59,7 +60,7 @@ def assert_read_or_refused(read, raw, change):
     return None
 
 
-@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("kind", sorted(BY_MODEL_TYPE))
 def test_a_model_config_with_any_wrong_value_is_read_or_refused(kind):
     for name, value in changes():
         raw = LLAMA | {"rope_scaling": ROPE} if name != "rope_parameters" else dict(LLAMA)
@@ -84,7 +85,7 @@ def test_several_wrong_values_at_once_are_read_or_refused():
     rng, every = random.Random(0), list(changes())
     for _ in range(2000):
         chosen = dict(rng.sample(every, 3))
-        kind = {"model_type": rng.choice(["llama", "mistral", "qwen2"])}
+        kind = {"model_type": rng.choice(sorted(BY_MODEL_TYPE))}
         assert_read_or_refused(ModelConfig.from_hf, LLAMA | kind | chosen, chosen)
         assert_read_or_refused(ModelShape.from_config, LLAMA | kind | chosen, chosen)
 

@@ -93,7 +93,10 @@ def test_cache_config_takes_the_models_sizes():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gemma2"}, "model_type 'gemma2' is not supported; supported: llama, mistral, qwen2"),
+        (
+            {"model_type": "rwkv"},
+            "model_type 'rwkv' is not supported; supported: llama, mistral, ministral, qwen2",
+        ),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"hidden_size": 0}, "hidden_size must be an integer from 1 to 131072, not 0"),

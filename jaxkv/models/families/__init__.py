@@ -1,0 +1,1 @@
+"""Model families, a file each: how a checkpoint's fields and tensor names describe a `Decoder`."""

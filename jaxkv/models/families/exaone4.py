@@ -1,0 +1,28 @@
+"""EXAONE 4: norms of what attention and MLP add, and of each head's queries and keys.
+
+With a window, layers of full attention have no rotary positions.
+"""
+
+from typing import Any
+
+from jaxkv.checkpoints.fields import Fields
+from jaxkv.models.families.family import Family
+from jaxkv.models.families.layers import FULL, every_nth_full, layer_kinds, windows
+
+
+def options(fields: Fields) -> dict[str, Any]:
+    """The norms, the window, and the layers without rotary positions."""
+    norms = {"norms": "after", "qk_norm": "heads"}
+    if fields.optional("sliding_window") is None:
+        layer_kinds(fields, allowed=(FULL,))
+        return norms
+    kinds = every_nth_full(fields, fields.integer("sliding_window_pattern", default=4))
+    without = tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+    return norms | windows(fields, kinds) | {"no_rope_layers": without}
+
+
+FAMILY = Family(
+    model_types=("exaone4",),
+    options=options,
+    absent={"num_key_value_heads": 32, "sliding_window": 4096, "rms_norm_eps": 1e-5},
+)

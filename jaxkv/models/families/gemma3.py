@@ -1,0 +1,70 @@
+"""Gemma 3, text: Gemma 2 without softcaps, with norms of queries and keys, five windows to one full layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.checkpoints.hf_folder import of_full_attention, rotary_settings, rotary_type, shown
+from jaxkv.models.families import gemma2
+from jaxkv.models.families.family import Family
+from jaxkv.models.families.layers import every_nth_full, windows
+
+_LAYERS_OF_27B = 62
+
+
+def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of layers with full attention."""
+    return of_full_attention(rotary_settings(raw))
+
+
+def options(fields: Fields) -> dict[str, Any]:
+    """The arguments of `ModelConfig`; layers with a window rotate by a base of their own, unscaled."""
+    period = fields.integer("sliding_window_pattern", default=6)
+    return (
+        gemma2.shared(fields)
+        | windows(fields, every_nth_full(fields, period))
+        | {
+            "qk_norm": "heads",
+            "window_rope_theta": window_theta(fields, fields.number("rope_local_base_freq", 1e4)),
+            "attention_softcap": gemma2.softcap(fields, "attn_logit_softcapping", None),
+            "logit_softcap": gemma2.softcap(fields, "final_logit_softcapping", None),
+        }
+    )
+
+
+def window_theta(fields: Fields, absent: float) -> float:
+    """The base of layers with a window, `absent` if the settings do not say; their scaling is refused."""
+    settings = rotary_settings(fields.raw).get("sliding_attention")
+    if not isinstance(settings, Mapping):
+        return absent
+    if (kind := rotary_type(settings)) != "default":
+        raise ValueError(
+            f"rope_parameters of sliding_attention: {shown(kind)} is not supported; supported: default"
+        )
+    return Fields(settings).number("rope_theta", absent)
+
+
+def header(file: GGUFFile) -> dict[str, Any]:
+    """The fields of `config.json`, as llama.cpp reads them from a header or knows them."""
+    name = "gemma3.final_logit_softcapping"
+    return {
+        "query_pre_attn_scalar": gemma2.query_scalar(file, "gemma3", _LAYERS_OF_27B),
+        "sliding_window": file.number("gemma3.attention.sliding_window", int),
+        "sliding_window_pattern": file.number("gemma3.attention.sliding_window_pattern", int, 6),
+        "rope_local_base_freq": file.number("gemma3.rope.freq_base_swa", float, 1e4),
+        "final_logit_softcapping": file.number(name, float, 0.0) or None,
+    }
+
+
+FAMILY = Family(
+    model_types=("gemma3_text",),
+    options=options,
+    allowed=gemma2.ALLOWED,
+    rotary=rotary,
+    absent={"tie_word_embeddings": True, "rope_theta": 1e6},
+    wrappers=("gemma3",),
+    hf_names=gemma2.NAMES,
+    architecture="gemma3",
+    header=header,
+)

@@ -1,0 +1,69 @@
+"""The supported families. A new one is a file beside this one, and a line here."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxkv.checkpoints.hf_folder import shown
+from jaxkv.models.families import (
+    ernie4_5,
+    exaone4,
+    gemma2,
+    gemma3,
+    granite,
+    llama,
+    mistral,
+    olmo2,
+    olmo3,
+    phi3,
+    qwen2,
+    qwen3,
+    seed_oss,
+    smollm3,
+)
+from jaxkv.models.families.family import Family
+
+FAMILIES: tuple[Family, ...] = (
+    llama.FAMILY,
+    mistral.FAMILY,
+    qwen2.FAMILY,
+    qwen3.FAMILY,
+    gemma2.FAMILY,
+    gemma3.FAMILY,
+    phi3.FAMILY,
+    olmo2.FAMILY,
+    olmo3.FAMILY,
+    granite.FAMILY,
+    smollm3.FAMILY,
+    seed_oss.FAMILY,
+    exaone4.FAMILY,
+    ernie4_5.FAMILY,
+)
+BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
+BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES if family.architecture}
+_WRAPPERS = {kind for family in FAMILIES for kind in family.wrappers}
+
+
+def is_wrapper(raw: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` holds the language model's config as its `text_config`."""
+    kind = raw.get("model_type")
+    return isinstance(kind, str) and kind in _WRAPPERS and isinstance(raw.get("text_config"), Mapping)
+
+
+def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The language model's config; fields that may lie outside it, as quantization, are taken along."""
+    if not is_wrapper(raw):
+        return raw
+    outside = ("quantization_config", "quantization", "tie_word_embeddings")
+    return {name: raw[name] for name in outside if name in raw} | dict(raw["text_config"])
+
+
+def family_of(raw: Mapping[str, Any]) -> Family:
+    """The family of a language model's config.
+
+    Raises:
+      ValueError: for an unsupported `model_type`, listing the supported ones.
+    """
+    kind = raw.get("model_type")
+    if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
+        raise ValueError(f"model_type {shown(kind)} is not supported; supported: {', '.join(BY_MODEL_TYPE)}")
+    return BY_MODEL_TYPE[kind]

@@ -1,0 +1,168 @@
+"""Every family gives PyTorch's logits through the paged cache, and refuses what it does not build."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxkv
+from jaxkv.models import ModelConfig, dense_logits, load
+from jaxkv.models.families.registry import FAMILIES
+from jaxkv.rope import LinearScaling
+from tests.models import gguf_files
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
+NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+# What a GGUF file's header says beyond the sizes that all have.
+HEADERS = {
+    "qwen3": {},
+    "olmo2": {},
+    "smollm3": {},
+    "seed_oss": {},
+    "ernie4_5": {},
+    "granite": {
+        "embedding_scale": 3.0,
+        "residual_scale": 0.5,
+        "attention.scale": 0.25,
+        "logit_scale": 2.0,
+    },
+    "gemma2": {
+        "attention.sliding_window": 7,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 4.0,
+    },
+    "gemma3": {
+        "attention.sliding_window": 7,
+        "attention.sliding_window_pattern": 2,
+        "rope.freq_base_swa": 100.0,
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 4.0,
+    },
+}
+
+
+def saved(name):
+    with np.load(FIXTURES / name / "logits.npz") as file:
+        return file["tokens"], file["logits"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_prefill_and_twenty_steps_past_every_window_give_pytorchs_logits(name):
+    loaded, (tokens, logits) = load(FIXTURES / name), saved(name)
+    seqs, prompt = jnp.asarray([1, 0]), 20
+    cache = jaxkv.init(loaded.config.cache_config(num_pages=24, page_size=4, max_seqs=2, dtype="float32"))
+
+    @jax.jit
+    def step(model, cache, chunk):
+        counts = jnp.full(2, chunk.shape[1], jnp.int32)
+        cache, batch = jaxkv.allocate(cache, seqs, counts, total_tokens=chunk.size)
+        got, cache = model(chunk.reshape(-1), cache, batch)
+        return got.reshape(*chunk.shape, -1), cache
+
+    got, cache = step(loaded.model, cache, jnp.asarray(tokens[:, :prompt]))
+    np.testing.assert_allclose(got, logits[:, :prompt], **CLOSE)
+    for at in range(prompt, 40):
+        got, cache = step(loaded.model, cache, jnp.asarray(tokens[:, at : at + 1]))
+        np.testing.assert_allclose(got[:, 0], logits[:, at], **CLOSE)
+
+
+@pytest.mark.parametrize("name", sorted(HEADERS))
+def test_a_gguf_file_gives_pytorchs_logits(name, tmp_path):
+    raw = json.loads((FIXTURES / name / "config.json").read_text())
+    architecture = gguf_files.architecture_of(raw)
+    header = {f"{architecture}.{field}": value for field, value in HEADERS[name].items()}
+    path = gguf_files.write_checkpoint(tmp_path / "m.gguf", FIXTURES / name, replace=header)
+    tokens, logits = saved(name)
+    loaded = load(path)
+    got = jax.jit(dense_logits)(loaded.model, jnp.asarray(tokens), jnp.full(2, 40))
+    np.testing.assert_allclose(got, logits, **CLOSE)
+    assert loaded.config.windows == ModelConfig.from_hf(FIXTURES / name).windows
+
+
+def test_every_family_has_a_model_type_of_its_own():
+    kinds = [kind for family in FAMILIES for kind in (*family.model_types, *family.wrappers)]
+    assert len(kinds) == len(set(kinds))
+
+
+def config(name, **change):
+    return ModelConfig.from_hf(json.loads((FIXTURES / name / "config.json").read_text()) | change)
+
+
+def test_an_older_gemma3_config_is_read_alike():
+    older = {"layer_types": None, "rope_parameters": None, "sliding_window_pattern": 2}
+    older |= {"rope_theta": 50000.0, "rope_local_base_freq": 100.0}
+    older |= {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
+    assert config("gemma3", **older) == config("gemma3")
+
+
+def test_gemma3_rotates_layers_with_a_window_by_a_base_of_their_own():
+    got = config("gemma3")
+    assert got.windows == (7, None, 7) and got.rope is None
+    assert (got.rope_theta, got.window_rope_theta) == (50000.0, 100.0)
+    assert got.rope_scaling == LinearScaling(factor=4.0)
+    assert got.ropes[0] == got.ropes[2] != got.ropes[1]
+
+
+def test_layers_without_rotary_positions_are_those_of_the_config():
+    assert config("smollm3").no_rope_layers == config("smollm3", no_rope_layers=None).no_rope_layers == (3,)
+    assert config("exaone4").no_rope_layers == (1,)
+    whole = config("exaone4", sliding_window=None, layer_types=None)
+    assert (whole.no_rope_layers, whole.windows) == ((), (None,) * 3)
+
+
+def test_a_nested_config_is_its_text_part():
+    nested = json.loads((FIXTURES / "gemma3_nested" / "config.json").read_text())
+    assert ModelConfig.from_hf(nested) == ModelConfig.from_hf(nested["text_config"])
+    with pytest.raises(ValueError, match="quantization_config"):
+        ModelConfig.from_hf(nested | {"quantization_config": {"quant_method": "gptq"}})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not"),
+        ("gemma3", {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported"),
+        ("gemma3", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive, not 0.0"),
+        ("gemma3", {"final_logit_softcapping": -1.0}, "logit_softcap must be a positive number, not -1.0"),
+        ("gemma3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
+        ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
+         "sliding_attention: 'yarn' is not supported"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types 'chunked_attention' is not"),
+        ("granite", {"logits_scaling": 0}, "logits_scaling must be positive, not 0.0"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4 times 0 or 1"),
+        ("smollm3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_scaling 'longrope' is not supported"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True is not supported"),
+        ("ernie4_5", {"use_bias": True}, "use_bias True is not supported"),
+        ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+    ],
+)  # fmt: skip
+def test_what_a_family_does_not_build_is_refused_by_name(name, change, message):
+    with pytest.raises(ValueError) as raised:
+        config(name, **change)
+    assert message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"norms": "between"}, "norms must be 'before' or 'around' or 'after', not 'between'"),
+        ({"qk_norm": "each"}, "qk_norm must be 'heads' or 'all' or None, not 'each'"),
+        ({"activation": "relu"}, "activation must be 'silu' or 'gelu_tanh', not 'relu'"),
+        ({"residual_multiplier": 0.0}, "residual_multiplier must be a positive number, not 0.0"),
+        ({"window_rope_theta": 1.0}, "window_rope_theta must be a finite number above 1, not 1.0"),
+        ({"no_rope_layers": (3,)}, "no_rope_layers must be of 3 layers, not (3,)"),
+    ],
+)
+def test_a_bad_option_is_named(change, message):
+    with pytest.raises(ValueError) as raised:
+        dataclasses.replace(config("gemma3"), **change)
+    assert str(raised.value) == message
