@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxkv.models.config import ModelConfig
-from jaxkv.models.llama import Llama
+from jaxkv.models.decoder import Llama
 
 
 @jax.tree_util.register_dataclass
