@@ -112,6 +112,8 @@ class CacheConfig:
     def _settle_layers(self):
         """What is said of each layer, as tuples of Python's own; None where all layers are alike."""
         for name, of_all in (("layer_kv_heads", "num_kv_heads"), ("layer_head_dims", "head_dim")):
+            if getattr(self, of_all) is not None:
+                object.__setattr__(self, of_all, _count(of_all, getattr(self, of_all)))
             values = _per_layer(name, getattr(self, name), self.num_layers, optional=False)
             if values is not None and len(set(values)) == 1:
                 object.__setattr__(self, of_all, values[0])

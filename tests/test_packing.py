@@ -54,11 +54,12 @@ def test_a_pool_sized_for_prompts_holds_them_until_each_releases_what_is_outside
         jaxkv.CacheConfig, num_layers=2, num_kv_heads=1, head_dim=1, layer_windows=(16, None), max_chunk=32
     )
     prompts = [[1] * 100] * 4
-    config = make(**pool_sizes(make, [100] * 4, [110] * 4, 1, None))
+    config = make(**pool_sizes(make, [100] * 4, [110] * 4, [110] * 4, 1, None, size))
     cache, seqs = jaxkv.init(config), jnp.arange(4, dtype=jnp.int32)
     for num_tokens, _, _ in chunks(prompts, size, config.max_chunk, whole=False):
         cache, batch = jitted.allocate(cache, seqs, jnp.asarray(num_tokens), total_tokens=size)
         assert batch.status.tolist() == [jaxkv.Status.OK] * 4
+        cache, _ = jitted.evict(cache, seqs)  # as `jaxkv.prefill` does
     for _ in range(10):
         cache, batch = jitted.allocate(cache, seqs, jnp.ones_like(seqs))
         assert batch.status.tolist() == [jaxkv.Status.OK] * 4

@@ -254,10 +254,10 @@ def test_what_is_no_policy_is_refused(policy):
 
 
 def test_a_cache_without_a_policy_has_nothing_of_one():
-    """No array more, nothing given up, and nothing to observe."""
+    """Nothing given up, and nothing to observe; with one that remembers nothing there is one vector more."""
     cache = jaxkv.init(CONFIG)
     assert cache.policy is None
-    assert len(jax.tree.leaves(jaxkv.init(CONFIG, SlidingWindow(6, 2)))) == len(jax.tree.leaves(cache))
+    assert len(jax.tree.leaves(jaxkv.init(CONFIG, SlidingWindow(6, 2)))) == len(jax.tree.leaves(cache)) + 1
     cache, batch = jitted.allocate(cache, ints(0), ints(20), total_tokens=20)
     assert (batch.window, batch.sink_tokens) == (None, 0)
     same, dropped = jaxkv.evict(cache, ints(0))
@@ -315,7 +315,7 @@ def test_a_policy_that_goes_by_attention_must_be_given_it(no_shape_checks):
     cache, batch = jaxkv.allocate(jaxkv.init(CONFIG, HeavyHitter(8, 3)), ints(0), ints(1))
     with pytest.raises(ValueError, match=r"HeavyHitter .* jaxkv.attention_mass"):
         jaxkv.observe(cache, batch)
-    with pytest.raises(ValueError, match=r"\[2, 1, 2, 24\], not \[1, 2, 24\]"):
+    with pytest.raises(ValueError, match=r"\[2, 1, 2, 24\], .* not \[1, 2, 24\]"):
         jaxkv.observe(cache, batch, jnp.zeros((1, 2, 24)))
 
 

@@ -56,7 +56,8 @@ def saved(name):
 def test_prefill_and_twenty_steps_past_every_window_give_pytorchs_logits(name):
     loaded, (tokens, logits) = load(FIXTURES / name), saved(name)
     seqs, prompt = jnp.asarray([1, 0]), 20
-    cache = jaxkv.init(loaded.config.cache_config(num_pages=24, page_size=4, max_seqs=2, dtype="float32"))
+    sizes = dict(num_pages=96, page_size=4, max_pages_per_seq=24, max_seqs=2)
+    cache = jaxkv.init(loaded.config.cache_config(**sizes, dtype="float32"))
 
     @jax.jit
     def step(model, cache, chunk):
