@@ -166,7 +166,8 @@ def tiny_model(tmp_path) -> str:
     """A random model of a few kilobytes whose tokens are words, for texts without end."""
     folder = shutil.copytree("tests/fixtures/llama_untied", tmp_path / "tiny")
     sizes = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(sizes | {"max_position_embeddings": 2**20}))
+    endless = {"max_position_embeddings": 2**20, "eos_token_id": None}
+    (folder / "config.json").write_text(json.dumps(sizes | endless))
     words = {f"w{number}": number for number in range(sizes["vocab_size"])}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
