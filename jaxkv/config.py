@@ -29,27 +29,29 @@ class CacheConfig:
 
     Attributes:
       num_layers: attention layers that share the page table.
-      num_kv_heads: KV heads a layer (equal to the query heads for MHA, 1 for MQA). Where `layer_kv_heads`
+      num_kv_heads: KV heads per layer (equal to the query heads for MHA, 1 for MQA). Where `layer_kv_heads`
         says otherwise this becomes that of the first kind of layers: one with full attention if there is any.
-      head_dim: elements a head. With `layer_head_dims` likewise.
+      head_dim: elements per head. With `layer_head_dims` likewise.
       num_pages: pages in the pool, shared by all sequences and groups of layers.
-      page_size: token slots a page, in layers of the first kind. Kinds with smaller heads have more.
+      page_size: token slots per page, in layers of the first kind. Kinds with smaller heads have more.
       max_seqs: sequences.
       max_pages_per_seq: pages of a sequence in a group with full attention. Default: the whole pool.
       dtype: of K and V: "float32", "bfloat16" or "float16".
-      quantization: how they are stored. None: as they are. "int8" or "fp8" (E4M3FN): in one byte, with a
-        float32 scale for each token and KV head. "int4": two to a byte, rotated, with a step and zero point
-        for groups of about 32; `head_dim` must be a multiple of 8. `dtype` is then what `gather` returns.
+      quantization: None stores K and V as `dtype`. "int8" and "fp8" (E4M3FN) store one byte per element and
+        a float32 scale per token and KV head. "int4" rotates each row and stores two elements per byte, with
+        a step and zero point per group of about 32; `head_dim` must be a multiple of 8. With quantization
+        `dtype` is what `gather` returns.
       layer_windows: for each layer the tokens that a token attends to, itself included; None for all of them.
         A layer with a window releases the pages that no token to come can see. Default: all are full.
       layer_kv_heads, layer_head_dims: of each layer, where layers differ.
-      group_layers: layers that share a row of the page table and a page. Default: what takes the fewest bytes
-        for one sequence of `max_tokens_per_seq` tokens, with at most 8 groups; see `groups`.
+      group_layers: layers that share a row of the page table and a page. Default: the number that takes the
+        fewest bytes for one sequence of `max_tokens_per_seq` tokens, with at most 8 groups; see `groups`.
       rollback: tokens kept in each layer with a window beyond what it can see, so that `truncate` can take as
         many back, counted from before the last `allocate`.
       max_chunk: most tokens of one sequence in one `allocate`, where any layer has a window.
-      compaction_threshold: `should_compact` says yes above this share of holes, 0 to 1.
-      compact_automatically: `generate` compacts when `should_compact` says so.
+      compaction_threshold: `should_compact` is True when, of the pages up to the highest one in use, more
+        than this share are free; 0 to 1.
+      compact_automatically: `generate` compacts when `should_compact` is True.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -141,7 +143,7 @@ class CacheConfig:
         for name in ("num_pages", "max_pages_per_seq"):
             slots = getattr(self, name) * self.page_size
             if slots >= MAX_TOKENS:
-                raise ValueError(f"{name} * page_size = {slots} token places; must be below {MAX_TOKENS}")
+                raise ValueError(f"{name} * page_size = {slots} token slots; must be below {MAX_TOKENS}")
 
     def _check_groups(self):
         for shape in grouping.kinds_of(self):

@@ -77,6 +77,11 @@ def page_sizes(config: CacheConfig) -> Int[Array, "groups 1"]:
     return jnp.asarray([[group.page_size] for group in config.groups], jnp.int32)
 
 
+def row_page_sizes(config: CacheConfig, entries: int) -> Int[Array, " rows"]:
+    """The same for the rows of so many entries in each group, one group after the other."""
+    return jnp.repeat(page_sizes(config)[:, 0], entries)
+
+
 def first_fault(*faults: tuple[Bool[Array, " entries"], Status]) -> Int[Array, " entries"]:
     """A `Status` for each entry: of the first condition that holds for it, else OK."""
     status = jnp.zeros(faults[0][0].shape, jnp.int32)

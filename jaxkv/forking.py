@@ -6,7 +6,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from jaxkv.entries import check_vectors, clean_slots, first_fault, page_sizes, pages_for, rows_of, table_rows
+from jaxkv.entries import (
+    check_vectors,
+    clean_slots,
+    first_fault,
+    pages_for,
+    row_page_sizes,
+    rows_of,
+    table_rows,
+)
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import share
@@ -67,7 +75,7 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, P
     status = jnp.where((status == Status.OK) & (child == max_seqs), Status.OCCUPIED, status)
     source, row = (table_rows(slot, config).reshape(-1) for slot in (parent, child))
     lengths = rows_of(table.lengths, source)
-    size = jnp.repeat(page_sizes(config)[:, 0], parents.shape[0])
+    size = row_page_sizes(config, parents.shape[0])
     owned = jnp.where(row < config.num_rows, pages_for(lengths, size), 0)
 
     def share_pages(table: PageTable, entry, place, _) -> PageTable:

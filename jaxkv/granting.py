@@ -61,21 +61,19 @@ class Tokens(NamedTuple):
     page_ids: Int[Array, "groups tokens"]
     offsets: Int[Array, "groups tokens"]
     positions: Int[Array, " tokens"]
-    row: Int[Array, "groups tokens"]
+    row: Int[Array, "groups tokens"]  # where a new page is entered, by the first token on it; else no row
     column: Int[Array, "groups tokens"]
 
 
 def read_request(config: CacheConfig, seqs: Array, num_tokens: Array, total: int) -> Request:
+    """The entries, cleaned, and what is wrong with them whatever the cache holds."""
+    most = MAX_TOKENS if config.layer_windows is None else config.max_chunk
     ends = jnp.cumsum(jnp.clip(num_tokens, 0, total + 1), dtype=jnp.int32)
     slot = clean_slots(seqs, config.max_seqs)
     status = first_fault(
         (seqs < 0, Status.PADDING),
         (slot == config.max_seqs, Status.INVALID_SEQ),
-        ((num_tokens < 0) | (ends > total) & (num_tokens > 0), Status.INVALID_LENGTH),
-        (
-            num_tokens > (MAX_TOKENS if config.layer_windows is None else config.max_chunk),
-            Status.INVALID_LENGTH,
-        ),
+        ((num_tokens < 0) | (ends > total) & (num_tokens > 0) | (num_tokens > most), Status.INVALID_LENGTH),
     )
     return Request(slot, num_tokens, ends, status)
 
@@ -100,8 +98,7 @@ def decide(cache: KVCache, request: Request, total: int) -> tuple[PageTable, Gra
         table, jnp.sum(need, axis=0, dtype=jnp.int32), _most_pages(config, total, slot.shape[0])
     )
     granted = wants & taken.granted
-    # Of an entry's pages each group has a run, in order.
-    start = taken.starts[None] + jnp.cumsum(need, axis=0, dtype=jnp.int32) - need
+    start = taken.group_starts(need)
     first_page = rows_of(taken.pages, start, config.num_pages)
     grant = Grant(
         slot=slot,

@@ -151,19 +151,16 @@ def group_layers(config: "CacheConfig") -> int:
     """
     if config.group_layers is not None:
         return config.group_layers
-    kinds = kinds_of(config)
+    most = config.max_tokens_per_seq
+    kinds = [(len(of), decode_pages(config, shape, most)) for shape, of in kinds_of(config).items()]
 
     def num_groups(size: int) -> int:
-        return sum(-(-len(layers) // size) for layers in kinds.values())
+        return sum(-(-layers // size) for layers, _ in kinds)
 
     def cost(size: int) -> tuple[int, int]:
-        pages = sum(
-            -(-len(layers) // size) * decode_pages(config, shape, config.max_tokens_per_seq)
-            for shape, layers in kinds.items()
-        )
-        return size * pages, num_groups(size)
+        return size * sum(-(-layers // size) * pages for layers, pages in kinds), num_groups(size)
 
-    largest = max(map(len, kinds.values()))
+    largest = max(layers for layers, _ in kinds)
     allowed = [size for size in range(1, largest + 1) if num_groups(size) <= MOST_GROUPS]
     return min(allowed or [largest], key=cost)
 

@@ -34,6 +34,10 @@ class Taken(NamedTuple):
     starts: Int[Array, " entries"]  # where in `pages` an entry's begin
     num_pages: Int[Array, ""]  # how many were taken
 
+    def group_starts(self, need: Int[Array, "groups entries"]) -> Int[Array, "groups entries"]:
+        """Where in `pages` each group's begin: of an entry's pages each group has a run, in order."""
+        return self.starts[None] + jnp.cumsum(need, axis=0, dtype=jnp.int32) - need
+
 
 def all_free(num_pages: int) -> dict[str, Array]:
     """The fields of a `PageTable` that say who owns what, where nothing is owned."""

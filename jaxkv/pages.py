@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import check_vectors, clean_slots, first_fault, page_sizes, pages_for, rows_of, table_rows
+from jaxkv.entries import (
+    check_vectors,
+    clean_slots,
+    first_fault,
+    pages_for,
+    row_page_sizes,
+    rows_of,
+    table_rows,
+)
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, release
@@ -84,14 +92,14 @@ def _truncate(
     asked = clean_slots(seqs, config.max_seqs, where=lengths >= 0, once=False)
     slot = clean_slots(asked, config.max_seqs)
     shortest = table.positions.at[asked].min(lengths, mode="drop")
-    row, size = table_rows(slot, config), page_sizes(config)
+    row = table_rows(slot, config)
     position, new_position = rows_of(table.positions, slot), rows_of(shortest, slot)
     old = rows_of(table.lengths, row)
     # Of an empty sequence nothing is left in any group.
     new = jnp.where(new_position[None] == 0, 0, old - (position - new_position)[None])
     refused = (new_position < position) & (new_position > 0) & _is_gone(cache, slot, new, new_position)
     new, new_position = jnp.where(refused[None], old, new), jnp.where(refused, position, new_position)
-    table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), size, config)
+    table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), seqs.shape[0], config)
     table = replace(table, positions=table.positions.at[slot].set(new_position, mode="drop"))
     cut = new_position < position
     table = stamp(table, Operation.TRUNCATE, cut, slot, new_position)
@@ -131,11 +139,10 @@ def _is_gone(cache: KVCache, slot: Array, lengths: Array, positions: Array) -> B
 
 
 def _shorten(
-    table: PageTable, row: Array, old: Array, new: Array, size: Array, config: CacheConfig
+    table: PageTable, row: Array, old: Array, new: Array, entries: int, config: CacheConfig
 ) -> PageTable:
     """Rows of the table cut to new lengths, each row once; pages left empty are released."""
-    entries = row.shape[0] // size.shape[0]
-    size = jnp.repeat(size[:, 0], entries)
+    size = row_page_sizes(config, entries)
     kept = pages_for(new, size)
 
     def give_back(table: PageTable, entry, place, nth):

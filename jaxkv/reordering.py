@@ -7,7 +7,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import check_vectors, clean_slots, first_fault, page_sizes, pages_for, rows_of, table_rows
+from jaxkv.entries import (
+    check_vectors,
+    clean_slots,
+    first_fault,
+    pages_for,
+    row_page_sizes,
+    rows_of,
+    table_rows,
+)
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.forking import inherited
 from jaxkv.operation import REPLICATED, as_given, operation
@@ -68,7 +76,7 @@ def _reorder(
     slot, parent = (clean_slots(x, config.max_seqs, where=changes, once=False) for x in (seqs, parents))
     row, source = (table_rows(x, config).reshape(-1) for x in (slot, parent))
     lengths, positions = rows_of(table.lengths, source), rows_of(table.positions, parent)
-    size = jnp.repeat(page_sizes(config)[:, 0], seqs.shape[0])
+    size = row_page_sizes(config, seqs.shape[0])
     new, old = (pages_for(x, size) for x in (lengths, rows_of(table.lengths, row)))
     # A page may stand in another column of its next owner's row, so all are shared before any is released.
     table = for_each_column(_share(source, config), table, jnp.max(new), row.shape[0])

@@ -111,8 +111,7 @@ def _own_rows(
     num_holes, num_spare = (jnp.sum(mask, axis=1, dtype=jnp.int32) for mask in (hole, spare))
     need = jnp.maximum(num_holes - num_spare, 0).reshape(-1, entries)
     table, taken = take(table, jnp.sum(need, axis=0, dtype=jnp.int32), old.size)
-    # Of an entry's pages each group has a run, in order.
-    start = (taken.starts[None] + jnp.cumsum(need, axis=0, dtype=jnp.int32) - need).reshape(-1, 1)
+    start = taken.group_starts(need).reshape(-1, 1)
     nth_fresh = nth_hole - num_spare[:, None]
     fresh_page = rows_of(taken.pages, start + nth_fresh, num_pages)
     spares = jnp.full_like(old, num_pages).at[number, nth_spare].set(old, mode="drop")

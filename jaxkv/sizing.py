@@ -140,10 +140,11 @@ def pool_sizes(
     Args:
       make: makes the `CacheConfig` of `num_pages` and other sizes.
       lengths: tokens of each prompt.
-      totals: and of its continuation, whatever is forgotten: what layers with a window go by.
+      totals: tokens of each prompt and its continuation, dropped ones included; layers with a window need
+        pages for the last of these.
       slots: most token slots of each prompt and its continuation.
       num_samples: continuations of each prompt.
-      policy: what is forgotten.
+      policy: the eviction policy, or None.
       prefill_chunk: most tokens per prefill step.
     """
     row = make(num_pages=1).pages_for(max(slots))

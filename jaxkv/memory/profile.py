@@ -31,7 +31,7 @@ class MemoryProfile:
     Attributes:
       lengths: token slots of each sequence, in groups with full attention; where there are none, its tokens.
       row_lengths: token slots of each sequence in each group.
-      num_used: pages that somebody owns.
+      num_used: pages with an owner.
       num_shared: pages with more than one owner.
       num_spanned: pages from the first to the last that is used.
       num_stored: token slots in use, those of a shared page once, as far as its fullest owner reaches.
