@@ -19,7 +19,9 @@ free stack is shuffled, so that ids are in no order, as after long use. The grow
 with ids in order, which must meet the target, and again with a shuffled stack: the difference is what the
 machine's memory takes for touching as many elements of a larger array.
 
-    python -m benchmarks.bench_ops [--quick] [--strict]
+All of it runs on one core, the peer too, unless `--all-cores`; see `one_core`.
+
+    python -m benchmarks.bench_ops [--quick] [--strict] [--all-cores]
 
 A peer that is not installed is named as absent. The last line of output is one JSON document; unless
 `--quick`, it is also written under `results/`.
@@ -38,6 +40,7 @@ import numpy as np
 
 import jaxkv
 from benchmarks import peer_levanter
+from benchmarks.one_core import keep_to_one_core
 from benchmarks.publishing import publish
 from jaxkv.tune.timing import Sample, interleave, microseconds, stopwatch, times
 
@@ -283,7 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="What does bookkeeping cost?")
     parser.add_argument("--quick", action="store_true", help="few rounds, nothing kept: a look")
     parser.add_argument("--strict", action="store_true", help="exit with 1 where a target is missed")
+    parser.add_argument("--all-cores", action="store_true", help="let XLA's threads share the operations")
     options = parser.parse_args(arguments)
+    one_core = not options.all_cores and keep_to_one_core()
+    print(f"on {'one core' if one_core else 'all cores'}")
     try:
         peer = peer_levanter.load()
     except ImportError as error:
@@ -299,6 +305,7 @@ def main(arguments: list[str] | None = None) -> int:
     publish(
         "ops",
         {
+            "one_core": one_core,
             "levanter": peer.version if peer else None,
             "against_peer": tables,
             "growth": grown,
