@@ -13,6 +13,7 @@ from jaxtyping import PRNGKeyArray
 from jaxkv.causal_lm import CausalLM
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Decoding, Finish, decode, end, start
+from jaxkv.fitting import check_fit
 from jaxkv.generation import Generation as Generation
 from jaxkv.generation import generation_of
 from jaxkv.initial import init
@@ -21,7 +22,7 @@ from jaxkv.policies import Policy
 from jaxkv.prompting import Prompts, run_prompts, vocabulary
 from jaxkv.request import Request, check_model
 from jaxkv.sampling import GREEDY, Sampling, SamplingBatch
-from jaxkv.sizing import check_fit, fitting_config
+from jaxkv.sizing import fitting_config
 from jaxkv.state import KVCache
 from jaxkv.turns import Turn, new_turn, next_turn, with_policy
 

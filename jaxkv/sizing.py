@@ -1,21 +1,15 @@
 """Sizes a cache by an amount of memory, a context length, or prompts and new tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from jaxkv import catalog
 from jaxkv.arguments import whole
 from jaxkv.config import MAX_TOKENS, CacheConfig
-from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.groups import decode_pages
-from jaxkv.packing import most_at_once
-from jaxkv.pages import lengths
 from jaxkv.policies import Policy
-from jaxkv.state import KVCache
 from jaxkv.units import format_bytes, parse_bytes
 
 
@@ -235,73 +229,3 @@ def fitting_config(
     if num_pages is not None:
         sizes |= dict(num_pages=num_pages, max_pages_per_seq=min(sizes["max_pages_per_seq"], num_pages))
     return make(**sizes)
-
-
-def check_fit(
-    config: CacheConfig,
-    cache: KVCache | None,
-    slots: np.ndarray,
-    prompts: Mapping[int, list[int]],
-    shared: int,
-    policy: Policy | None,
-    prefill_chunk: int,
-) -> None:
-    """Refuses prompts that cannot fit, before anything is computed.
-
-    Args:
-      config: of the cache.
-      cache: the cache that the prompts are appended to; None for an empty one.
-      slots: of all prompts.
-      prompts: token ids by index of the prompt; prompts that are not run are left out.
-      shared: number of pages that all of them begin with.
-      policy: the eviction policy, or None.
-      prefill_chunk: most tokens per prefill step.
-
-    Raises:
-      SequenceTooLongError, OutOfPagesError: naming what is needed and what is available.
-    """
-    most = None
-    if policy is not None and not policy.once:
-        most = policy.most_kept(config) + most_at_once(policy, config, prefill_chunk)
-    held_now = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(lengths(cache))
-    filled = {number: int(held_now[slots[number]]) for number in prompts}
-    for number, prompt in prompts.items():
-        before = filled[number]
-        if before + len(prompt) > config.max_tokens_per_seq and most is None:
-            after = f" after the {before} in its slot" if before else ""
-            raise SequenceTooLongError(
-                f"prompt {number} has {len(prompt)} tokens{after}; a sequence holds "
-                f"{config.max_tokens_per_seq} ({config.max_pages_per_seq} pages of {config.page_size})"
-            )
-    if most is not None:
-        shared = min(shared, config.pages_for(most))
-    of_shared = config.pages_for_seq(shared * config.page_size)
-    pages = of_shared + copied_pages(cache, [slots[number] for number in prompts])
-    for number, prompt in prompts.items():
-        before = filled[number]
-        after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
-        pages += config.pages_for_seq(after) - config.pages_for_seq(before) - of_shared
-    if policy is not None and shared:
-        # Tokens kept of shared pages are copied for each sequence before the shared pages are released.
-        pages += len(prompts) * config.pages_for(policy.copied_tokens(config.max_tokens_per_seq))
-    free = config.num_pages if cache is None else int(cache.table.num_free)
-    if pages > free:
-        raise OutOfPagesError(
-            f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "
-            f"{free} of the pool's {config.num_pages} are free"
-        )
-
-
-def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
-    """Number of shared, partly filled last pages: the first write to each copies it."""
-    if cache is None:
-        return 0
-    table, config = cache.table, cache.config
-    stored, pages, refcounts = (np.asarray(x) for x in (table.lengths, table.pages, table.refcounts))
-    rows = [
-        (number * config.max_seqs + slot, group.page_size)
-        for number, group in enumerate(config.groups)
-        for slot in slots
-    ]
-    tails = [pages[row, stored[row] // size] for row, size in rows if stored[row] % size]
-    return sum(int(refcounts[page] > 1) for page in tails)

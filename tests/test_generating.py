@@ -10,10 +10,11 @@ import pytest
 
 import jaxkv
 from jaxkv.decode import Finish, decode, prefill, start
+from jaxkv.fitting import check_fit
 from jaxkv.models import ModelConfig, dense_logits, random_model
 from jaxkv.policies import HeavyHitter, PromptCompress, SlidingWindow
 from jaxkv.sampling import GREEDY, Sampling
-from jaxkv.sizing import check_fit, fitting_config
+from jaxkv.sizing import fitting_config
 
 CONFIG = ModelConfig(
     vocab_size=64,

@@ -1,5 +1,6 @@
 """Layers of several kinds: windows release their pages, and kinds of different shape share one pool."""
 
+import re
 from dataclasses import replace
 
 import jax
@@ -335,6 +336,28 @@ def test_a_pool_made_for_prompts_holds_them(window, lengths, new, options):
     prompts = [[prompt] * length for prompt, length in enumerate(lengths)]
     result = jaxkv.generate(model, prompts, max_new_tokens=new, **options)
     assert result.finish == [[jaxkv.Finish.LENGTH]] * len(lengths)
+
+
+def test_prompts_that_chunks_of_a_window_make_no_room_for_are_refused_before_anything_is_computed():
+    """Counted step by step on the host: as many pages as it names are enough, and all of them are used."""
+    sizes = dict(vocab_size=20, hidden_size=8, num_layers=3, num_q_heads=1, num_kv_heads=1, head_dim=8)
+    model = random_model(
+        ModelConfig(**sizes, intermediate_size=8, max_context=256, window=6, full_attention_layers=(0, 2)),
+        jax.random.key(0),
+    )
+    prompts = [[5] * 17 + [number] * (9 + 7 * number) for number in range(3)]
+    options = dict(page_size=4, max_seqs=3, max_pages_per_seq=16, max_chunk=16, rollback=4)
+
+    def run(num_pages):
+        config = model.cache_config(num_pages=num_pages, **options)
+        return jaxkv.generate(model, prompts, config, max_new_tokens=0, keep=True, prefill_chunk=8)
+
+    with pytest.raises(jaxkv.OutOfPagesError, match=r"the prompts need \d+ pages") as refused:
+        run(16)
+    needed = int(re.search(r"need (\d+)", str(refused.value))[1])
+    assert run(needed).peak_pages == needed
+    with pytest.raises(jaxkv.OutOfPagesError, match=f"need {needed} pages"):
+        run(needed - 1)
 
 
 def test_text_from_released_pages_is_that_of_a_full_cache_with_masked_windows():
