@@ -97,9 +97,10 @@ class CacheConfig:
                 f"quantization={self.quantization!r} is not supported; "
                 f"allowed: None, {', '.join(map(repr, QUANTIZATIONS))}"
             )
-        for head_dim in {self.head_dim, *(self.layer_head_dims or ())}:
+        dims = {f"layer_head_dims[{layer}]": dim for layer, dim in enumerate(self.layer_head_dims or ())}
+        for name, head_dim in (dims or {"head_dim": self.head_dim}).items():
             if allowed := self.storage.refuses(head_dim):
-                raise ValueError(f"head_dim={head_dim} must be {allowed}, for {self.storage.name}")
+                raise ValueError(f"{name}={head_dim} must be {allowed}, for {self.storage.name}")
         threshold = real(self.compaction_threshold)
         if threshold is None or not 0 <= threshold <= 1:
             raise ValueError(
@@ -330,15 +331,18 @@ def _count(name: str, value: object, least: int = 1) -> int:
 
 
 def _per_layer(name: str, values: object, num_layers: int, *, optional: bool) -> tuple | None:
-    """One positive integer for each layer, or None too where that is allowed."""
+    """One positive integer for each layer; with `optional`, None says that it has no window."""
     if values is None:
         return None
     if not isinstance(values, (tuple, list, np.ndarray)) or len(values) != num_layers:
         raise ValueError(f"{name}={values!r} must have an entry for each of num_layers={num_layers} layers")
-    return tuple(
-        None if optional and value is None else _count(f"{name}[{layer}]", value)
-        for layer, value in enumerate(values)
-    )
+    if not optional:
+        return tuple(_count(f"{name}[{layer}]", value) for layer, value in enumerate(values))
+    windows = tuple(None if value is None else whole(value) for value in values)
+    for layer, (value, window) in enumerate(zip(values, windows, strict=True)):
+        if value is not None and (window is None or window < 1):
+            raise ValueError(f"{name}[{layer}]={value!r} must be a positive integer, or None for no window")
+    return windows
 
 
 def _itemsize(dtype: str) -> int:

@@ -146,8 +146,11 @@ def test_four_bits_take_at_most_three_tenths_of_bfloat16(head_dim):
 
 @pytest.mark.parametrize("head_dim", [4, 20, 520])
 def test_four_bits_come_by_eights(head_dim):
+    sizes = dict(num_layers=2, num_kv_heads=1, num_pages=1, quantization="int4")
     with pytest.raises(ValueError, match=f"head_dim={head_dim} must be a multiple of 8, at most 512"):
-        CacheConfig(num_layers=1, num_kv_heads=1, head_dim=head_dim, num_pages=1, quantization="int4")
+        CacheConfig(**sizes, head_dim=head_dim)
+    with pytest.raises(ValueError, match=rf"layer_head_dims\[1\]={head_dim} must be a multiple of 8"):
+        CacheConfig(**sizes, layer_head_dims=(8, head_dim))
 
 
 # Layers of several kinds -------------------------------------------------------------------------
@@ -191,7 +194,7 @@ def stored_as(name):
         ("layer_windows", (8, 8, None), "an entry for each of num_layers=2"),
         ("layer_windows", "88", "an entry for each of num_layers=2"),
         ("layer_windows", 8, "an entry for each of num_layers=2"),
-        ("layer_windows", (0, None), r"layer_windows\[0\]=0 must be a positive integer"),
+        ("layer_windows", (0, None), r"layer_windows\[0\]=0 must be a positive integer, or None"),
         ("layer_windows", (8, -1), r"layer_windows\[1\]=-1 must be a positive integer"),
         ("layer_windows", (8, True), r"layer_windows\[1\]=True must be a positive integer"),
         ("layer_windows", (8, "8"), r"layer_windows\[1\]='8' must be a positive integer"),

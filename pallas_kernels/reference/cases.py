@@ -157,6 +157,7 @@ WINDOWED_ROWS = [
         (2, "float32", "int8", 4),
         (1, "float32", "int8", 8),
         (2, "bfloat16", "uint8", 4),
+        (2, "bfloat16", "int32", 4),
     )
 ]
 WINDOWED_ROWS.append(

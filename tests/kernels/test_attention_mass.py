@@ -26,6 +26,8 @@ CHOSEN = (
     "sink tokens up to the window, pages of 3",
     "sink tokens in a large page of int8",
     "sink tokens of fp8, and all options",
+    "a chunk past its window, float32, 2 KV heads",
+    "a chunk past its window, int8, 2 KV heads",
     *FOUR_BITS,
 )
 CASES = [case for case in PAGED_ATTENTION if case.name in CHOSEN]

@@ -369,7 +369,7 @@ def stored_and_read(k, v, storage, dtype):
 
 @backends
 @pytest.mark.parametrize("kv_heads", [1, 2])
-@pytest.mark.parametrize("stored", ["int8"])
+@pytest.mark.parametrize("stored", CODES)
 def test_slots_of_scales_past_the_page_move_with_it_and_are_never_written(backend, stored, kv_heads):
     """As in pools of layers of different shape: there a page may have more scales than tokens."""
     pages, scales = pool_of_codes(stored, (3, 9, kv_heads, 5, 24), more_slots=3)
