@@ -105,8 +105,8 @@ class Block(nnx.Module):
         q, k, v = jnp.split(heads, [config.num_q_heads, config.num_q_heads + config.num_kv_heads], axis=1)
         q, k = self._heads_normed(q, self.q_norm), self._heads_normed(k, self.k_norm)
         if self.rope is not None:
-            frequencies = np.asarray(self.rope.frequencies, np.float32)
-            q, k = (rotate(part, positions, frequencies, self.rope.pairing) for part in (q, k))
+            rope, frequencies = self.rope, np.asarray(self.rope.frequencies, np.float32)
+            q, k = (rotate(part, positions, frequencies, rope.pairing, rope.magnitude) for part in (q, k))
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
     def mix(

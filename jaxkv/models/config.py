@@ -62,7 +62,8 @@ class ModelConfig:
       rms_norm_eps: added to the mean square before its root.
       rope_theta: the base of the rotary frequencies.
       rope_pairing: which features are rotated as a pair; see `jaxkv.rope.rotate`.
-      rope_scaling: how the frequencies are scaled, or None.
+      rope_scaling: how the frequencies are scaled, or None; dynamic and longrope depend on `max_context`.
+      rotary_features: features of a head that are rotated, the first ones; even. None is all.
       window_rope_theta: the base in layers with a window, unscaled; None is as in the others.
       norms: of attention and MLP: of what they read, of what they add to the residual stream, or of both.
       qk_norm: whether queries and keys are normalized before they are rotated: "heads", each head by itself;
@@ -96,6 +97,7 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_pairing: RopePairing = "half"
     rope_scaling: RopeScaling | None = None
+    rotary_features: int | None = None
     window_rope_theta: float | None = None
     norms: Norms = "before"
     qk_norm: QKNorm | None = None
@@ -128,6 +130,14 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even, not {self.head_dim}")
+        if self.rotary_features is not None:
+            rotated = whole(self.rotary_features)
+            if rotated is None or not 2 <= rotated <= self.head_dim or rotated % 2:
+                raise ValueError(
+                    f"rotary_features must be an even integer from 2 to {self.head_dim}, "
+                    f"not {shown(self.rotary_features)}"
+                )
+            object.__setattr__(self, "rotary_features", rotated)
         if not 0.0 < self.rms_norm_eps < 1.0:
             raise ValueError(f"rms_norm_eps must lie between 0 and 1, not {self.rms_norm_eps!r}")
         for name in ("rope_theta", "window_rope_theta"):
@@ -145,7 +155,7 @@ class ModelConfig:
         if not set(self.no_rope_layers) <= set(range(self.num_layers)):
             raise ValueError(f"no_rope_layers must be of {self.num_layers} layers, not {self.no_rope_layers}")
         if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, self.head_dim)
+            check_scaling(self.rope_scaling, self.rotary_features or self.head_dim)
         full = self.full_attention_layers
         if full != () and (self.window is None or not set(full) < set(range(self.num_layers))):
             raise ValueError(
@@ -172,9 +182,10 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """How each layer's queries and keys are rotated by their positions; None is not at all."""
-        full = Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
+        features, pairing = self.rotary_features or self.head_dim, self.rope_pairing
+        full = Rope.of(features, self.rope_theta, self.rope_scaling, pairing, self.max_context)
         theta = self.window_rope_theta
-        near = full if theta is None else Rope.of(self.head_dim, theta, pairing=self.rope_pairing)
+        near = full if theta is None else Rope.of(features, theta, pairing=pairing)
         without = set(self.no_rope_layers)
         return tuple(
             None if layer in without else full if window is None else near
@@ -200,6 +211,21 @@ class ModelConfig:
             layer_windows=self.windows,
         )
         return CacheConfig(**{**sizes, **options})  # type: ignore[arg-type]
+
+    def limited(self, max_context: int | None) -> Self:
+        """The same model for contexts of at most `max_context` tokens; None changes nothing.
+
+        Raises:
+          ValueError: for more than the model supports.
+        """
+        if max_context is None:
+            return self
+        tokens = whole(max_context)
+        if tokens is None or not 1 <= tokens <= self.max_context:
+            raise ValueError(
+                f"max_context must be an integer from 1 to {self.max_context}, not {shown(max_context)}"
+            )
+        return dataclasses.replace(self, max_context=tokens)
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | PathLike[str]) -> Self:

@@ -22,19 +22,21 @@ ROPE_FACTORS = "rope_freqs.weight"
 
 
 def load_gguf(
-    file: GGUFFile, *, dtype: DTypeLike, progress: Progress | None = None
+    file: GGUFFile, *, dtype: DTypeLike, max_context: int | None = None, progress: Progress | None = None
 ) -> tuple[Decoder, ModelConfig]:
     """Reads the model from an open file.
 
     Args:
       file: the GGUF file.
       dtype: of the model's matrices, whatever the file's are.
+      max_context: tokens of the longest context, as for `load`.
       progress: called after each tensor; see `Progress`.
 
     Raises:
       ModelLoadError: naming the file and the fault.
+      ValueError: for a context longer than the model supports.
     """
-    config = gguf_config(file)
+    config = gguf_config(file).limited(max_context)
     names = BY_ARCHITECTURE[file.get("general.architecture")].gguf_names
     model = build_model(
         config, file, names, dtype=dtype, ignored=lambda name: name == ROPE_FACTORS, progress=progress

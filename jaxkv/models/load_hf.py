@@ -97,17 +97,19 @@ class TextPart:
 
 
 def load_hf(
-    folder: Path, *, dtype: DTypeLike, progress: Progress | None = None
+    folder: Path, *, dtype: DTypeLike, max_context: int | None = None, progress: Progress | None = None
 ) -> tuple[Decoder, ModelConfig]:
     """Reads a model folder.
 
     Args:
       folder: holds `config.json` and the weights.
       dtype: of the model's matrices.
+      max_context: tokens of the longest context, as for `load`.
       progress: called after each tensor; see `Progress`.
 
     Raises:
       ModelLoadError: naming the file and the fault.
+      ValueError: for a context longer than the model supports.
     """
     try:
         raw = read_json(folder)
@@ -116,7 +118,7 @@ def load_hf(
         message = str(error)
         named = message.startswith(str(folder))
         raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
-    whole = SafetensorsFolder(folder)
+    config, whole = config.limited(max_context), SafetensorsFolder(folder)
     source = TextPart(whole) if is_wrapper(raw) else whole
     if config.tied_embeddings and not _is_tied(source, names):
         config = dataclasses.replace(config, tied_embeddings=False)

@@ -11,8 +11,9 @@ import pytest
 
 import jaxkv
 from jaxkv.models import ModelConfig, dense_logits, load
+from jaxkv.models.families.reading import rope_scaling
 from jaxkv.models.families.registry import FAMILIES
-from jaxkv.rope import LinearScaling
+from jaxkv.rope import LinearScaling, Rope
 from tests.models import gguf_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
@@ -55,22 +56,25 @@ def saved(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_twenty_steps_past_every_window_give_pytorchs_logits(name):
     loaded, (tokens, logits) = load(FIXTURES / name), saved(name)
-    seqs, prompt = jnp.asarray([1, 0]), 20
+    seqs, prompt, chunk = jnp.asarray([1, 0]), 20, 5
     sizes = dict(num_pages=96, page_size=4, max_pages_per_seq=24, max_seqs=2)
     cache = jaxkv.init(loaded.config.cache_config(**sizes, dtype="float32"))
 
     @jax.jit
-    def step(model, cache, chunk):
-        counts = jnp.full(2, chunk.shape[1], jnp.int32)
-        cache, batch = jaxkv.allocate(cache, seqs, counts, total_tokens=chunk.size)
-        got, cache = model(chunk.reshape(-1), cache, batch)
-        return got.reshape(*chunk.shape, -1), cache
+    def step(model, cache, ids, count):
+        """One program for all: the prompt in chunks, then single tokens beside padding."""
+        cache, batch = jaxkv.allocate(cache, seqs, jnp.full(2, count), total_tokens=2 * chunk)
+        return model(ids, cache, batch)
 
-    got, cache = step(loaded.model, cache, jnp.asarray(tokens[:, :prompt]))
-    np.testing.assert_allclose(got, logits[:, :prompt], **CLOSE)
-    for at in range(prompt, 40):
-        got, cache = step(loaded.model, cache, jnp.asarray(tokens[:, at : at + 1]))
-        np.testing.assert_allclose(got[:, 0], logits[:, at], **CLOSE)
+    def run(start, count):
+        ids = np.full(2 * chunk, 95, np.int32)
+        ids[: 2 * count] = tokens[:, start : start + count].reshape(-1)
+        got, after = step(loaded.model, cache, jnp.asarray(ids), jnp.asarray(count, jnp.int32))
+        return np.asarray(got[: 2 * count]).reshape(2, count, -1), after
+
+    for at, count in [(at, chunk) for at in range(0, prompt, chunk)] + [(at, 1) for at in range(prompt, 40)]:
+        got, cache = run(at, count)
+        np.testing.assert_allclose(got, logits[:, at : at + count], **CLOSE)
 
 
 @pytest.mark.parametrize("name", sorted(HEADERS))
@@ -117,6 +121,24 @@ def test_layers_without_rotary_positions_are_those_of_the_config():
     assert (whole.no_rope_layers, whole.windows) == ((), (None,) * 3)
 
 
+def test_longrope_takes_the_short_factors_if_no_context_exceeds_the_original_one():
+    longest, short = config("phi4_mini"), config("phi4_mini").limited(24)
+    assert longest.max_context == 128 and longest.rope != short.rope
+    assert load(FIXTURES / "phi4_mini", max_context=24).model.blocks[0].rope == short.rope
+    with pytest.raises(ValueError, match="max_context must be an integer from 1 to 128, not 129"):
+        load(FIXTURES / "phi4_mini", max_context=129)
+
+
+@pytest.mark.parametrize("row", json.loads((FIXTURES.parent / "rotary.json").read_text()))
+def test_scaled_frequencies_are_those_of_transformers(row):
+    settings = row["settings"]
+    scaling = rope_scaling({"rope_parameters": settings}, settings, row["positions"])
+    features = int(8 * settings.get("partial_rotary_factor", 1.0))
+    rope = Rope.of(features, settings["rope_theta"], scaling, max_context=row["length"])
+    np.testing.assert_allclose(rope.frequencies, row["frequencies"], rtol=1e-6)
+    assert rope.magnitude == pytest.approx(row["magnitude"], rel=1e-6)
+
+
 def test_a_nested_config_is_its_text_part():
     nested = json.loads((FIXTURES / "gemma3_nested" / "config.json").read_text())
     assert ModelConfig.from_hf(nested) == ModelConfig.from_hf(nested["text_config"])
@@ -139,8 +161,13 @@ def test_a_nested_config_is_its_text_part():
         ("granite", {"logits_scaling": 0}, "logits_scaling must be positive, not 0.0"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4 times 0 or 1"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
-        ("phi3", {"rope_parameters": {"rope_type": "longrope"}}, "rope_scaling 'longrope' is not supported"),
-        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
+        ("phi3", {"rope_parameters": {"rope_type": "ntk"}}, "rope_scaling 'ntk' is not supported"),
+        ("phi4_mini", {"rope_parameters": {"rope_type": "longrope", "short_factor": 2.0}},
+         "short_factor must be a list of numbers, not 2.0"),
+        ("phi4_mini", {"rope_parameters": {"rope_type": "su", "short_factor": [1.0], "long_factor": [2.0]}},
+         "rope_scaling needs 4 short_factors, not 1"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.4}}, "must make an even part of 8 features"),
+        ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True is not supported"),
         ("ernie4_5", {"use_bias": True}, "use_bias True is not supported"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),

@@ -24,6 +24,8 @@ class Family:
       options: from the fields of a `config.json`, the arguments of `ModelConfig` that this family sets.
       allowed: values that a field of `config.json` may have; any other is refused. Added to `ALLOWED`.
       rotary: from a `config.json`, the rotary settings of the layers with full attention.
+      partial_rotary: the part of a head's features that is rotated if a `config.json` does not say; None
+        supports only whole heads.
       absent: values of fields that a `config.json` does not have.
       wrappers: `model_type` of a config whose `text_config` is of this family.
       hf_names: tensor names in a Hugging Face checkpoint.
@@ -38,6 +40,7 @@ class Family:
     options: Callable[[Fields], dict[str, Any]] = _nothing
     allowed: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
     rotary: Callable[[Mapping[str, Any]], Mapping[str, Any]] = rotary_settings
+    partial_rotary: float | None = None
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
     hf_names: TensorNames = HF_NAMES
