@@ -11,13 +11,15 @@ from jaxkv.arguments import whole
 from jaxkv.checkpoints.fields import most
 from jaxkv.checkpoints.hf_folder import read_json, shown, with_defaults
 from jaxkv.config import CacheConfig
+from jaxkv.models.experts import Experts
 from jaxkv.models.families.reading import config_arguments
 from jaxkv.models.families.registry import family_of, text_part
 from jaxkv.rope import Rope, RopePairing, RopeScaling, check_scaling
 
 QKNorm = Literal["heads", "all"]
 Norms = Literal["before", "around", "after"]
-Activation = Literal["silu", "gelu_tanh"]
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu_tanh", "clipped_swiglu"]
 
 # Names in a `config.json` of the fields with limits.
 _HF_NAMES = {
@@ -38,9 +40,12 @@ _POSITIVE = (
     "query_scale",
     "attention_softcap",
     "logit_softcap",
+    "swiglu_limit",
+    "swiglu_alpha",
 )
 _CHOICES = {
     "norms": get_args(Norms),
+    "norm": get_args(Norm),
     "qk_norm": (*get_args(QKNorm), None),
     "activation": get_args(Activation),
     "rope_pairing": get_args(RopePairing),
@@ -59,17 +64,29 @@ class ModelConfig:
       num_kv_heads: key and value heads; divides `num_q_heads`.
       head_dim: features of one head; even.
       intermediate_size: width of the MLP, in features.
-      rms_norm_eps: added to the mean square before its root.
+      rms_norm_eps: added to the mean square before its root, in norms of either kind.
       rope_theta: the base of the rotary frequencies.
       rope_pairing: which features are rotated as a pair; see `jaxkv.rope.rotate`.
       rope_scaling: how the frequencies are scaled, or None; dynamic and longrope depend on `max_context`.
       rotary_features: features of a head that are rotated, the first ones; even. None is all.
       window_rope_theta: the base in layers with a window, unscaled; None is as in the others.
       norms: of attention and MLP: of what they read, of what they add to the residual stream, or of both.
+      norm: "rms" divides by the root mean square; "layer" subtracts the mean first.
+      norm_bias: whether norms add a bias.
       qk_norm: whether queries and keys are normalized before they are rotated: "heads", each head by itself;
         "all", all heads of a token together; None, not at all.
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
-      activation: of the MLP's gate; "gelu_tanh" is GELU's approximation by tanh.
+      out_bias: whether the projection after attention adds a bias.
+      sinks: whether each query head has a logit that takes part in its softmax (gpt-oss).
+      parallel: whether attention and MLP read the same norm of the residual stream.
+      gated: whether the MLP has a gate.
+      mlp_bias: whether the MLP's projections add biases.
+      activation: of the MLP's gate, or of the MLP without one; "gelu_tanh" is GELU's approximation by tanh,
+        "clipped_swiglu" gpt-oss's, by the next two.
+      swiglu_limit: limits the gate from above, and what it multiplies from both sides.
+      swiglu_alpha: factor of the gate in its sigmoid.
+      experts: mixtures of experts in place of the MLP; None without.
+      dense_layers: layers that have the MLP nevertheless, in order.
       no_rope_layers: layers that do not rotate queries and keys, in order.
       embedding_multiplier: factor of the embeddings.
       residual_multiplier: factor of what attention and MLP add to the residual stream.
@@ -100,9 +117,20 @@ class ModelConfig:
     rotary_features: int | None = None
     window_rope_theta: float | None = None
     norms: Norms = "before"
+    norm: Norm = "rms"
+    norm_bias: bool = False
     qk_norm: QKNorm | None = None
     qkv_bias: bool = False
+    out_bias: bool = False
+    sinks: bool = False
+    parallel: bool = False
+    gated: bool = True
+    mlp_bias: bool = False
     activation: Activation = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()
     no_rope_layers: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -152,8 +180,16 @@ class ModelConfig:
             if getattr(self, name) not in allowed:
                 names = " or ".join(map(repr, allowed))
                 raise ValueError(f"{name} must be {names}, not {getattr(self, name)!r}")
-        if not set(self.no_rope_layers) <= set(range(self.num_layers)):
-            raise ValueError(f"no_rope_layers must be of {self.num_layers} layers, not {self.no_rope_layers}")
+        for name in ("no_rope_layers", "dense_layers"):
+            layers = getattr(self, name)
+            if not set(layers) <= set(range(self.num_layers)):
+                raise ValueError(f"{name} must be of {self.num_layers} layers, not {shown(layers)}")
+        if self.parallel and self.norms != "before":
+            raise ValueError(f"norms must be 'before' in a parallel model, not {self.norms!r}")
+        if self.norm_bias and (self.norm != "layer" or self.norms != "before" or self.qk_norm is not None):
+            raise ValueError("norm_bias needs norm='layer', norms='before' and no qk_norm")
+        if self.activation == "clipped_swiglu" and not self.gated:
+            raise ValueError("activation 'clipped_swiglu' needs a gate")
         if self.rope_scaling is not None:
             check_scaling(self.rope_scaling, self.rotary_features or self.head_dim)
         full = self.full_attention_layers

@@ -16,7 +16,8 @@ from jaxkv.models.config import ModelConfig
 from jaxkv.models.decoder import Decoder
 from jaxkv.models.families.registry import family_of, is_wrapper, text_part
 from jaxkv.models.tensor_names import TensorNames
-from jaxkv.models.weights import Progress, TensorSource, build_model
+from jaxkv.models.tensor_source import TensorSource
+from jaxkv.models.weights import Progress, build_model
 
 # What sees images in a model of text and images.
 _OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")
@@ -113,13 +114,13 @@ def load_hf(
     """
     try:
         raw = read_json(folder)
-        config, names = ModelConfig.from_hf(raw), family_of(text_part(raw)).hf_names
+        config, family = ModelConfig.from_hf(raw), family_of(text_part(raw))
     except ValueError as error:
         message = str(error)
         named = message.startswith(str(folder))
         raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
     config, whole = config.limited(max_context), SafetensorsFolder(folder)
-    source = TextPart(whole) if is_wrapper(raw) else whole
+    source, names = family.hf_source(TextPart(whole) if is_wrapper(raw) else whole), family.hf_names
     if config.tied_embeddings and not _is_tied(source, names):
         config = dataclasses.replace(config, tied_embeddings=False)
 

@@ -170,6 +170,10 @@ def test_a_nested_config_is_its_text_part():
         ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True is not supported"),
         ("ernie4_5", {"use_bias": True}, "use_bias True is not supported"),
+        ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list of integers, not 'all'"),
+        ("qwen2_moe", {"num_experts_per_tok": 5}, "experts' per_token must be an integer from 1 to 4"),
+        ("mixtral", {"layer_types": ["sliding_attention"] * 2}, "layer_types 'sliding_attention' is not"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
     ],
 )  # fmt: skip
@@ -184,9 +188,15 @@ def test_what_a_family_does_not_build_is_refused_by_name(name, change, message):
     [
         ({"norms": "between"}, "norms must be 'before' or 'around' or 'after', not 'between'"),
         ({"qk_norm": "each"}, "qk_norm must be 'heads' or 'all' or None, not 'each'"),
-        ({"activation": "relu"}, "activation must be 'silu' or 'gelu_tanh', not 'relu'"),
+        ({"activation": "relu"}, "activation must be 'silu' or 'gelu_tanh' or 'clipped_swiglu', not 'relu'"),
         ({"residual_multiplier": 0.0}, "residual_multiplier must be a positive number, not 0.0"),
         ({"window_rope_theta": 1.0}, "window_rope_theta must be a finite number above 1, not 1.0"),
+        ({"norm": "batch"}, "norm must be 'rms' or 'layer', not 'batch'"),
+        ({"norm_bias": True}, "norm_bias needs norm='layer', norms='before' and no qk_norm"),
+        ({"parallel": True}, "norms must be 'before' in a parallel model, not 'around'"),
+        ({"activation": "clipped_swiglu", "gated": False}, "activation 'clipped_swiglu' needs a gate"),
+        ({"dense_layers": (-1,)}, "dense_layers must be of 3 layers, not (-1,)"),
+        ({"rotary_features": 3}, "rotary_features must be an even integer from 2 to 8, not 3"),
         ({"no_rope_layers": (3,)}, "no_rope_layers must be of 3 layers, not (3,)"),
     ],
 )

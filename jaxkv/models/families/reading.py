@@ -27,7 +27,6 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu",),
     "attention_bias": (False,),
     "mlp_bias": (False,),
-    "quantization_config": (),
     "quantization": (),
 }
 
@@ -42,6 +41,7 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     settings = family.rotary(raw)
     for name, allowed in {**ALLOWED, **family.allowed}.items():
         _refuse_all_but(name, raw.get(name), allowed)
+    _refuse_quantization(raw.get("quantization_config"), family.quantizations)
     fields = Fields(raw)
     hidden, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", default=hidden // q_heads)
@@ -70,6 +70,12 @@ def _refuse_all_but(name: str, value: object, allowed: tuple[Any, ...]) -> None:
         return
     only = f"; supported: {', '.join(map(repr, allowed))}" if allowed else ""
     raise ValueError(f"{name} {shown(value)} is not supported{only}")
+
+
+def _refuse_quantization(settings: object, allowed: tuple[str, ...]) -> None:
+    method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+    if not isinstance(method, str) or method not in allowed:
+        _refuse_all_but("quantization_config", settings, allowed)
 
 
 def _rotary_features(
