@@ -21,12 +21,13 @@ from jaxkv.models.weights import Progress, build_model
 
 # What sees images in a model of text and images.
 _OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")
-# By their names in the file format. Other dtypes of safetensors do not occur in these models.
+# By their names in the file format. Bytes hold packed weights; other dtypes do not occur in these models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
 }
 
 
@@ -183,5 +184,6 @@ def _string_items(path: Path, weight_map: object) -> list[tuple[str, str]]:
 
 def _dtype(file: Path, name: str, dtype: str) -> np.dtype:
     if dtype not in _DTYPES:
-        raise ModelLoadError(f"{file}: tensor {name!r} has dtype {dtype}, supported: {', '.join(_DTYPES)}")
+        supported = ", ".join(name for name in _DTYPES if name != "U8")
+        raise ModelLoadError(f"{file}: tensor {name!r} has dtype {dtype}, supported: {supported}")
     return _DTYPES[dtype]

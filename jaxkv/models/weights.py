@@ -141,6 +141,8 @@ def _check_names(
 def _copy(source: TensorSource, name: str, into: np.ndarray) -> None:
     """Reads a tensor into its rows of a parameter, in the parameter's dtype; refuses non-finite values."""
     tensor = source.read(name)
+    if tensor.dtype.kind in "iu":
+        raise ModelLoadError(f"{source.path}: tensor {name!r} holds {tensor.dtype}, not weights")
     with np.errstate(over="ignore", invalid="ignore"):
         into[...] = tensor
         # A finite sum means finite terms; otherwise the terms are checked.

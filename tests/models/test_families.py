@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxkv
+from jaxkv.errors import ModelLoadError
 from jaxkv.models import ModelConfig, dense_logits, load
 from jaxkv.models.families.reading import rope_scaling
 from jaxkv.models.families.registry import FAMILIES
-from jaxkv.rope import LinearScaling, Rope
+from jaxkv.rope import LinearScaling, Rope, YarnScaling
 from tests.models import gguf_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
@@ -139,6 +142,45 @@ def test_scaled_frequencies_are_those_of_transformers(row):
     assert rope.magnitude == pytest.approx(row["magnitude"], rel=1e-6)
 
 
+def test_gpt_oss_without_rotary_settings_has_those_of_the_published_models():
+    got = config("gpt_oss", rope_parameters=None)
+    assert got.rope_scaling == YarnScaling(
+        factor=32.0, original_max_position=4096, truncate=False, magnitude=got.rope.magnitude
+    )
+    assert (got.rope_theta, got.windows) == (150000.0, (7, None))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"_scales": None}, "down_proj_scales' is missing"),
+        ({"_blocks": None}, "down_proj' is missing"),
+        ({"_scales": np.zeros((4, 32, 2), np.uint8)}, "shape (4, 32, 1, 16), expected 16 bytes for each"),
+        ({"_scales": np.zeros((4, 32, 1), np.float32)}, "scales are float32"),
+        ({"_scales": np.full((4, 32, 1), 255, np.uint8)}, "holds NaN or infinite values"),
+    ],
+)
+def test_damaged_mxfp4_weights_are_named(change, message, tmp_path):
+    folder = shutil.copytree(FIXTURES / "gpt_oss_mxfp4", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.mlp.experts.down_proj"
+    changed = tensors | {name + part: tensor for part, tensor in change.items()}
+    kept = {name: tensor for name, tensor in changed.items() if tensor is not None}
+    save_file(kept, folder / "model.safetensors")
+    with pytest.raises(ModelLoadError) as raised:
+        load(folder)
+    assert name in str(raised.value) and message in str(raised.value)
+
+
+def test_bytes_are_no_weights(tmp_path):
+    folder = shutil.copytree(FIXTURES / "falcon3", tmp_path / "m")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = np.ones(24, np.uint8)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ModelLoadError, match=r"'model\.norm\.weight' holds uint8, not weights"):
+        load(folder)
+
+
 def test_a_nested_config_is_its_text_part():
     nested = json.loads((FIXTURES / "gemma3_nested" / "config.json").read_text())
     assert ModelConfig.from_hf(nested) == ModelConfig.from_hf(nested["text_config"])
@@ -170,6 +212,12 @@ def test_a_nested_config_is_its_text_part():
         ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5 is not"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias True is not supported"),
         ("ernie4_5", {"use_bias": True}, "use_bias True is not supported"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config {'quant_method'"),
+        ("gpt_oss", {"swiglu_limit": 0}, "swiglu_limit must be a positive number, not 0.0"),
+        ("cohere2", {"sliding_window": None}, "has sliding_attention, but sliding_window is null"),
+        ("cohere2", {"use_qk_norm": True}, "use_qk_norm True is not supported"),
+        ("starcoder2", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ("falcon3", {"quantization_config": {"quant_method": "mxfp4"}}, "quantization_config {'quant"),
         ("qwen3_moe", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
         ("qwen3_moe", {"mlp_only_layers": "all"}, "mlp_only_layers must be a list of integers, not 'all'"),
         ("qwen2_moe", {"num_experts_per_tok": 5}, "experts' per_token must be an integer from 1 to 4"),

@@ -15,7 +15,9 @@ _LAYERS_OF_27B = 62
 
 def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     """The settings of layers with full attention."""
-    return of_full_attention(rotary_settings(raw))
+    settings = of_full_attention(rotary_settings(raw))
+    # `transformers` reads it from the settings of all layers only, which these models do not have.
+    return {name: value for name, value in settings.items() if name != "truncate"}
 
 
 def options(fields: Fields) -> dict[str, Any]:

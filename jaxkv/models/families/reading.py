@@ -7,7 +7,6 @@ from typing import Any
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.hf_folder import (
     original_positions,
-    rotary_settings,
     rotary_type,
     shown,
     trained_context,
@@ -138,8 +137,7 @@ def _yarn(raw: Mapping[str, Any], fields: Fields, positions: int) -> RopeScaling
         original_max_position=original,
         beta_fast=fields.number("beta_fast", 0.0) or 32.0,
         beta_slow=fields.number("beta_slow", 0.0) or 1.0,
-        # Settings of one kind of layer have no say in `transformers`.
-        truncate=Fields(rotary_settings(raw)).flag("truncate", True),
+        truncate=fields.flag("truncate", True),
         magnitude=fields.number("attention_factor", usual),
     )
 

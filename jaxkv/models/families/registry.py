@@ -5,10 +5,13 @@ from typing import Any
 
 from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.models.families import (
+    cohere2,
     ernie4_5,
     exaone4,
     gemma2,
     gemma3,
+    glm4,
+    gpt_oss,
     granite,
     llama,
     mistral,
@@ -22,6 +25,7 @@ from jaxkv.models.families import (
     qwen3_moe,
     seed_oss,
     smollm3,
+    starcoder2,
 )
 from jaxkv.models.families.family import Family
 
@@ -43,6 +47,10 @@ FAMILIES: tuple[Family, ...] = (
     seed_oss.FAMILY,
     exaone4.FAMILY,
     ernie4_5.FAMILY,
+    gpt_oss.FAMILY,
+    cohere2.FAMILY,
+    glm4.FAMILY,
+    starcoder2.FAMILY,
 )
 BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES if family.architecture}
