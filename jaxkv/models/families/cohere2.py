@@ -3,8 +3,9 @@
 from typing import Any
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import FULL, every_nth_full, windows
+from jaxkv.models.families.layers import FULL, every_nth_full, header_windows, windows
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -22,6 +23,14 @@ def options(fields: Fields) -> dict[str, Any]:
     }
 
 
+def header(file: GGUFFile) -> dict[str, Any]:
+    """The window and its layers, what a norm adds, and the factor of the logits."""
+    return header_windows(file, "cohere2", 4) | {
+        "layer_norm_eps": file.number("cohere2.attention.layer_norm_epsilon", float),
+        "logit_scale": file.number("cohere2.logit_scale", float),
+    }
+
+
 FAMILY = Family(
     model_types=("cohere2",),
     options=options,
@@ -33,4 +42,7 @@ FAMILY = Family(
     },
     absent={"sliding_window": 4096, "tie_word_embeddings": True},
     hf_pairing="interleaved",
+    architecture="cohere2",
+    header=header,
+    gguf_pairing="interleaved",
 )

@@ -4,15 +4,21 @@ import dataclasses
 from typing import Any
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.models.families.family import Family
 from jaxkv.models.families.layers import FULL, layer_kinds
-from jaxkv.models.tensor_names import HF_NAMES
+from jaxkv.models.tensor_names import GGUF_NAMES, HF_NAMES
 
 
 def options(fields: Fields) -> dict[str, Any]:
     """The norms and the biases."""
     layer_kinds(fields, allowed=(FULL,))
     return {"norms": "around", "qkv_bias": fields.flag("attention_bias", True)}
+
+
+def header(file: GGUFFile) -> dict[str, Any]:
+    """Whether the file has biases."""
+    return {"attention_bias": "blk.0.attn_q.bias" in file.shapes}
 
 
 FAMILY = Family(
@@ -28,4 +34,8 @@ FAMILY = Family(
         mlp_post_norm="post_mlp_layernorm.weight",
     ),
     hf_pairing="interleaved",
+    architecture="glm4",
+    header=header,
+    gguf_names=dataclasses.replace(GGUF_NAMES, gate_up=("ffn_up.weight",)),
+    gguf_pairing="interleaved",
 )

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import rotary_settings
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.experts import Experts
+from jaxkv.models.families import qwen3_moe
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import every_nth_full, windows
-from jaxkv.models.tensor_names import HF_NAMES
+from jaxkv.models.families.layers import every_nth_full, header_windows, windows
+from jaxkv.models.tensor_names import GGUF_NAMES, HF_NAMES
 from jaxkv.models.tensor_source import TensorSource
 
 _BLOCKS, _SCALES = "_blocks", "_scales"
@@ -120,6 +122,12 @@ def dequantized(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return scaled.reshape(*scales.shape[:-1], -1)
 
 
+def header(file: GGUFFile) -> dict[str, Any]:
+    """The experts and the window; llama.cpp knows the limits of the activation, and the layers' order."""
+    found = qwen3_moe.header_experts(file, "gpt-oss")
+    return found | {"intermediate_size": found["moe_intermediate_size"]} | header_windows(file, "gpt-oss", 2)
+
+
 FAMILY = Family(
     model_types=("gpt_oss",),
     options=options,
@@ -143,4 +151,7 @@ FAMILY = Family(
     ),
     hf_source=Unpacked,
     quantizations=("mxfp4",),
+    architecture="gpt-oss",
+    header=header,
+    gguf_names=dataclasses.replace(GGUF_NAMES, mlp_norm="post_attention_norm.weight"),
 )

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import rotary_settings, rotary_type
 from jaxkv.models.families.family import Family
 from jaxkv.models.families.layers import layer_kinds, windows
-from jaxkv.models.tensor_names import HF_NAMES
+from jaxkv.models.tensor_names import GGUF_NAMES, HF_NAMES
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -23,6 +24,11 @@ def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**settings, "rope_type": "longrope"} if older else settings
 
 
+def header(file: GGUFFile) -> dict[str, Any]:
+    """The window, where 0 is none."""
+    return {"sliding_window": file.number("phi3.attention.sliding_window", int, 0) or None}
+
+
 FAMILY = Family(
     model_types=("phi3",),
     options=options,
@@ -32,4 +38,7 @@ FAMILY = Family(
     hf_names=dataclasses.replace(
         HF_NAMES, qkv=("self_attn.qkv_proj.weight",), gate_up=("mlp.gate_up_proj.weight",)
     ),
+    architecture="phi3",
+    header=header,
+    gguf_names=dataclasses.replace(GGUF_NAMES, qkv=("attn_qkv.weight",), gate_up=("ffn_up.weight",)),
 )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.models.experts import Experts
 from jaxkv.models.families.family import Family
@@ -30,9 +31,25 @@ def dense_layers(fields: Fields) -> tuple[int, ...]:
     return tuple(layer for layer in range(layers) if layer in named or (layer + 1) % period)
 
 
+def header(file: GGUFFile) -> dict[str, Any]:
+    """The experts; llama.cpp knows that weights are normalized, and that every layer has experts."""
+    return header_experts(file, "qwen3moe") | {"norm_topk_prob": True}
+
+
+def header_experts(file: GGUFFile, architecture: str) -> dict[str, Any]:
+    """The sizes of the experts of a GGUF file's header, by their names in a `config.json`."""
+    return {
+        "num_experts": file.number(f"{architecture}.expert_count", int),
+        "num_experts_per_tok": file.number(f"{architecture}.expert_used_count", int),
+        "moe_intermediate_size": file.number(f"{architecture}.expert_feed_forward_length", int),
+    }
+
+
 FAMILY = Family(
     model_types=("qwen3_moe",),
     options=options,
     allowed={"use_sliding_window": (False,)},
     absent={"num_key_value_heads": 4, "intermediate_size": 6144},
+    architecture="qwen3moe",
+    header=header,
 )

@@ -1,5 +1,6 @@
 """The supported families. A new one is a file beside this one, and a line here."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,9 +76,13 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     """The family of a language model's config.
 
     Raises:
-      ValueError: for an unsupported `model_type`, listing the supported ones.
+      ValueError: for an unsupported `model_type`, naming the supported ones most like it.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
-        raise ValueError(f"model_type {shown(kind)} is not supported; supported: {', '.join(BY_MODEL_TYPE)}")
+        names = difflib.get_close_matches(str(kind)[:40], BY_MODEL_TYPE, n=4, cutoff=0.0)
+        others = len(BY_MODEL_TYPE) - len(names)
+        raise ValueError(
+            f"model_type {shown(kind)} is not supported; supported: {', '.join(names)} and {others} others"
+        )
     return BY_MODEL_TYPE[kind]

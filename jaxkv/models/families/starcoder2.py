@@ -4,9 +4,10 @@ import dataclasses
 from typing import Any
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.models.families.family import Family
 from jaxkv.models.families.layers import FULL, layer_kinds, windows
-from jaxkv.models.tensor_names import HF_NAMES
+from jaxkv.models.tensor_names import GGUF_NAMES, HF_NAMES
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -22,6 +23,14 @@ def options(fields: Fields) -> dict[str, Any]:
         "mlp_bias": biased,
         "gated": False,
         "activation": "gelu_tanh",
+    }
+
+
+def header(file: GGUFFile) -> dict[str, Any]:
+    """What a norm adds, and whether the file has biases."""
+    return {
+        "norm_epsilon": file.number("starcoder2.attention.layer_norm_epsilon", float),
+        "use_bias": "blk.0.attn_q.bias" in file.shapes,
     }
 
 
@@ -41,4 +50,7 @@ FAMILY = Family(
         down="mlp.c_proj.weight",
         down_bias="mlp.c_proj.bias",
     ),
+    architecture="starcoder2",
+    header=header,
+    gguf_names=dataclasses.replace(GGUF_NAMES, gate_up=("ffn_up.weight",), gate_up_bias=("ffn_up.bias",)),
 )
