@@ -1,55 +1,28 @@
 """The static sizes and options of a decoder, and how to read them from a `config.json`."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from jaxkv.arguments import whole
-from jaxkv.checkpoints.fields import most
 from jaxkv.checkpoints.hf_folder import read_json, shown, with_defaults
 from jaxkv.config import CacheConfig
+from jaxkv.models.config_checks import (
+    Activation,
+    Norm,
+    Norms,
+    QKNorm,
+    check_choices,
+    check_layers,
+    check_numbers,
+    checked_integers,
+)
 from jaxkv.models.experts import Experts
 from jaxkv.models.families.reading import config_arguments
 from jaxkv.models.families.registry import family_of, text_part
-from jaxkv.rope import Rope, RopePairing, RopeScaling, check_scaling
-
-QKNorm = Literal["heads", "all"]
-Norms = Literal["before", "around", "after"]
-Norm = Literal["rms", "layer"]
-Activation = Literal["silu", "gelu_tanh", "clipped_swiglu"]
-
-# Names in a `config.json` of the fields with limits.
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_q_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "max_context": "max_position_embeddings",
-    "window": "sliding_window",
-}
-_POSITIVE = (
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logit_multiplier",
-    "query_scale",
-    "attention_softcap",
-    "logit_softcap",
-    "swiglu_limit",
-    "swiglu_alpha",
-)
-_CHOICES = {
-    "norms": get_args(Norms),
-    "norm": get_args(Norm),
-    "qk_norm": (*get_args(QKNorm), None),
-    "activation": get_args(Activation),
-    "rope_pairing": get_args(RopePairing),
-}
+from jaxkv.rope import Rope, RopePairing, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,60 +117,11 @@ class ModelConfig:
     max_context: int
 
     def __post_init__(self) -> None:
-        for name, hf_name in _HF_NAMES.items():
-            value, limit = getattr(self, name), most(hf_name)
-            if name == "window" and value is None:
-                continue
-            number = whole(value)
-            if number is None or not 1 <= number <= limit:
-                raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
+        for name, number in checked_integers(self).items():
             object.__setattr__(self, name, number)
-        if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_q_heads ({self.num_q_heads}), not {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, not {self.head_dim}")
-        if self.rotary_features is not None:
-            rotated = whole(self.rotary_features)
-            if rotated is None or not 2 <= rotated <= self.head_dim or rotated % 2:
-                raise ValueError(
-                    f"rotary_features must be an even integer from 2 to {self.head_dim}, "
-                    f"not {shown(self.rotary_features)}"
-                )
-            object.__setattr__(self, "rotary_features", rotated)
-        if not 0.0 < self.rms_norm_eps < 1.0:
-            raise ValueError(f"rms_norm_eps must lie between 0 and 1, not {self.rms_norm_eps!r}")
-        for name in ("rope_theta", "window_rope_theta"):
-            value = getattr(self, name)
-            if value is not None and not 1.0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 1, not {value!r}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                names = " or ".join(map(repr, allowed))
-                raise ValueError(f"{name} must be {names}, not {getattr(self, name)!r}")
-        for name in ("no_rope_layers", "dense_layers"):
-            layers = getattr(self, name)
-            if not set(layers) <= set(range(self.num_layers)):
-                raise ValueError(f"{name} must be of {self.num_layers} layers, not {shown(layers)}")
-        if self.parallel and self.norms != "before":
-            raise ValueError(f"norms must be 'before' in a parallel model, not {self.norms!r}")
-        if self.norm_bias and (self.norm != "layer" or self.norms != "before" or self.qk_norm is not None):
-            raise ValueError("norm_bias needs norm='layer', norms='before' and no qk_norm")
-        if self.activation == "clipped_swiglu" and not self.gated:
-            raise ValueError("activation 'clipped_swiglu' needs a gate")
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, self.rotary_features or self.head_dim)
-        full = self.full_attention_layers
-        if full != () and (self.window is None or not set(full) < set(range(self.num_layers))):
-            raise ValueError(
-                f"full_attention_layers must be some, not all, of {self.num_layers} layers of a model with a "
-                f"window, not {shown(full)}"
-            )
+        check_numbers(self)
+        check_choices(self)
+        check_layers(self)
 
     @property
     def windows(self) -> tuple[int | None, ...]:

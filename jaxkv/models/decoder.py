@@ -168,7 +168,8 @@ def random_model(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jn
         kept = parameter_dtype(shape, dtype)
         if name.endswith("norm"):
             return jnp.ones(shape, kept)
-        scale = shape[-1] ** -0.5
+        # Experts have their in features before their out features.
+        scale = shape[-2 if len(shape) == 3 else -1] ** -0.5
         drawn = jax.random.normal(jax.random.fold_in(key, next(count)), shape, jnp.float32)
         return (drawn * scale).astype(kept)
 

@@ -38,8 +38,8 @@ class Mixture(nnx.Module):
 
     def __init__(self, config: ModelConfig, experts: Experts, kept):
         hidden, width, count = config.hidden_size, experts.intermediate_size, experts.count
-        first = (2 if config.gated else 1) * width
-        shared, biased = experts.shared_size or 0, config.mlp_bias
+        parts, biased = 2 if config.gated else 1, config.mlp_bias
+        first, shared = parts * width, experts.shared_size or 0
         self.config, self.experts = config, experts
         self.router = kept("router", count, hidden)
         self.router_bias = kept("router_bias", count, wanted=experts.router_bias)
@@ -48,7 +48,7 @@ class Mixture(nnx.Module):
         self.gate_up_bias = kept("expert_gate_up_bias", count, first, wanted=biased)
         self.down = kept("expert_down", count, width, hidden)
         self.down_bias = kept("expert_down_bias", count, hidden, wanted=biased)
-        self.shared_gate_up = kept("shared_gate_up", 2 * shared, hidden, wanted=bool(shared))
+        self.shared_gate_up = kept("shared_gate_up", parts * shared, hidden, wanted=bool(shared))
         self.shared_down = kept("shared_down", hidden, shared, wanted=bool(shared))
         self.shared_gate = kept("shared_gate", 1, hidden, wanted=experts.shared_gate)
 

@@ -111,7 +111,7 @@ def test_cache_config_takes_the_models_sizes():
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must lie between"),
         ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"attention_bias": "yes"}, "attention_bias 'yes' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_scaling 'ntk' is not supported"),
         (
