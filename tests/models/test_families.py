@@ -42,6 +42,7 @@ HEADERS = {
         "rope.scaling.type": "linear",
         "rope.scaling.factor": 4.0,
     },
+    "mixtral": EXPERTS,
     "qwen3_moe": EXPERTS | {"expert_feed_forward_length": 12},
     "gpt_oss": EXPERTS
     | {
