@@ -51,7 +51,8 @@ class DynamicScaling:
     """A larger base for texts of more than `original_max_position` tokens ("dynamic NTK").
 
     The base follows from the length of the text, so a longer text rotates its first keys differently too. A
-    cache holds rotated keys: they have the frequencies of a text of the longest context.
+    cache holds rotated keys: all have the frequencies of a text of the longest context. Up to
+    `original_max_position` nothing is scaled; beyond, `transformers` agrees at that one length.
     """
 
     factor: float

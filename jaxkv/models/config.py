@@ -22,7 +22,7 @@ from jaxkv.models.config_checks import (
 from jaxkv.models.experts import Experts
 from jaxkv.models.families.reading import config_arguments
 from jaxkv.models.families.registry import family_of, text_part
-from jaxkv.rope import Rope, RopePairing, RopeScaling
+from jaxkv.rope import DynamicScaling, Rope, RopePairing, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,19 +172,21 @@ class ModelConfig:
         )
         return CacheConfig(**{**sizes, **options})  # type: ignore[arg-type]
 
-    def limited(self, max_context: int | None) -> Self:
+    def for_context(self, max_context: int | None) -> Self:
         """The same model for contexts of at most `max_context` tokens; None changes nothing.
+
+        Dynamic scaling reaches beyond the model's own context, up to its factor times as far.
 
         Raises:
           ValueError: for more than the model supports.
         """
         if max_context is None:
             return self
-        tokens = whole(max_context)
-        if tokens is None or not 1 <= tokens <= self.max_context:
-            raise ValueError(
-                f"max_context must be an integer from 1 to {self.max_context}, not {shown(max_context)}"
-            )
+        scaling, most, tokens = self.rope_scaling, self.max_context, whole(max_context)
+        if isinstance(scaling, DynamicScaling):
+            most = max(most, int(scaling.factor * scaling.original_max_position))
+        if tokens is None or not 1 <= tokens <= most:
+            raise ValueError(f"max_context must be an integer from 1 to {most}, not {shown(max_context)}")
         return dataclasses.replace(self, max_context=tokens)
 
     @classmethod

@@ -45,7 +45,7 @@ def load_gguf(
       ModelLoadError: naming the file and the fault.
       ValueError: for a context longer than the model supports.
     """
-    config = gguf_config(file).limited(max_context)
+    config = gguf_config(file).for_context(max_context)
     names = BY_ARCHITECTURE[file.get("general.architecture")].gguf_names
     ignored = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
     model = build_model(

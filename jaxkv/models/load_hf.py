@@ -120,7 +120,7 @@ def load_hf(
         message = str(error)
         named = message.startswith(str(folder))
         raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
-    config, whole = config.limited(max_context), SafetensorsFolder(folder)
+    config, whole = config.for_context(max_context), SafetensorsFolder(folder)
     source, names = family.hf_source(TextPart(whole) if is_wrapper(raw) else whole), family.hf_names
     if config.tied_embeddings and not _is_tied(source, names):
         config = dataclasses.replace(config, tied_embeddings=False)

@@ -59,8 +59,8 @@ def load(
       path_or_name: a GGUF file, a Hugging Face folder, or one of `KNOWN_MODELS`.
       dtype: of the model's matrices, whatever the file's are; None is float32 on a CPU and
         bfloat16 on an accelerator.
-      max_context: tokens of the longest context that the model is for; None is all that it supports. Dynamic
-        scaling and longrope rotate by frequencies that depend on it.
+      max_context: tokens of the longest context that the model is for; None is its own. Longrope takes other
+        frequencies for short contexts, and dynamic scaling for contexts beyond the model's own.
       progress: called with the bytes read so far and the total.
 
     Raises:

@@ -23,6 +23,8 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
+# Dynamic scaling beyond the model's own context takes the frequencies of the text's length.
+CONTEXTS = {"falcon3": 40}
 EXPERTS = {"expert_count": 4, "expert_used_count": 2}
 # What a GGUF file's header says beyond the sizes that all have.
 HEADERS = {
@@ -90,7 +92,7 @@ def saved(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_prefill_and_twenty_steps_past_every_window_give_pytorchs_logits(name):
-    loaded, (tokens, logits) = load(FIXTURES / name), saved(name)
+    loaded, (tokens, logits) = load(FIXTURES / name, max_context=CONTEXTS.get(name)), saved(name)
     seqs, prompt, chunk = jnp.asarray([1, 0]), 20, 5
     sizes = dict(num_pages=96, page_size=4, max_pages_per_seq=24, max_seqs=2)
     cache = jaxkv.init(loaded.config.cache_config(**sizes, dtype="float32"))
@@ -162,8 +164,16 @@ def test_layers_without_rotary_positions_are_those_of_the_config():
     assert (whole.no_rope_layers, whole.windows) == ((), (None,) * 3)
 
 
+def test_dynamic_scaling_changes_nothing_within_the_models_own_context():
+    whole, plain = config("falcon3"), config("falcon3", rope_parameters={"rope_theta": 1000.0})
+    assert (whole.max_context, whole.rope) == (32, plain.rope)
+    assert whole.for_context(33).rope != plain.rope
+    with pytest.raises(ValueError, match="max_context must be an integer from 1 to 40, not 41"):
+        whole.for_context(41)
+
+
 def test_longrope_takes_the_short_factors_if_no_context_exceeds_the_original_one():
-    longest, short = config("phi4_mini"), config("phi4_mini").limited(24)
+    longest, short = config("phi4_mini"), config("phi4_mini").for_context(24)
     assert longest.max_context == 128 and longest.rope != short.rope
     assert load(FIXTURES / "phi4_mini", max_context=24).model.blocks[0].rope == short.rope
     with pytest.raises(ValueError, match="max_context must be an integer from 1 to 128, not 129"):

@@ -45,6 +45,7 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     hidden, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     head_dim = fields.integer("head_dim", default=hidden // q_heads)
     layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
+    scaling = rope_scaling(raw, settings, positions)
     return {
         "vocab_size": fields.integer("vocab_size"),
         "hidden_size": hidden,
@@ -55,11 +56,12 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "intermediate_size": fields.integer("intermediate_size"),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
         "rope_theta": Fields(settings).number("rope_theta", fields.number("rope_theta", 1e4)),
-        "rope_scaling": rope_scaling(raw, settings, positions),
+        "rope_scaling": scaling,
         "rope_pairing": family.hf_pairing,
         "rotary_features": _rotary_features(raw, settings, family, head_dim),
         "tied_embeddings": fields.flag("tie_word_embeddings", False),
-        "max_context": trained_context(raw, positions),
+        # Dynamic scaling changes nothing within the model's own context; see `ModelConfig.for_context`.
+        "max_context": positions if isinstance(scaling, DynamicScaling) else trained_context(raw, positions),
         **family.options(fields),
     }
 
