@@ -149,6 +149,14 @@ def test_an_older_gemma3_config_is_read_alike():
     assert config("gemma3", **older) == config("gemma3")
 
 
+@pytest.mark.parametrize("name", ["gemma3", "olmo3"])
+def test_rope_scaling_beside_settings_of_each_kind_of_layer_is_of_full_attention(name):
+    both = config(name, rope_scaling={"rope_type": "linear", "factor": 2.0})
+    assert both == dataclasses.replace(
+        config(name), rope_scaling=LinearScaling(factor=2.0), max_context=both.max_context
+    )
+
+
 def test_gemma3_rotates_layers_with_a_window_by_a_base_of_their_own():
     got = config("gemma3")
     assert got.windows == (7, None, 7) and got.rope is None
