@@ -20,16 +20,19 @@ MODEL_TYPES = {
 EMBEDDING, UNEMBEDDING = "token_embd.weight", "output.weight"
 
 
-def config_fields(file: "GGUFFile", supported: Mapping[str, str] = MODEL_TYPES) -> dict[str, Any]:
+def config_fields(
+    file: "GGUFFile", supported: Mapping[str, str] = MODEL_TYPES, *, experts: bool = False
+) -> dict[str, Any]:
     """The fields of the `config.json` equivalent to a file's header.
 
     Args:
       file: the GGUF file.
       supported: architectures that the caller supports, and the `model_type` of each.
+      experts: whether the caller supports mixtures of experts.
 
     Raises:
-      ModelLoadError: for another architecture, a file of several parts, experts, or a field that is missing
-        or not an integer; the message names it.
+      ModelLoadError: for another architecture, a file of several parts, experts that are not supported, or a
+        field that is missing or not an integer; the message names it.
     """
     kind = file.get("general.architecture")
     if not isinstance(kind, str) or kind not in supported:
@@ -40,8 +43,8 @@ def config_fields(file: "GGUFFile", supported: Mapping[str, str] = MODEL_TYPES) 
         raise ModelLoadError(f"{file.path}: is one of {parts} parts; merge them with gguf-split first")
     if EMBEDDING not in file.shapes:
         raise ModelLoadError(f"{file.path}: tensor {EMBEDDING!r} is missing")
-    if experts := file.number(f"{kind}.expert_count", int, 0):
-        raise ModelLoadError(f"{file.path}: field '{kind}.expert_count' = {experts} is not supported")
+    if not experts and (count := file.number(f"{kind}.expert_count", int, 0)):
+        raise ModelLoadError(f"{file.path}: field '{kind}.expert_count' = {count} is not supported")
 
     def number(name: str, default: int | None = None) -> int:
         return file.number(f"{kind}.{name}", int, default)

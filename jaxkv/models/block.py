@@ -5,8 +5,8 @@ decoded fastest on a CPU, and loads without a transpose. Matrices have the model
 biases), the residual stream and the logits are float32.
 """
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,41 +15,22 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxkv.models.config import ModelConfig
+from jaxkv.models.mlp import Mixture, activate, value
+from jaxkv.models.norms import layer_norm, rms_norm
+from jaxkv.models.projection import project
 from jaxkv.rope import rotate
 
 ParameterSource = Callable[[str, tuple[int, ...]], jax.Array]
 """Returns the parameter of a name, such as `blocks.0.qkv`, in the given shape."""
 
-_ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True)}
 
-
-def project(
-    x: Float[Array, "tokens in_features"], weight: Float[Array, "out_features in_features"]
-) -> Float[Array, "tokens out_features"]:
-    """`x` times the transpose of `weight`: multiplied in the weight's dtype, summed in float32."""
-    x = x.astype(weight.dtype)
-    if x.shape[0] == 1 and weight.dtype == jnp.bfloat16:
-        return jax.lax.platform_dependent(x, weight, cpu=_project_twice, default=_project)
-    return _project(x, weight)
-
-
-def _project(x: Array, weight: Array) -> Array:
-    contract_last = (((1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, contract_last, preferred_element_type=jnp.float32)
-
-
-def _project_twice(x: Array, weight: Array) -> Array:
-    # On a CPU, XLA multiplies bfloat16 ten times faster for two rows than for one: 35 ms instead of 420 for
-    # a whole SmolLM2-135M.
-    return _project(jnp.concatenate([x, x]), weight)[:1]
-
-
-def rms_norm(
-    x: Float[Array, "*rows features"], weight: Float[Array, " features"], eps: float
-) -> Float[Array, "*rows features"]:
-    """Scales each row to a root mean square of one, then each feature by `weight`."""
-    scale = jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return x * scale * weight.reshape(*(1,) * (x.ndim - 1), -1)
+def normed(config: ModelConfig, x: Array, weight: nnx.Param | None, bias: nnx.Param | None = None) -> Array:
+    """`x` under the model's kind of norm; without a weight as it is."""
+    if weight is None:
+        return x
+    if config.norm == "rms":
+        return rms_norm(x, weight[...], config.rms_norm_eps)
+    return layer_norm(x, weight[...], config.rms_norm_eps, value(bias))
 
 
 def softcapped(x: Float[Array, "*shape"], cap: float | None) -> Float[Array, "*shape"]:
@@ -68,21 +49,32 @@ class Block(nnx.Module):
             (config.q_features, config.kv_features) if together else (config.head_dim, config.head_dim)
         )
         before, after = config.norms != "after", config.norms != "before"
+        separate = before and not config.parallel
+        experts = None if layer in config.dense_layers else config.experts
+        dense = experts is None
 
-        def kept(name: str, *shape: int, wanted: bool = True) -> nnx.Param | None:
+        def kept(name: str, *shape: int, wanted: bool = True) -> Any:
             return nnx.Param(parameter(f"blocks.{layer}.{name}", shape)) if wanted else None
 
         self.config, self.rope = config, config.ropes[layer]
         self.attention_norm = kept("attention_norm", hidden, wanted=before)
+        self.attention_norm_bias = kept("attention_norm_bias", hidden, wanted=before and config.norm_bias)
         self.qkv_weight = nnx.Param(parameter(f"blocks.{layer}.qkv", (qkv, hidden)))
         self.qkv_bias = kept("qkv_bias", qkv, wanted=config.qkv_bias)
         self.q_norm = kept("q_norm", q_width, wanted=config.qk_norm is not None)
         self.k_norm = kept("k_norm", k_width, wanted=config.qk_norm is not None)
         self.out_weight = nnx.Param(parameter(f"blocks.{layer}.out", (hidden, config.q_features)))
+        self.out_bias = kept("out_bias", hidden, wanted=config.out_bias)
+        self.sinks = kept("sinks", config.num_q_heads, wanted=config.sinks)
         self.attention_post_norm = kept("attention_post_norm", hidden, wanted=after)
-        self.mlp_norm = kept("mlp_norm", hidden, wanted=before)
-        self.gate_up_weight = nnx.Param(parameter(f"blocks.{layer}.gate_up", (2 * ffn, hidden)))
-        self.down_weight = nnx.Param(parameter(f"blocks.{layer}.down", (hidden, ffn)))
+        self.mlp_norm = kept("mlp_norm", hidden, wanted=separate)
+        self.mlp_norm_bias = kept("mlp_norm_bias", hidden, wanted=separate and config.norm_bias)
+        first = 2 * ffn if config.gated else ffn
+        self.gate_up_weight = kept("gate_up", first, hidden, wanted=dense)
+        self.gate_up_bias = kept("gate_up_bias", first, wanted=dense and config.mlp_bias)
+        self.down_weight = kept("down", hidden, ffn, wanted=dense)
+        self.down_bias = kept("down_bias", hidden, wanted=dense and config.mlp_bias)
+        self.mixture = None if experts is None else Mixture(config, experts, kept)
         self.mlp_post_norm = kept("mlp_post_norm", hidden, wanted=after)
 
     def qkv(
@@ -98,15 +90,13 @@ class Block(nnx.Module):
           q, k and v in the weights' dtype.
         """
         config, dtype = self.config, self.qkv_weight[...].dtype
-        fused = project(self._normed(x, self.attention_norm), self.qkv_weight[...])
-        if self.qkv_bias is not None:
-            fused = fused + self.qkv_bias[...][None, :]
+        fused = project(self._attention_input(x), self.qkv_weight[...], value(self.qkv_bias))
         heads = fused.reshape(x.shape[0], -1, config.head_dim)
         q, k, v = jnp.split(heads, [config.num_q_heads, config.num_q_heads + config.num_kv_heads], axis=1)
         q, k = self._heads_normed(q, self.q_norm), self._heads_normed(k, self.k_norm)
         if self.rope is not None:
-            frequencies = np.asarray(self.rope.frequencies, np.float32)
-            q, k = (rotate(part, positions, frequencies, self.rope.pairing) for part in (q, k))
+            rope, frequencies = self.rope, np.asarray(self.rope.frequencies, np.float32)
+            q, k = (rotate(part, positions, frequencies, rope.pairing, rope.magnitude) for part in (q, k))
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
     def mix(
@@ -114,13 +104,24 @@ class Block(nnx.Module):
         x: Float[Array, "tokens hidden"],
         attended: Float[Array, "tokens q_heads head_dim"],
     ) -> Float[Array, "tokens hidden"]:
-        """Adds the output of attention, then of the gated MLP, to the residual stream."""
+        """Adds the outputs of attention and of the MLP to the residual stream."""
         flat = attended.reshape(x.shape[0], -1).astype(jnp.float32)
-        x = self._added(x, self._normed(project(flat, self.out_weight[...]), self.attention_post_norm))
-        normed = self._normed(x, self.mlp_norm)
-        gate, up = jnp.split(project(normed, self.gate_up_weight[...]), 2, axis=-1)
-        activated = _ACTIVATIONS[self.config.activation](gate) * up
-        return self._added(x, self._normed(project(activated, self.down_weight[...]), self.mlp_post_norm))
+        out = project(flat, self.out_weight[...], value(self.out_bias))
+        before, x = x, self._added(x, normed(self.config, out, self.attention_post_norm))
+        if self.config.parallel:
+            inputs = self._attention_input(before)
+        else:
+            inputs = normed(self.config, x, self.mlp_norm, self.mlp_norm_bias)
+        return self._added(x, normed(self.config, self._mlp(inputs), self.mlp_post_norm))
+
+    def _mlp(self, x: Array) -> Array:
+        if self.mixture is not None:
+            return self.mixture(x)
+        activated = activate(self.config, project(x, self.gate_up_weight[...], value(self.gate_up_bias)))
+        return project(activated, self.down_weight[...], value(self.down_bias))
+
+    def _attention_input(self, x: Array) -> Array:
+        return normed(self.config, x, self.attention_norm, self.attention_norm_bias)
 
     def _added(self, x: Array, part: Array) -> Array:
         multiplier = self.config.residual_multiplier
@@ -128,8 +129,5 @@ class Block(nnx.Module):
 
     def _heads_normed(self, heads: Array, norm: nnx.Param | None) -> Array:
         if self.config.qk_norm != "all":
-            return self._normed(heads, norm)
-        return self._normed(heads.reshape(heads.shape[0], -1), norm).reshape(heads.shape)
-
-    def _normed(self, x: Array, norm: nnx.Param | None) -> Array:
-        return x if norm is None else rms_norm(x, norm[...], self.config.rms_norm_eps)
+            return normed(self.config, heads, norm)
+        return normed(self.config, heads.reshape(heads.shape[0], -1), norm).reshape(heads.shape)

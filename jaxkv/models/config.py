@@ -1,50 +1,28 @@
 """The static sizes and options of a decoder, and how to read them from a `config.json`."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 from jaxkv.arguments import whole
-from jaxkv.checkpoints.fields import most
 from jaxkv.checkpoints.hf_folder import read_json, shown, with_defaults
 from jaxkv.config import CacheConfig
+from jaxkv.models.config_checks import (
+    Activation,
+    Norm,
+    Norms,
+    QKNorm,
+    check_choices,
+    check_layers,
+    check_numbers,
+    checked_integers,
+)
+from jaxkv.models.experts import Experts
 from jaxkv.models.families.reading import config_arguments
 from jaxkv.models.families.registry import family_of, text_part
-from jaxkv.rope import Rope, RopePairing, RopeScaling, check_scaling
-
-QKNorm = Literal["heads", "all"]
-Norms = Literal["before", "around", "after"]
-Activation = Literal["silu", "gelu_tanh"]
-
-# Names in a `config.json` of the fields with limits.
-_HF_NAMES = {
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "num_layers": "num_hidden_layers",
-    "num_q_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "max_context": "max_position_embeddings",
-    "window": "sliding_window",
-}
-_POSITIVE = (
-    "embedding_multiplier",
-    "residual_multiplier",
-    "logit_multiplier",
-    "query_scale",
-    "attention_softcap",
-    "logit_softcap",
-)
-_CHOICES = {
-    "norms": get_args(Norms),
-    "qk_norm": (*get_args(QKNorm), None),
-    "activation": get_args(Activation),
-    "rope_pairing": get_args(RopePairing),
-}
+from jaxkv.rope import DynamicScaling, Rope, RopePairing, RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,16 +37,29 @@ class ModelConfig:
       num_kv_heads: key and value heads; divides `num_q_heads`.
       head_dim: features of one head; even.
       intermediate_size: width of the MLP, in features.
-      rms_norm_eps: added to the mean square before its root.
+      rms_norm_eps: added to the mean square before its root, in norms of either kind.
       rope_theta: the base of the rotary frequencies.
       rope_pairing: which features are rotated as a pair; see `jaxkv.rope.rotate`.
-      rope_scaling: how the frequencies are scaled, or None.
+      rope_scaling: how the frequencies are scaled, or None; dynamic and longrope depend on `max_context`.
+      rotary_features: features of a head that are rotated, the first ones; even. None is all.
       window_rope_theta: the base in layers with a window, unscaled; None is as in the others.
       norms: of attention and MLP: of what they read, of what they add to the residual stream, or of both.
+      norm: "rms" divides by the root mean square; "layer" subtracts the mean first.
+      norm_bias: whether norms add a bias.
       qk_norm: whether queries and keys are normalized before they are rotated: "heads", each head by itself;
         "all", all heads of a token together; None, not at all.
       qkv_bias: whether the Q, K and V projections add a bias (Qwen2).
-      activation: of the MLP's gate; "gelu_tanh" is GELU's approximation by tanh.
+      out_bias: whether the projection after attention adds a bias.
+      sinks: whether each query head has a logit that takes part in its softmax (gpt-oss).
+      parallel: whether attention and MLP read the same norm of the residual stream.
+      gated: whether the MLP has a gate.
+      mlp_bias: whether the MLP's projections add biases.
+      activation: of the MLP's gate, or of the MLP without one; "gelu_tanh" is GELU's approximation by tanh,
+        "clipped_swiglu" gpt-oss's, by the next two.
+      swiglu_limit: limits the gate from above, and what it multiplies from both sides.
+      swiglu_alpha: factor of the gate in its sigmoid.
+      experts: mixtures of experts in place of the MLP; None without.
+      dense_layers: layers that have the MLP nevertheless, in order.
       no_rope_layers: layers that do not rotate queries and keys, in order.
       embedding_multiplier: factor of the embeddings.
       residual_multiplier: factor of what attention and MLP add to the residual stream.
@@ -96,11 +87,23 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_pairing: RopePairing = "half"
     rope_scaling: RopeScaling | None = None
+    rotary_features: int | None = None
     window_rope_theta: float | None = None
     norms: Norms = "before"
+    norm: Norm = "rms"
+    norm_bias: bool = False
     qk_norm: QKNorm | None = None
     qkv_bias: bool = False
+    out_bias: bool = False
+    sinks: bool = False
+    parallel: bool = False
+    gated: bool = True
+    mlp_bias: bool = False
     activation: Activation = "silu"
+    swiglu_limit: float = 7.0
+    swiglu_alpha: float = 1.702
+    experts: Experts | None = None
+    dense_layers: tuple[int, ...] = ()
     no_rope_layers: tuple[int, ...] = ()
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
@@ -114,44 +117,11 @@ class ModelConfig:
     max_context: int
 
     def __post_init__(self) -> None:
-        for name, hf_name in _HF_NAMES.items():
-            value, limit = getattr(self, name), most(hf_name)
-            if name == "window" and value is None:
-                continue
-            number = whole(value)
-            if number is None or not 1 <= number <= limit:
-                raise ValueError(f"{name} must be an integer from 1 to {limit}, not {shown(value)}")
+        for name, number in checked_integers(self).items():
             object.__setattr__(self, name, number)
-        if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_kv_heads must divide num_q_heads ({self.num_q_heads}), not {self.num_kv_heads}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim must be even, not {self.head_dim}")
-        if not 0.0 < self.rms_norm_eps < 1.0:
-            raise ValueError(f"rms_norm_eps must lie between 0 and 1, not {self.rms_norm_eps!r}")
-        for name in ("rope_theta", "window_rope_theta"):
-            value = getattr(self, name)
-            if value is not None and not 1.0 < value < math.inf:
-                raise ValueError(f"{name} must be a finite number above 1, not {value!r}")
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise ValueError(f"{name} must be a positive number, not {value!r}")
-        for name, allowed in _CHOICES.items():
-            if getattr(self, name) not in allowed:
-                names = " or ".join(map(repr, allowed))
-                raise ValueError(f"{name} must be {names}, not {getattr(self, name)!r}")
-        if not set(self.no_rope_layers) <= set(range(self.num_layers)):
-            raise ValueError(f"no_rope_layers must be of {self.num_layers} layers, not {self.no_rope_layers}")
-        if self.rope_scaling is not None:
-            check_scaling(self.rope_scaling, self.head_dim)
-        full = self.full_attention_layers
-        if full != () and (self.window is None or not set(full) < set(range(self.num_layers))):
-            raise ValueError(
-                f"full_attention_layers must be some, not all, of {self.num_layers} layers of a model with a "
-                f"window, not {shown(full)}"
-            )
+        check_numbers(self)
+        check_choices(self)
+        check_layers(self)
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -172,9 +142,10 @@ class ModelConfig:
     @property
     def ropes(self) -> tuple[Rope | None, ...]:
         """How each layer's queries and keys are rotated by their positions; None is not at all."""
-        full = Rope.of(self.head_dim, self.rope_theta, self.rope_scaling, self.rope_pairing)
+        features, pairing = self.rotary_features or self.head_dim, self.rope_pairing
+        full = Rope.of(features, self.rope_theta, self.rope_scaling, pairing, self.max_context)
         theta = self.window_rope_theta
-        near = full if theta is None else Rope.of(self.head_dim, theta, pairing=self.rope_pairing)
+        near = full if theta is None else Rope.of(features, theta, pairing=pairing)
         without = set(self.no_rope_layers)
         return tuple(
             None if layer in without else full if window is None else near
@@ -200,6 +171,23 @@ class ModelConfig:
             layer_windows=self.windows,
         )
         return CacheConfig(**{**sizes, **options})  # type: ignore[arg-type]
+
+    def for_context(self, max_context: int | None) -> Self:
+        """The same model for contexts of at most `max_context` tokens; None changes nothing.
+
+        Dynamic scaling reaches beyond the model's own context, up to its factor times as far.
+
+        Raises:
+          ValueError: for more than the model supports.
+        """
+        if max_context is None:
+            return self
+        scaling, most, tokens = self.rope_scaling, self.max_context, whole(max_context)
+        if isinstance(scaling, DynamicScaling):
+            most = max(most, int(scaling.factor * scaling.original_max_position))
+        if tokens is None or not 1 <= tokens <= most:
+            raise ValueError(f"max_context must be an integer from 1 to {most}, not {shown(max_context)}")
+        return dataclasses.replace(self, max_context=tokens)
 
     @classmethod
     def from_hf(cls, source: Mapping[str, Any] | str | PathLike[str]) -> Self:

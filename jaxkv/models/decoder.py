@@ -1,6 +1,7 @@
 """A decoder-only language model on the paged cache, described by its config.
 
-Grouped-query attention with rotary positions and a gated MLP; `ModelConfig` says what else a family has.
+Grouped-query attention with rotary positions, and an MLP or a mixture of them; `ModelConfig` says what else a
+family has.
 Every call takes and returns the cache; the model is a pytree of weights, an argument of `jax.jit`.
 """
 
@@ -15,8 +16,10 @@ from jaxtyping import Array, Float, Int, Key
 
 from jaxkv.attention import attend, attention_mass
 from jaxkv.config import CacheConfig
-from jaxkv.models.block import Block, ParameterSource, project, rms_norm, softcapped
+from jaxkv.models.block import Block, ParameterSource, normed, softcapped
 from jaxkv.models.config import ModelConfig
+from jaxkv.models.mlp import value
+from jaxkv.models.projection import project
 from jaxkv.pool import append
 from jaxkv.state import Batch, KVCache
 from pallas_kernels.ordering import after
@@ -36,6 +39,8 @@ class Decoder(nnx.Module):
         self.embedding = nnx.Param(parameter("embedding", table))
         self.blocks = nnx.List([Block(config, parameter, layer) for layer in range(config.num_layers)])
         self.final_norm = nnx.Param(parameter("final_norm", (config.hidden_size,)))
+        bias = parameter("final_norm_bias", (config.hidden_size,)) if config.norm_bias else None
+        self.final_norm_bias = None if bias is None else nnx.Param(bias)
         self.unembedding = None if config.tied_embeddings else nnx.Param(parameter("unembedding", table))
 
     @overload
@@ -95,7 +100,15 @@ class Decoder(nnx.Module):
             q, k, v = block.qkv(x, batch.positions)
             cache = append(cache, layer, batch, k, v)
             attended, lse = attend(
-                cache, layer, batch, q, scale=scale, window=window, softcap=softcap, return_lse=True
+                cache,
+                layer,
+                batch,
+                q,
+                scale=scale,
+                window=window,
+                softcap=softcap,
+                sink_logits=value(block.sinks),
+                return_lse=True,
             )
             if return_mass and layer in cache.config.full_layers:
                 mass = attention_mass(
@@ -124,8 +137,8 @@ class Decoder(nnx.Module):
     def unembed(self, x: Float[Array, "tokens hidden"]) -> Float[Array, "tokens vocab"]:
         """The final norm, the output projection and the logits' softcap: float32 logits."""
         table = self.embedding if self.unembedding is None else self.unembedding
-        normed = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
-        logits, multiplier = project(normed, table[...]), self.config.logit_multiplier
+        inputs = normed(self.config, x, self.final_norm, self.final_norm_bias)
+        logits, multiplier = project(inputs, table[...]), self.config.logit_multiplier
         return softcapped(logits if multiplier == 1.0 else logits * multiplier, self.config.logit_softcap)
 
 
@@ -155,7 +168,8 @@ def random_model(config: ModelConfig, key: Key[Array, ""], dtype: DTypeLike = jn
         kept = parameter_dtype(shape, dtype)
         if name.endswith("norm"):
             return jnp.ones(shape, kept)
-        scale = shape[-1] ** -0.5
+        # Experts have their in features before their out features.
+        scale = shape[-2 if len(shape) == 3 else -1] ** -0.5
         drawn = jax.random.normal(jax.random.fold_in(key, next(count)), shape, jnp.float32)
         return (drawn * scale).astype(kept)
 

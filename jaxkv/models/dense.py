@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.models.block import softcapped
 from jaxkv.models.decoder import Decoder
+from jaxkv.models.mlp import value
 
 
 def dense_logits(
@@ -31,7 +32,7 @@ def dense_logits(
     x = model.embed(tokens.reshape(-1))
     for block, window in zip(model.blocks, config.windows, strict=True):
         q, k, v = (part.reshape(seqs, length, -1, config.head_dim) for part in block.qkv(x, positions))
-        attended = _attention(q, k, v, masks[window], scale, config.attention_softcap)
+        attended = _attention(q, k, v, masks[window], scale, config.attention_softcap, value(block.sinks))
         x = block.mix(x, attended.reshape(seqs * length, -1, q.shape[-1]))
     logits = model.unembed(x).reshape(seqs, length, -1)
     counts = jnp.arange(length)[None, :] < lengths[:, None]
@@ -51,11 +52,16 @@ def _attention(
     mask: Bool[Array, "length length"],
     scale: float,
     softcap: float | None,
+    sinks: Float[Array, " q_heads"] | None,
 ) -> Float[Array, "seqs length q_heads head_dim"]:
     seqs, length, _, head_dim = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(seqs, length, kv_heads, -1, head_dim).astype(jnp.float32)
     scores = jnp.einsum("sqhgd,skhd->shgqk", grouped, k.astype(jnp.float32)) * scale
     scores = softcapped(scores, softcap)
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    scores = jnp.where(mask, scores, -jnp.inf)
+    if sinks is not None:
+        column = jnp.broadcast_to(sinks.reshape(1, kv_heads, -1, 1, 1), (*scores.shape[:-1], 1))
+        scores = jnp.concatenate([scores, column], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., :length]
     return jnp.einsum("shgqk,skhd->sqhgd", weights, v.astype(jnp.float32)).reshape(q.shape)

@@ -16,16 +16,18 @@ from jaxkv.models.config import ModelConfig
 from jaxkv.models.decoder import Decoder
 from jaxkv.models.families.registry import family_of, is_wrapper, text_part
 from jaxkv.models.tensor_names import TensorNames
-from jaxkv.models.weights import Progress, TensorSource, build_model
+from jaxkv.models.tensor_source import TensorSource
+from jaxkv.models.weights import Progress, build_model
 
 # What sees images in a model of text and images.
 _OTHER_PARTS = re.compile(r"(^|\.)(vision_tower|multi_modal_projector)\.")
-# By their names in the file format. Other dtypes of safetensors do not occur in these models.
+# By their names in the file format. Bytes hold packed weights; other dtypes do not occur in these models.
 _DTYPES = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "U8": np.dtype(np.uint8),
 }
 
 
@@ -97,27 +99,29 @@ class TextPart:
 
 
 def load_hf(
-    folder: Path, *, dtype: DTypeLike, progress: Progress | None = None
+    folder: Path, *, dtype: DTypeLike, max_context: int | None = None, progress: Progress | None = None
 ) -> tuple[Decoder, ModelConfig]:
     """Reads a model folder.
 
     Args:
       folder: holds `config.json` and the weights.
       dtype: of the model's matrices.
+      max_context: tokens of the longest context, as for `load`.
       progress: called after each tensor; see `Progress`.
 
     Raises:
       ModelLoadError: naming the file and the fault.
+      ValueError: for a context longer than the model supports.
     """
     try:
         raw = read_json(folder)
-        config, names = ModelConfig.from_hf(raw), family_of(text_part(raw)).hf_names
+        config, family = ModelConfig.from_hf(raw), family_of(text_part(raw))
     except ValueError as error:
         message = str(error)
         named = message.startswith(str(folder))
         raise ModelLoadError(message if named else f"{folder / 'config.json'}: {message}") from None
-    whole = SafetensorsFolder(folder)
-    source = TextPart(whole) if is_wrapper(raw) else whole
+    config, whole = config.for_context(max_context), SafetensorsFolder(folder)
+    source, names = family.hf_source(TextPart(whole) if is_wrapper(raw) else whole), family.hf_names
     if config.tied_embeddings and not _is_tied(source, names):
         config = dataclasses.replace(config, tied_embeddings=False)
 
@@ -180,5 +184,6 @@ def _string_items(path: Path, weight_map: object) -> list[tuple[str, str]]:
 
 def _dtype(file: Path, name: str, dtype: str) -> np.dtype:
     if dtype not in _DTYPES:
-        raise ModelLoadError(f"{file}: tensor {name!r} has dtype {dtype}, supported: {', '.join(_DTYPES)}")
+        supported = ", ".join(name for name in _DTYPES if name != "U8")
+        raise ModelLoadError(f"{file}: tensor {name!r} has dtype {dtype}, supported: {supported}")
     return _DTYPES[dtype]

@@ -50,6 +50,7 @@ def load(
     path_or_name: str | PathLike[str],
     *,
     dtype: DTypeLike | None = None,
+    max_context: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Loads a model and its tokenizer.
@@ -58,10 +59,13 @@ def load(
       path_or_name: a GGUF file, a Hugging Face folder, or one of `KNOWN_MODELS`.
       dtype: of the model's matrices, whatever the file's are; None is float32 on a CPU and
         bfloat16 on an accelerator.
+      max_context: tokens of the longest context that the model is for; None is its own. Longrope takes other
+        frequencies for short contexts, and dynamic scaling for contexts beyond the model's own.
       progress: called with the bytes read so far and the total.
 
     Raises:
       ModelLoadError: one line naming the file and the fault.
+      ValueError: for a dtype that is not supported, or a context longer than the model supports.
 
     Example:
       >>> loaded = load("smollm2-135m")
@@ -73,10 +77,10 @@ def load(
     name = str(path_or_name) if str(path_or_name) in KNOWN_MODELS else path.resolve().name
     if path.is_dir():
         tokenizer = _tokenizer(path)
-        model, config = load_hf(path, dtype=kept, progress=progress)
+        model, config = load_hf(path, dtype=kept, max_context=max_context, progress=progress)
     else:
         file = GGUFFile(path)
-        model, config = load_gguf(file, dtype=kept, progress=progress)
+        model, config = load_gguf(file, dtype=kept, max_context=max_context, progress=progress)
         tokenizer = _tokenizer(file)
     if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
         raise ModelLoadError(

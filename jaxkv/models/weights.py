@@ -5,8 +5,7 @@ the model stores as one matrix, and reads one tensor at a time, so memory holds 
 """
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,31 +16,10 @@ from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
 from jaxkv.models.decoder import Decoder, parameter_dtype
 from jaxkv.models.tensor_names import TensorNames
+from jaxkv.models.tensor_source import TensorSource
 
 Progress = Callable[[int, int], None]
 """Called with the bytes read so far and the total."""
-
-
-class TensorSource(Protocol):
-    """A checkpoint on disk.
-
-    Attributes:
-      path: the file or folder, for messages.
-      shapes: of every tensor, outermost dimension first.
-    """
-
-    path: Path
-
-    @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]: ...
-
-    def read(self, name: str) -> np.ndarray:
-        """One tensor as a float array; raises `ModelLoadError` if it is damaged."""
-        ...
-
-    def num_bytes(self, name: str) -> int:
-        """Bytes of one tensor in the file."""
-        ...
 
 
 def build_model(
@@ -72,12 +50,10 @@ def build_model(
 
     def parameter(name: str, shape: tuple[int, ...]) -> jax.Array:
         nonlocal done
-        whole, row = np.empty(shape, parameter_dtype(shape, dtype)), 0
-        for part in names.parts(name):
-            rows = wanted[part][0]
-            _copy(source, part, whole[row : row + rows])
-            row += rows
-            done += source.num_bytes(part)
+        whole = np.empty(shape, parameter_dtype(shape, dtype))
+        for part in pieces(config, names, name, shape):
+            _copy(source, part.name, as_stored(name, whole)[part.rows])
+            done += source.num_bytes(part.name)
             if progress is not None:
                 progress(done, total)
         if names.norm_offset and name.endswith("norm"):
@@ -87,21 +63,65 @@ def build_model(
     return Decoder(config, parameter)
 
 
+class Piece(NamedTuple):
+    """A tensor of a checkpoint, and where it lies in a parameter of the model; see `as_stored`."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[int | slice, ...]
+
+
+def pieces(config: ModelConfig, names: TensorNames, parameter: str, shape: tuple[int, ...]) -> list[Piece]:
+    """The tensors that a parameter of `Decoder`, such as `blocks.3.qkv`, is joined from."""
+    last = parameter.rpartition(".")[2]
+    experts = _is_of_experts(last)
+    if experts and len(shape) == 3:
+        shape = shape[0], shape[2], shape[1]
+    axis, parts, start = int(experts), names.parts(parameter), 0
+    heights = _heights(config, last) if len(parts) > 1 else (shape[axis],)
+    found: list[Piece] = []
+    for name, height in zip(parts, heights, strict=True):
+        rows, size = slice(start, start + height), (height, *shape[axis + 1 :])
+        start += height
+        if not experts:
+            found.append(Piece(name, size, (rows,)))
+        elif "{expert}" in name:
+            found += [Piece(name.format(expert=one), size, (one, rows)) for one in range(shape[0])]
+        else:
+            found.append(Piece(name, (shape[0], *size), (slice(None), rows)))
+    return found
+
+
+def as_stored(parameter: str, array: np.ndarray) -> np.ndarray:
+    """A view of a parameter in the order of checkpoints, where a matrix has its out features first."""
+    stacked = _is_of_experts(parameter.rpartition(".")[2]) and array.ndim == 3
+    return array.swapaxes(1, 2) if stacked else array
+
+
 def expected_shapes(config: ModelConfig, names: TensorNames) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor that a checkpoint of this config must have."""
-    q, kv, ffn = config.q_features, config.kv_features, config.intermediate_size
-    rows = {"qkv": (q, kv, kv), "qkv_bias": (q, kv, kv), "gate_up": (ffn, ffn)}
     wanted: dict[str, tuple[int, ...]] = {}
 
     def note(parameter: str, shape: tuple[int, ...]) -> jax.Array:
-        parts = names.parts(parameter)
-        heights = rows[parameter.rpartition(".")[2]] if len(parts) > 1 else shape[:1]
-        for name, height in zip(parts, heights, strict=True):
-            wanted[name] = (height, *shape[1:])
+        wanted.update((piece.name, piece.shape) for piece in pieces(config, names, parameter, shape))
         return jax.ShapeDtypeStruct(shape, jnp.float32)  # type: ignore[return-value]
 
     Decoder(config, note)
     return wanted
+
+
+def _is_of_experts(parameter: str) -> bool:
+    return parameter.startswith("expert_")
+
+
+def _heights(config: ModelConfig, parameter: str) -> tuple[int, ...]:
+    """Rows of each tensor of a parameter that is joined from several."""
+    q, kv, experts = config.q_features, config.kv_features, config.experts
+    heights = {"qkv": (q, kv, kv), "gate_up": (config.intermediate_size,) * 2}
+    if experts is not None:
+        heights["expert_gate_up"] = (experts.intermediate_size,) * 2
+        heights["shared_gate_up"] = (experts.shared_size or 0,) * 2
+    return heights[parameter.removesuffix("_bias")]
 
 
 def _check_names(
@@ -121,6 +141,8 @@ def _check_names(
 def _copy(source: TensorSource, name: str, into: np.ndarray) -> None:
     """Reads a tensor into its rows of a parameter, in the parameter's dtype; refuses non-finite values."""
     tensor = source.read(name)
+    if tensor.dtype.kind in "iu":
+        raise ModelLoadError(f"{source.path}: tensor {name!r} holds {tensor.dtype}, not weights")
     with np.errstate(over="ignore", invalid="ignore"):
         into[...] = tensor
         # A finite sum means finite terms; otherwise the terms are checked.

@@ -7,20 +7,13 @@ import gguf
 import numpy as np
 
 from jaxkv.checkpoints.hf_folder import of_full_attention
-from jaxkv.models import ModelConfig
-from jaxkv.models.families.family import Family
+from jaxkv.models import Decoder
 from jaxkv.models.families.registry import BY_ARCHITECTURE, family_of
-from jaxkv.models.load_hf import SafetensorsFolder
-from jaxkv.models.weights import expected_shapes
+from jaxkv.models.load_hf import SafetensorsFolder, load_hf
+from jaxkv.models.weights import as_stored, pieces
 
 Types = gguf.GGMLQuantizationType
 QK = ("attn_q.weight", "attn_k.weight")
-
-
-def tensor_names(config: ModelConfig, family: Family) -> dict[str, str]:
-    """Every tensor's name in a Hugging Face checkpoint, and in a GGUF file."""
-    both = (expected_shapes(config, names) for names in (family.hf_names, family.gguf_names))
-    return dict(zip(*both, strict=True))
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -32,12 +25,20 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
 def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     """A Hugging Face checkpoint's config, and its tensors under GGUF names in float32."""
     raw = json.loads((folder / "config.json").read_text())
-    source, family = SafetensorsFolder(folder), family_of(raw)
-    names = tensor_names(ModelConfig.from_hf(folder), family)
-    tensors = {names[name]: source.read(name).astype(np.float32) for name in source.shapes}
-    for name in tensors:
-        if name.endswith("norm.weight"):
-            tensors[name] += np.float32(family.hf_names.norm_offset)
+    family, (_, config) = family_of(raw), load_hf(folder, dtype=np.float32)
+    source, tensors = family.hf_source(SafetensorsFolder(folder)), {}
+
+    def parameter(name: str, shape: tuple[int, ...]) -> np.ndarray:
+        whole = np.empty(shape, np.float32)
+        for piece in pieces(config, family.hf_names, name, shape):
+            as_stored(name, whole)[piece.rows] = source.read(piece.name)
+        if name.endswith("norm"):
+            whole += np.float32(family.hf_names.norm_offset)
+        for piece in pieces(config, BY_ARCHITECTURE[architecture_of(raw)].gguf_names, name, shape):
+            tensors[piece.name] = np.ascontiguousarray(as_stored(name, whole)[piece.rows])
+        return whole
+
+    Decoder(config, parameter)
     if BY_ARCHITECTURE[architecture_of(raw)].gguf_pairing != family.hf_pairing:
         for name in tensors:
             if name.endswith(QK):
@@ -48,13 +49,14 @@ def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 def architecture_of(raw: dict) -> str:
     """The architecture that a GGUF file of this `config.json` names."""
-    return family_of(raw).architecture or "llama"
+    return family_of(raw).architecture or {"olmo3": "olmo2"}.get(raw["model_type"], "llama")
 
 
 def metadata(raw: dict) -> dict[str, object]:
     """The header fields of a model with this `config.json`."""
     architecture = architecture_of(raw)
     head_dim = raw.get("head_dim") or raw["hidden_size"] // raw["num_attention_heads"]
+    rotary = of_full_attention(raw["rope_parameters"])
     fields = {
         "block_count": raw["num_hidden_layers"],
         "context_length": raw["max_position_embeddings"],
@@ -64,10 +66,11 @@ def metadata(raw: dict) -> dict[str, object]:
         "attention.head_count_kv": raw["num_key_value_heads"],
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "attention.layer_norm_rms_epsilon": raw["rms_norm_eps"],
-        "rope.freq_base": of_full_attention(raw["rope_parameters"])["rope_theta"],
-        "rope.dimension_count": head_dim,
+        "rope.freq_base": rotary["rope_theta"],
+        "rope.dimension_count": int(head_dim * rotary.get("partial_rotary_factor", 1)),
     }
+    if "rms_norm_eps" in raw:
+        fields["attention.layer_norm_rms_epsilon"] = raw["rms_norm_eps"]
     named = {f"{architecture}.{name}": value for name, value in fields.items()}
     return {"general.architecture": architecture} | named
 

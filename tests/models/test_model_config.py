@@ -95,7 +95,7 @@ def test_cache_config_takes_the_models_sizes():
     [
         (
             {"model_type": "rwkv"},
-            "model_type 'rwkv' is not supported; supported: llama, mistral, ministral, qwen2",
+            "model_type 'rwkv' is not supported; supported: ",
         ),
         ({"model_type": None}, "model_type None"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
@@ -111,12 +111,12 @@ def test_cache_config_takes_the_models_sizes():
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps must lie between"),
         ({"rope_theta": float("inf")}, "rope_theta must be a finite number"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
-        ({"attention_bias": True}, "attention_bias True is not supported"),
+        ({"attention_bias": "yes"}, "attention_bias 'yes' is not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope_scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}, "rope_scaling 'ntk' is not supported"),
         (
-            {"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": {"rope_type": "default"}},
-            "'yarn' is not",
+            {"rope_scaling": {"rope_type": "ntk"}, "rope_parameters": {"rope_type": "default"}},
+            "'ntk' is not",
         ),
         ({"rope_scaling": {"factor": 4.0}}, "rope_scaling needs a rope_type beside 'factor'"),
         ({"rope_parameters": {"factor": 4.0}}, "rope_scaling needs a rope_type beside 'factor'"),
@@ -126,6 +126,11 @@ def test_cache_config_takes_the_models_sizes():
             {"rope_scaling": {"rope_type": "linear", "factor": -1.0}},
             "factor must be a positive number, not -1.0",
         ),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": -2.0}},
+            "factor must be a positive number, not -2.0",
+        ),
+        ({"rope_scaling": {"rope_type": "dynamic"}}, "field 'factor' is missing"),
         ({"rope_scaling": 3}, "rope_scaling must be an object"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "layer_types"),
     ],

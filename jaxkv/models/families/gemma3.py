@@ -14,8 +14,18 @@ _LAYERS_OF_27B = 62
 
 
 def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of layers with full attention."""
-    return of_full_attention(rotary_settings(raw))
+    """The settings of layers with full attention; the older `rope_scaling` is theirs alone."""
+    settings, own = rotary_settings(raw), by_kind(raw).get("full_attention")
+    if isinstance(own, Mapping) and settings is raw.get("rope_scaling"):
+        settings = {**own, **settings}
+    # `transformers` reads it from the settings of all layers only, which these models do not have.
+    return {name: value for name, value in of_full_attention(settings).items() if name != "truncate"}
+
+
+def by_kind(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of each kind of layer; empty if the config has them not apart."""
+    settings = raw.get("rope_parameters")
+    return settings if isinstance(settings, Mapping) else {}
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -35,7 +45,7 @@ def options(fields: Fields) -> dict[str, Any]:
 
 def window_theta(fields: Fields, absent: float) -> float:
     """The base of layers with a window, `absent` if the settings do not say; their scaling is refused."""
-    settings = rotary_settings(fields.raw).get("sliding_attention")
+    settings = by_kind(fields.raw).get("sliding_attention")
     if not isinstance(settings, Mapping):
         return absent
     if (kind := rotary_type(settings)) != "default":
@@ -62,7 +72,13 @@ FAMILY = Family(
     options=options,
     allowed=gemma2.ALLOWED,
     rotary=rotary,
-    absent={"tie_word_embeddings": True, "rope_theta": 1e6},
+    absent={
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+        "num_attention_heads": 8,
+        "vocab_size": 262208,
+        "max_position_embeddings": 131072,
+    },
     wrappers=("gemma3",),
     hf_names=gemma2.NAMES,
     architecture="gemma3",

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxkv.checkpoints.fields import Fields
+from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import shown
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -43,3 +44,17 @@ def every_nth_full(fields: Fields, period: int) -> list[str]:
     """`layer_types`, or full attention in every `period`-th layer if the config does not say."""
     layers = range(1, fields.integer("num_hidden_layers") + 1)
     return layer_kinds(fields) or [SLIDING if layer % period else FULL for layer in layers]
+
+
+def header_windows(file: GGUFFile, architecture: str, period: int) -> dict[str, Any]:
+    """The window and `layer_types` of a GGUF file's header, which may have a pattern: a period or flags."""
+    window = file.number(f"{architecture}.attention.sliding_window", int, 0)
+    pattern = file.get(f"{architecture}.attention.sliding_window_pattern", period)
+    if not window:
+        return {"sliding_window": None, "layer_types": None}
+    if type(pattern) is int and pattern >= 1:
+        layers = range(1, file.number(f"{architecture}.block_count", int) + 1)
+        pattern = [bool(layer % pattern) for layer in layers]
+    if not isinstance(pattern, list) or not all(isinstance(flag, bool) for flag in pattern):
+        raise ValueError(f"sliding_window_pattern must be a period or a list of flags, not {shown(pattern)}")
+    return {"sliding_window": window, "layer_types": [SLIDING if flag else FULL for flag in pattern]}

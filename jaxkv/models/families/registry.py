@@ -1,32 +1,43 @@
 """The supported families. A new one is a file beside this one, and a line here."""
 
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
 from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.models.families import (
+    cohere2,
     ernie4_5,
     exaone4,
     gemma2,
     gemma3,
+    glm4,
+    gpt_oss,
     granite,
     llama,
     mistral,
+    mixtral,
     olmo2,
     olmo3,
     phi3,
     qwen2,
+    qwen2_moe,
     qwen3,
+    qwen3_moe,
     seed_oss,
     smollm3,
+    starcoder2,
 )
 from jaxkv.models.families.family import Family
 
 FAMILIES: tuple[Family, ...] = (
     llama.FAMILY,
     mistral.FAMILY,
+    mixtral.FAMILY,
     qwen2.FAMILY,
+    qwen2_moe.FAMILY,
     qwen3.FAMILY,
+    qwen3_moe.FAMILY,
     gemma2.FAMILY,
     gemma3.FAMILY,
     phi3.FAMILY,
@@ -37,6 +48,10 @@ FAMILIES: tuple[Family, ...] = (
     seed_oss.FAMILY,
     exaone4.FAMILY,
     ernie4_5.FAMILY,
+    gpt_oss.FAMILY,
+    cohere2.FAMILY,
+    glm4.FAMILY,
+    starcoder2.FAMILY,
 )
 BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES if family.architecture}
@@ -61,9 +76,13 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     """The family of a language model's config.
 
     Raises:
-      ValueError: for an unsupported `model_type`, listing the supported ones.
+      ValueError: for an unsupported `model_type`, naming the supported ones most like it.
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
-        raise ValueError(f"model_type {shown(kind)} is not supported; supported: {', '.join(BY_MODEL_TYPE)}")
+        names = difflib.get_close_matches(str(kind)[:40], BY_MODEL_TYPE, n=4, cutoff=0.0)
+        others = len(BY_MODEL_TYPE) - len(names)
+        raise ValueError(
+            f"model_type {shown(kind)} is not supported; supported: {', '.join(names)} and {others} others"
+        )
     return BY_MODEL_TYPE[kind]
