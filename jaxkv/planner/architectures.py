@@ -26,6 +26,7 @@ class Architecture(NamedTuple):
       sinks: whether heads have a learned attention sink.
       extra_positions: rows of the table of positions beyond the context.
       head_bias: whether the output projection has a bias.
+      state: elements of the states of fixed size of one sequence, in layers without K and V.
     """
 
     layers: Callable[[Fields, Sizes], list[Layer]]
@@ -38,6 +39,7 @@ class Architecture(NamedTuple):
     sinks: bool = False
     extra_positions: int = 0
     head_bias: bool = False
+    state: Callable[[Fields, int], int] | None = None
 
 
 def _no_window(fields: Fields, layers: int) -> list[int | None]:
@@ -66,6 +68,24 @@ def _all_but_every(pattern: int):
     return windows
 
 
+def _attention_only(fields: Fields, layers: int) -> list[int | None]:
+    return [None] * weights.mixed_layers(fields, layers).count("full_attention")
+
+
+def _every_layer_if_used(fields: Fields, layers: int) -> list[int | None]:
+    """Qwen3-MoE: a window in all layers, of 4,096 tokens where the config leaves it out."""
+    if not fields.flag("use_sliding_window", False):
+        return [None] * layers
+    window = fields.optional("sliding_window") if "sliding_window" in fields.raw else 4096
+    return [window] * layers
+
+
+def _unused(fields: Fields, layers: int) -> list[int | None]:
+    if fields.flag("use_sliding_window", False):
+        raise ValueError("use_sliding_window needs layer_types, which say where the window is")
+    return [None] * layers
+
+
 def _chunks(fields: Fields, layers: int) -> list[int | None]:
     """Llama 4: layers with rotary positions keep their chunk, the others everything."""
     chunk, rotary = fields.optional("attention_chunk_size"), fields.raw.get("no_rope_layers") or None
@@ -87,7 +107,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(weights.dense(2), _every_layer),
     "qwen2": Architecture(weights.dense(2, qkv_bias=True), _late_layers),
     "qwen3": Architecture(weights.dense(2, qk_norm=weights.norm_of_a_head), _late_layers),
-    "qwen3_moe": Architecture(weights.qwen3_moe, _late_layers),
+    "qwen3_moe": Architecture(weights.qwen3_moe, _every_layer_if_used),
     "gemma": Architecture(weights.dense(2), _no_window, tied=True),
     "gemma2": Architecture(weights.dense(4), _all_but_every(2), tied=True),
     "gemma3_text": Architecture(
@@ -99,13 +119,15 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deepseek_v32": Architecture(weights.deepseek, _no_window, latent=True, indexed=True),
     "kimi_k2": Architecture(weights.deepseek, _no_window, latent=True),
     "llama4_text": Architecture(weights.llama4, _chunks),
+    "qwen3_next": Architecture(weights.qwen3_next, _attention_only, state=weights.delta_state),
+    "qwen3_5_text": Architecture(weights.qwen3_next, _attention_only, state=weights.delta_state),
     "qwen2_moe": Architecture(weights.qwen2_moe, _late_layers),
     "baichuan": Architecture(weights.dense(2), _no_window),
     "internlm2": Architecture(weights.dense(2, bias=("bias", False)), _no_window),
     "ministral": Architecture(weights.dense(2), _every_layer),
     "ministral3": Architecture(weights.dense(2), _every_layer),
     "granite": Architecture(weights.dense(2), _no_window),
-    "smollm3": Architecture(weights.dense(2), _late_layers, tied=True),
+    "smollm3": Architecture(weights.dense(2), _unused, tied=True),
     "seed_oss": Architecture(
         weights.dense(2, bias=("attention_bias", True), out_bias=("attention_out_bias", False)), _no_window
     ),
@@ -153,12 +175,15 @@ def layer_windows(fields: Fields, architecture: Architecture, layers: int) -> li
       ValueError: for `layer_types` of another length, or a kind of layer other than these two.
     """
     kinds = fields.layer_types(layers)
-    if kinds is None:
+    if kinds is None or architecture.state is not None:
         return architecture.windows(fields, layers)
+    if architecture.indexed:
+        kinds = ["full_attention" if kind == "indexed_attention" else kind for kind in kinds]
+    local = "chunked_attention" if architecture.windows is _chunks else "sliding_attention"
     for kind in kinds:
-        if kind not in ("full_attention", "sliding_attention"):
+        if kind not in ("full_attention", local):
             raise ValueError(f"layer_types {shown(kind)} is not known; its cache cannot be counted")
-    if "sliding_attention" not in kinds:
+    if local not in kinds:
         return [None] * layers
-    window = fields.integer("sliding_window")
-    return [window if kind == "sliding_attention" else None for kind in kinds]
+    window = fields.integer("sliding_window" if local == "sliding_attention" else "attention_chunk_size")
+    return [window if kind == local else None for kind in kinds]

@@ -53,6 +53,7 @@ class ModelShape:
       quantization: storage of the published weights, as `quant_method`; None is `dtype`.
       quantized_bits: bits per quantized weight, including scales; None if the config does not say.
       stored_bytes: bytes of the weight files beside the config, if they exist.
+      state_elements: elements of the states of one sequence, in layers that keep no K and V.
       notes: caveats for a reader of the plan.
     """
 
@@ -78,6 +79,7 @@ class ModelShape:
     quantization: str | None = None
     quantized_bits: float | None = None
     stored_bytes: int | None = None
+    state_elements: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -125,6 +127,9 @@ class ModelShape:
         fields = Fields(raw)
         size, vocab = sizes(fields, latent=architecture.latent), fields.integer("vocab_size")
         layers = architecture.layers(fields, size)
+        windows = tuple(layer_windows(fields, architecture, size.layers))
+        if not windows:
+            raise ValueError("no layer has K and V; there is no cache to plan")
         tied = Fields({**outer, **raw}).flag("tie_word_embeddings", architecture.tied)
         context = fields.integer(
             "max_position_embeddings",
@@ -148,7 +153,7 @@ class ModelShape:
         return cls(
             name=name or found or str(kind),
             architecture=str(kind),
-            num_layers=size.layers,
+            num_layers=len(windows),
             num_q_heads=size.q_heads,
             num_kv_heads=1 if latent else size.kv_heads,
             head_dim=latent or size.head_dim,
@@ -157,7 +162,8 @@ class ModelShape:
             hidden_size=size.hidden,
             vocab_size=vocab,
             mlp_width=mlp_width(fields, size.hidden),
-            windows=tuple(layer_windows(fields, architecture, size.layers)),
+            windows=windows,
+            state_elements=0 if architecture.state is None else architecture.state(fields, size.layers),
             max_context=trained_context(raw, context),
             is_extended=is_extended(raw, context),
             dtype=_dtype(raw) or _dtype(outer),

@@ -291,3 +291,60 @@ def mlp_width(fields: Fields, hidden: int) -> int:
     one = fields.integer("moe_intermediate_size", default=dense)
     chosen = fields.integer("num_experts_per_tok", default=1)
     return max(dense, one * (chosen + fields.integer("n_shared_experts", default=0, least=0)))
+
+
+def qwen3_next(fields: Fields, size: Sizes) -> list[Layer]:
+    """Layers with gated attention or a gated delta rule, before an MLP or experts."""
+    hidden, biased = size.hidden, fields.flag("attention_bias", False)
+    # Each query has a gate of its width.
+    gated = _attention(size, qkv_bias=biased, out_bias=biased) + 2 * size.head_dim
+    gated += size.q_heads * size.head_dim * (hidden + biased)
+    delta = _delta(fields)
+    values, channels = delta.heads * delta.value, delta.channels
+    linear = hidden * (channels + 2 * values + 2 * delta.heads) + channels * delta.kernel
+    linear += 2 * delta.heads + delta.value
+    mixers = [linear if kind == "linear_attention" else gated for kind in mixed_layers(fields, size.layers)]
+    if fields.raw.get("model_type") == "qwen3_5_text":
+        mlp = 3 * hidden * fields.integer("intermediate_size") + 2 * hidden
+        return [Layer(mixer + mlp) for mixer in mixers]
+    shared = 3 * hidden * fields.integer("shared_expert_intermediate_size") + hidden
+    return [_qwen_moe(fields, size, mixer, shared)[layer] for layer, mixer in enumerate(mixers)]
+
+
+class _Delta(NamedTuple):
+    """Sizes of a gated delta rule."""
+
+    heads: int
+    key: int
+    value: int
+    channels: int
+    kernel: int
+
+
+def _delta(fields: Fields) -> _Delta:
+    heads, keys = fields.integer("linear_num_value_heads"), fields.integer("linear_num_key_heads")
+    key, value = fields.integer("linear_key_head_dim"), fields.integer("linear_value_head_dim")
+    return _Delta(heads, key, value, 2 * keys * key + heads * value, fields.integer("linear_conv_kernel_dim"))
+
+
+def mixed_layers(fields: Fields, layers: int) -> list[str]:
+    """`linear_attention` or `full_attention` of each layer of Qwen3-Next and Qwen3.5.
+
+    Raises:
+      ValueError: for another kind of layer.
+    """
+    kinds = fields.layer_types(layers)
+    if kinds is None:
+        every = fields.integer("full_attention_interval", default=4)
+        return ["linear_attention" if (n + 1) % every else "full_attention" for n in range(layers)]
+    for kind in kinds:
+        if kind not in ("linear_attention", "full_attention"):
+            raise ValueError(f"layer_types {shown(kind)} is not known; its cache cannot be counted")
+    return kinds
+
+
+def delta_state(fields: Fields, layers: int) -> int:
+    """Elements of the states of one sequence: a matrix for each head, and the inputs of a convolution."""
+    delta, kinds = _delta(fields), mixed_layers(fields, layers)
+    one = delta.heads * delta.key * delta.value + delta.channels * delta.kernel
+    return kinds.count("linear_attention") * one
