@@ -1,6 +1,8 @@
 """The planner on published configs: bytes of K and V at 8,192 tokens of 16 bits, and number of parameters."""
 
+import copy
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -56,3 +58,21 @@ def test_states_of_fixed_size_are_counted_apart_from_k_and_v():
 def test_qwen3_moe_has_its_window_in_all_layers(fields, windows):
     config = CASES["Qwen/Qwen3-30B-A3B"]["config"] | fields
     assert set(ModelShape.from_config(config).windows) == windows
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_damaged_configs_have_a_plan_or_one_clear_line(count):
+    random_of = random.Random(count)
+    odd = [None, -1, 0, 1, 3, 2**70, 1e9, float("nan"), "x", "", [], {}, [1], {"a": 1}, True, False]
+    for _ in range(count):
+        config = copy.deepcopy(random_of.choice(list(CASES.values()))["config"])
+        part = random_of.choice([config, *(v for v in config.values() if isinstance(v, dict) and v)])
+        for name in random_of.sample(list(part), min(len(part), 2)):
+            if random_of.random() < 0.25:
+                del part[name]
+            else:
+                part[name] = random_of.choice(odd)
+        try:
+            plan(ModelShape.from_config(config), "H100")
+        except ValueError as error:
+            assert "\n" not in str(error)
