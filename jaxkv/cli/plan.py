@@ -206,6 +206,8 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
     if made.tensor_parallel > 1:
         rows["devices"] = f"{made.tensor_parallel}; bytes are per device"
     rows["weights"] = f"{format_mebibytes(made.weights)} {_stored(made)}"
+    if made.states:
+        rows["states of fixed size"] = format_mebibytes(made.states)
     if not has_device:
         return rows
     rows |= {
@@ -291,6 +293,7 @@ def explain(made: Plan) -> str:
         f"(4 x {shape.hidden_size:,} + ({q:,} Q + 2 x {k:,} K, V + 2 x {shape.mlp_width:,} MLP) / {devices})",
         f"              + {made.concurrency:,} x {shape.vocab_size:,} logits x 4 bytes",
         f"            = {made.activations:,} bytes",
+        *([f"states = {made.states:,} bytes of layers without K and V, in float32"] if made.states else []),
         f"tables = {made.tables:,} bytes of page table, refcounts and free stack",
         f"overhead = {made.overhead:,} bytes for the driver, compiled programs and libraries (assumed)",
     ]

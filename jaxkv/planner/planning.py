@@ -23,7 +23,7 @@ from jaxkv.units import format_bytes, parse_bytes
 
 # int4 as in common formats: a 16-bit scale per group of 64. Embeddings stay in 16 bits or more.
 WEIGHT_BITS = {"float32": 32.0, "bfloat16": 16.0, "float16": 16.0, "fp8": 8.0, "int8": 8.0, "int4": 4.25}
-_ACTIVATION_BYTES, _LOGIT_BYTES = 2, 4
+_ACTIVATION_BYTES, _LOGIT_BYTES, _STATE_BYTES = 2, 4, 4
 _GIB = 2**30
 
 
@@ -167,6 +167,11 @@ class Plan:
         return 0 if config is None else config.estimated_memory_bytes() - config.pool_bytes
 
     @property
+    def states(self) -> int:
+        """Bytes of states of fixed size, of layers without K and V, in float32."""
+        return -(-self.shape.state_elements * _STATE_BYTES * self.concurrency // self.tensor_parallel)
+
+    @property
     def activations(self) -> int:
         """Bytes of one prefill step: residual stream, attention and MLP in 16 bits, logits in float32."""
         shape, shared = self.shape, self.tensor_parallel
@@ -183,7 +188,7 @@ class Plan:
     @property
     def needed(self) -> int:
         """All bytes needed."""
-        return self.weights + self.kv.reserved + self.tables + self.activations + self.overhead
+        return self.weights + self.kv.reserved + self.states + self.tables + self.activations + self.overhead
 
     @property
     def usable(self) -> int:
@@ -211,6 +216,7 @@ class Plan:
         """Number of sequences of `context` tokens that fit, with a fraction for the remaining memory."""
         most = replace(self, concurrency=max(self.max_concurrency, 1))
         one = most.kv.reserved * most.pages_per_seq / most.pages + self.shape.vocab_size * _LOGIT_BYTES
+        one += self.shape.state_elements * _STATE_BYTES / self.tensor_parallel
         spare = most.headroom / one
         return self.max_concurrency + min(spare, 0.999) if self.max_concurrency else max(0.0, 1 + spare)
 
@@ -250,7 +256,7 @@ class Plan:
         bits = (
             shape.vocab_size * shape.hidden_size * embedding + used * routed + shape.other_parameters * rest
         )
-        read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales
+        read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales + self.states
         return self.concurrency * self.device.bandwidth / read
 
     @property
@@ -273,6 +279,7 @@ class Plan:
         asked = ("context", "concurrency", "kv_dtype", "weights_dtype", "tensor_parallel", "page_size")
         follows = (
             "weights",
+            "states",
             "tables",
             "activations",
             "overhead",

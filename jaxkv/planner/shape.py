@@ -11,8 +11,22 @@ from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_header import config_fields
 from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.config import DTYPES
-from jaxkv.planner.architectures import ARCHITECTURES, layer_windows, mlp_width, sizes
+from jaxkv.planner.architectures import ARCHITECTURES, layer_windows
 from jaxkv.planner.stored import safetensors_bytes
+from jaxkv.planner.weights import mlp_width, sizes
+
+# A nested config has only the fields that differ from the defaults of its class.
+_WHERE_ABSENT_IN_A_PART: dict[str, dict[str, int]] = {
+    "llama": {
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "vocab_size": 32000,
+    },
+    "gemma3_text": {"vocab_size": 262208, "max_position_embeddings": 131072},
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +53,7 @@ class ModelShape:
       quantization: storage of the published weights, as `quant_method`; None is `dtype`.
       quantized_bits: bits per quantized weight, including scales; None if the config does not say.
       stored_bytes: bytes of the weight files beside the config, if they exist.
+      state_elements: elements of the states of one sequence, in layers that keep no K and V.
       notes: caveats for a reader of the plan.
     """
 
@@ -64,6 +79,7 @@ class ModelShape:
     quantization: str | None = None
     quantized_bits: float | None = None
     stored_bytes: int | None = None
+    state_elements: int = 0
     notes: tuple[str, ...] = ()
 
     @property
@@ -99,6 +115,7 @@ class ModelShape:
         outer, notes = raw, ()
         if isinstance(raw.get("text_config"), Mapping):
             raw = raw["text_config"]
+            raw = {**_WHERE_ABSENT_IN_A_PART.get(str(raw.get("model_type")), {}), **raw}
             notes = (f"only the text part of {shown(outer.get('model_type'))} is counted",)
         raw = with_defaults(raw)
         kind = raw.get("model_type")
@@ -110,13 +127,22 @@ class ModelShape:
         fields = Fields(raw)
         size, vocab = sizes(fields, latent=architecture.latent), fields.integer("vocab_size")
         layers = architecture.layers(fields, size)
+        windows = tuple(layer_windows(fields, architecture, size.layers))
+        if not windows:
+            raise ValueError("no layer has K and V; there is no cache to plan")
         tied = Fields({**outer, **raw}).flag("tie_word_embeddings", architecture.tied)
         context = fields.integer(
-            "max_position_embeddings", "n_positions", default=2048 if kind == "falcon" else None
+            "max_position_embeddings",
+            "n_positions",
+            "max_seq_len",
+            default=2048 if kind in ("falcon", "bloom") else None,
         )
-        embeddings = (1 if tied else 2) * vocab * size.hidden + architecture.positions * context * size.hidden
+        embeddings = (1 if tied else 2) * vocab * size.hidden + architecture.head_bias * vocab
+        embeddings += architecture.positions * (context + architecture.extra_positions) * size.hidden
         around = embeddings + architecture.final_norm * size.hidden
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
+        if latent and architecture.indexed:
+            latent += fields.integer("index_head_dim")
         if architecture.latent:
             notes += (
                 "MLA has one latent vector per token; jaxkv stores K and V, so there is no CacheConfig",
@@ -127,7 +153,7 @@ class ModelShape:
         return cls(
             name=name or found or str(kind),
             architecture=str(kind),
-            num_layers=size.layers,
+            num_layers=len(windows),
             num_q_heads=size.q_heads,
             num_kv_heads=1 if latent else size.kv_heads,
             head_dim=latent or size.head_dim,
@@ -136,7 +162,8 @@ class ModelShape:
             hidden_size=size.hidden,
             vocab_size=vocab,
             mlp_width=mlp_width(fields, size.hidden),
-            windows=tuple(layer_windows(fields, architecture, size.layers)),
+            windows=windows,
+            state_elements=0 if architecture.state is None else architecture.state(fields, size.layers),
             max_context=trained_context(raw, context),
             is_extended=is_extended(raw, context),
             dtype=_dtype(raw) or _dtype(outer),
