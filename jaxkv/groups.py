@@ -9,9 +9,11 @@ A group has a row of the page table for each sequence, and a page belongs to one
 have equally many elements, so a kind with smaller heads has more tokens a page.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import lcm, prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -68,16 +70,22 @@ class Home(NamedTuple):
     nth: int
 
 
-def kinds_of(config: "CacheConfig") -> dict[Shape, tuple[int, ...]]:
+def kinds_of(config: "CacheConfig") -> Mapping[Shape, tuple[int, ...]]:
     """The layers of each kind; kinds with full attention first, else in the order of their first layers."""
-    every = range(config.num_layers)
-    windows = config.layer_windows or [None for _ in every]
-    heads = config.layer_kv_heads or [config.num_kv_heads for _ in every]
-    dims = config.layer_head_dims or [config.head_dim for _ in every]
+    each = config.layer_windows, config.layer_kv_heads, config.layer_head_dims
+    return _kinds_of(config.num_layers, (None, config.num_kv_heads, config.head_dim), each)
+
+
+@lru_cache(maxsize=256)
+def _kinds_of(
+    num_layers: int, of_all: tuple[int | None, ...], of_each: tuple[tuple[int | None, ...] | None, ...]
+) -> Mapping[Shape, tuple[int, ...]]:
+    """Window, KV heads and head_dim of all layers, or for each layer. Planners make configs by the thousand."""
+    columns = [each or (one,) * num_layers for one, each in zip(of_all, of_each, strict=True)]
     kinds: dict[Shape, tuple[int, ...]] = {}
-    for layer, shape in enumerate(map(Shape, windows, heads, dims)):
+    for layer, shape in enumerate(map(Shape, *columns)):
         kinds[shape] = (*kinds.get(shape, ()), layer)
-    return dict(sorted(kinds.items(), key=lambda kind: kind[0].window is not None))
+    return MappingProxyType(dict(sorted(kinds.items(), key=lambda kind: kind[0].window is not None)))
 
 
 @lru_cache(maxsize=256)
