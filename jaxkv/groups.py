@@ -80,7 +80,7 @@ def kinds_of(config: "CacheConfig") -> Mapping[Shape, tuple[int, ...]]:
 def _kinds_of(
     num_layers: int, of_all: tuple[int | None, ...], of_each: tuple[tuple[int | None, ...] | None, ...]
 ) -> Mapping[Shape, tuple[int, ...]]:
-    """Window, KV heads and head_dim of all layers, or for each layer. Planners make configs by the thousand."""
+    """Window, KV heads and head_dim: of all layers, or of each. A planner makes configs by the thousand."""
     columns = [each or (one,) * num_layers for one, each in zip(of_all, of_each, strict=True)]
     kinds: dict[Shape, tuple[int, ...]] = {}
     for layer, shape in enumerate(map(Shape, *columns)):

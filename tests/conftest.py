@@ -2,7 +2,9 @@
 
 import gc
 import os
+import pkgutil
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -40,8 +42,14 @@ CHECKED = (
     "invariants",
     "testing",
 )
+# All modules but the one that turns numbers into Python's, which a plan asks for a million times.
+KERNELS = [
+    module.name for module in pkgutil.iter_modules(find_spec("pallas_kernels").submodule_search_locations)
+]
 jaxtyping.install_import_hook(
-    [f"jaxkv.{module}" for module in CHECKED] + ["pallas_kernels"], "beartype.beartype"
+    [f"jaxkv.{module}" for module in CHECKED]
+    + [f"pallas_kernels.{module}" for module in KERNELS if module != "arguments"],
+    "beartype.beartype",
 )
 
 pytest.register_assert_rewrite("tests.twin", "tests.edges")

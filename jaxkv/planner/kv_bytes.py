@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from jaxkv.arguments import integer, real
 from jaxkv.config import CacheConfig
@@ -136,6 +137,7 @@ def pool_pages(
     return pages_for_seqs(row, context, concurrency)
 
 
+@lru_cache(maxsize=1024)
 def _row_config(
     shape: ModelShape, context: int, concurrency: int = 1, *, kv_dtype: str, page_size: int
 ) -> CacheConfig | None:
