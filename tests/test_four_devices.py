@@ -9,8 +9,8 @@ import pytest
 
 from tests.four_devices import OPERATIONS, POLICIES, WAYS
 
-# Of the policies one runs in `make test`, the others in `test-slow`; codes make no difference to them, nor to
-# `sampled`, which neither reads nor writes the pool.
+# Of the policies one runs in `make test`, and of codes a decode step; the others in `test-slow`. Codes make
+# no difference to policies, nor to `sampled`, which neither reads nor writes the pool.
 OFTEN = [*OPERATIONS, "HeavyHitter"]
 SELDOM = [name for name in POLICIES if name not in OFTEN]
 
@@ -19,8 +19,8 @@ SELDOM = [name for name in POLICIES if name not in OFTEN]
     ("quantization", "names"),
     [
         ("none", OFTEN),
-        ("int8", ["decode", "table_operations"]),
-        pytest.param("int8", ["options"], marks=pytest.mark.slow),
+        ("int8", ["decode"]),
+        pytest.param("int8", ["options", "table_operations"], marks=pytest.mark.slow),
         pytest.param("none", SELDOM, marks=pytest.mark.slow),
     ],
     ids=["float", "int8", "other options, int8", "other policies"],

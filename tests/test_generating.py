@@ -15,11 +15,12 @@ from jaxkv.models import ModelConfig, dense_logits, random_model
 from jaxkv.policies import HeavyHitter, PromptCompress, SlidingWindow
 from jaxkv.sampling import GREEDY, Sampling
 from jaxkv.sizing import fitting_config
+from tests import jitted
 
 CONFIG = ModelConfig(
     vocab_size=64,
     hidden_size=32,
-    num_layers=2,
+    num_layers=1,
     num_q_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -33,7 +34,7 @@ PROMPTS = [[1, 2, 3], list(range(4, 15)), [7], [9, 8, 7, 6, 5]]
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CONFIG, jax.random.key(3))
+    return random_model(CONFIG, jax.random.key(2))
 
 
 def cache_config(**changes) -> jaxkv.CacheConfig:
@@ -41,14 +42,21 @@ def cache_config(**changes) -> jaxkv.CacheConfig:
     return CONFIG.cache_config(**{**sizes, **changes})
 
 
+dense = jax.jit(dense_logits)
+
+
+def logits_of(model, tokens: list[int]) -> np.ndarray:
+    """Of every token, computed without a cache; padded, so that one program serves all lengths."""
+    padded = np.zeros((1, 64), np.int32)
+    padded[0, : len(tokens)] = tokens
+    return np.asarray(dense(model, padded, np.array([len(tokens)])))[0, : len(tokens)]
+
+
 def greedy(model, prompt: list[int], count: int) -> list[int]:
     """The same by recomputing everything, each token."""
-    forward, tokens = jax.jit(dense_logits), list(prompt)
+    tokens = list(prompt)
     for _ in range(count):
-        padded = np.zeros((1, 64), np.int32)
-        padded[0, : len(tokens)] = tokens
-        logits = forward(model, jnp.asarray(padded), jnp.array([len(tokens)]))
-        tokens.append(int(jnp.argmax(logits[0, len(tokens) - 1])))
+        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
 
 
@@ -181,9 +189,8 @@ def test_on_tokens_must_return_a_boolean_for_each_sequence(model, ends):
 def test_kept_logits_are_those_of_dense_attention(model, expected):
     result = jaxkv.generate(model, cache_config(), PROMPTS, max_new_tokens=12, keep_logits=True)
     for row, (prompt, tokens) in enumerate(zip(PROMPTS, expected, strict=True)):
-        whole = jnp.array([prompt + tokens])
-        dense = jax.jit(dense_logits)(model, whole, jnp.array([whole.shape[1]]))[0, len(prompt) - 1 : -1]
-        np.testing.assert_allclose(result.logits[row], dense, atol=1e-4)
+        want = logits_of(model, prompt + tokens)[len(prompt) - 1 : -1]
+        np.testing.assert_allclose(result.logits[row], want, atol=1e-4)
 
 
 def test_each_prompt_has_its_own_limit_and_one_of_zero_is_not_run(model, expected):
@@ -267,7 +274,7 @@ def test_a_hundred_steps_trace_the_model_once(model):
 def test_the_parts_serve_a_caller_s_own_jit_and_compact_between_them(model, expected):
     """Other sequences come and go; the pages move; the text does not change."""
     cache = jaxkv.init(cache_config())
-    cache, batch = jaxkv.allocate(cache, jnp.array([7]), jnp.array([30]), total_tokens=30)
+    cache, batch = jitted.allocate(cache, jnp.array([7]), jnp.array([30]), total_tokens=30)
     jaxkv.raise_for_status(batch)
     seqs = jnp.arange(4)
     flat = [token for prompt in PROMPTS for token in prompt]
@@ -280,7 +287,7 @@ def test_the_parts_serve_a_caller_s_own_jit_and_compact_between_them(model, expe
     state = begin(cache, seqs, logits, jax.random.key(0))
     run = jax.jit(partial(decode, sampling=GREEDY), donate_argnums=1)
     state = run(model, state, 5)
-    cache, num_moved = jaxkv.compact(jaxkv.free(state.cache, jnp.array([7])))
+    cache, num_moved = jitted.compact(jitted.free(state.cache, jnp.array([7])))
     assert int(num_moved) > 0
     state = run(model, replace(state, cache=cache), 100)
     assert state.output.tolist() == expected

@@ -20,15 +20,25 @@ from tests.twin import Twin
 
 OK, INVALID_LENGTH = Status.OK, Status.INVALID_LENGTH
 OUT_OF_PAGES, ROLLBACK_TOO_LONG = Status.OUT_OF_PAGES, Status.ROLLBACK_TOO_LONG
-ONE_FULL = GROUPED["one full layer among windows"]  # windows 5, pages of 4, chunks of 9
+# Windows 5, pages of 4, chunks of 9; one config for all, so that one set of programs serves them.
+ONE_FULL = GROUPED["one full layer among windows"]
+ONE_FULL = ONE_FULL | {"config": replace(ONE_FULL["config"], num_pages=21)}
 ROLLBACK = GROUPED["windows below and of a page, rollback"]  # windows 2 and 4, pages of 4, rollback 4
-SMALL_POOL = replace(ONE_FULL["config"], num_pages=9)
 SHAPES = GROUPED["kinds of three shapes, int8"]
 
 
 def rows(twin, slot):
     """Pages of each group's row."""
     return [len(row.pages) for row in twin.oracle.sequences[slot].rows]
+
+
+def with_nine_pages_left():
+    """A twin of which other sequences hold the rest of the pool."""
+    twin = Twin(**ONE_FULL)
+    twin.extend([1], [9])
+    twin.extend([2], [3])
+    assert twin.oracle.num_free == 9
+    return twin
 
 
 # releasing --------------------------------------------------------------------------------------
@@ -55,7 +65,7 @@ def test_a_chunk_longer_than_max_chunk_is_refused():
 
 
 def test_what_is_released_counts_as_free_in_the_same_call_and_stands_for_a_refused_entry():
-    twin = Twin(SMALL_POOL, q_heads=2, total_tokens=12)
+    twin = with_nine_pages_left()
     twin.extend([0], [9])  # three pages in each group
     assert twin.oracle.num_free == 0
     # The pages before the window of position 9 are released: one in each windowed group.
@@ -66,7 +76,7 @@ def test_what_is_released_counts_as_free_in_the_same_call_and_stands_for_a_refus
 
 
 def test_a_full_group_may_need_a_page_when_windowed_ones_give_theirs_back():
-    twin = Twin(SMALL_POOL, q_heads=2, total_tokens=12)
+    twin = with_nine_pages_left()
     twin.extend([0], [9])
     twin.extend([0], [3])
     assert twin.extend([0], [1]) == [OK]
@@ -143,7 +153,7 @@ def attend_traced(config, **options):
     kinds = [config.groups[home.group] for home in config.homes]
     for layer, kind in enumerate(kinds):
         k = normal(2, kind.num_kv_heads, kind.head_dim, seed=layer)
-        cache = jaxkv.append(cache, layer, batch, k, k)
+        cache = jitted.append(cache, layer, batch, k, k)
     return jax.jit(lambda layer, q: jaxkv.attend(cache, layer, batch, q, **options))
 
 
@@ -190,8 +200,9 @@ def test_a_layer_of_its_own_attends_with_anothers_keys():
     """As Gemma 3n does: it attends with the other layer's number and never appends."""
     cache, batch = step(ONE_FULL["config"])
     k = normal(2, 2, 4)
-    cache = jaxkv.append(cache, 2, batch, k, k)
-    assert np.isfinite(jaxkv.attend(cache, 2, batch, normal(2, 2, 4))).all()
+    append = jax.jit(lambda cache: jaxkv.append(cache, 2, batch, k, k))
+    attend = jax.jit(lambda cache: jaxkv.attend(cache, 2, batch, normal(2, 2, 4)))
+    assert np.isfinite(attend(append(cache))).all()
 
 
 def test_gather_of_a_windowed_layer_is_by_position():
@@ -209,11 +220,17 @@ def test_gather_of_a_windowed_layer_is_by_position():
 def test_mass_of_a_windowed_layer_is_by_position():
     cache, batch = step(ONE_FULL["config"], 9)
     k, q = normal(9, 2, 4), normal(9, 2, 4, seed=1)
-    for _ in range(2):
+
+    @jax.jit
+    def fill_and_ask(cache, batch):
         for layer in range(3):
             cache = jaxkv.append(cache, layer, batch, k, k)
         _, lse = jaxkv.attend(cache, 0, batch, q, return_lse=True)
-        mass = np.asarray(jaxkv.attention_mass(cache, 0, batch, q, lse))[0]
+        return cache, jaxkv.attention_mass(cache, 0, batch, q, lse)[0]
+
+    for _ in range(2):
+        cache, mass = jax.device_get(fill_and_ask(cache, batch))
+        cache = jax.tree.map(jnp.asarray, cache)
         first = int(cache.table.positions[0]) - 9
         assert np.flatnonzero(mass[0]).tolist() == list(range(max(0, first - 4), first + 9))
         np.testing.assert_allclose(mass.sum(), 18, rtol=1e-5)
@@ -224,7 +241,8 @@ def test_mass_of_a_windowed_layer_is_by_position():
 def test_mass_of_a_stale_batch_is_nan(layer):
     cache, batch = step(ONE_FULL["config"])
     cache = jitted.free(cache, ints(0))
-    mass = jaxkv.attention_mass(cache, layer, batch, normal(2, 2, 4), jnp.zeros((2, 2)))
+    ask = jax.jit(lambda cache: jaxkv.attention_mass(cache, layer, batch, normal(2, 2, 4), jnp.zeros((2, 2))))
+    mass = ask(cache)
     assert np.isnan(mass[0]).all()
 
 
@@ -240,11 +258,15 @@ def test_a_traced_layer_of_one_window_and_several_head_counts_is_refused():
 # policies ---------------------------------------------------------------------------------------
 
 WITH_POLICY = replace(
-    ONE_FULL["config"], num_layers=4, layer_windows=(5, None, 5, None), num_pages=40, group_layers=1
+    ONE_FULL["config"], num_layers=3, layer_windows=(5, None, None), num_pages=40, group_layers=1
 )
 
 
-@pytest.mark.parametrize("policy", [policies.HeavyHitter(6, 2), policies.SlidingWindow(4, 1)], ids=repr)
+@pytest.mark.parametrize(
+    "policy",
+    [policies.HeavyHitter(6, 2), pytest.param(policies.SlidingWindow(4, 1), marks=pytest.mark.slow)],
+    ids=repr,
+)
 def test_a_policy_evicts_from_full_groups_and_windows_release_by_position(policy):
     twin = PolicyTwin(policy, config=WITH_POLICY, q_heads=2, total_tokens=12)
     twin.extend([0, 1], [7, 3])
@@ -320,7 +342,7 @@ def test_the_groups_table_is_todays_where_every_layer_is_full():
 @pytest.mark.parametrize(
     ("window", "lengths", "new", "options"),
     [
-        (6, (40, 41, 33, 47), 1, {}),
+        pytest.param(6, (40, 41, 33, 47), 1, {}, marks=pytest.mark.slow),
         (6, (40, 41, 33, 47, 39, 40), 1, {"prefill_chunk": 32}),
         (64, (100,), 20, {"prefill_chunk": 16, "policy": policies.HeavyHitter(8, 4)}),
     ],

@@ -35,7 +35,7 @@ from tests.policy_twin import PolicyTwin
 MODEL = ModelConfig(
     vocab_size=64,
     hidden_size=32,
-    num_layers=2,
+    num_layers=1,
     num_q_heads=4,
     num_kv_heads=2,
     head_dim=8,
@@ -131,7 +131,7 @@ def test_at_the_budget_and_below_it_nothing_goes(policy):
         twin.free([0])
 
 
-@by_name
+@generating("HeavyHitter", "SlidingWindow")
 def test_a_hundred_steps_trace_once(policy):
     """Allocate, attend and observe in one donated step, with forks and frees in between."""
     config, traces = replace(CONFIG, max_pages_per_seq=12), []
@@ -173,7 +173,6 @@ def test_under_x64_mass_is_float32_still():
 
 
 @generating(
-    "HeavyHitter",
     "SemanticMerge",
     "PromptCompress",
     "SlidingWindow, cache positions",
@@ -269,13 +268,14 @@ def test_a_cache_without_a_policy_has_nothing_of_one():
 def test_allocate_does_what_evict_and_allocate_do(policy):
     """Of the sequences whose tokens do not fit their tail page, and of valid entries alone."""
     cache = jaxkv.init(CONFIG, policy)
-    cache, batch = jitted.allocate(cache, ints(0, 1, 2), ints(16, 18, 13), total_tokens=47)
-    cache = jitted.observe(cache, batch, jnp.abs(normal(2, 3, 2, 24)))
+    seqs, counts = ints(0, 1, 2, -1, -1, -1), ints(16, 18, 13, 0, 0, 0)
+    cache, batch = jitted.allocate(cache, seqs, counts, total_tokens=47)
+    cache = jitted.observe(cache, batch, jnp.abs(normal(2, 6, 2, 24)))
     seqs, counts = ints(0, 1, 2, 2, 9, -1), ints(1, 2, 0, 9, 4, 4)
-    got, got_batch = jitted.allocate(cache, seqs, counts, total_tokens=8)
+    got, got_batch = jitted.allocate(cache, seqs, counts, total_tokens=47)
     want, dropped = jitted.evict(cache, ints(0)) if not policy.once else (cache, ints(0))
     assert (dropped[0] > 0) != policy.once
-    want, want_batch = jitted.allocate(replace(want, policy=None), seqs, counts, total_tokens=8)
+    want, want_batch = jitted.allocate(replace(want, policy=None), seqs, counts, total_tokens=47)
     for mine, theirs in zip(*(jax.tree.leaves(x.table) for x in (got, want)), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     np.testing.assert_array_equal(got.stats.counters, want.stats.counters)
@@ -312,7 +312,7 @@ def test_a_sequence_without_pages_for_what_it_keeps_waits_and_holds_back_no_othe
 
 
 def test_a_policy_that_goes_by_attention_must_be_given_it(no_shape_checks):
-    cache, batch = jaxkv.allocate(jaxkv.init(CONFIG, HeavyHitter(8, 3)), ints(0), ints(1))
+    cache, batch = jitted.allocate(jaxkv.init(CONFIG, HeavyHitter(8, 3)), ints(0), ints(1))
     with pytest.raises(ValueError, match=r"HeavyHitter .* jaxkv.attention_mass"):
         jaxkv.observe(cache, batch)
     with pytest.raises(ValueError, match=r"\[2, 1, 2, 24\], .* not \[1, 2, 24\]"):
@@ -424,7 +424,7 @@ def test_pages_that_a_window_gave_back_change_nothing(model):
 
 
 def test_a_window_moves_over_a_long_text_with_as_many_pages(model):
-    """Thousands of tokens, far beyond the positions that the model knows; compiled once."""
+    """A thousand tokens, far beyond the positions that the model knows; compiled once."""
     policy = SlidingWindow(24, 4, positions="cache", rope=MODEL.rope)
     config, pages, positions = cache_config(num_pages=8, max_seqs=1, max_pages_per_seq=8), [], []
 
@@ -437,17 +437,17 @@ def test_a_window_moves_over_a_long_text_with_as_many_pages(model):
         model,
         config,
         [list(range(1, 60))],
-        max_new_tokens=4000,
+        max_new_tokens=1000,
         block=100,
         on_tokens=see,
         policy=policy,
         sampling=jaxkv.Sampling(temperature=1.0),
     )
-    assert result.num_new_tokens == 4000 and decode_programs() == compiled + 1
+    assert result.num_new_tokens == 1000 and decode_programs() == compiled + 1
     settled = pages[2:-1]
     assert max(settled) == min(settled) == policy.capacity(config) // config.page_size
     assert max(positions) <= policy.most_positions(config)
-    assert int(result.cache.stats.evicted_tokens) > 3900
+    assert int(result.cache.stats.evicted_tokens) > 900
 
 
 def decode_programs():
@@ -524,24 +524,26 @@ def test_samples_wait_for_pages_of_their_own(model, num_pages):
 
 def test_a_prompt_is_cut_once():
     cache = jaxkv.init(CONFIG, PromptCompress(8, 3))
-    cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
-    observed = jaxkv.observe(cache, batch, jnp.ones((2, 1, 2, 24)))
-    cache, dropped = jaxkv.evict(observed, ints(0))
+    cache, batch = jitted.allocate(cache, ints(0), ints(20), total_tokens=20)
+    observed = jitted.observe(cache, batch, jnp.ones((2, 1, 2, 24)))
+    cache, dropped = jitted.evict(observed, ints(0))
     assert dropped[0] == 12
-    cache, _ = jaxkv.allocate(cache, ints(0), ints(12), total_tokens=12)
-    assert jaxkv.evict(cache, ints(0))[1][0] == 0
+    cache, _ = jitted.allocate(cache, ints(0), ints(12), total_tokens=20)
+    assert jitted.evict(cache, ints(0))[1][0] == 0
     # Nor is another sequence of the slot, for what the one before it looked at.
-    again, _ = jaxkv.allocate(jaxkv.free(observed, ints(0)), ints(0), ints(20), total_tokens=20)
-    assert jaxkv.evict(again, ints(0))[1][0] == 0
+    again, _ = jitted.allocate(jitted.free(observed, ints(0)), ints(0), ints(20), total_tokens=20)
+    assert jitted.evict(again, ints(0))[1][0] == 0
 
 
 def test_a_models_own_window_rules_where_it_is_smaller():
-    got = []
-    for policy in (SlidingWindow(12, 4), None):
-        cache, batch = jaxkv.allocate(jaxkv.init(CONFIG, policy), ints(0), ints(16), total_tokens=16)
+    @jax.jit
+    def write_and_attend(cache):
+        cache, batch = jaxkv.allocate(cache, ints(0), ints(16), total_tokens=16)
         x = normal(16, 2, 4)
         cache = jaxkv.append(cache, 0, batch, x, x)
-        got.append(jaxkv.attend(cache, 0, batch, x, window=6))
+        return jaxkv.attend(cache, 0, batch, x, window=6)
+
+    got = [write_and_attend(jaxkv.init(CONFIG, policy)) for policy in (SlidingWindow(12, 4), None)]
     np.testing.assert_array_equal(*got)
 
 
@@ -560,15 +562,15 @@ def test_a_long_run_of_like_tokens_stays_in_their_range():
     """Values near the most that float16 holds, after a token that takes nearly all attention, adding none."""
     config = replace(CONFIG, dtype="float16")
     cache = jaxkv.init(config, SemanticMerge(3, 1))
-    cache, batch = jaxkv.allocate(cache, ints(0), ints(20), total_tokens=20)
+    cache, batch = jitted.allocate(cache, ints(0), ints(20), total_tokens=20)
     k = jnp.ones((20, config.num_kv_heads, config.head_dim)).at[0].multiply(jnp.array([1.0, -1.0, 1.0, -1.0]))
     v = jnp.full_like(k, 60000.0).at[0].set(0.0)
     for layer in range(config.num_layers):
-        cache = jaxkv.append(cache, layer, batch, k.astype("float16"), v.astype("float16"))
+        cache = jitted.append(cache, layer, batch, k.astype("float16"), v.astype("float16"))
     mass = jnp.ones((config.num_layers, 1, config.num_kv_heads, config.max_tokens_per_seq))
-    cache = jaxkv.observe(cache, batch, mass.at[..., 0].set(1e6))
-    cache, dropped = jaxkv.evict(cache, ints(0))
-    _, left, _ = jaxkv.gather(cache, 0, ints(0))
+    cache = jitted.observe(cache, batch, mass.at[..., 0].set(1e6))
+    cache, dropped = jitted.evict(cache, ints(0))
+    _, left, _ = jitted.gather(cache, 0, ints(0))
     assert dropped[0] == 17
     np.testing.assert_array_equal(left[0, :3, :, 0], [[0] * 2, [60000] * 2, [60000] * 2])
 

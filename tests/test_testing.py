@@ -153,7 +153,10 @@ def test_a_donated_operation_keeps_no_copy_of_the_pool(operation, arguments):
 
 
 @pytest.mark.parametrize("quantization", ["int8", "fp8", "int4"])
-@pytest.mark.parametrize("operation", [jaxkv.allocate, scanned, pytest.param(decode, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "operation",
+    [scanned, *(pytest.param(operation, marks=pytest.mark.slow) for operation in (jaxkv.allocate, decode))],
+)
 def test_nor_do_codes_become_a_pool_of_values(operation, quantization):
     config = replace(CONFIG, quantization=quantization)
     cache = jax.eval_shape(lambda: jaxkv.init(config))
@@ -179,10 +182,25 @@ def decode_of_kinds(cache, seqs, x):
     return cache, x
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("config", [WINDOWS, TWO_SHAPES], ids=["one shape", "two shapes"])
+OF_KINDS = [jaxkv.allocate, jaxkv.fork, jaxkv.free, jaxkv.truncate, decode_of_kinds]
+
+
+# Each operation with layers of two shapes, a step with each; the other combinations in `make test-slow`.
 @pytest.mark.parametrize(
-    "operation", [jaxkv.allocate, jaxkv.fork, jaxkv.free, jaxkv.truncate, decode_of_kinds]
+    ("operation", "config", "quantization"),
+    [
+        *(pytest.param(operation, TWO_SHAPES, None, id=operation.__name__) for operation in OF_KINDS),
+        pytest.param(decode_of_kinds, WINDOWS, None, id="decode_of_kinds, one shape"),
+        pytest.param(decode_of_kinds, TWO_SHAPES, "int8", id="decode_of_kinds, int8"),
+        *(
+            pytest.param(operation, config, quantization, marks=pytest.mark.slow)
+            for operation in OF_KINDS
+            for config in (WINDOWS, TWO_SHAPES)
+            for quantization in (None, "int8")
+            if (config, quantization) != (TWO_SHAPES, None)
+            if operation is not decode_of_kinds or (config, quantization) == (WINDOWS, "int8")
+        ),
+    ],
 )
 def test_nor_do_layers_of_two_kinds(operation, config, quantization):
     config = replace(config, quantization=quantization)
@@ -216,7 +234,11 @@ def test_an_eviction_keeps_some_sequences_tokens_and_no_pool(policy):
     assert_in_place(jaxkv.evict, cache, SLOTS)
 
 
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[2]], ids=lambda policy: type(policy).__name__)
+@pytest.mark.parametrize(
+    "policy",
+    [POLICIES[2], pytest.param(POLICIES[0], marks=pytest.mark.slow)],
+    ids=lambda policy: type(policy).__name__,
+)
 def test_nor_does_a_step_that_may_evict(policy):
     """A whole decode step, which allocates, and observes too."""
     config = replace(CONFIG, num_pages=8192)
