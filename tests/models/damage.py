@@ -292,7 +292,8 @@ def config_that_contradicts(path: Path, rng: random.Random) -> bool:
         (one, value) for one in sizes for value in (0, -1, part[one] * 2, part[one] + 2, 2**16, 2**24, "32")
     ]
     choices += [("hidden_act", "no such function"), ("model_type", "nothing"), ("model_type", None),
-                ("rope_parameters", {"rope_type": "new", "factor": 2.0}), ("rope_scaling", [1])]  # fmt: skip
+                ("rope_parameters", {"rope_type": "new", "factor": 2.0}), ("rope_scaling", [1]),
+                ("quantization_config", {"quant_method": "fp8"})]  # fmt: skip
     name, value = rng.choice(choices)
     part[name] = value
     (path / "config.json").write_text(json.dumps(raw))
