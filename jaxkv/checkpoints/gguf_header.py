@@ -43,6 +43,8 @@ def config_fields(
         raise ModelLoadError(f"{file.path}: is one of {parts} parts; merge them with gguf-split first")
     if EMBEDDING not in file.shapes:
         raise ModelLoadError(f"{file.path}: tensor {EMBEDDING!r} is missing")
+    if len(file.shapes[EMBEDDING]) != 2:
+        raise ModelLoadError(f"{file.path}: tensor {EMBEDDING!r} has shape {file.shapes[EMBEDDING]}")
     if not experts and (count := file.number(f"{kind}.expert_count", int, 0)):
         raise ModelLoadError(f"{file.path}: field '{kind}.expert_count' = {count} is not supported")
 

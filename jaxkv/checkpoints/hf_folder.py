@@ -43,7 +43,7 @@ _STRETCHES = ("linear", "dynamic", "yarn")
 _SHORT = reprlib.Repr()
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 2
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 50, 50
-_MOST_SHOWN = 80
+_MOST_SHOWN, _MOST_QUOTED = 80, 160
 
 
 def shown(value: object) -> str:
@@ -57,6 +57,12 @@ def shown(value: object) -> str:
         return f"an integer of {value.bit_length():,} bits"
     text = " ".join(_SHORT.repr(value).split())
     return text if len(text) <= _MOST_SHOWN else text[: _MOST_SHOWN - 3] + "..."
+
+
+def one_line(error: object) -> str:
+    """The text of another package's error, for the end of a message: one line of at most 160 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _MOST_QUOTED else text[: _MOST_QUOTED - 3] + "..."
 
 
 def read_json(path: Path) -> dict[str, Any]:

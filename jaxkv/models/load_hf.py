@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, read_json, shard_files, shown
+from jaxkv.checkpoints.hf_folder import INDEX_FILE, WHOLE_FILE, one_line, read_json, shard_files, shown
 from jaxkv.errors import ModelLoadError
 from jaxkv.models.config import ModelConfig
 from jaxkv.models.decoder import Decoder
@@ -61,7 +61,7 @@ class SafetensorsFolder:
                     self._dtypes[name] = _dtype(file, name, part.get_dtype())
                     self._files[name] = file
         except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{file}: is not a readable safetensors file: {error}") from None
+            raise ModelLoadError(f"{file}: is not a readable safetensors file: {one_line(error)}") from None
         for name in sorted(claimed or ()):
             if self._files.get(name) != file:
                 raise ModelLoadError(f"{file}: tensor {name!r} is missing; {INDEX_FILE} says it is here")
@@ -72,7 +72,7 @@ class SafetensorsFolder:
             with safe_open(self._files[name], framework="numpy") as opened:
                 return opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise ModelLoadError(f"{self._files[name]}: tensor {name!r}: {error}") from None
+            raise ModelLoadError(f"{self._files[name]}: tensor {name!r}: {one_line(error)}") from None
 
     def num_bytes(self, name: str) -> int:
         """Bytes of one tensor in its file."""

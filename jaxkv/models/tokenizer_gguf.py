@@ -6,27 +6,11 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from jaxkv.checkpoints.gguf_file import GGUFFile
+from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.errors import ModelLoadError
+from jaxkv.models.splits import SPLITS
 from jaxkv.models.tokenizer import Tokenizer
 from jaxkv.models.tokenizer_spm import sentencepiece_bpe
-
-# llama.cpp's names for splits before merging; the expressions are from the models' tokenizer files.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_SPLITS = {
-    "gpt-2": (_GPT2,),
-    "smollm": (r"\p{N}", _GPT2),
-    "llama-bpe": (_LLAMA3,),
-    "qwen2": (_QWEN2,),
-    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-}
-_ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}
-# Files of these prepend the begin-of-sequence token unless they say otherwise.
-_STARTS_WITH_BOS = ("llama-bpe",)
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 _END_FIELDS = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -73,10 +57,10 @@ def gguf_tokenizer(file: GGUFFile) -> Tokenizer:
 def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:
     """The tokenizer, and whether it prepends the begin-of-sequence token unless the file says otherwise."""
     pre = file.get("tokenizer.ggml.pre", "default")
-    pre = _ALIASES.get(pre, pre)
-    if pre not in _SPLITS:
+    split = SPLITS.get(pre) if isinstance(pre, str) else None
+    if split is None:
         raise ModelLoadError(
-            f"{file.path}: tokenizer.ggml.pre {pre!r} is not supported; supported: {', '.join(_SPLITS)}"
+            f"{file.path}: tokenizer.ggml.pre {shown(pre)} is not supported; supported: {', '.join(SPLITS)}"
         )
     vocabulary = {token: number for number, token in enumerate(tokens)}
     merges = []
@@ -85,16 +69,14 @@ def _byte_level_bpe(file: GGUFFile, tokens: Sequence[str]) -> tuple[tokenizers.T
         if left not in vocabulary or right not in vocabulary or left + right not in vocabulary:
             raise ModelLoadError(f"{file.path}: merge {merge!r} is not of the vocabulary")
         merges.append((left, right))
-    inner = tokenizers.Tokenizer(
-        models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre == "llama-bpe")
-    )
-    splits = [pre_tokenizers.Split(Regex(split), "isolated") for split in _SPLITS[pre]]
+    inner = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=split.whole_words))
+    splits = [pre_tokenizers.Split(Regex(each), "isolated") for each in split.expressions]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     inner.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
     inner.decoder = decoders.ByteLevel()
-    if pre == "qwen2":
+    if split.nfc:
         inner.normalizer = normalizers.NFC()
-    return inner, pre in _STARTS_WITH_BOS
+    return inner, split.starts_with_bos
 
 
 def _sentencepiece(file: GGUFFile, tokens: Sequence[str]) -> tuple[tokenizers.Tokenizer, bool]:

@@ -44,6 +44,7 @@ def build_model(
     Raises:
       ModelLoadError: for a missing, unexpected, misshapen or non-finite tensor.
     """
+    _check_counts(config, source, names)
     wanted = expected_shapes(config, names)
     _check_names(source, wanted, ignored)
     total, done = sum(source.num_bytes(name) for name in wanted), 0
@@ -122,6 +123,17 @@ def _heights(config: ModelConfig, parameter: str) -> tuple[int, ...]:
         heights["expert_gate_up"] = (experts.intermediate_size,) * 2
         heights["shared_gate_up"] = (experts.shared_size or 0,) * 2
     return heights[parameter.removesuffix("_bias")]
+
+
+def _check_counts(config: ModelConfig, source: TensorSource, names: TensorNames) -> None:
+    """Refuses counts that would ask for more tensors than the checkpoint has, before millions are listed."""
+    counts = {"layers": config.num_layers}
+    if config.experts is not None and "{expert}" in names.expert_down:
+        layers = config.num_layers - len(config.dense_layers)
+        counts["experts of all layers"] = layers * config.experts.count
+    for what, count in counts.items():
+        if count > len(source.shapes):
+            raise ModelLoadError(f"{source.path}: has {len(source.shapes)} tensors for {count} {what}")
 
 
 def _check_names(
