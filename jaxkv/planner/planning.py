@@ -102,9 +102,9 @@ class Plan:
         if self.shape.stored_bytes is not None:
             bits = 8 * self.shape.stored_bytes / self.shape.num_parameters
             return bits, bits, bits
-        if (bits := self.shape.quantized_bits) is not None:
-            return bits, bits, bits
-        return (16.0, WEIGHT_BITS["int4"], 16.0) if self.shape.quantization == "mxfp4" else (16.0, 8.0, 8.0)
+        bits = self.shape.quantized_bits or 16.0
+        parts = {"all": (bits, bits, bits), "linear": (16.0, bits, bits), "experts": (16.0, bits, 16.0)}
+        return parts[self.shape.quantized_parts]
 
     @cached_property
     def kv(self) -> KVBytes:
@@ -401,8 +401,8 @@ def _weights_dtype(shape: ModelShape, name: str) -> str:
                 f"parameters; say how they are stored with weights_dtype"
             )
         return "stored"
-    known = shape.quantization == "fp8" or (shape.quantization == "mxfp4" and shape.routed_parameters > 0)
-    known = known or shape.quantized_bits is not None
+    known = shape.quantized_bits is not None
+    known = known and (shape.quantized_parts != "experts" or shape.routed_parameters > 0)
     if shape.quantization is not None and not known:
         raise ValueError(
             f"the size of weights in {shown(shape.quantization)} is not known; say how with weights_dtype"

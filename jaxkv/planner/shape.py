@@ -12,6 +12,7 @@ from jaxkv.checkpoints.gguf_header import config_fields
 from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
 from jaxkv.config import DTYPES
 from jaxkv.planner.architectures import ARCHITECTURES, layer_windows
+from jaxkv.planner.quantization import beside, quantization
 from jaxkv.planner.stored import safetensors_bytes
 from jaxkv.planner.weights import mlp_width, sizes
 
@@ -52,6 +53,7 @@ class ModelShape:
       embedding_parameters: weights of the embedding, the output projection and positions.
       quantization: storage of the published weights, as `quant_method`; None is `dtype`.
       quantized_bits: bits per quantized weight, including scales; None if the config does not say.
+      quantized_parts: the quantized weights: "all", "linear" (all but embeddings), or "experts".
       stored_bytes: bytes of the weight files beside the config, if they exist.
       state_elements: elements of the states of one sequence, in layers that keep no K and V.
       notes: caveats for a reader of the plan.
@@ -78,6 +80,7 @@ class ModelShape:
     embedding_parameters: int = 0
     quantization: str | None = None
     quantized_bits: float | None = None
+    quantized_parts: str = "linear"
     stored_bytes: int | None = None
     state_elements: int = 0
     notes: tuple[str, ...] = ()
@@ -147,9 +150,9 @@ class ModelShape:
             notes += (
                 "MLA has one latent vector per token; jaxkv stores K and V, so there is no CacheConfig",
             )
-        quantization, bits = _quantization(outer)
-        if quantization is None:
-            quantization, bits = _quantization(raw)
+        stored_as = quantization(outer)
+        if stored_as.method is None:
+            stored_as = quantization(raw)
         return cls(
             name=name or found or str(kind),
             architecture=str(kind),
@@ -171,8 +174,9 @@ class ModelShape:
             active_parameters=around + sum(layer.active or layer.total for layer in layers),
             routed_parameters=sum(layer.routed for layer in layers),
             embedding_parameters=embeddings,
-            quantization=quantization,
-            quantized_bits=bits,
+            quantization=stored_as.method,
+            quantized_bits=stored_as.bits,
+            quantized_parts=stored_as.parts,
             stored_bytes=stored,
             notes=notes,
         )
@@ -200,7 +204,9 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
     # Beside a config of another name, the weights may be another model's.
     own = path.is_dir() or path.name == "config.json"
-    return read_json(path), named, safetensors_bytes(folder) if own else None
+    if not own:
+        return read_json(path), named, None
+    return {**beside(folder), **read_json(path)}, named, safetensors_bytes(folder)
 
 
 def _dtype(raw: Mapping[str, Any]) -> str | None:
@@ -211,38 +217,3 @@ def _dtype(raw: Mapping[str, Any]) -> str | None:
     if name not in DTYPES:
         raise ValueError(f"dtype {shown(value)} is not known; known: {', '.join(DTYPES)}")
     return name
-
-
-def _quantization(raw: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """How weights are stored, and bits per weight if the config gives one value for all weights."""
-    for field in ("quantization_config", "quantization"):
-        options = raw.get(field)
-        if options is None:
-            continue
-        if not isinstance(options, Mapping):
-            raise ValueError(f"{field} must be an object, not {shown(options)}")
-        method = options.get("quant_method")
-        if method is not None and not isinstance(method, str):
-            raise ValueError(f"{field}'s quant_method must be a string, not {shown(method)}")
-        return (method, None) if method else (field, _mlx_bits(field, options))
-    return None, None
-
-
-def _mlx_bits(field: str, options: Mapping[str, Any]) -> float | None:
-    """Bits per weight in MLX's format; None if layers differ or it is another format.
-
-    A group of weights shares a scale and a bias of 16 bits each. The embedding is stored likewise.
-    """
-    if any(isinstance(value, Mapping) or value is False for value in options.values()):
-        return None
-    if "bits" not in options or "group_size" not in options or options.get("mode", "affine") != "affine":
-        return None
-    fields = Fields(options)
-    for name in ("bits", "group_size"):
-        try:
-            fields.integer(name)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-    if options["bits"] > 8:
-        raise ValueError(f"{field}: bits must be an integer from 1 to 8, not {shown(options['bits'])}")
-    return options["bits"] + 2 * 16 / options["group_size"]
