@@ -121,16 +121,20 @@ class Plan:
     @property
     def kv_heads_per_device(self) -> int:
         """Most KV heads that the query heads of one device read; every device has MLA's latent vector."""
-        if self.shape.is_latent:
-            return 1
+        return 1 if self.shape.is_latent else self._most_heads(self.shape.num_kv_heads)
+
+    def _most_heads(self, kv_heads: int) -> int:
         own = self.shape.num_q_heads // self.tensor_parallel
-        group = self.shape.num_q_heads // self.shape.num_kv_heads
+        group = self.shape.num_q_heads // kv_heads
         firsts = range(0, self.shape.num_q_heads, own)
         return max((first + own - 1) // group - first // group + 1 for first in firsts)
 
     @property
     def _sharded(self) -> ModelShape:
-        return replace(self.shape, num_kv_heads=self.kv_heads_per_device)
+        each = self.shape.layer_sizes
+        if each is not None:
+            each = tuple((self._most_heads(heads), head_dim) for heads, head_dim in each)
+        return replace(self.shape, num_kv_heads=self.kv_heads_per_device, layer_sizes=each)
 
     @cached_property
     def cache_config(self) -> CacheConfig | None:
@@ -251,11 +255,10 @@ class Plan:
             return None
         shape, (embedding, routed, rest) = self.shape, self.weight_bits
         # The output projection is read in full; of the embedding table only a row per token.
-        chosen = shape.active_parameters - (shape.num_parameters - shape.routed_parameters)
+        table = shape.vocab_size * shape.hidden_size
+        chosen = shape.active_parameters - table - shape.other_parameters
         used = min(shape.routed_parameters, chosen * self.concurrency)
-        bits = (
-            shape.vocab_size * shape.hidden_size * embedding + used * routed + shape.other_parameters * rest
-        )
+        bits = table * embedding + used * routed + shape.other_parameters * rest
         read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales + self.states
         return self.concurrency * self.device.bandwidth / read
 
