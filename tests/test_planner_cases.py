@@ -8,14 +8,9 @@ from pathlib import Path
 import pytest
 
 from jaxkv.planner import ModelShape, kv_cache_bytes, plan
+from jaxkv.planner.encoders import encoder_weights
 
 CASES = json.loads((Path(__file__).parent / "fixtures/planner/cases.json").read_text())
-# The published count has an encoder of images or sound.
-WITH_ENCODER = {
-    "gemma-3-12b(+vocab,ctx; head_dim elided)",
-    "internvl3-8b-hf",
-    "voxtral-mini-3b",
-}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -23,7 +18,7 @@ def test_published_configs_take_the_bytes_and_parameters_they_should(name):
     case = CASES[name]
     model = ModelShape.from_config(case["config"])
     assert kv_cache_bytes(model, 8192, kv_dtype="bf16").exact == case["kv_bytes_8192"]
-    if case.get("params") is not None and name not in WITH_ENCODER:
+    if case.get("params") is not None:
         assert model.num_parameters == pytest.approx(case["params"], rel=0.01)
 
 
@@ -255,3 +250,42 @@ def test_damaged_configs_have_a_plan_or_one_clear_line(count):
             plan(ModelShape.from_config(config), "H100")
         except ValueError as error:
             assert "\n" not in str(error)
+
+
+# What `transformers` 5.23 makes of a class's defaults: number of weights of the encoder and its projector.
+ENCODERS = [
+    (
+        "llava",
+        4096,
+        {
+            "model_type": "clip_vision_model",
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 24,
+            "image_size": 336,
+            "patch_size": 14,
+        },
+        324487168,
+    ),
+    ("mistral3", 5120, {"model_type": "pixtral", "image_size": 1540, "patch_size": 14}, 438958080),
+    ("internvl", 4096, {"model_type": "internvl_vision"}, 337509376),
+    ("gemma3", 2304, {"model_type": "siglip_vision_model"}, 94654464),
+    ("qwen2_vl", 8192, {}, 675759104),
+    ("qwen2_5_vl", 8192, {}, 3083025152),
+    ("qwen3_vl", 4096, {}, 566949104),
+    ("llama4", 5120, {}, 455178240),
+    ("none", 1, {"model_type": "voxtral_encoder"}, 636968960),
+    ("none", 1, {"model_type": "gemma4_vision"}, 167364608),
+]
+
+
+@pytest.mark.parametrize(("kind", "hidden", "part", "parameters"), ENCODERS)
+def test_encoders_have_the_weights_of_the_classes_of_transformers(kind, hidden, part, parameters):
+    assert encoder_weights({"model_type": kind, "vision_config": part}, hidden) == (parameters, ())
+
+
+def test_an_encoder_that_is_not_known_is_left_out_with_a_note():
+    outer = {"text_config": CASES["qwen3-4b"]["config"], "vision_config": {"model_type": "dino"}}
+    model = ModelShape.from_config(outer)
+    assert model.num_parameters == ModelShape.from_config(CASES["qwen3-4b"]["config"]).num_parameters
+    assert "the weights of vision_config 'dino' are not counted" in model.notes

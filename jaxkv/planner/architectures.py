@@ -13,6 +13,10 @@ from jaxkv.planner import experts, gemma, hybrids, weights
 from jaxkv.planner.weights import Layer, Sizes, dense, norm_of_a_head, norm_of_heads, plain
 
 
+# Sizes of the model itself, which every config has.
+ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+
+
 class Architecture(NamedTuple):
     """One `model_type`.
 
@@ -36,6 +40,8 @@ class Architecture(NamedTuple):
       extra: weights of further embeddings, and of what else is beside layers.
       note: a caveat for a reader of the plan.
       renamed: the usual names of fields that have others.
+      needed: fields without a default at the top level of a config; a part of one has only what its class's
+        defaults do not say.
     """
 
     layers: Callable[[Fields, Sizes], list[Layer]]
@@ -57,6 +63,7 @@ class Architecture(NamedTuple):
     extra: Callable[[Fields, Sizes], tuple[int, int]] | None = None
     note: str = ""
     renamed: Mapping[str, str] = MappingProxyType({})
+    needed: tuple[str, ...] = ESSENTIAL
 
 
 def _no_window(fields: Fields, layers: int) -> list[int | None]:
@@ -137,7 +144,7 @@ _DEEPSEEK_V3 = Architecture(experts.deepseek(router_bias=True), _no_window, late
 _PHI = Architecture(plain(2, bias=_BIASED), _no_window, final_norm=2, head_bias=_BIASED)
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "llama": _LLAMA,
+    "llama": _LLAMA._replace(needed=(*ESSENTIAL, "vocab_size")),
     "mistral": _MISTRAL,
     "ministral": _MISTRAL,
     "ministral3": _MISTRAL,

@@ -12,12 +12,11 @@ from jaxkv.checkpoints.gguf_header import config_fields
 from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context
 from jaxkv.config import DTYPES
 from jaxkv.planner.architectures import ARCHITECTURES, Architecture, layer_windows
+from jaxkv.planner.encoders import TIED, encoder_weights
 from jaxkv.planner.quantization import beside, quantization
 from jaxkv.planner.stored import safetensors_bytes
 from jaxkv.planner.weights import Sizes, mlp_width, sizes
 
-# What no config leaves out: sizes of the model itself. A nested config has only what its class does not.
-_ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 _TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
@@ -42,7 +41,8 @@ class ModelShape:
       num_parameters, active_parameters: weights, and those that a token uses: of embeddings the output
         projection only, of experts the chosen ones.
       routed_parameters: weights of experts that a router chooses from.
-      embedding_parameters: weights of the embedding, the output projection and positions.
+      embedding_parameters: weights of the embedding, the output projection, positions and encoders of images
+        or sound, which are stored in 16 bits.
       quantization: storage of the published weights, as `quant_method`; None is `dtype`.
       quantized_bits: bits per quantized weight, including scales; None if the config does not say.
       quantized_parts: the quantized weights: "all", "linear" (all but embeddings), or "experts".
@@ -130,7 +130,10 @@ class ModelShape:
         windows = tuple(layer_windows(fields, architecture, size.layers))
         if not windows:
             raise ValueError("no layer has K and V; there is no cache to plan")
-        tied = Fields({**raw, **outer}).flag("tie_word_embeddings", architecture.tied)
+        said = Fields({**raw, **outer})
+        tied = said.flag("tie_word_embeddings", TIED.get(str(outer.get("model_type")), architecture.tied))
+        if tied != said.flag("tie_word_embeddings", architecture.tied):
+            notes += ("tie_word_embeddings is not said: the output projection is taken to be the embedding",)
         context = fields.integer(
             "max_position_embeddings", "n_positions", "max_seq_len", default=architecture.context
         )
@@ -138,13 +141,14 @@ class ModelShape:
         embeddings = (1 if tied else 2) * table + fields.flag(*architecture.head_bias) * vocab
         embeddings += architecture.extra_rows * size.hidden
         embeddings += architecture.positions * (context + architecture.extra_positions) * size.hidden
+        encoders, uncounted = encoder_weights(outer, size.hidden)
         more, rest = (0, 0) if architecture.extra is None else architecture.extra(fields, size)
         around = rest + architecture.final_norm * size.hidden
         each = None if architecture.layer_sizes is None else architecture.layer_sizes(fields, size)
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
         if latent and architecture.indexed:
             latent += fields.integer("index_head_dim")
-        notes += (architecture.note,) if architecture.note else ()
+        notes += uncounted + ((architecture.note,) if architecture.note else ())
         if architecture.latent:
             notes += (
                 "MLA has one latent vector per token; jaxkv stores K and V, so there is no CacheConfig",
@@ -170,10 +174,10 @@ class ModelShape:
             max_context=trained_context(raw, context),
             is_extended=is_extended(raw, context),
             dtype=_dtype(raw) or _dtype(outer),
-            num_parameters=embeddings + more + around + sum(layer.total for layer in layers),
+            num_parameters=embeddings + more + encoders + around + sum(layer.total for layer in layers),
             active_parameters=table + around + sum(layer.active or layer.total for layer in layers),
             routed_parameters=sum(layer.routed for layer in layers),
-            embedding_parameters=embeddings + more,
+            embedding_parameters=embeddings + more + encoders,
             quantization=stored_as.method,
             quantized_bits=stored_as.bits,
             quantized_parts=stored_as.parts,
@@ -186,7 +190,7 @@ def _text_part(outer: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, 
     """The part of a config that describes the language model, with notes on the others."""
     for name in _TEXT_PARTS:
         if isinstance(outer.get(name), Mapping):
-            return outer[name], (f"only the text part of {shown(outer.get('model_type'))} is counted",)
+            return outer[name], (f"K and V are those of the text part of {shown(outer.get('model_type'))}",)
     return outer, ()
 
 
@@ -195,7 +199,7 @@ def _complete(raw: Mapping[str, Any], architecture: Architecture, *, nested: boo
     named = {ours: raw[theirs] for theirs, ours in architecture.renamed.items() if theirs in raw}
     absent = catalog.defaults().get(raw["model_type"], {})
     if not nested:
-        absent = {name: value for name, value in absent.items() if name not in _ESSENTIAL}
+        absent = {name: value for name, value in absent.items() if name not in architecture.needed}
     return {**absent, **named, **raw}
 
 
