@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxkv import catalog
 from jaxkv.planner import ModelShape, kv_cache_bytes, plan
 from jaxkv.planner.encoders import encoder_weights
 
@@ -237,9 +238,14 @@ def test_qwen3_moe_has_its_window_in_all_layers(fields, windows):
 @pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
 def test_damaged_configs_have_a_plan_or_one_clear_line(count):
     random_of = random.Random(count)
+    whole = [case["config"] for case in CASES.values()]
+    whole += [
+        {"text_config": {"model_type": kind, **catalog.defaults()[kind], **changes}}
+        for kind, changes, _ in CLASSES
+    ]
     odd = [None, -1, 0, 1, 3, 2**70, 1e9, float("nan"), "x", "", [], {}, [1], {"a": 1}, True, False]
     for _ in range(count):
-        config = copy.deepcopy(random_of.choice(list(CASES.values()))["config"])
+        config = copy.deepcopy(random_of.choice(whole))
         part = random_of.choice([config, *(v for v in config.values() if isinstance(v, dict) and v)])
         for name in random_of.sample(list(part), min(len(part), 2)):
             if random_of.random() < 0.25:

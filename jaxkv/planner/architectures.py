@@ -12,7 +12,6 @@ from jaxkv.checkpoints.hf_folder import shown
 from jaxkv.planner import experts, gemma, hybrids, weights
 from jaxkv.planner.weights import Layer, Sizes, dense, norm_of_a_head, norm_of_heads, plain
 
-
 # Sizes of the model itself, which every config has.
 ESSENTIAL = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
 
