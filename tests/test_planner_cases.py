@@ -164,6 +164,7 @@ def test_gemma_4_has_other_heads_in_layers_with_full_attention(said):
     assert model.layer_elements == (2 * 4 * 256,) * 5 + (2 * 2 * 512,)
     made = plan(model, "H100", kv_dtype="bf16")
     assert made.kv.exact == (5 * 512 * 2048 + 8192 * 2048) * 2
+    assert made.cache_config is not None
     assert made.cache_config.layer_head_dims == (256,) * 5 + (512,)
     assert made.kv.reserved >= made.kv.paged >= made.kv.exact
 

@@ -124,7 +124,6 @@ def _to(renamed: str) -> dict[str, str]:
 # Always: no field of a config decides.
 _BIASED, _PLAIN = ("", True), ("", False)
 _ATTENTION_BIAS, _USE_BIAS = ("attention_bias", False), ("use_bias", False)
-_GLM = dict(bias=("attention_bias", True), out_bias=("attention_out_bias", False))
 
 _LLAMA = Architecture(dense(2), _no_window)
 _MISTRAL = Architecture(dense(2), _every_layer)
@@ -137,7 +136,7 @@ _QWEN3_5 = Architecture(
 _QWEN3_NEXT = Architecture(
     hybrids.qwen3_next(), _no_window, kinds=hybrids.qwen_kinds, state=hybrids.delta_state
 )
-_GLM4 = Architecture(dense(4, **_GLM), _no_window)
+_GLM4 = Architecture(weights.biased_inputs(4), _no_window)
 _GLM4_MOE = Architecture(experts.glm4_moe, _no_window)
 _DEEPSEEK_V3 = Architecture(experts.deepseek(router_bias=True), _no_window, latent=True)
 _PHI = Architecture(plain(2, bias=_BIASED), _no_window, final_norm=2, head_bias=_BIASED)
@@ -212,8 +211,8 @@ ARCHITECTURES: dict[str, Architecture] = {
     "internlm2": Architecture(dense(2, bias=("bias", False)), _no_window),
     "hunyuan_v1_dense": Architecture(dense(2, qk_norm=norm_of_a_head), _no_window),
     "smollm3": Architecture(dense(2), _unused, tied=True),
-    "seed_oss": Architecture(dense(2, **_GLM), _no_window),
-    "glm": Architecture(dense(2, **_GLM), _no_window),
+    "seed_oss": Architecture(weights.biased_inputs(2), _no_window),
+    "glm": Architecture(weights.biased_inputs(2), _no_window),
     "glm4": _GLM4,
     "glm4v_text": _GLM4,
     "glm4_moe": _GLM4_MOE,

@@ -206,6 +206,11 @@ def falcon(fields: Fields, size: Sizes) -> list[Layer]:
     return [Layer(attention_weights(size, qkv_bias=biased, out_bias=biased) + mlp + norms)] * size.layers
 
 
+def biased_inputs(norms: int):
+    """`dense` with biases of attention's inputs, and of its output if the config says so."""
+    return dense(norms, bias=("attention_bias", True), out_bias=("attention_out_bias", False))
+
+
 def mlp_width(fields: Fields, hidden: int) -> int:
     """Most MLP features that one token uses, in a dense layer or in all its experts."""
     widths = fields.raw.get("intermediate_size")
