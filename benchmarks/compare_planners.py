@@ -49,10 +49,12 @@ def hf_mem(config: dict) -> float:
 
 
 def kvfit(config: dict) -> float:
-    """`kvfit`."""
+    """`kvfit`, without states of fixed size."""
     from kvfit.architectures import estimate_cache  # pyright: ignore[reportMissingImports]
 
-    return estimate_cache(config, context_tokens=CONTEXT, kv_bytes=2.0).total_bytes
+    parts = estimate_cache(config, context_tokens=CONTEXT, kv_bytes=2.0).components
+    # States of fixed size are parts of their own.
+    return sum(part.bytes for part in parts if not part.name.endswith(("state", "history")))
 
 
 PLANNERS: dict[str, Callable[[dict], float]] = {

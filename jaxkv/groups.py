@@ -74,10 +74,11 @@ def kinds_of(config: "CacheConfig") -> dict[Shape, tuple[int, ...]]:
     windows = config.layer_windows or [None for _ in every]
     heads = config.layer_kv_heads or [config.num_kv_heads for _ in every]
     dims = config.layer_head_dims or [config.head_dim for _ in every]
-    kinds: dict[Shape, tuple[int, ...]] = {}
-    for layer, shape in enumerate(map(Shape, windows, heads, dims)):
-        kinds[shape] = (*kinds.get(shape, ()), layer)
-    return dict(sorted(kinds.items(), key=lambda kind: kind[0].window is not None))
+    kinds: dict[tuple[int | None, int, int], list[int]] = {}
+    for layer, shape in enumerate(zip(windows, heads, dims, strict=True)):
+        kinds.setdefault(shape, []).append(layer)
+    full_first = sorted(kinds.items(), key=lambda kind: kind[0][0] is not None)
+    return {Shape(*shape): tuple(layers) for shape, layers in full_first}
 
 
 @lru_cache(maxsize=256)
