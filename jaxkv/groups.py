@@ -71,6 +71,8 @@ class Home(NamedTuple):
 def kinds_of(config: "CacheConfig") -> dict[Shape, tuple[int, ...]]:
     """The layers of each kind; kinds with full attention first, else in the order of their first layers."""
     every = range(config.num_layers)
+    if config.layer_windows is None and config.uniform:
+        return {Shape(None, config.num_kv_heads, config.head_dim): tuple(every)}
     windows = config.layer_windows or [None for _ in every]
     heads = config.layer_kv_heads or [config.num_kv_heads for _ in every]
     dims = config.layer_head_dims or [config.head_dim for _ in every]
