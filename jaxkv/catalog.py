@@ -1,5 +1,7 @@
-"""The data in `configs/`: models as Hugging Face describes them, cache presets, devices."""
+"""The data in `configs/`: models as Hugging Face describes them, defaults, cache presets, devices."""
 
+import functools
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -40,3 +42,9 @@ def read(kind: str, name: str) -> dict[str, Any]:
 
 def _plain(name: str) -> str:
     return str(name).lower().replace("_", "").replace("-", "").replace(" ", "")
+
+
+@functools.cache
+def defaults() -> dict[str, dict[str, int]]:
+    """What `transformers` takes for fields that a config leaves out, by `model_type`."""
+    return json.loads((_CONFIGS / "defaults.json").read_text())

@@ -8,6 +8,7 @@ from jaxkv.checkpoints.hf_folder import MOST_POSITIONS, shown
 # Far above any published model: a larger value means a damaged file.
 _MOST = {
     "vocab_size": 2**24,
+    "vocab_size_per_layer_input": 2**24,
     "max_position_embeddings": MOST_POSITIONS,
     "sliding_window": MOST_POSITIONS,
     "intermediate_size": 2**20,

@@ -189,7 +189,7 @@ def _column(made: Plan, has_device: bool) -> dict[str, str]:
     shape, kv = made.shape, made.kv
     few = shape.num_parameters < 1_000_000
     billions = f"{shape.num_parameters:,}" if few else f"{shape.num_parameters / 1e9:.3g} billion"
-    if shape.active_parameters != shape.num_parameters:
+    if shape.routed_parameters:
         active = f"{shape.active_parameters:,}" if few else f"{shape.active_parameters / 1e9:.3g}"
         billions += f", {active} of them active"
     rows = {

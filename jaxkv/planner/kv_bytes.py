@@ -76,22 +76,23 @@ def kv_cache_bytes(
     if factor is None or not 1 <= factor < 100:
         raise ValueError(f"fragmentation={fragmentation!r} must be a factor from 1 to 100")
     dtype = resolve_dtype(shape, kv_dtype)
-    element_bits = KV_BITS[dtype] * shape.elements_per_token
-    scale_bytes = _scale_bytes(shape, dtype)
+    bits = [KV_BITS[dtype] * elements for elements in shape.layer_elements]
+    scales = _scale_bytes(shape, dtype)
 
     def in_pages(windows: Iterable[int | None]) -> int:
-        slots = sum(pages_of(context, window, page_size) for window in windows) * page_size * concurrency
-        return math.ceil(slots * (element_bits // 8 + scale_bytes) * factor)
+        pages = (pages_of(context, window, page_size) for window in windows)
+        one = sum(n * (of // 8 + scale) for n, of, scale in zip(pages, bits, scales, strict=True))
+        return math.ceil(one * page_size * concurrency * factor)
 
     row = _row_config(shape, context, kv_dtype=dtype, page_size=page_size)
     if row is None:
         reserved = in_pages([None] * len(shape.windows))
     else:
         reserved = math.ceil(pages_for_seqs(row, context, concurrency) * row.page_bytes * factor)
-    kept = sum(min(context, window or context) for window in shape.windows)
+    kept = [min(context, window or context) for window in shape.windows]
     return KVBytes(
-        exact=kept * concurrency * element_bits // 8,
-        scales=kept * concurrency * scale_bytes,
+        exact=sum(tokens * of for tokens, of in zip(kept, bits, strict=True)) * concurrency // 8,
+        scales=sum(tokens * scale for tokens, scale in zip(kept, scales, strict=True)) * concurrency,
         paged=in_pages(shape.windows),
         reserved=reserved,
     )
@@ -143,20 +144,27 @@ def _row_config(
 ) -> CacheConfig | None:
     """`cache_config` with the pages of one full row only."""
     dtype = resolve_dtype(shape, kv_dtype)
-    if shape.is_latent or FORMATS[dtype].refuses(shape.head_dim):
+    if shape.is_latent or _refuses(shape, dtype):
         return None
     quantized = FORMATS[dtype].quantized
     return row_config(
         context,
         num_layers=shape.num_layers,
-        num_kv_heads=shape.num_kv_heads,
-        head_dim=shape.head_dim,
+        **_heads(shape),
         layer_windows=shape.windows,
         page_size=page_size,
         max_seqs=concurrency,
         dtype=(shape.dtype or "bfloat16") if quantized else dtype,
         quantization=dtype if quantized else None,
     )
+
+
+def _heads(shape: ModelShape) -> dict[str, object]:
+    """KV heads and head_dim, as arguments of `CacheConfig`."""
+    if shape.layer_sizes is None:
+        return dict(num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim)
+    heads, dims = zip(*shape.layer_sizes, strict=True)
+    return dict(layer_kv_heads=heads, layer_head_dims=dims)
 
 
 def resolve_dtype(shape: ModelShape, kv_dtype: str) -> str:
@@ -180,9 +188,18 @@ def check_count(name: str, value: object) -> int:
     return integer(name, value)
 
 
-def _scale_bytes(shape: ModelShape, dtype: str) -> int:
-    """Bytes of the scales of one token in one layer."""
+def _scale_bytes(shape: ModelShape, dtype: str) -> list[int]:
+    """Bytes of the scales of one token in each layer."""
     storage = FORMATS[dtype]
-    if shape.is_latent or storage.refuses(shape.head_dim):
-        return storage.vector_scale_bytes(shape.elements_per_token)
-    return storage.scale_bytes(shape.num_kv_heads, shape.head_dim)
+    if shape.is_latent or _refuses(shape, dtype):
+        of_elements = {n: storage.vector_scale_bytes(n) for n in set(shape.layer_elements)}
+        return [of_elements[n] for n in shape.layer_elements]
+    if shape.layer_sizes is None:
+        return [storage.scale_bytes(shape.num_kv_heads, shape.head_dim)] * len(shape.windows)
+    return [storage.scale_bytes(heads, head_dim) for heads, head_dim in shape.layer_sizes]
+
+
+def _refuses(shape: ModelShape, dtype: str) -> bool:
+    """Whether the format has no storage for such heads."""
+    dims = {shape.head_dim} if shape.layer_sizes is None else {dim for _, dim in shape.layer_sizes}
+    return any(FORMATS[dtype].refuses(dim) for dim in dims)

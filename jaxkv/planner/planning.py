@@ -102,9 +102,9 @@ class Plan:
         if self.shape.stored_bytes is not None:
             bits = 8 * self.shape.stored_bytes / self.shape.num_parameters
             return bits, bits, bits
-        if (bits := self.shape.quantized_bits) is not None:
-            return bits, bits, bits
-        return (16.0, WEIGHT_BITS["int4"], 16.0) if self.shape.quantization == "mxfp4" else (16.0, 8.0, 8.0)
+        bits = self.shape.quantized_bits or 16.0
+        parts = {"all": (bits, bits, bits), "linear": (16.0, bits, bits), "experts": (16.0, bits, 16.0)}
+        return parts[self.shape.quantized_parts]
 
     @cached_property
     def kv(self) -> KVBytes:
@@ -121,16 +121,20 @@ class Plan:
     @property
     def kv_heads_per_device(self) -> int:
         """Most KV heads that the query heads of one device read; every device has MLA's latent vector."""
-        if self.shape.is_latent:
-            return 1
+        return 1 if self.shape.is_latent else self._most_heads(self.shape.num_kv_heads)
+
+    def _most_heads(self, kv_heads: int) -> int:
         own = self.shape.num_q_heads // self.tensor_parallel
-        group = self.shape.num_q_heads // self.shape.num_kv_heads
+        group = self.shape.num_q_heads // kv_heads
         firsts = range(0, self.shape.num_q_heads, own)
         return max((first + own - 1) // group - first // group + 1 for first in firsts)
 
     @property
     def _sharded(self) -> ModelShape:
-        return replace(self.shape, num_kv_heads=self.kv_heads_per_device)
+        each = self.shape.layer_sizes
+        if each is not None:
+            each = tuple((self._most_heads(heads), head_dim) for heads, head_dim in each)
+        return replace(self.shape, num_kv_heads=self.kv_heads_per_device, layer_sizes=each)
 
     @cached_property
     def cache_config(self) -> CacheConfig | None:
@@ -251,11 +255,10 @@ class Plan:
             return None
         shape, (embedding, routed, rest) = self.shape, self.weight_bits
         # The output projection is read in full; of the embedding table only a row per token.
-        chosen = shape.active_parameters - (shape.num_parameters - shape.routed_parameters)
+        table = shape.vocab_size * shape.hidden_size
+        chosen = shape.active_parameters - table - shape.other_parameters
         used = min(shape.routed_parameters, chosen * self.concurrency)
-        bits = (
-            shape.vocab_size * shape.hidden_size * embedding + used * routed + shape.other_parameters * rest
-        )
+        bits = table * embedding + used * routed + shape.other_parameters * rest
         read = bits / 8 / self.tensor_parallel + self.kv.exact + self.kv.scales + self.states
         return self.concurrency * self.device.bandwidth / read
 
@@ -401,8 +404,8 @@ def _weights_dtype(shape: ModelShape, name: str) -> str:
                 f"parameters; say how they are stored with weights_dtype"
             )
         return "stored"
-    known = shape.quantization == "fp8" or (shape.quantization == "mxfp4" and shape.routed_parameters > 0)
-    known = known or shape.quantized_bits is not None
+    known = shape.quantized_bits is not None
+    known = known and (shape.quantized_parts != "experts" or shape.routed_parameters > 0)
     if shape.quantization is not None and not known:
         raise ValueError(
             f"the size of weights in {shown(shape.quantization)} is not known; say how with weights_dtype"

@@ -9,24 +9,15 @@ from typing import Any, Self
 from jaxkv import catalog
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_header import config_fields
-from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context, with_defaults
+from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context
 from jaxkv.config import DTYPES
-from jaxkv.planner.architectures import ARCHITECTURES, layer_windows
+from jaxkv.planner.architectures import ARCHITECTURES, Architecture, layer_windows
+from jaxkv.planner.encoders import TIED, encoder_weights
+from jaxkv.planner.quantization import beside, quantization
 from jaxkv.planner.stored import safetensors_bytes
-from jaxkv.planner.weights import mlp_width, sizes
+from jaxkv.planner.weights import Sizes, mlp_width, sizes
 
-# A nested config has only the fields that differ from the defaults of its class.
-_WHERE_ABSENT_IN_A_PART: dict[str, dict[str, int]] = {
-    "llama": {
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "max_position_embeddings": 2048,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "vocab_size": 32000,
-    },
-    "gemma3_text": {"vocab_size": 262208, "max_position_embeddings": 131072},
-}
+_TEXT_PARTS = ("text_config", "llm_config", "language_config")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +38,17 @@ class ModelShape:
       max_context: tokens that it was trained on, or its rotary scaling extends that to.
       is_extended: whether rotary scaling extends `max_context`.
       dtype: of the published weights; None if the config does not say.
-      num_parameters, active_parameters: weights, and those that a token uses (fewer with experts).
+      num_parameters, active_parameters: weights, and those that a token uses: of embeddings the output
+        projection only, of experts the chosen ones.
       routed_parameters: weights of experts that a router chooses from.
-      embedding_parameters: weights of the embedding, the output projection and positions.
+      embedding_parameters: weights of the embedding, the output projection, positions and encoders of images
+        or sound, which are stored in 16 bits.
       quantization: storage of the published weights, as `quant_method`; None is `dtype`.
       quantized_bits: bits per quantized weight, including scales; None if the config does not say.
+      quantized_parts: the quantized weights: "all", "linear" (all but embeddings), or "experts".
       stored_bytes: bytes of the weight files beside the config, if they exist.
-      state_elements: elements of the states of one sequence, in layers that keep no K and V.
+      layer_sizes: KV heads and head_dim of each layer, where layers differ; the fields above are the first's.
+      state_elements: elements of the states of fixed size of one sequence.
       notes: caveats for a reader of the plan.
     """
 
@@ -78,7 +73,9 @@ class ModelShape:
     embedding_parameters: int = 0
     quantization: str | None = None
     quantized_bits: float | None = None
+    quantized_parts: str = "linear"
     stored_bytes: int | None = None
+    layer_sizes: tuple[tuple[int, int], ...] | None = None
     state_elements: int = 0
     notes: tuple[str, ...] = ()
 
@@ -91,6 +88,13 @@ class ModelShape:
     def elements_per_token(self) -> int:
         """Elements per token and layer: 2 x KV heads x head_dim, or the latent vector's."""
         return (1 if self.is_latent else 2) * self.num_kv_heads * self.head_dim
+
+    @property
+    def layer_elements(self) -> tuple[int, ...]:
+        """Elements per token of each layer."""
+        if self.layer_sizes is None:
+            return (self.elements_per_token,) * len(self.windows)
+        return tuple(2 * heads * head_dim for heads, head_dim in self.layer_sizes)
 
     @classmethod
     def from_config(
@@ -111,71 +115,98 @@ class ModelShape:
           >>> ModelShape.from_config("llama-3.1-8b").elements_per_token
           2048
         """
-        raw, found, stored = _open(source)
-        outer, notes = raw, ()
-        if isinstance(raw.get("text_config"), Mapping):
-            raw = raw["text_config"]
-            raw = {**_WHERE_ABSENT_IN_A_PART.get(str(raw.get("model_type")), {}), **raw}
-            notes = (f"only the text part of {shown(outer.get('model_type'))} is counted",)
-        raw = with_defaults(raw)
+        outer, found, stored = _open(source)
+        raw, notes = _text_part(outer)
         kind = raw.get("model_type")
         architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
         if architecture is None:
             raise ValueError(
                 f"model_type {shown(kind)} is not known; known: {', '.join(sorted(ARCHITECTURES))}"
             )
+        raw = _complete(raw, architecture, nested=raw is not outer)
         fields = Fields(raw)
-        size, vocab = sizes(fields, latent=architecture.latent), fields.integer("vocab_size")
+        size, vocab = _sizes(fields, architecture), fields.integer("vocab_size")
         layers = architecture.layers(fields, size)
         windows = tuple(layer_windows(fields, architecture, size.layers))
         if not windows:
             raise ValueError("no layer has K and V; there is no cache to plan")
-        tied = Fields({**outer, **raw}).flag("tie_word_embeddings", architecture.tied)
+        said = Fields({**raw, **outer})
+        tied = said.flag("tie_word_embeddings", TIED.get(str(outer.get("model_type")), architecture.tied))
+        if tied != said.flag("tie_word_embeddings", architecture.tied):
+            notes += ("tie_word_embeddings is not said: the output projection is taken to be the embedding",)
         context = fields.integer(
-            "max_position_embeddings",
-            "n_positions",
-            "max_seq_len",
-            default=2048 if kind in ("falcon", "bloom") else None,
+            "max_position_embeddings", "n_positions", "max_seq_len", default=architecture.context
         )
-        embeddings = (1 if tied else 2) * vocab * size.hidden + architecture.head_bias * vocab
+        table = vocab * size.hidden
+        embeddings = (1 if tied else 2) * table + fields.flag(*architecture.head_bias) * vocab
+        embeddings += architecture.extra_rows * size.hidden
         embeddings += architecture.positions * (context + architecture.extra_positions) * size.hidden
-        around = embeddings + architecture.final_norm * size.hidden
+        encoders, uncounted = encoder_weights(outer, size.hidden)
+        more, rest = (0, 0) if architecture.extra is None else architecture.extra(fields, size)
+        around = rest + architecture.final_norm * size.hidden
+        each = None if architecture.layer_sizes is None else architecture.layer_sizes(fields, size)
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
         if latent and architecture.indexed:
             latent += fields.integer("index_head_dim")
+        notes += uncounted + ((architecture.note,) if architecture.note else ())
         if architecture.latent:
             notes += (
                 "MLA has one latent vector per token; jaxkv stores K and V, so there is no CacheConfig",
             )
-        quantization, bits = _quantization(outer)
-        if quantization is None:
-            quantization, bits = _quantization(raw)
+        stored_as = quantization(outer)
+        if stored_as.method is None:
+            stored_as = quantization(raw)
         return cls(
             name=name or found or str(kind),
             architecture=str(kind),
             num_layers=len(windows),
             num_q_heads=size.q_heads,
-            num_kv_heads=1 if latent else size.kv_heads,
-            head_dim=latent or size.head_dim,
+            num_kv_heads=1 if latent else size.kv_heads if each is None else each[0][0],
+            head_dim=latent or (size.head_dim if each is None else each[0][1]),
             is_latent=bool(latent),
             has_sinks=architecture.sinks,
             hidden_size=size.hidden,
             vocab_size=vocab,
             mlp_width=mlp_width(fields, size.hidden),
             windows=windows,
-            state_elements=0 if architecture.state is None else architecture.state(fields, size.layers),
+            layer_sizes=None if each is None or len(set(each)) == 1 else tuple(each),
+            state_elements=0 if architecture.state is None else architecture.state(fields),
             max_context=trained_context(raw, context),
             is_extended=is_extended(raw, context),
             dtype=_dtype(raw) or _dtype(outer),
-            num_parameters=around + sum(layer.total for layer in layers),
-            active_parameters=around + sum(layer.active or layer.total for layer in layers),
+            num_parameters=embeddings + more + encoders + around + sum(layer.total for layer in layers),
+            active_parameters=table + around + sum(layer.active or layer.total for layer in layers),
             routed_parameters=sum(layer.routed for layer in layers),
-            embedding_parameters=embeddings,
-            quantization=quantization,
-            quantized_bits=bits,
+            embedding_parameters=embeddings + more + encoders,
+            quantization=stored_as.method,
+            quantized_bits=stored_as.bits,
+            quantized_parts=stored_as.parts,
             stored_bytes=stored,
             notes=notes,
         )
+
+
+def _text_part(outer: Mapping[str, Any]) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """The part of a config that describes the language model, with notes on the others."""
+    for name in _TEXT_PARTS:
+        if isinstance(outer.get(name), Mapping):
+            return outer[name], (f"K and V are those of the text part of {shown(outer.get('model_type'))}",)
+    return outer, ()
+
+
+def _complete(raw: Mapping[str, Any], architecture: Architecture, *, nested: bool) -> dict[str, Any]:
+    """A config with the usual names of its fields, and the defaults of those that it leaves out."""
+    named = {ours: raw[theirs] for theirs, ours in architecture.renamed.items() if theirs in raw}
+    absent = catalog.defaults().get(raw["model_type"], {})
+    if not nested:
+        absent = {name: value for name, value in absent.items() if name not in architecture.needed}
+    return {**absent, **named, **raw}
+
+
+def _sizes(fields: Fields, architecture: Architecture) -> Sizes:
+    kv_heads = None if architecture.kv_heads is None else architecture.kv_heads(fields)
+    layers = None if architecture.kinds is None else len(architecture.kinds(fields))
+    return sizes(fields, latent=architecture.latent, kv_heads=kv_heads, layers=layers)
 
 
 def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
@@ -200,7 +231,9 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
     # Beside a config of another name, the weights may be another model's.
     own = path.is_dir() or path.name == "config.json"
-    return read_json(path), named, safetensors_bytes(folder) if own else None
+    if not own:
+        return read_json(path), named, None
+    return {**beside(folder), **read_json(path)}, named, safetensors_bytes(folder)
 
 
 def _dtype(raw: Mapping[str, Any]) -> str | None:
@@ -211,38 +244,3 @@ def _dtype(raw: Mapping[str, Any]) -> str | None:
     if name not in DTYPES:
         raise ValueError(f"dtype {shown(value)} is not known; known: {', '.join(DTYPES)}")
     return name
-
-
-def _quantization(raw: Mapping[str, Any]) -> tuple[str | None, float | None]:
-    """How weights are stored, and bits per weight if the config gives one value for all weights."""
-    for field in ("quantization_config", "quantization"):
-        options = raw.get(field)
-        if options is None:
-            continue
-        if not isinstance(options, Mapping):
-            raise ValueError(f"{field} must be an object, not {shown(options)}")
-        method = options.get("quant_method")
-        if method is not None and not isinstance(method, str):
-            raise ValueError(f"{field}'s quant_method must be a string, not {shown(method)}")
-        return (method, None) if method else (field, _mlx_bits(field, options))
-    return None, None
-
-
-def _mlx_bits(field: str, options: Mapping[str, Any]) -> float | None:
-    """Bits per weight in MLX's format; None if layers differ or it is another format.
-
-    A group of weights shares a scale and a bias of 16 bits each. The embedding is stored likewise.
-    """
-    if any(isinstance(value, Mapping) or value is False for value in options.values()):
-        return None
-    if "bits" not in options or "group_size" not in options or options.get("mode", "affine") != "affine":
-        return None
-    fields = Fields(options)
-    for name in ("bits", "group_size"):
-        try:
-            fields.integer(name)
-        except ValueError as error:
-            raise ValueError(f"{field}: {error}") from None
-    if options["bits"] > 8:
-        raise ValueError(f"{field}: bits must be an integer from 1 to 8, not {shown(options['bits'])}")
-    return options["bits"] + 2 * 16 / options["group_size"]

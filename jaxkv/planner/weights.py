@@ -35,18 +35,23 @@ class Layer(NamedTuple):
     active: int | None = None
 
 
-def sizes(fields: Fields, *, latent: bool) -> Sizes:
-    """The sizes, by the field names that most configs use or by GPT-2's."""
+def sizes(fields: Fields, *, latent: bool, kv_heads: int | None = None, layers: int | None = None) -> Sizes:
+    """The sizes, by the field names that most configs use or by GPT-2's.
+
+    Args:
+      fields: of the config.
+      latent: whether a token has one latent vector instead of K and V.
+      kv_heads: KV heads where a field of the architecture's own says them.
+      layers: layers where a list of the config's names them.
+    """
     hidden = fields.integer("hidden_size", "n_embd", "d_model")
     q_heads = fields.integer("num_attention_heads", "n_head", "n_heads")
+    if layers is None:
+        layers = fields.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers")
     if latent:
         # MLA has other head sizes, and ignores `num_key_value_heads`.
-        return Sizes(hidden, fields.integer("num_hidden_layers"), q_heads, 1, 1)
-    if fields.raw.get("model_type") == "falcon" and not fields.flag("new_decoder_architecture", False):
-        kv_heads = 1 if fields.flag("multi_query", True) else q_heads
-    elif _is_multi_query(fields):
-        kv_heads = 1
-    else:
+        return Sizes(hidden, layers, q_heads, 1, 1)
+    if kv_heads is None:
         kv_heads = fields.integer("num_key_value_heads", "num_kv_heads", "n_head_kv", default=q_heads)
     if q_heads % kv_heads:
         raise ValueError(f"num_key_value_heads={kv_heads} must divide num_attention_heads={q_heads}")
@@ -54,27 +59,38 @@ def sizes(fields: Fields, *, latent: bool) -> Sizes:
         raise ValueError(
             f"hidden_size={hidden} must be a multiple of num_attention_heads={q_heads} without head_dim"
         )
-    return Sizes(
-        hidden=hidden,
-        layers=fields.integer("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=fields.integer("head_dim", default=hidden // q_heads),
-    )
+    head_dim = fields.integer("head_dim", default=hidden // q_heads)
+    return Sizes(hidden, layers, q_heads, kv_heads, head_dim)
 
 
-def _is_multi_query(fields: Fields) -> bool:
-    """Whether GPT-2's and GPT-BigCode's heads share one K and V."""
-    kind = fields.raw.get("model_type")
-    if kind == "gpt_bigcode":
-        return fields.flag("multi_query", True)
-    named = fields.raw.get("attention_head_type") if kind == "gpt2" else None
+def one_of_falcon(fields: Fields) -> int | None:
+    """1 if all query heads of Falcon share K and V."""
+    if fields.flag("new_decoder_architecture", False):
+        return None
+    return 1 if fields.flag("multi_query", True) else fields.integer("num_attention_heads", "n_head")
+
+
+def one_of_bigcode(fields: Fields) -> int | None:
+    """1 if all query heads of GPT-BigCode share K and V."""
+    return 1 if fields.flag("multi_query", True) else None
+
+
+def one_of_gpt2(fields: Fields) -> int | None:
+    """1 if all query heads share K and V, which SantaCoder's GPT-2 says by a name."""
+    named = fields.raw.get("attention_head_type")
     if named not in (None, "multihead", "multiquery"):
         raise ValueError(f"attention_head_type {shown(named)} is not known")
-    return named == "multiquery"
+    return 1 if named == "multiquery" else None
 
 
-def _attention(size: Sizes, *, qkv_bias: bool = False, out_bias: bool = False) -> int:
+def one_of_chatglm(fields: Fields) -> int | None:
+    """ChatGLM's `multi_query_group_num` holds only with `multi_query_attention`."""
+    if fields.flag("multi_query_attention", False):
+        return None
+    return fields.integer("num_attention_heads")
+
+
+def attention_weights(size: Sizes, *, qkv_bias: bool = False, out_bias: bool = False) -> int:
     q, kv = size.q_heads * size.head_dim, size.kv_heads * size.head_dim
     return 2 * size.hidden * (q + kv) + qkv_bias * (q + 2 * kv) + out_bias * size.hidden
 
@@ -109,7 +125,7 @@ def plain(norms: int, *, bias: tuple[str, bool], qkv_bias: tuple[str, bool] | No
         width = fields.integer("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
         mlp = 2 * hidden * width + biased * (width + hidden)
         return [
-            Layer(_attention(size, qkv_bias=inputs, out_bias=inputs) + mlp + norms * hidden)
+            Layer(attention_weights(size, qkv_bias=inputs, out_bias=inputs) + mlp + norms * hidden)
         ] * size.layers
 
     return layers
@@ -124,33 +140,15 @@ def mpt(fields: Fields, size: Sizes) -> list[Layer]:
     if not fields.flag("no_bias", True):
         raise ValueError("no_bias must be true: biases are not counted")
     width = fields.integer("expansion_ratio", default=4) * size.hidden
-    return [Layer(_attention(size) + 2 * size.hidden * width + 2 * size.hidden)] * size.layers
+    return [Layer(attention_weights(size) + 2 * size.hidden * width + 2 * size.hidden)] * size.layers
 
 
 def stablelm(fields: Fields, size: Sizes) -> list[Layer]:
     norms = 2 if fields.flag("use_parallel_residual", False) else 4
     extra = norm_of_heads(fields, size) if fields.flag("qk_layernorm", False) else 0
-    attention = _attention(size, qkv_bias=fields.flag("use_qkv_bias", False))
+    attention = attention_weights(size, qkv_bias=fields.flag("use_qkv_bias", False))
     mlp = 3 * size.hidden * fields.integer("intermediate_size")
     return [Layer(attention + mlp + norms * size.hidden + extra)] * size.layers
-
-
-def llama4(fields: Fields, size: Sizes) -> list[Layer]:
-    biased, hidden = fields.flag("attention_bias", False), size.hidden
-    rest = _attention(size, qkv_bias=biased, out_bias=biased) + 2 * hidden
-    count, one = fields.integer("num_local_experts"), 3 * hidden * fields.integer("intermediate_size")
-    # One expert is shared by all tokens.
-    chosen = fields.integer("num_experts_per_tok", default=1)
-    sparse = _experts(one, count, chosen, rest + hidden * count + one)
-    step = fields.integer("interleave_moe_layer_step", default=1)
-    named = fields.raw.get("moe_layers")
-    if named is not None and (not isinstance(named, list) or not all(type(n) is int for n in named)):
-        raise ValueError(f"moe_layers must be a list of layers, not {shown(named)}")
-    chosen_layers = range(step - 1, size.layers, step) if named is None else named
-    if all(n in chosen_layers for n in range(size.layers)):
-        return [sparse] * size.layers
-    dense_layer = Layer(rest + 3 * hidden * fields.integer("intermediate_size_mlp"))
-    return [sparse if n in chosen_layers else dense_layer for n in range(size.layers)]
 
 
 def dense(
@@ -160,6 +158,7 @@ def dense(
     bias: tuple[str, bool] = ("attention_bias", False),
     out_bias: tuple[str, bool] | None = None,
     qk_norm: Callable[[Fields, Sizes], int] | None = None,
+    mlp_bias: tuple[str, bool] = ("mlp_bias", False),
 ):
     """Layers with a gated MLP and `norms` weights of norms per feature.
 
@@ -169,109 +168,31 @@ def dense(
       bias: field and default for all projections of attention.
       out_bias: field and default for the output projection, if it has one of its own.
       qk_norm: weights of the norms of Q and K.
+      mlp_bias: field and default for the biases of the MLP.
     """
 
     def layers(fields: Fields, size: Sizes) -> list[Layer]:
         biased = fields.flag(*bias)
         after = biased and qkv_bias is None if out_bias is None else fields.flag(*out_bias)
-        attention = _attention(size, qkv_bias=biased if qkv_bias is None else qkv_bias, out_bias=after)
+        attention = attention_weights(size, qkv_bias=biased if qkv_bias is None else qkv_bias, out_bias=after)
         width = fields.integer("intermediate_size")
-        mlp = 3 * size.hidden * width + fields.flag("mlp_bias", False) * (2 * width + size.hidden)
+        mlp = 3 * size.hidden * width + fields.flag(*mlp_bias) * (2 * width + size.hidden)
         total = attention + mlp + norms * size.hidden + (0 if qk_norm is None else qk_norm(fields, size))
         return [Layer(total)] * size.layers
 
     return layers
 
 
-def _experts(one: int, count: int, chosen: int, rest: int) -> Layer:
-    """A layer with `count` experts of `one` weights, of which a token uses `chosen`, and `rest` weights."""
-    if chosen > count:
-        raise ValueError(f"num_experts_per_tok={chosen} is more than the {count} experts there are")
-    return Layer(rest + count * one, count * one, rest + chosen * one)
-
-
-def mixtral(fields: Fields, size: Sizes) -> list[Layer]:
-    count, chosen = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
-    rest = _attention(size) + 2 * size.hidden + size.hidden * count
-    one = 3 * size.hidden * fields.integer("intermediate_size")
-    return [_experts(one, count, chosen, rest)] * size.layers
-
-
-def qwen3_moe(fields: Fields, size: Sizes) -> list[Layer]:
-    biased = fields.flag("attention_bias", False)
-    return _qwen_moe(fields, size, _attention(size, qkv_bias=biased, out_bias=biased) + 2 * size.head_dim)
-
-
-def qwen2_moe(fields: Fields, size: Sizes) -> list[Layer]:
-    # The shared expert has a gate.
-    shared = 3 * size.hidden * fields.integer("shared_expert_intermediate_size") + size.hidden
-    return _qwen_moe(fields, size, _attention(size, qkv_bias=fields.flag("qkv_bias", True)), shared)
-
-
-def _qwen_moe(fields: Fields, size: Sizes, attention: int, shared: int = 0) -> list[Layer]:
-    rest = attention + 2 * size.hidden
-    count = fields.integer("num_experts", "num_local_experts")
-    one = 3 * size.hidden * fields.integer("moe_intermediate_size")
-    sparse = _experts(one, count, fields.integer("num_experts_per_tok"), rest + shared + size.hidden * count)
-    dense = Layer(rest + 3 * size.hidden * fields.integer("intermediate_size"))
-    step, only = fields.integer("decoder_sparse_step", default=1), fields.raw.get("mlp_only_layers") or []
-    if not isinstance(only, list) or not all(type(layer) is int for layer in only):
-        raise ValueError(f"mlp_only_layers must be a list of layers, not {shown(only)}")
-    return [sparse if n not in only and (n + 1) % step == 0 else dense for n in range(size.layers)]
-
-
-def gpt_oss(fields: Fields, size: Sizes) -> list[Layer]:
-    hidden, width = size.hidden, fields.integer("intermediate_size")
-    count, chosen = fields.integer("num_local_experts"), fields.integer("num_experts_per_tok")
-    one = 3 * hidden * width + 2 * width + hidden
-    # The router, sinks and norms.
-    rest = _attention(size, qkv_bias=True, out_bias=True) + hidden * count + count + size.q_heads + 2 * hidden
-    return [_experts(one, count, chosen, rest)] * size.layers
-
-
-def deepseek(fields: Fields, size: Sizes) -> list[Layer]:
-    hidden, heads, latent = size.hidden, size.q_heads, fields.integer("kv_lora_rank")
-    nope, rope = fields.integer("qk_nope_head_dim"), fields.integer("qk_rope_head_dim")
-    value, q_rank = fields.integer("v_head_dim"), fields.optional("q_lora_rank")
-    q = heads * (nope + rope)
-    queries = hidden * q if q_rank is None else hidden * q_rank + q_rank + q_rank * q
-    keys = hidden * (latent + rope) + latent + latent * heads * (nope + value)
-    if fields.flag("attention_bias", False):
-        keys += latent + rope + hidden + (q_rank or 0)
-    rest = queries + keys + heads * value * hidden + 2 * hidden + _indexer(fields, hidden, q_rank)
-    dense = Layer(rest + 3 * hidden * fields.integer("intermediate_size"))
-    width, count = fields.integer("moe_intermediate_size"), fields.integer("n_routed_experts")
-    shared = 3 * hidden * width * fields.integer("n_shared_experts", default=0, least=0)
-    # DeepSeek-V3's router has a bias for each expert.
-    shared += 0 if fields.raw.get("model_type") == "deepseek_v2" else count
-    sparse = _experts(
-        3 * hidden * width, count, fields.integer("num_experts_per_tok"), rest + hidden * count + shared
-    )
-    first = fields.integer("first_k_dense_replace", default=0, least=0)
-    every = fields.integer("moe_layer_freq", default=1)
-    return [sparse if n >= first and n % every == 0 else dense for n in range(size.layers)]
-
-
-def _indexer(fields: Fields, hidden: int, q_rank: int | None) -> int:
-    """Weights of DeepSeek-V3.2's indexer, which chooses the tokens that a query attends to."""
-    if fields.raw.get("model_type") != "deepseek_v32":
-        return 0
-    if q_rank is None:
-        raise ValueError("field 'q_lora_rank' is missing: the indexer reads the compressed queries")
-    heads, width = fields.integer("index_n_heads"), fields.integer("index_head_dim")
-    return q_rank * heads * width + hidden * width + 2 * width + hidden * heads
-
-
 def gpt2(fields: Fields, size: Sizes) -> list[Layer]:
     hidden, width = size.hidden, fields.integer("n_inner", default=4 * size.hidden)
-    attention = _attention(size, qkv_bias=True, out_bias=True)
+    attention = attention_weights(size, qkv_bias=True, out_bias=True)
     return [Layer(attention + 2 * hidden * width + width + hidden + 4 * hidden)] * size.layers
 
 
 def gpt_neox(fields: Fields, size: Sizes) -> list[Layer]:
     hidden, width = size.hidden, fields.integer("intermediate_size")
     biased = fields.flag("attention_bias", True)
-    attention = _attention(size, qkv_bias=biased, out_bias=biased)
+    attention = attention_weights(size, qkv_bias=biased, out_bias=biased)
     return [Layer(attention + 2 * hidden * width + width + hidden + 4 * hidden)] * size.layers
 
 
@@ -282,69 +203,53 @@ def falcon(fields: Fields, size: Sizes) -> list[Layer]:
     # One norm if attention and MLP read the same input, else two; each has a bias.
     one = fields.flag("parallel_attn", True) and not fields.flag("new_decoder_architecture", False)
     norms = (2 if one else 4) * hidden
-    return [Layer(_attention(size, qkv_bias=biased, out_bias=biased) + mlp + norms)] * size.layers
+    return [Layer(attention_weights(size, qkv_bias=biased, out_bias=biased) + mlp + norms)] * size.layers
+
+
+def biased_inputs(norms: int):
+    """`dense` with biases of attention's inputs, and of its output if the config says so."""
+    return dense(norms, bias=("attention_bias", True), out_bias=("attention_out_bias", False))
 
 
 def mlp_width(fields: Fields, hidden: int) -> int:
     """Most MLP features that one token uses, in a dense layer or in all its experts."""
-    dense = fields.integer("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * hidden)
+    widths = fields.raw.get("intermediate_size")
+    if isinstance(widths, list):
+        dense = max(layer_widths(fields, len(widths)))
+    else:
+        dense = fields.integer("intermediate_size", "n_inner", "ffn_hidden_size", default=4 * hidden)
     one = fields.integer("moe_intermediate_size", default=dense)
-    chosen = fields.integer("num_experts_per_tok", default=1)
+    chosen = fields.integer("num_experts_per_tok", "top_k_experts", "moe_k", default=1)
     return max(dense, one * (chosen + fields.integer("n_shared_experts", default=0, least=0)))
 
 
-def qwen3_next(fields: Fields, size: Sizes) -> list[Layer]:
-    """Layers with gated attention or a gated delta rule, before an MLP or experts."""
-    hidden, biased = size.hidden, fields.flag("attention_bias", False)
-    # Each query has a gate of its width.
-    gated = _attention(size, qkv_bias=biased, out_bias=biased) + 2 * size.head_dim
-    gated += size.q_heads * size.head_dim * (hidden + biased)
-    delta = _delta(fields)
-    values, channels = delta.heads * delta.value, delta.channels
-    linear = hidden * (channels + 2 * values + 2 * delta.heads) + channels * delta.kernel
-    linear += 2 * delta.heads + delta.value
-    mixers = [linear if kind == "linear_attention" else gated for kind in mixed_layers(fields, size.layers)]
-    if fields.raw.get("model_type") == "qwen3_5_text":
-        mlp = 3 * hidden * fields.integer("intermediate_size") + 2 * hidden
-        return [Layer(mixer + mlp) for mixer in mixers]
-    shared = 3 * hidden * fields.integer("shared_expert_intermediate_size") + hidden
-    return [_qwen_moe(fields, size, mixer, shared)[layer] for layer, mixer in enumerate(mixers)]
-
-
-class _Delta(NamedTuple):
-    """Sizes of a gated delta rule."""
-
-    heads: int
-    key: int
-    value: int
-    channels: int
-    kernel: int
-
-
-def _delta(fields: Fields) -> _Delta:
-    heads, keys = fields.integer("linear_num_value_heads"), fields.integer("linear_num_key_heads")
-    key, value = fields.integer("linear_key_head_dim"), fields.integer("linear_value_head_dim")
-    return _Delta(heads, key, value, 2 * keys * key + heads * value, fields.integer("linear_conv_kernel_dim"))
-
-
-def mixed_layers(fields: Fields, layers: int) -> list[str]:
-    """`linear_attention` or `full_attention` of each layer of Qwen3-Next and Qwen3.5.
+def layer_widths(fields: Fields, layers: int) -> list[int]:
+    """`intermediate_size` of each layer, where it may be a list.
 
     Raises:
-      ValueError: for another kind of layer.
+      ValueError: for a list of another length, or that holds anything but positive integers.
     """
-    kinds = fields.layer_types(layers)
-    if kinds is None:
-        every = fields.integer("full_attention_interval", default=4)
-        return ["linear_attention" if (n + 1) % every else "full_attention" for n in range(layers)]
-    for kind in kinds:
-        if kind not in ("linear_attention", "full_attention"):
-            raise ValueError(f"layer_types {shown(kind)} is not known; its cache cannot be counted")
-    return kinds
+    widths = fields.raw.get("intermediate_size")
+    if not isinstance(widths, list):
+        return [fields.integer("intermediate_size")] * layers
+    if not widths or len(widths) != layers:
+        raise ValueError(f"intermediate_size must have {shown(layers)} layers, not {len(widths)}")
+    return [Fields({"intermediate_size": width}).integer("intermediate_size") for width in widths]
 
 
-def delta_state(fields: Fields, layers: int) -> int:
-    """Elements of the states of one sequence: a matrix for each head, and the inputs of a convolution."""
-    delta, kinds = _delta(fields), mixed_layers(fields, layers)
-    one = delta.heads * delta.key * delta.value + delta.channels * delta.kernel
-    return kinds.count("linear_attention") * one
+def mllama_kinds(fields: Fields) -> list[str]:
+    """Layers with K and V of the text, or of images."""
+    layers = fields.integer("num_hidden_layers")
+    cross = fields.raw.get("cross_attention_layers")
+    cross = range(3, layers, 5) if cross is None else cross
+    if not isinstance(cross, (list, range)) or not all(type(n) is int for n in cross):
+        raise ValueError(f"cross_attention_layers must be a list of layers, not {shown(cross)}")
+    return ["cross_attention" if n in cross else "full_attention" for n in range(layers)]
+
+
+def mllama(fields: Fields, size: Sizes) -> list[Layer]:
+    """Llama's layers, some of which attend to images instead."""
+    own = attention_weights(size) + 3 * size.hidden * fields.integer("intermediate_size") + 2 * size.hidden
+    # Norms of Q and K, and two gates.
+    cross = own + 2 * size.head_dim + 2
+    return [Layer(own if kind == "full_attention" else cross) for kind in mllama_kinds(fields)]
