@@ -379,7 +379,7 @@ def test_a_gguf_file_says_the_same_as_its_config():
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [
-        ({"model_type": "mamba"}, "model_type 'mamba' is not known; known: baichuan, bloom, chatglm"),
+        ({"model_type": "mamba"}, r"model_type 'mamba' is not known; known: .* and \d+ others"),
         ({"model_type": None}, "model_type None"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),

@@ -3,11 +3,12 @@
 The model loader and the planner share it, so that both read the same model from a folder.
 """
 
+import difflib
 import json
 import math
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ _SHORT = reprlib.Repr()
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = 2
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 2, 50, 50
 _MOST_SHOWN, _MOST_QUOTED = 80, 160
+
+
+def closest(name: object, names: Collection[str]) -> str:
+    """Of many names those most like one, for the message that refuses it, and how many others there are."""
+    found = difflib.get_close_matches(str(name)[:40], names, n=4, cutoff=0.0)
+    return f"{', '.join(found)} and {len(names) - len(found)} others"
 
 
 def shown(value: object) -> str:

@@ -9,7 +9,7 @@ from typing import Any, Self
 from jaxkv import catalog
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_header import config_fields
-from jaxkv.checkpoints.hf_folder import is_extended, read_json, shown, trained_context
+from jaxkv.checkpoints.hf_folder import closest, is_extended, read_json, shown, trained_context
 from jaxkv.config import DTYPES
 from jaxkv.planner.architectures import ARCHITECTURES, Architecture, layer_windows
 from jaxkv.planner.encoders import TIED, encoder_weights
@@ -120,9 +120,7 @@ class ModelShape:
         kind = raw.get("model_type")
         architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
         if architecture is None:
-            raise ValueError(
-                f"model_type {shown(kind)} is not known; known: {', '.join(sorted(ARCHITECTURES))}"
-            )
+            raise ValueError(f"model_type {shown(kind)} is not known; known: {closest(kind, ARCHITECTURES)}")
         raw = _complete(raw, architecture, nested=raw is not outer)
         fields = Fields(raw)
         size, vocab = _sizes(fields, architecture), fields.integer("vocab_size")

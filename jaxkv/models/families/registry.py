@@ -1,10 +1,9 @@
 """The supported families. A new one is a file beside this one, and a line here."""
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from jaxkv.checkpoints.hf_folder import shown
+from jaxkv.checkpoints.hf_folder import closest, shown
 from jaxkv.models.families import (
     cohere2,
     ernie4_5,
@@ -80,9 +79,6 @@ def family_of(raw: Mapping[str, Any]) -> Family:
     """
     kind = raw.get("model_type")
     if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
-        names = difflib.get_close_matches(str(kind)[:40], BY_MODEL_TYPE, n=4, cutoff=0.0)
-        others = len(BY_MODEL_TYPE) - len(names)
-        raise ValueError(
-            f"model_type {shown(kind)} is not supported; supported: {', '.join(names)} and {others} others"
-        )
+        supported = closest(kind, BY_MODEL_TYPE)
+        raise ValueError(f"model_type {shown(kind)} is not supported; supported: {supported}")
     return BY_MODEL_TYPE[kind]
