@@ -157,6 +157,24 @@ def compare(ours: np.ndarray, theirs: list[dict[int, float]]) -> dict:
     }
 
 
+def released(loaded: LoadedModel, count: int) -> dict:
+    """Greedy text through windows that release their pages, and through layers that keep all of them."""
+    assert loaded.tokenizer is not None
+    prompt, texts = loaded.tokenizer.encode("The history of the city begins"), []
+    row = -(-(len(prompt) + count) // 16)
+    for options in ({}, {"layer_windows": None}):
+        # Eight groups at most, and a chunk of the prompt.
+        config = loaded.model.cache_config(num_pages=9 * row, max_seqs=1, max_pages_per_seq=row, **options)
+        made = jaxkv.generate(loaded.model, [prompt], config, max_new_tokens=count)
+        texts.append(made.tokens[0][0])
+        print(
+            f"{len(config.groups)} groups of layers: {made.peak_pages * config.page_bytes:,} bytes of pages"
+        )
+    same = sum(one == other for one, other in zip(*texts, strict=True))
+    print(f"the same tokens: {same} of {count}")
+    return {"tokens": count, "same": same}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=MODELS)
@@ -164,10 +182,17 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=700, help="of the text (default: 700)")
     parser.add_argument("--positions", type=int, default=260, help="compared, the last ones (default: 260)")
     parser.add_argument("--quantized", action="store_true", help="give llama.cpp the file as it is")
+    parser.add_argument(
+        "--released", type=int, metavar="N", help="instead: N tokens, windows released or kept"
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         path = args.model or MODELS[args.name].join(Path(folder) / f"{args.name}.gguf")
         loaded = load(path, dtype="float32")
+        if args.released:
+            found = released(loaded, args.released)
+            print(json.dumps({"model": args.name, **found}))
+            return 0 if found["same"] == args.released else 1
         assert loaded.tokenizer is not None
         prose = "\n\n".join(topics[name] for name in TOPICS)
         tokens = loaded.tokenizer.encode(prose)[: args.tokens]

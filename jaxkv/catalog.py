@@ -45,6 +45,6 @@ def _plain(name: str) -> str:
 
 
 @functools.cache
-def defaults() -> dict[str, dict[str, int]]:
+def defaults() -> dict[str, dict[str, Any]]:
     """What `transformers` takes for fields that a config leaves out, by `model_type`."""
     return json.loads((_CONFIGS / "defaults.json").read_text())

@@ -60,7 +60,8 @@ def check_fit(
         windowed = [group for group in config.groups if group.window is not None]
         pages = rehearse(config, cache, own, parts, windowed)
         shared = shared if most is None else min(shared, config.pages_for(most))
-        pages += _pages_with_policy(config, cache, own, list(prompts.values()), shared, policy, most)
+        stored = [(int(held_now[slots[number]]), len(prompt)) for number, prompt in prompts.items()]
+        pages += _pages_with_policy(config, stored, shared, policy, most) + copied_pages(cache, own)
     free = config.num_pages if cache is None else int(cache.table.num_free)
     if pages > free:
         raise OutOfPagesError(
@@ -158,29 +159,32 @@ class _Row:
 
 def _pages_with_policy(
     config: CacheConfig,
-    cache: KVCache | None,
-    slots: Sequence[int],
-    prompts: Sequence[list[int]],
+    stored: Sequence[tuple[int, int]],
     shared: int,
     policy: Policy,
     most: int | None,
 ) -> int:
-    """A bound of the pages that prompts need in groups with full attention, where a policy evicts."""
+    """A bound of the pages that prompts need in groups with full attention, where a policy evicts.
+
+    Args:
+      config: of the cache.
+      stored: token slots in use in the slot of each prompt, and tokens of the prompt.
+      shared: number of pages that all of them begin with.
+      policy: the eviction policy.
+      most: token slots that a sequence takes at most while its prompt is run; None for all its tokens.
+    """
     sizes = [group.page_size for group in config.groups if group.window is None]
 
     def full_pages(num_tokens: int) -> int:
         return sum(-(-num_tokens // size) for size in sizes)
 
-    of_shared = full_pages(shared * config.page_size)
-    pages = of_shared + copied_pages(cache, slots)
-    held_now = np.zeros(config.max_seqs, np.int32) if cache is None else np.asarray(lengths(cache))
-    for slot, prompt in zip(slots, prompts, strict=True):
-        before = int(held_now[slot])
-        after = before + len(prompt) if most is None else min(before + len(prompt), max(most, before))
+    pages = of_shared = full_pages(shared * config.page_size)
+    for before, num_tokens in stored:
+        after = before + num_tokens if most is None else min(before + num_tokens, max(most, before))
         pages += full_pages(after) - full_pages(before) - of_shared
     if shared:
         # Tokens kept of shared pages are copied for each sequence before the shared pages are released.
-        pages += len(prompts) * full_pages(policy.copied_tokens(config.max_tokens_per_seq))
+        pages += len(stored) * full_pages(policy.copied_tokens(config.max_tokens_per_seq))
     return pages
 
 

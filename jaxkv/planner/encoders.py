@@ -1,20 +1,15 @@
 """Number of weights of the encoders of images and sound beside a language model, with their projectors.
 
-An encoder that is not in `_TOWERS` is left out, which a note of the plan says.
+An encoder that is not in `_TOWERS` is left out, which a note of the plan says. What its class takes for
+fields that a config leaves out is in `configs/defaults.json`.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
+from jaxkv import catalog
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.hf_folder import shown
-
-
-class _Tower(NamedTuple):
-    """One `model_type`: its weights, and the defaults of its class for fields that a config leaves out."""
-
-    weights: Callable[[Fields], int]
-    absent: Mapping[str, Any]
 
 
 def encoder_weights(outer: Mapping[str, Any], hidden: int) -> tuple[int, tuple[str, ...]]:
@@ -33,15 +28,16 @@ def encoder_weights(outer: Mapping[str, Any], hidden: int) -> tuple[int, tuple[s
         if not isinstance(part, Mapping):
             continue
         # Older configs leave the type out, or have the whole model's.
-        known = part.get("model_type") or _USUAL.get(kind if isinstance(kind, str) else "", "")
-        tower = _TOWERS.get(known) if isinstance(known, str) else None
+        known = part.get("model_type") or (kind if isinstance(kind, str) else "")
+        known = _USUAL.get(known, known) if isinstance(known, str) else ""
+        tower = _TOWERS.get(known)
         if tower is None:
-            notes += (f"the weights of {name} {shown(known)} are not counted",)
+            notes += (f"the weights of {name} {shown(part.get('model_type'))} are not counted",)
             continue
-        fields = Fields({**tower.absent, **part})
+        fields = Fields({**catalog.defaults()[known], **part})
         project = _PROJECTORS.get(kind) if isinstance(kind, str) else None
         try:
-            total += tower.weights(fields) + (0 if project is None else project(fields, hidden))
+            total += tower(fields) + (0 if project is None else project(fields, hidden))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return total, notes
@@ -160,74 +156,23 @@ def _gemma4(fields: Fields) -> int:
     return (3 * fields.integer("patch_size") ** 2 + positions) * hidden + layers * one
 
 
-_VIT = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, patch_size=14)
-_SIGLIP = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=12,
-    image_size=224,
-    patch_size=16,
-    vision_use_head=True,
-)
-_IDEFICS = dict(hidden_size=1152, intermediate_size=3072, num_hidden_layers=12, image_size=224, patch_size=32)
-_SOUND = dict(
-    hidden_size=1280,
-    intermediate_size=5120,
-    num_hidden_layers=32,
-    num_mel_bins=128,
-    max_source_positions=1500,
-)
-_QWEN3 = dict(
-    depth=27,
-    hidden_size=1152,
-    intermediate_size=4304,
-    patch_size=16,
-    out_hidden_size=3584,
-    num_position_embeddings=2304,
-    deepstack_visual_indexes=[8, 16, 24],
-)
-_CLIP = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, image_size=224, patch_size=32)
-_LLAMA4 = dict(
-    hidden_size=768,
-    intermediate_size=5632,
-    num_hidden_layers=34,
-    image_size=448,
-    patch_size=14,
-    vision_output_dim=7680,
-    projector_input_dim=4096,
-    projector_output_dim=4096,
-)
-_GEMMA4 = dict(
-    hidden_size=768,
-    intermediate_size=3072,
-    num_hidden_layers=16,
-    num_attention_heads=12,
-    head_dim=64,
-    patch_size=16,
-    position_embedding_size=10240,
-)
-_QWEN2 = dict(depth=32, embed_dim=1280, hidden_size=3584, mlp_ratio=4, patch_size=14)
-_QWEN2_5 = dict(depth=32, hidden_size=3584, intermediate_size=3420, patch_size=14, out_hidden_size=3584)
-
-_TOWERS = {
-    "clip_vision_model": _Tower(_clip, _CLIP),
-    "siglip_vision_model": _Tower(_siglip, _SIGLIP),
-    "idefics3_vision": _Tower(_siglip, _IDEFICS),
-    "smolvlm_vision": _Tower(_siglip, _IDEFICS),
-    "pixtral": _Tower(_pixtral, _VIT | dict(image_size=1024, patch_size=16)),
-    "internvl_vision": _Tower(_internvl, _VIT | dict(image_size=448)),
-    "voxtral_encoder": _Tower(_whisper, _SOUND),
-    "qwen2_audio_encoder": _Tower(_whisper, _SOUND),
-    "qwen2_vl_vision": _Tower(_qwen2_vl, _QWEN2),
-    "qwen2_5_vl_vision": _Tower(_qwen2_5_vl, _QWEN2_5),
-    "qwen3_vl_vision": _Tower(_qwen3_vl, _QWEN3),
-    "qwen3_vl_moe_vision": _Tower(_qwen3_vl, _QWEN3),
-    "llama4_vision_model": _Tower(_llama4, _LLAMA4),
-    "gemma4_vision": _Tower(_gemma4, _GEMMA4),
+_TOWERS: dict[str, Callable[[Fields], int]] = {
+    "clip_vision_model": _clip,
+    "siglip_vision_model": _siglip,
+    "idefics3_vision": _siglip,
+    "smolvlm_vision": _siglip,
+    "pixtral": _pixtral,
+    "internvl_vision": _internvl,
+    "voxtral_encoder": _whisper,
+    "qwen2_audio_encoder": _whisper,
+    "qwen2_vl_vision": _qwen2_vl,
+    "qwen2_5_vl_vision": _qwen2_5_vl,
+    "qwen3_vl_vision": _qwen3_vl,
+    "qwen3_vl_moe_vision": _qwen3_vl,
+    "llama4_vision_model": _llama4,
+    "gemma4_vision": _gemma4,
 }
-_TOWERS |= {
-    kind: _TOWERS[f"{kind}_vision"] for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe")
-}
+# Older configs name the whole model instead.
 _USUAL = {
     "gemma3": "siglip_vision_model",
     "paligemma": "siglip_vision_model",
