@@ -56,7 +56,7 @@ def paged(loaded: LoadedModel, lengths: list[int], max_tokens: int) -> Callable[
     rewind = jax.jit(jaxkv.truncate, donate_argnums=0)
 
     def decode() -> float:
-        state[0] = jax.block_until_ready(rewind(state[0], seqs, begin))
+        state[0], _ = jax.block_until_ready(rewind(state[0], seqs, begin))
         seconds, state[:] = stopwatch(run, loaded.model, *state)
         return seconds
 

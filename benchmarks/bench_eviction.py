@@ -78,7 +78,7 @@ def decoding(loaded: LoadedModel, policy: Policy | None, rounds: int) -> Callabl
         seconds, held[0] = stopwatch(lambda: run(loaded.model, held[0], until))
         if policy is None:
             # The slots that it began with went into its state, which is donated.
-            cache = cut(held[0].cache, jnp.zeros(1, jnp.int32), jnp.full(1, BUDGET))
+            cache, _ = cut(held[0].cache, jnp.zeros(1, jnp.int32), jnp.full(1, BUDGET))
             held[0] = jax.block_until_ready(replace(held[0], cache=cache))
         return seconds
 

@@ -188,7 +188,7 @@ class Runner:
 
     def run(self, compiled: Callable, steps: int) -> float:
         """Seconds of one step, of as many."""
-        self.cache = jax.block_until_ready(self.rewind(self.cache, self.seqs, self.lengths))
+        self.cache, _ = jax.block_until_ready(self.rewind(self.cache, self.seqs, self.lengths))
 
         def decode():
             cache, tokens, status = self.cache, self.tokens, None
