@@ -20,6 +20,9 @@ from jaxkv.pages import truncate as truncate
 from jaxkv.pages import lengths as lengths
 from jaxkv.forking import fork as fork
 from jaxkv.reordering import reorder as reorder
+from jaxkv.prefixes import match_prefix as match_prefix
+from jaxkv.prefixes import record_prefix as record_prefix
+from jaxkv.prefixes import clear_prefixes as clear_prefixes
 from jaxkv.pool import append as append
 from jaxkv.pool import gather as gather
 from jaxkv.pool import keys as keys

@@ -17,7 +17,7 @@ from jaxkv.fingerprint import Operation, stamp
 from jaxkv.granting import Grant, Request, Tokens, decide, place_tokens, read_request
 from jaxkv.layers import copy_within
 from jaxkv.operation import REPLICATED, as_given, operation
-from jaxkv.ownership import count, num_available, release
+from jaxkv.ownership import count, forget, num_available, release
 from jaxkv.releasing import release_windows
 from jaxkv.state import Batch, KVCache, KVPool, PageTable, Status
 from pallas_kernels.control_flow import skip_where_idle
@@ -90,7 +90,7 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     pool, table = skip_where_idle(
         num_copies > 0, partial(_copy_tails, grant=grant, config=cache.config), (cache.pool, table)
     )
-    table = _enter(table, grant, tokens)
+    table = forget(_enter(table, grant, tokens), grant.leaves.reshape(-1))
     facts = grant.slot, grant.num_tokens, grant.first_page[0], grant.tail[0]
     table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
     taken = grant.taken.num_pages

@@ -40,8 +40,9 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
         after           A0 A1 B0 B1 .  .
 
     Each sequence's pages come in order, lower slots first; a shared page lies where its first reader
-    has it. Contents, lengths and sharing stay as they are. Beyond the pool it needs memory for a few
-    integers a page, and on the `xla` backend for a chunk of pages (about 16 MiB), never a second pool.
+    has it, and behind them lie recorded pages that no sequence has. Contents, lengths and sharing stay as
+    they are. Beyond the pool it needs memory for a few integers a page, and on the `xla` backend for a chunk
+    of pages (about 16 MiB), never a second pool.
 
     Returns:
       The cache and the number of live pages that changed their id.
@@ -95,11 +96,19 @@ def _maybe_compact(cache: KVCache) -> KVCache:
 
 
 def _target_ids(table: PageTable, num_pages: int) -> Int[Array, " pages"]:
-    """Where each live page goes: its rank among first mentions in the table. `num_pages` for the rest."""
+    """Where each live page goes: its rank among first mentions in the table. `num_pages` for the rest.
+
+    Behind them come the pages that the index of prefixes alone holds, by their ids.
+    """
     mentions = table.pages.reshape(-1)
     number = jnp.arange(mentions.shape[0], dtype=jnp.int32)
     first = jnp.full(num_pages, mentions.shape[0], jnp.int32).at[mentions].min(number, mode="drop")
     is_first = rows_of(first, mentions, -1) == number
     rank = jnp.cumsum(is_first, dtype=jnp.int32) - 1
     target = jnp.full(num_pages, num_pages, jnp.int32)
-    return target.at[jnp.where(is_first, mentions, num_pages)].set(rank, mode="drop")
+    target = target.at[jnp.where(is_first, mentions, num_pages)].set(rank, mode="drop")
+    if table.prefixes is None:
+        return target
+    others = is_live(table) & (target == num_pages)
+    behind = rank[-1] + jnp.cumsum(others, dtype=jnp.int32)
+    return jnp.where(others, behind, target)

@@ -11,6 +11,7 @@ import numpy as np
 from jaxkv import groups as grouping
 from jaxkv.arguments import real, whole
 from jaxkv.groups import Group, Home
+from jaxkv.prefix_sizes import index_bytes
 from jaxkv.units import format_bytes
 from pallas_kernels.formats import FORMATS, Format
 
@@ -19,7 +20,7 @@ QUANTIZATIONS = tuple(name for name, storage in FORMATS.items() if storage.quant
 
 # Token slots are counted in int32; a length plus the tokens of one call must not overflow.
 MAX_TOKENS = 2**30
-_COUNTER_BYTES = 40  # of `AllocationStats`
+_COUNTER_BYTES = 60  # of `AllocationStats`
 _FINGERPRINT_BYTES = 8  # of `PageTable`
 
 
@@ -52,6 +53,7 @@ class CacheConfig:
       compaction_threshold: `should_compact` is True when, of the pages up to the highest one in use, more
         than this share are free; 0 to 1.
       compact_automatically: `generate` compacts when `should_compact` is True.
+      prefix_cache: whether the cache finds prompts that begin like earlier ones; see `match_prefix`.
 
     Raises:
       ValueError: naming the field, its value and what is allowed.
@@ -79,6 +81,7 @@ class CacheConfig:
     max_chunk: int = 512
     compaction_threshold: float = 0.3
     compact_automatically: bool = False
+    prefix_cache: bool = False
 
     def __post_init__(self):
         if self.max_pages_per_seq is None:
@@ -107,9 +110,10 @@ class CacheConfig:
                 f"compaction_threshold={self.compaction_threshold!r} must be a number from 0 to 1"
             )
         object.__setattr__(self, "compaction_threshold", threshold)
-        if not isinstance(self.compact_automatically, (bool, np.bool_)):
-            raise ValueError(f"compact_automatically={self.compact_automatically!r} must be True or False")
-        object.__setattr__(self, "compact_automatically", bool(self.compact_automatically))
+        for name in ("compact_automatically", "prefix_cache"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+            object.__setattr__(self, name, bool(getattr(self, name)))
         self._check_groups()
 
     def _settle_layers(self):
@@ -277,8 +281,8 @@ class CacheConfig:
 
     @property
     def allocator_bytes(self) -> int:
-        """Bytes of the refcounts, the free stack and its size."""
-        return 4 * (2 * self.num_pages + 1)
+        """Bytes of the refcounts, the free stack and its size, and the index of prefixes."""
+        return 4 * (2 * self.num_pages + 1) + index_bytes(self)
 
     def estimated_memory_bytes(self) -> int:
         """Bytes of all arrays that `init` makes: pool, page table, refcounts, free stack, counters."""

@@ -31,6 +31,7 @@ class Operation(IntEnum):
     SHIFT_POSITIONS = 6
     COMPACT = 7
     REORDER = 8
+    MATCH_PREFIX = 9
 
 
 def stamp(

@@ -9,6 +9,7 @@ import numpy as np
 from jaxkv.config import CacheConfig
 from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.groups import Group
+from jaxkv.ownership import num_available
 from jaxkv.packing import Stage, chunks, most_at_once, stages
 from jaxkv.pages import lengths
 from jaxkv.policies import Policy
@@ -62,7 +63,7 @@ def check_fit(
         shared = shared if most is None else min(shared, config.pages_for(most))
         stored = [(int(held_now[slots[number]]), len(prompt)) for number, prompt in prompts.items()]
         pages += _pages_with_policy(config, stored, shared, policy, most) + copied_pages(cache, own)
-    free = config.num_pages if cache is None else int(cache.table.num_free)
+    free = config.num_pages if cache is None else int(num_available(cache.table))
     if pages > free:
         raise OutOfPagesError(
             f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "

@@ -19,6 +19,7 @@ from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import share
 from jaxkv.pages import for_each_page
+from jaxkv.prefix_index import inherit_intact
 from jaxkv.state import KVCache, PageTable, PolicyState, Status
 
 
@@ -89,6 +90,7 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, P
         table,
         lengths=table.lengths.at[row].set(lengths, mode="drop"),
         positions=table.positions.at[child].set(positions, mode="drop"),
+        prefixes=inherit_intact(table.prefixes, parent, child),
     )
     return table, inherited(cache.policy, parent, child), status
 

@@ -34,6 +34,8 @@ class Grant(NamedTuple):
       ends: running sum of the tokens asked for.
       tail: the page that the next token would go to, if it is part full.
       copies: whether that page is copied first.
+      leaves: the page that is written to though the index of prefixes holds it, `num_pages` if it does not:
+        no other sequence has it.
       taken: pages for all entries.
       start: where in `taken.pages` those of each row begin.
       first_page: the first of a row's, `num_pages` if it got none.
@@ -49,6 +51,7 @@ class Grant(NamedTuple):
     ends: Int[Array, " entries"]
     tail: Int[Array, "groups entries"]
     copies: Bool[Array, "groups entries"]
+    leaves: Int[Array, "groups entries"]
     taken: Taken
     start: Int[Array, "groups entries"]
     first_page: Int[Array, "groups entries"]
@@ -90,7 +93,8 @@ def decide(cache: KVCache, request: Request, total: int) -> tuple[PageTable, Gra
     status = jnp.where(too_long, Status.SEQUENCE_TOO_LONG, status)
     wants = (status == Status.OK) & (num_tokens > 0)
     tail = rows_of(table.pages, (row, length // size), config.num_pages)
-    copies = wants[None] & (length % size > 0) & (num_owners(table, tail) > 1)
+    part_full = length % size > 0
+    copies = wants[None] & part_full & (num_owners(table, tail) > 1)
     # A copy takes the column of the page it is made from.
     first_column = pages_for(length, size) - copies.astype(jnp.int32)
     need = jnp.where(wants[None], pages_for(length + num_tokens[None], size) - first_column, 0)
@@ -110,6 +114,7 @@ def decide(cache: KVCache, request: Request, total: int) -> tuple[PageTable, Gra
         num_tokens=jnp.where(granted, num_tokens, 0),
         tail=tail,
         copies=copies & granted[None],
+        leaves=jnp.where(granted[None] & part_full & ~copies, tail, config.num_pages),
         taken=taken,
         start=start,
         first_page=jnp.where(granted[None] & (need > 0), first_page, config.num_pages),

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxkv.config import CacheConfig
 from jaxkv.ownership import all_free
 from jaxkv.policies import Policy
+from jaxkv.prefix_index import empty_index
 from jaxkv.state import AllocationStats, KVCache, KVPool, PageTable, PolicyState
 
 
@@ -45,6 +46,7 @@ def init(config: CacheConfig, policy: Policy | None = None) -> KVCache:
             lengths=jnp.zeros(config.num_rows, jnp.int32),
             positions=jnp.zeros(seqs, jnp.int32),
             fingerprint=jnp.zeros(2, jnp.uint32),
+            prefixes=empty_index(config) if config.prefix_cache else None,
             **all_free(pages),
         ),
         stats=AllocationStats(jnp.zeros(len(AllocationStats.names()), jnp.int32)),

@@ -14,6 +14,8 @@ from jaxkv.errors import (
     SequenceTooLongError,
     SlotOccupiedError,
 )
+from jaxkv.prefix_invariants import check_index, recorded_pages
+from jaxkv.prefix_sizes import index_shapes
 from jaxkv.state import Batch, KVCache, Status
 
 _ERRORS = {
@@ -109,6 +111,8 @@ def check_invariants(cache: KVCache) -> None:
     owned = _check_rows(cache, table)
     _check_counts(cache, table, owned)
     _check_stack(cache, table)
+    if table.prefixes is not None:
+        check_index(cache.config, table, owned)
     _check_stats(cache, table, stats)
 
 
@@ -126,6 +130,16 @@ def _check_shapes(cache: KVCache) -> None:
         "table.fingerprint": (table.fingerprint, (2,), "uint32"),
         "stats.counters": (cache.stats.counters, (len(cache.stats.names()),), "int32"),
     }
+    if config.prefix_cache != (table.prefixes is not None):
+        has = "has no" if table.prefixes is None else "has an"
+        raise CacheCorruptedError(
+            f"the table {has} index of prefixes, but the config says prefix_cache={config.prefix_cache}"
+        )
+    if table.prefixes is not None:
+        expected |= {
+            f"table.prefixes.{name}": (getattr(table.prefixes, name), *of)
+            for name, of in index_shapes(config).items()
+        }
     if config.quantization is not None:
         scales = zip(("k_scale", "v_scale"), config.scale_shapes, strict=True)
         expected |= {
@@ -192,10 +206,12 @@ def _row(config: CacheConfig, number: int | np.integer) -> str:
 
 def _check_counts(cache: KVCache, table, owned: np.ndarray) -> None:
     owners = np.bincount(table.pages[owned], minlength=cache.config.num_pages)
-    wrong = owners != table.refcounts
+    recorded = np.zeros_like(owners) if table.prefixes is None else recorded_pages(table.prefixes)
+    wrong = owners + recorded != table.refcounts
     for page in np.flatnonzero(wrong)[:1]:
         raise CacheCorruptedError(
             f"page {page}: refcount {table.refcounts[page]}, but {owners[page]} rows name it"
+            + ", and the index of prefixes" * int(recorded[page])
         )
 
 
@@ -217,7 +233,7 @@ def _check_stack(cache: KVCache, table) -> None:
 
 
 def _check_stats(cache: KVCache, table, stats) -> None:
-    in_use = cache.config.num_pages - int(table.num_free)
+    in_use = cache.config.num_pages - int(table.num_free) - int(table.num_reclaimable)
     if stats.current_pages != in_use:
         raise CacheCorruptedError(f"stats.current_pages is {stats.current_pages}, but {in_use} are in use")
     if stats.peak_pages < in_use:

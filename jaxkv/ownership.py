@@ -3,6 +3,9 @@
         refcounts    2 0 1 0 1 0          pages 1, 3 and 5 are free
         free_pages   3 5 1 . . .          num_free 3; page 1 is taken next
 
+With `prefix_cache` the index of prefixes is one more owner of the pages that it holds. Those that it alone
+holds are reclaimable: they can be found again, and are taken once the stack does not suffice.
+
 No other module changes these three. Rows of the page table stay with the operations: whoever enters a page in
 a row has taken or shared it here, and whoever removes it from one releases it.
 
@@ -18,8 +21,11 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from jaxkv import prefix_index
 from jaxkv.entries import rows_of
-from jaxkv.state import AllocationStats, PageTable
+from jaxkv.prefix_index import is_recorded
+from jaxkv.state import AllocationStats, PageTable, PrefixIndex
+from pallas_kernels import control_flow
 from pallas_kernels.control_flow import skip_where_idle
 from pallas_kernels.ordering import after
 
@@ -49,18 +55,28 @@ def all_free(num_pages: int) -> dict[str, Array]:
 
 
 def num_available(table: PageTable) -> Int[Array, ""]:
-    """Pages that `take` can give."""
-    return table.num_free
+    """Pages that `take` can give: those on the stack and those that can be reclaimed."""
+    if table.prefixes is None:
+        return table.num_free
+    return table.num_free + table.prefixes.num_reclaimable
 
 
 def num_owners(table: PageTable, pages: Int[Array, "..."]) -> Int[Array, "..."]:
     """Table entries that name each page; 0 for an id of `num_pages`."""
-    return rows_of(table.refcounts, pages)
+    owners = rows_of(table.refcounts, pages)
+    if table.prefixes is None:
+        return owners
+    return owners - is_recorded(table.prefixes, pages).astype(jnp.int32)
 
 
 def is_live(table: PageTable) -> Bool[Array, " pages"]:
     """Whether a page is owned, of every page of the pool."""
     return table.refcounts > 0
+
+
+def num_users(table: PageTable) -> Int[Array, " pages"]:
+    """Table entries that name a page, of every page of the pool."""
+    return num_owners(table, jnp.arange(table.refcounts.shape[0], dtype=jnp.int32))
 
 
 def num_spanned(table: PageTable) -> Int[Array, ""]:
@@ -72,7 +88,8 @@ def num_spanned(table: PageTable) -> Int[Array, ""]:
 def take(table: PageTable, need: Int[Array, " entries"], most: int) -> tuple[PageTable, Taken]:
     """Pages for the entries, each with one owner; all that an entry needs, or none.
 
-    First come, first served: from the first entry that does not fit, none that needs a page does.
+    First come, first served: from the first entry that does not fit, none that needs a page does. What the
+    stack lacks is reclaimed.
 
     Args:
       table: the page table.
@@ -83,6 +100,8 @@ def take(table: PageTable, need: Int[Array, " entries"], most: int) -> tuple[Pag
     ends = jnp.cumsum(need, dtype=jnp.int32)
     fits = ends <= num_available(table)
     num_taken = jnp.max(jnp.where(fits, ends, 0))
+    if table.prefixes is not None:
+        table = _reclaim(table, num_taken - table.num_free)
     # Two at least: XLA makes a slice of one row, and moves it past the writes of `release`.
     rank = jnp.arange(max(2, min(most, num_pages)), dtype=jnp.int32)
     place = jnp.where(rank < num_taken, table.num_free - 1 - rank, num_pages)
@@ -108,11 +127,12 @@ def release(
 
     Args:
       table: the page table.
-      pages: an id of `num_pages` is passed over; a page named twice loses two owners.
+      pages: an id of `num_pages` is passed over; a page named twice loses two owners. Of recorded pages that
+        become reclaimable the first is reclaimed first.
       nth: how many entries before one name a page, if that is known: it spares a running sum.
     """
     num_pages = table.refcounts.shape[0]
-    owners = num_owners(table, pages)
+    owners = rows_of(table.refcounts, pages)
     refcounts = table.refcounts.at[after(pages, owners)].add(-1, mode="drop")
     # A page of one owner is named once. Of others several entries may be the last to name it.
     sole = owners == 1
@@ -122,11 +142,120 @@ def release(
     push_once = partial(_push_once, pages)
     refcounts, rank, num_pushed = skip_where_idle(num_shared > 0, push_once, counted)
     place = jnp.where(rank < num_pages, table.num_free + rank, num_pages)
-    return replace(
+    table = replace(
         table,
         refcounts=refcounts,
         free_pages=table.free_pages.at[place].set(pages, mode="drop"),
         num_free=table.num_free + num_pushed,
+    )
+    if table.prefixes is None:
+        return table
+    left = is_recorded(table.prefixes, pages) & (rows_of(refcounts, pages) == 1)
+    left = jnp.where(left, pages, num_pages)
+    index = skip_where_idle(
+        jnp.any(left < num_pages), lambda index: prefix_index.enqueue(index, left), table.prefixes
+    )
+    return replace(table, prefixes=index)
+
+
+def share_found(table: PageTable, pages: Int[Array, " entries"]) -> tuple[PageTable, Int[Array, ""]]:
+    """As `share`, for pages found in the index; also returns how many had no sequence before."""
+    assert table.prefixes is not None
+    index, num_taken = prefix_index.dequeue(table.prefixes, pages)
+    return replace(share(table, pages), prefixes=index), num_taken
+
+
+def hold(table: PageTable, pages: Int[Array, " entries"]) -> PageTable:
+    """The index of prefixes, which has entered these pages, is one owner more of each."""
+    return share(table, pages)
+
+
+def clear_index(table: PageTable, empty: PrefixIndex) -> PageTable:
+    """The index holds nothing any more; looks at all pages."""
+    index = table.prefixes
+    assert index is not None
+    num_pages = table.refcounts.shape[0]
+    number = jnp.arange(num_pages, dtype=jnp.int32)
+    recorded, alone = is_recorded(index, number), index.queued_at >= 0
+    rank = jnp.cumsum(alone, dtype=jnp.int32)
+    place = jnp.where(alone, table.num_free + rank - 1, num_pages)
+    return replace(
+        table,
+        refcounts=table.refcounts - recorded.astype(jnp.int32),
+        free_pages=table.free_pages.at[place].set(number, mode="drop"),
+        num_free=table.num_free + rank[-1],
+        prefixes=replace(empty, intact=index.intact, num_reclaimed=index.num_reclaimed),
+    )
+
+
+def forget(table: PageTable, pages: Int[Array, " entries"]) -> PageTable:
+    """The index no longer holds these pages, those of them that it did: they will be written to.
+
+    Args:
+      table: the page table.
+      pages: each once, all in use by a sequence; `num_pages` for none.
+    """
+    if table.prefixes is None:
+        return table
+    num_pages, size = table.refcounts.shape[0], prefix_index.CHUNK
+    recorded = is_recorded(table.prefixes, pages)
+    rank = jnp.cumsum(recorded, dtype=jnp.int32)
+    trips = (rank[-1] + size - 1) // size
+    most = -(-pages.shape[0] // size) * size
+    to = jnp.where(recorded, rank - 1, most)
+    together = jnp.full(most, num_pages, jnp.int32).at[to].set(pages, mode="drop")
+
+    def let_go(trip: Array, table: PageTable) -> PageTable:
+        some = rows_of(together, trip * size + jnp.arange(size, dtype=jnp.int32), num_pages)
+        assert table.prefixes is not None
+        return replace(
+            table,
+            prefixes=prefix_index.let_go(table.prefixes, some),
+            refcounts=table.refcounts.at[some].add(-1, mode="drop"),
+        )
+
+    return control_flow.fori_loop(0, trips, let_go, table)
+
+
+def reclaim_nodes(table: PageTable, num_nodes: Int[Array, ""]) -> PageTable:
+    """Reclaims pages until the index has so many nodes to spare, or nothing is reclaimable."""
+
+    def is_short(table: PageTable) -> Bool[Array, ""]:
+        index = table.prefixes
+        assert index is not None
+        return (index.num_free_nodes < num_nodes) & (index.num_reclaimable > 0)
+
+    def reclaim(table: PageTable) -> PageTable:
+        assert table.prefixes is not None
+        return _reclaim_some(table, num_nodes - table.prefixes.num_free_nodes)
+
+    return control_flow.while_loop(is_short, reclaim, table)
+
+
+def _reclaim(table: PageTable, short: Int[Array, ""]) -> PageTable:
+    """Reclaims so many pages, which must be there, in the order in which their last sequences left them."""
+    height = table.num_free + jnp.maximum(short, 0)
+    return control_flow.while_loop(
+        lambda table: table.num_free < height,
+        lambda table: _reclaim_some(table, height - table.num_free),
+        table,
+    )
+
+
+def _reclaim_some(table: PageTable, most: Int[Array, ""]) -> PageTable:
+    """Reclaims up to so many, from a part of the queue."""
+    assert table.prefixes is not None
+    num_pages = table.refcounts.shape[0]
+    index, pages = prefix_index.next_reclaimed(table.prefixes, most)
+    goes = pages < num_pages
+    rank = jnp.cumsum(goes, dtype=jnp.int32)
+    place = jnp.where(goes, table.num_free + rank - 1, num_pages)
+    return replace(
+        table,
+        refcounts=table.refcounts.at[pages].add(-1, mode="drop"),
+        free_pages=table.free_pages.at[place].set(pages, mode="drop"),
+        num_free=table.num_free + rank[-1],
+        prefixes=prefix_index.let_go(index, pages),
     )
 
 
@@ -149,7 +278,10 @@ def _push_once(pages: Array, counted: tuple[Array, Array, Array]) -> tuple[Array
 def renumber(table: PageTable, target: Int[Array, " pages"]) -> PageTable:
     """Each live page gets its `target` for an id, lower than any free one's; `num_pages` for a free page."""
     refcounts = jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop")
-    return replace(table, refcounts=refcounts, free_pages=_all_pages(target.shape[0]))
+    index = table.prefixes
+    if index is not None:
+        index = prefix_index.renumber_pages(index, target)
+    return replace(table, refcounts=refcounts, free_pages=_all_pages(target.shape[0]), prefixes=index)
 
 
 def count(
@@ -165,10 +297,14 @@ def count(
     Args:
       stats: the counters.
       old, new: the page table before and after, if the call took or released pages.
-      num_taken: pages taken; the others by which the stack differs were released, after that.
+      num_taken: pages taken into use; the others by which those available differ were released, after that.
       **others: more of any other counter.
     """
-    change = 0 if old is None or new is None else new.num_free - old.num_free
+    change: _Amount = 0
+    if old is not None and new is not None:
+        change = num_available(new) - num_available(old)
+        if old.prefixes is not None and new.prefixes is not None:
+            others["prefix_pages_reclaimed"] = new.prefixes.num_reclaimed - old.prefixes.num_reclaimed
     increments = others | dict(
         total_allocations=num_taken,
         total_deallocations=num_taken + change,

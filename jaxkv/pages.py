@@ -18,6 +18,7 @@ from jaxkv.entries import (
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, release
+from jaxkv.prefix_index import cut_intact
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 from pallas_kernels import control_flow
 from pallas_kernels.ordering import after
@@ -100,8 +101,12 @@ def _truncate(
     refused = (new_position < position) & (new_position > 0) & _is_gone(cache, slot, new, new_position)
     new, new_position = jnp.where(refused[None], old, new), jnp.where(refused, position, new_position)
     table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), seqs.shape[0], config)
-    table = replace(table, positions=table.positions.at[slot].set(new_position, mode="drop"))
     cut = new_position < position
+    table = replace(
+        table,
+        positions=table.positions.at[slot].set(new_position, mode="drop"),
+        prefixes=cut_intact(table.prefixes, jnp.where(cut, slot, config.max_seqs), new[0]),
+    )
     table = stamp(table, Operation.TRUNCATE, cut, slot, new_position)
     policy = cache.policy
     if policy is not None:
@@ -151,11 +156,14 @@ def _shorten(
         pages = table.pages.at[after(at, page), column].set(config.num_pages, mode="drop")
         return release(replace(table, pages=pages), page, nth)
 
-    table = for_each_page(give_back, table, pages_for(old, size) - kept)
+    backwards = table.prefixes is not None
+    table = for_each_page(give_back, table, pages_for(old, size) - kept, backwards=backwards)
     return replace(table, lengths=table.lengths.at[row].set(new, mode="drop"))
 
 
-def for_each_page(body, table: PageTable, counts: Int[Array, " entries"]) -> PageTable:
+def for_each_page(
+    body, table: PageTable, counts: Int[Array, " entries"], *, backwards: bool = False
+) -> PageTable:
     """Folds `body(table, entry, place, nth)` over some pages of each entry's row, a chunk of them at a time.
 
     Args:
@@ -163,23 +171,29 @@ def for_each_page(body, table: PageTable, counts: Int[Array, " entries"]) -> Pag
         place among those of the entry; and how many of the chunk come before it.
       table: the page table.
       counts: pages of each entry, no more than a row has. Where all rows fit one chunk no loop is compiled.
+      backwards: whether each entry's last place comes first, so that the end of a chain of recorded pages is
+        released before its beginning.
     """
+
+    def run(table: PageTable, entry: Array, place: Array, nth: Array) -> PageTable:
+        return body(table, entry, rows_of(counts, entry) - 1 - place if backwards else place, nth)
+
     entries, width = counts.shape[0], table.pages.shape[1]
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     if entries * width <= _CHUNK:
         entry, place = jnp.divmod(jnp.arange(entries * width, dtype=jnp.int32), width)
         nth = (ends - counts)[entry] + place
-        return body(table, jnp.where(place < counts[entry], entry, entries), place, nth)
+        return run(table, jnp.where(place < counts[entry], entry, entries), place, nth)
     nth = jnp.arange(_CHUNK, dtype=jnp.int32)
 
     def visit(chunk: Array, table: PageTable) -> PageTable:
-        return body(table, *ragged_rows(ends, _CHUNK, chunk * _CHUNK), nth)
+        return run(table, *ragged_rows(ends, _CHUNK, chunk * _CHUNK), nth)
 
     return control_flow.fori_loop(0, (ends[-1] + _CHUNK - 1) // _CHUNK, visit, table)
 
 
 def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries: int) -> PageTable:
-    """Folds `body(table, columns)` over the first columns of the table, some at a time.
+    """Folds `body(table, columns)` over the first columns of the table, some at a time, the last ones first.
 
     In contrast to `for_each_page` all rows are at the same columns at once, so that rows may trade pages.
 
@@ -195,7 +209,9 @@ def for_each_column(body, table: PageTable, num_columns: Int[Array, ""], entries
     if size == most:
         return body(table, columns)
     steps = (num_columns + size - 1) // size
-    return control_flow.fori_loop(0, steps, lambda step, table: body(table, columns + step * size), table)
+    return control_flow.fori_loop(
+        0, steps, lambda step, table: body(table, columns + (steps - 1 - step) * size), table
+    )
 
 
 def lengths(cache: KVCache) -> Int[Array, " seqs"]:

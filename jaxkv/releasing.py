@@ -80,7 +80,7 @@ def drop_pages(
         return replace(table, pages=table.pages.at[at, column].set(behind, mode="drop"))
 
     moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, row), size) - first, 0)
-    table = for_each_page(give_back, table, dropped)
+    table = for_each_page(give_back, table, dropped, backwards=table.prefixes is not None)
     # Rows change after all pages were read, or the table would be copied.
     table = for_each_page(move_up, table, after(moved, table.num_free))
     table = stamp(table, Operation.DROP_PAGES, dropped > 0, row, first, dropped)

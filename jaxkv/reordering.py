@@ -21,6 +21,7 @@ from jaxkv.forking import inherited
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, release, share
 from jaxkv.pages import for_each_column
+from jaxkv.prefix_index import inherit_intact
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 from pallas_kernels.ordering import after
 
@@ -87,6 +88,7 @@ def _reorder(
         table,
         lengths=table.lengths.at[row].set(lengths, mode="drop"),
         positions=table.positions.at[slot].set(positions, mode="drop"),
+        prefixes=inherit_intact(table.prefixes, parent, slot),
     )
     stats = count(cache.stats, cache.table, table)
     return table, stats, inherited(cache.policy, parent, slot), status
@@ -114,6 +116,7 @@ def _hand_over(row: Array, source: Array, config: CacheConfig):
         old, new = (rows_of(table.pages, (of[:, None], columns), config.num_pages) for of in (row, source))
         at = after(row, old, new)[:, None]
         pages = table.pages.at[at, columns].set(new, mode="drop")
-        return release(replace(table, pages=pages), old.reshape(-1))
+        # The end of a chain before its beginning.
+        return release(replace(table, pages=pages), old[:, ::-1].reshape(-1))
 
     return hand_over

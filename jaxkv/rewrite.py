@@ -20,7 +20,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from jaxkv.config import CacheConfig
 from jaxkv.entries import full_rows, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
-from jaxkv.ownership import count, num_owners, release, take
+from jaxkv.ownership import count, forget, num_owners, release, take
+from jaxkv.prefix_index import limit_intact
 from jaxkv.state import KVCache, KVPool, PageTable, Status
 from pallas_kernels import control_flow
 
@@ -76,7 +77,11 @@ def own_pages(
         pages=table.pages.at[row, : new.shape[1]].set(new, mode="drop"),
         lengths=table.lengths.at[row].set(new_lengths, mode="drop"),
     )
-    table = release(table, jnp.where(released, own.old, config.num_pages).reshape(-1))
+    # The end of a chain before its beginning.
+    table = release(table, jnp.where(released, own.old, config.num_pages)[:, ::-1].reshape(-1))
+    rewritten = own.written & (row < config.num_rows)[:, None]
+    table = forget(table, jnp.where(rewritten, own.old, config.num_pages).reshape(-1))
+    table = replace(table, prefixes=limit_intact(table.prefixes, slot, first * config.page_size))
     table = stamp(table, Operation.OWN_PAGES, granted, slot, first, lengths)
     stats = count(cache.stats, cache.table, table, num_taken=own.num_taken)
     status = jnp.where(granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)
@@ -85,12 +90,16 @@ def own_pages(
 
 
 class _OwnRows(NamedTuple):
-    """Rows of the page table before and after, if granted; which entries are; what of the old is released."""
+    """Rows of the page table before and after, if granted; which entries are; what of the old is released.
+
+    `written` are the old pages that are used again.
+    """
 
     old: Int[Array, "rows pages_per_seq"]
     new: Int[Array, "rows pages_per_seq"]
     granted: Bool[Array, " entries"]
     released: Bool[Array, "rows pages_per_seq"]
+    written: Bool[Array, "rows pages_per_seq"]
     num_taken: Int[Array, ""]
 
 
@@ -119,7 +128,7 @@ def _own_rows(
     new = jnp.where(hole, jnp.where(nth_fresh >= 0, fresh_page, spare_page), num_pages)
     new = jnp.where(stays | ~changes & ~hole, old, new)
     used_again = stays | spare & (nth_spare < num_holes[:, None])
-    return table, _OwnRows(old, new, taken.granted, changes & ~used_again, taken.num_pages)
+    return table, _OwnRows(old, new, taken.granted, changes & ~used_again, used_again, taken.num_pages)
 
 
 class Layer(NamedTuple):

@@ -61,6 +61,55 @@ class KVPool:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, slots=True)
+class PrefixIndex:
+    """Which pages hold which tokens, so that prompts that begin alike can share them.
+
+    A node stands for a page of tokens and all that precedes them: it names its parent. Where groups differ in
+    page size it stands for as many tokens as are whole pages in each. A node stays while it has a page or a
+    child, so that a node found below its parent is right without a look at what precedes. A page is
+    reclaimable while the index alone holds it.
+
+    Attributes:
+      tokens, salts: of each node; the salt is that of its chain.
+      tags: hash of each node's chain, to pick one in a bucket.
+      parents: node above each, `nodes` for the first of a chain.
+      children: nodes below each.
+      places: where in `buckets` each node stands.
+      pages: page ids of each node, one group after the other; `num_pages` where it has none.
+      buckets: node ids by hash, eight a bucket; `nodes` where there is none.
+      free_nodes: a stack of node ids, `free_nodes[:num_free_nodes]`.
+      num_free_nodes: nodes on it.
+      holders: where in `pages` each page stands, counted through; past the end for a page not recorded.
+      queue: reclaimable pages, from `queue_ends[0]` to `queue_ends[1]`, the next to be reclaimed first. An
+        entry counts only where `queued_at` says that its page stands there.
+      queue_ends: see `queue`.
+      queued_at: where in the queue each page stands; negative for a page that is not reclaimable.
+      num_reclaimable: pages that the index alone holds.
+      num_reclaimed: pages reclaimed so far; it wraps around.
+      intact: leading token slots of each sequence that were never dropped, rewritten or shifted.
+    """
+
+    tokens: Int[Array, "nodes block"]
+    salts: Int[Array, " nodes"]
+    tags: UInt32[Array, " nodes"]
+    parents: Int[Array, " nodes"]
+    children: Int[Array, " nodes"]
+    places: Int[Array, " nodes"]
+    pages: Int[Array, "nodes held"]
+    buckets: Int[Array, " places"]
+    free_nodes: Int[Array, " nodes"]
+    num_free_nodes: Int[Array, ""]
+    holders: Int[Array, " pages"]
+    queue: Int[Array, " queue"]
+    queue_ends: Int[Array, "2"]
+    queued_at: Int[Array, " pages"]
+    num_reclaimable: Int[Array, ""]
+    num_reclaimed: Int[Array, ""]
+    intact: Int[Array, " seqs"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True)
 class PageTable:
     """Who owns which page. A row is that of one group of layers and one sequence: `group * max_seqs + slot`.
 
@@ -69,11 +118,13 @@ class PageTable:
       lengths: token slots in use of each row.
       positions: position of each sequence's next token, 0 for an empty slot; more than `lengths` once a
         policy dropped tokens or a window released some.
-      refcounts: table entries that name each page.
+      refcounts: table entries that name each page, and the index of prefixes as one more owner of those
+        that it holds.
       free_pages: a stack of page ids, `free_pages[:num_free]`; `allocate` takes from its top.
       num_free: pages on the stack.
       fingerprint: a hash of the table's history, changed by every operation that changes the table. Equal
         histories have equal fingerprints.
+      prefixes: the index of recorded prefixes; None without `prefix_cache`.
     """
 
     pages: Int[Array, "rows pages_per_seq"]
@@ -83,6 +134,14 @@ class PageTable:
     free_pages: Int[Array, " pages"]
     num_free: Int[Array, ""]
     fingerprint: UInt32[Array, "2"]
+    prefixes: PrefixIndex | None = None
+
+    @property
+    def num_reclaimable(self) -> Int[Array, ""]:
+        """Pages that the index of prefixes alone holds: taken where the free stack does not suffice."""
+        if self.prefixes is None:
+            return jnp.zeros_like(self.num_free)
+        return self.prefixes.num_reclaimable
 
 
 def _counter(index: int, doc: str) -> Any:
@@ -97,11 +156,11 @@ class AllocationStats:
     `counters` holds them in the order of `names()`, so that a step updates one vector.
     """
 
-    counters: Int[Array, " 10"]
+    counters: Int[Array, " 15"]
 
-    total_allocations = _counter(0, "Taken off the free stack, copies included.")
-    total_deallocations = _counter(1, "Returned to the free stack.")
-    current_pages = _counter(2, "In use now.")
+    total_allocations = _counter(0, "Taken into use, copies included.")
+    total_deallocations = _counter(1, "Given back, by their last sequence.")
+    current_pages = _counter(2, "In use now, by sequences.")
     peak_pages = _counter(3, "Most in use at any moment.")
     copy_on_write_copies = _counter(4, "Copied because a shared tail page was written to.")
     refused_allocations = _counter(5, "Entries of `allocate` that were refused, whatever the reason.")
@@ -109,6 +168,11 @@ class AllocationStats:
     pages_moved = _counter(7, "Moved by `compact`.")
     evictions = _counter(8, "Times that a policy dropped tokens of a sequence.")
     evicted_tokens = _counter(9, "Tokens that policies dropped.")
+    prefix_queries = _counter(10, "Prompts that `match_prefix` looked up.")
+    prefix_tokens_asked = _counter(11, "Tokens of those prompts.")
+    prefix_tokens_matched = _counter(12, "Tokens of them that were found.")
+    prefix_pages_recorded = _counter(13, "Made findable by `record_prefix`.")
+    prefix_pages_reclaimed = _counter(14, "Recorded pages that were taken for other tokens.")
 
     @classmethod
     def names(cls) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxkv import CacheConfig, Status
 from pallas_kernels import reference
+from tests.prefix_oracle import PrefixOracle
 
 
 @dataclass
@@ -40,11 +41,14 @@ class Sequence:
     """`tokens`, `pages` and `length` are those of the first group, with full attention if any group has it.
 
     `least`: token slots that a cut must leave there, unless it empties the sequence: a policy rewrote them.
+    `ids`: token ids. `intact`: how many of the first are as they were; None for all.
     """
 
     rows: list[Row]
     position: int = 0
     least: int = 0
+    ids: list[int] = field(default_factory=list)
+    intact: int | None = None
 
     @property
     def length(self) -> int:
@@ -67,7 +71,8 @@ class Sequence:
         self.rows[0].pages = pages
 
     def copy(self) -> "Sequence":
-        return Sequence([row.copy() for row in self.rows], self.position, self.least)
+        rows = [row.copy() for row in self.rows]
+        return Sequence(rows, self.position, self.least, list(self.ids), self.intact)
 
 
 @dataclass
@@ -78,6 +83,7 @@ class Batch:
     rows: dict[int, tuple[int, int, int]]  # row of the token axis -> slot, token slot, position
     indices: dict[int, list[int]]  # row of the token axis -> token slot in the row of each group
     handed_out: list[int]  # labels, in the order their pages leave the stack
+    written: list[int] = field(default_factory=list)  # part-full tail pages that are written in place
 
 
 class Oracle:
@@ -92,6 +98,7 @@ class Oracle:
         self.sequences = [self.empty() for _ in range(config.max_seqs)]
         self.labels = 0
         self.stats = Counter()
+        self.prefixes = PrefixOracle(config) if config.prefix_cache else None
 
     def empty(self) -> Sequence:
         shapes = [(0, 2, len(of.layers), of.num_kv_heads, of.head_dim) for of in self.groups]
@@ -106,7 +113,39 @@ class Oracle:
 
     @property
     def num_free(self) -> int:
+        """Pages that can be taken: those that no sequence has."""
         return self.config.num_pages - self.num_used
+
+    @property
+    def num_reclaimable(self) -> int:
+        return 0 if self.prefixes is None else len(self.prefixes.queue)
+
+    @property
+    def num_reclaimed(self) -> int:
+        return 0 if self.prefixes is None else self.prefixes.num_reclaimed
+
+    def rows_before(self):
+        return [[list(row.pages) for row in sequence.rows] for sequence in self.sequences]
+
+    def settle(self, before, slots):
+        """Recorded pages without a row are reclaimable now, the end of a chain before its beginning."""
+        if self.prefixes is None:
+            return
+        slots = [slot for slot in dict.fromkeys(slots) if 0 <= slot < self.config.max_seqs]
+        removed = [
+            label
+            for group in range(len(self.groups))
+            for slot in slots
+            for label in reversed(before[slot][group])
+            if label not in self.sequences[slot].rows[group].pages
+        ]
+        self.prefixes.release(removed, self.owners())
+
+    def take(self, num_pages, used):
+        """Off the stack, then off the queue. `used`: pages that sequences had before."""
+        if self.prefixes is not None:
+            free = self.config.num_pages - used - self.num_reclaimable
+            self.prefixes.reclaim(max(num_pages - free, 0))
 
     def new_page(self) -> int:
         self.labels += 1
@@ -117,7 +156,7 @@ class Oracle:
     def allocate(self, seqs, num_tokens, total_tokens, waiting=()) -> Batch:
         """`waiting`: slots that a policy found no pages for, and refuses until there are some."""
         self.release(self.valid(seqs, num_tokens, total_tokens))
-        owners, used, free = self.owners(), self.num_used, self.num_free
+        owners, used, free, before = self.owners(), self.num_used, self.num_free, self.rows_before()
         batch = Batch([], [0], [], {}, {}, [])
         named, starved, row = set(), False, 0
         for slot, count in zip(map(int, seqs), map(int, num_tokens), strict=True):
@@ -146,6 +185,11 @@ class Oracle:
             batch.status.append(status)
             batch.kv_lengths.append(self.stored(slot) if status == Status.OK else 0)
         handed_out = len(batch.handed_out)
+        self.take(handed_out, used)
+        self.settle(before, map(int, seqs))
+        for label in batch.written:
+            if self.prefixes is not None and label in self.prefixes.holder:
+                self.prefixes.unrecord(label)
         self.stats["total_allocations"] += handed_out
         self.stats["total_deallocations"] += used + handed_out - self.num_used
         self.stats["peak_pages"] = max(self.stats["peak_pages"], used + handed_out)
@@ -180,7 +224,7 @@ class Oracle:
 
     def release(self, entries):
         """Whole pages of tokens that no token to come can see, even once `rollback` tokens are taken back."""
-        used = self.num_used
+        used, before = self.num_used, self.rows_before()
         for slot, _ in entries:
             sequence = self.sequences[slot]
             for group in self.windowed:
@@ -189,6 +233,7 @@ class Oracle:
                 pages = max(0, first_kept - row.start) // of.page_size
                 row.start += pages * of.page_size
                 del row.pages[:pages]
+        self.settle(before, [slot for slot, _ in entries])
         self.stats["total_deallocations"] += used - self.num_used
 
     def need(self, slot, count, owners) -> list[tuple[int, int]]:
@@ -207,7 +252,9 @@ class Oracle:
         for i in range(count):
             batch.rows[first_row + i] = (slot, sequence.length + i, sequence.position + i)
             batch.indices[first_row + i] = [row.length + i for row in sequence.rows]
-        for row, (copies, fresh) in zip(sequence.rows, need, strict=True):
+        for of, row, (copies, fresh) in zip(self.groups, sequence.rows, need, strict=True):
+            if row.length % of.page_size and not copies:
+                batch.written.append(row.pages[-1])
             new = [self.new_page() for _ in range(copies + fresh)]
             row.pages = row.pages[: len(row.pages) - copies] + new
             row.tokens = np.concatenate([row.tokens, np.full((count, *row.tokens.shape[1:]), np.nan)])
@@ -274,6 +321,7 @@ class Oracle:
 
     def reorder(self, seqs, parents) -> list[Status]:
         used, before, named, status = self.num_used, list(self.sequences), set(), []
+        rows = self.rows_before()
         for slot, parent in zip(map(int, seqs), map(int, parents), strict=True):
             if slot < 0 or parent < 0:
                 status.append(Status.PADDING)
@@ -285,17 +333,20 @@ class Oracle:
                 status.append(Status.OK)
                 named.add(slot)
                 self.sequences[slot] = before[parent].copy()
+        self.settle(rows, map(int, seqs))
         self.stats["total_deallocations"] += used - self.num_used
         return status
 
     def truncate(self, seqs, lengths) -> list[Status]:
         """`lengths`: tokens that each sequence has afterwards, those that were dropped included."""
         used, pairs = self.num_used, list(zip(map(int, seqs), map(int, lengths), strict=True))
+        before = self.rows_before()
         shortest = {}
         for slot, length in pairs:
             if 0 <= slot < self.config.max_seqs and length >= 0:
                 shortest[slot] = min(length, shortest.get(slot, length))
         refused = {slot for slot, length in shortest.items() if not self.cut(slot, length)}
+        self.settle(before, shortest)
         self.stats["total_deallocations"] += used - self.num_used
         return [
             Status.PADDING
@@ -327,11 +378,81 @@ class Oracle:
         for of, row in zip(self.groups, sequence.rows, strict=True):
             row.tokens = row.tokens[: len(row.tokens) - by]
             row.pages = row.pages[: -(-row.length // of.page_size)]
+        sequence.ids = sequence.ids[: len(sequence.ids) - by]
+        if sequence.intact is not None and sequence.length <= sequence.intact:
+            sequence.intact = None
         sequence.position = length
         return True
 
     def free(self, seqs):
         self.truncate(seqs, [0] * len(seqs))
+
+    # prefixes ------------------------------------------------------------------------------
+
+    def note_ids(self, batch: Batch, ids):
+        """Which tokens an `allocate` was for."""
+        for number, (slot, _, _) in sorted(batch.rows.items()):
+            self.sequences[slot].ids.append(int(ids[number]))
+
+    def match_prefix(self, seqs, tokens, num_tokens, salts) -> list[int]:
+        prefixes, owners, named = self.prefixes, self.owners(), Counter(map(int, seqs))
+        found = []
+        most = min(tokens.shape[1], self.config.max_tokens_per_seq) // prefixes.block
+        for slot, row, count, salt in zip(map(int, seqs), tokens, map(int, num_tokens), salts, strict=True):
+            valid = 0 <= slot < self.config.max_seqs and named[slot] == 1
+            if not valid or self.sequences[slot].position:
+                found.append(None)
+                continue
+            self.stats["prefix_queries"] += 1
+            self.stats["prefix_tokens_asked"] += max(count, 0)
+            count = min(max((count - 1) // prefixes.block, 0), most)
+            found.append(prefixes.match(row.tolist(), count, int(salt)))
+        for slot, row, match in zip(map(int, seqs), tokens, found, strict=True):
+            if match is not None and match[0]:
+                self.install(self.sequences[slot], row.tolist(), *match)
+        labels = {label for match in found if match is not None for of in match[1] for label in of}
+        taken = [label for label in labels if not owners[label]]
+        prefixes.queue = [label for label in prefixes.queue if label not in labels]
+        self.stats["total_allocations"] += len(taken)
+        self.stats["peak_pages"] = max(self.stats["peak_pages"], self.num_used)
+        matched = [0 if match is None else match[0] * prefixes.block for match in found]
+        self.stats["prefix_tokens_matched"] += sum(matched)
+        return matched
+
+    def install(self, sequence: Sequence, tokens, blocks, labels):
+        length = blocks * self.prefixes.block
+        for of, row, some in zip(self.groups, sequence.rows, labels, strict=True):
+            row.pages, row.start = list(some), length - len(some) * of.page_size
+            gone = np.zeros((row.start, *row.tokens.shape[1:]))
+            row.tokens = np.concatenate([gone, *(self.prefixes.content[label] for label in some)])
+        sequence.position, sequence.ids, sequence.intact = length, tokens[:length], None
+
+    def record_prefix(self, seqs, tokens, num_tokens, salts):
+        most = min(tokens.shape[1], self.config.max_tokens_per_seq) // self.prefixes.block
+        for slot, row, count, salt in zip(map(int, seqs), tokens, map(int, num_tokens), salts, strict=True):
+            if not 0 <= slot < self.config.max_seqs:
+                continue
+            sequence = self.sequences[slot]
+            count = min(count, sequence.position)
+            count = count if sequence.intact is None else min(count, sequence.intact)
+            count = min(max(count // self.prefixes.block, 0), most)
+            pages = [self.pages_of_block(sequence, block) for block in range(count)]
+            self.stats["prefix_pages_recorded"] += self.prefixes.record(row.tolist(), count, int(salt), pages)
+
+    def pages_of_block(self, sequence: Sequence, block):
+        found = {}
+        for group, (of, row, each) in enumerate(
+            zip(self.groups, sequence.rows, self.prefixes.each, strict=True)
+        ):
+            for nth in range(each):
+                first = (block * each + nth) * of.page_size
+                if row.start <= first and first + of.page_size <= len(row.tokens):
+                    label = row.pages[(first - row.start) // of.page_size]
+                    found[group, nth] = label, row.tokens[first : first + of.page_size].copy()
+        return found
+
+    def clear_prefixes(self):
+        self.prefixes.clear()
 
     # bounded memory ------------------------------------------------------------------------
 
@@ -407,7 +528,8 @@ class Oracle:
             logical_pages=sum(owners.values()),
             shared_pages=sum(count > 1 for count in owners.values()),
             saved_pages=sum(owners.values()) - len(owners),
-            free_pages=self.num_free,
+            free_pages=self.num_free - self.num_reclaimable,
+            reclaimable_pages=self.num_reclaimable,
             unused_places=places - stored,
             fragmentation=(places - stored) / places if places else 0.0,
             efficiency=readable / places if places else 1.0,

@@ -96,7 +96,8 @@ class PolicyTwin(Twin):
         batch, out, lse, mass = jax.device_get(rest)
         assert batch.fingerprint.tolist() == np.asarray(self.cache.table.fingerprint).tolist()
         self.check()
-        self._check_batch(batch, want, stack)
+        self._check_batch(batch, want)
+        self._check_order(want, stack)
         self._check_attention(out, lse, want, q)
         self._observe(want, mass, seqs, num_tokens, q)
         return want.status[:count]

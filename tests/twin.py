@@ -16,6 +16,7 @@ import numpy as np
 
 import jaxkv
 from jaxkv import CacheConfig, Status
+from jaxkv.prefix_index import limit_intact
 from tests.caches import SMALL, poison, poisoned_init
 from tests.oracle import Oracle
 
@@ -31,9 +32,9 @@ def poisoning(operation):
     """The operation, after which every page it gave back holds NaN."""
 
     @functools.wraps(operation)
-    def run(cache, *args):
+    def run(cache, *args, **options):
         live = cache.table.refcounts > 0
-        cache, *rest = operation(cache, *args)
+        cache, *rest = operation(cache, *args, **options)
         return poison(cache, live & (cache.table.refcounts == 0)), *rest
 
     return run
@@ -124,6 +125,9 @@ class Programs(NamedTuple):
     free: ...
     truncate: ...
     compact: ...
+    match_prefix: ...
+    record_prefix: ...
+    clear_prefixes: ...
     look: ...
 
 
@@ -139,6 +143,9 @@ def programs() -> Programs:
         free=donated(lambda cache, seqs: (jaxkv.free(cache, seqs),)),
         truncate=donated(jaxkv.truncate),
         compact=donated(jaxkv.compact),
+        match_prefix=donated(lambda cache, *of, salt: jaxkv.match_prefix(cache, *of, salt=salt)),
+        record_prefix=donated(lambda cache, *of, salt: (jaxkv.record_prefix(cache, *of, salt=salt),)),
+        clear_prefixes=donated(lambda cache: (jaxkv.clear_prefixes(cache),)),
         look=jax.jit(look),
     )
 
@@ -159,8 +166,8 @@ class Twin:
         self.random = np.random.default_rng(0)
         self.sinks = self.random.normal(size=self.q_heads).astype(np.float32)
 
-    def extend(self, seqs, num_tokens) -> list[Status]:
-        """allocate; append and attend in every layer."""
+    def extend(self, seqs, num_tokens, ids=None) -> list[Status]:
+        """allocate; append and attend in every layer. `ids`: of the tokens."""
         count = len(seqs)
         seqs, num_tokens = self._padded(seqs), self._padded(num_tokens, fill=0)
         k, v = (self._of_layers(self.total_tokens) for _ in "kv")
@@ -170,12 +177,16 @@ class Twin:
             self.cache, self.batch, seqs, num_tokens, k, v, q
         )
         assert nothing, "a stale batch saw something"
+        reclaimed = self.oracle.num_reclaimed
         want = self.oracle.allocate(seqs, num_tokens, self.total_tokens)
+        self.oracle.note_ids(want, self.random.integers(0, 2, self.total_tokens) if ids is None else ids)
         for layer, pair in enumerate(zip(k, v, strict=True)):
             self.oracle.append(want, layer, *map(_float64, pair))
         batch, out, lse = jax.device_get((self.batch, out, lse))
         self.check()
-        self._check_batch(batch, want, stack)
+        self._check_batch(batch, want)
+        if self.oracle.num_reclaimed == reclaimed:
+            self._check_order(want, stack)
         self._check_attention(out, lse, want, q)
         return want.status[:count]
 
@@ -203,14 +214,47 @@ class Twin:
     def truncate(self, seqs, lengths) -> list[Status]:
         return self._of_pairs("truncate", seqs, lengths)
 
+    def match_prefix(self, seqs, tokens, num_tokens, salts) -> list[int]:
+        """`tokens`: a list of token ids for each entry."""
+        count, (seqs, num_tokens, salts) = len(seqs), self._prompts(seqs, num_tokens, salts)
+        tokens = self._token_rows(tokens)
+        self.cache, got = programs().match_prefix(self.cache, seqs, tokens, num_tokens, salt=salts)
+        want = self.oracle.match_prefix(seqs, tokens, num_tokens, salts)
+        assert got.tolist() == want
+        self.check()
+        return want[:count]
+
+    def record_prefix(self, seqs, tokens, num_tokens, salts):
+        seqs, num_tokens, salts = self._prompts(seqs, num_tokens, salts)
+        tokens = self._token_rows(tokens)
+        (self.cache,) = programs().record_prefix(self.cache, seqs, tokens, num_tokens, salt=salts)
+        self.oracle.record_prefix(seqs, tokens, num_tokens, salts)
+        self.check()
+
+    def _prompts(self, seqs, num_tokens, salts):
+        return self._padded(seqs), self._padded(num_tokens, fill=0), self._padded(salts, fill=0)
+
+    def _token_rows(self, rows):
+        """Some more than a sequence can have."""
+        tokens = np.full((self.entries, self.config.max_tokens_per_seq + 3), -1, np.int32)
+        for number, row in enumerate(rows):
+            tokens[number, : len(row)] = row[: tokens.shape[1]]
+        return tokens
+
+    def clear_prefixes(self):
+        (self.cache,) = programs().clear_prefixes(self.cache)
+        self.oracle.clear_prefixes()
+        self.check()
+
     def compact(self) -> int:
         self.cache, num_moved = programs().compact(self.cache)
         self.oracle.compact(num_moved)
         self.check()
         self._check_bytes(jaxkv.memory_profile(self.cache))
         table, used = jax.device_get(self.cache.table), self.oracle.num_used
-        assert np.all(table.refcounts[:used] > 0), "a hole below a live page"
-        assert self._stack() == list(range(used, self.config.num_pages))
+        live = used + self.oracle.num_reclaimable
+        assert np.all(table.refcounts[:live] > 0), "a hole below a live page"
+        assert self._stack() == list(range(live, self.config.num_pages))
         # A policy may have moved a shared page to another column in one of its rows: its first reader counts.
         mentions = [
             page
@@ -228,9 +272,11 @@ class Twin:
             table,
             positions=table.positions.at[slot].add(tokens),
             fingerprint=table.fingerprint + jnp.uint32(1),
+            prefixes=limit_intact(table.prefixes, jnp.array([slot]), jnp.array([0])),
         )
         self.cache = replace(self.cache, table=table)
         self.oracle.sequences[slot].position += tokens
+        self.oracle.sequences[slot].intact = 0
         self.check()
 
     def pages(self, slot, group=0) -> list[int]:
@@ -267,7 +313,8 @@ class Twin:
         rows = [s.rows[group] for group in range(len(config.groups)) for s in sequences]
         assert table.lengths.tolist() == [row.length for row in rows]
         assert table.positions.tolist() == [s.position for s in sequences]
-        assert table.num_free == self.oracle.num_free
+        assert table.num_reclaimable == self.oracle.num_reclaimable
+        assert table.num_free + table.num_reclaimable == self.oracle.num_free
         # What a batch depends on: which pages a sequence has, and where in its text it stands.
         state = table.pages.tobytes(), table.lengths.tobytes(), table.positions.tobytes()
         before = self.table_of.setdefault(table.fingerprint.tobytes(), state)
@@ -282,27 +329,34 @@ class Twin:
         refcounts = np.zeros(config.num_pages, np.int32)
         for label, owners in self.oracle.owners().items():
             refcounts[self.id_of[label]] = owners
+        recorded = set()
+        if table.prefixes is not None:
+            recorded = {self.id_of[label] for label in self.oracle.prefixes.holder if label in self.id_of}
+            alone = np.flatnonzero(table.prefixes.queued_at >= 0)
+            assert len(alone) == self.oracle.num_reclaimable
+            refcounts[[*recorded, *alone]] += 1
         np.testing.assert_array_equal(table.refcounts, refcounts)
         free = table.free_pages[: table.num_free].tolist()
         assert sorted(free) == np.flatnonzero(refcounts == 0).tolist()
 
     def _check_stats(self, stats):
         want = {**self.oracle.stats, "current_pages": self.oracle.num_used}
+        want["prefix_pages_reclaimed"] = self.oracle.num_reclaimed
         for name in stats.names():
             assert getattr(stats, name) == want.get(name, 0), name
 
     def _check_profile(self, profile):
         want = self.oracle.profile()
         assert {name: getattr(profile, name) for name in want} == want
-        used = [self.id_of[label] for label in self.oracle.owners()]
-        assert profile.holes == max(used, default=-1) + 1 - len(used)
+        live = np.flatnonzero(np.asarray(self.cache.table.refcounts) > 0)
+        assert profile.holes == max(live, default=-1) + 1 - len(live)
 
     def _check_bytes(self, profile):
         """These follow from the counts and the config; working them out takes as long as the rest."""
-        assert profile.used_bytes + profile.free_bytes == profile.pool_bytes
+        assert profile.used_bytes + profile.reclaimable_bytes + profile.free_bytes == profile.pool_bytes
         assert profile.total_bytes == sum(x.nbytes for x in jax.tree.leaves(self.cache))
 
-    def _check_batch(self, batch, want, stack):
+    def _check_batch(self, batch, want):
         config = self.config
         assert [Status(s) for s in batch.status.tolist()] == want.status
         assert batch.query_starts.tolist() == want.query_starts
@@ -319,7 +373,10 @@ class Twin:
             else:
                 assert batch.positions[row] == 0
                 assert np.all(batch.page_ids[:, row] == config.num_pages)
-        if not self.oracle.windowed:  # else pages that the call released came on top first
+
+    def _check_order(self, want, stack):
+        """Pages come off the top of the stack, where the call released and reclaimed none before."""
+        if not self.oracle.windowed:
             assert [self.id_of[label] for label in want.handed_out] == stack[: len(want.handed_out)]
 
     def _check_attention(self, out, lse, want, q):

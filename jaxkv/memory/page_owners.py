@@ -130,4 +130,5 @@ def page_map(cache: KVCache) -> PageMap:
     np.minimum.at(owner, pages, rows % config.max_seqs)
     # As much of the largest page as this one is full.
     np.maximum.at(tokens, pages, held[rows, columns] * largest // sizes[rows, 0])
-    return PageMap(owner, np.asarray(table.refcounts), tokens, largest, 1, config.max_seqs)
+    owners = np.bincount(pages, minlength=config.num_pages)
+    return PageMap(owner, owners, tokens, largest, 1, config.max_seqs)

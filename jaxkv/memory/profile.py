@@ -12,7 +12,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.operation import REPLICATED, operation
-from jaxkv.ownership import num_spanned
+from jaxkv.ownership import num_spanned, num_users
 from jaxkv.pages import lengths
 from jaxkv.state import AllocationStats, KVCache, PageTable, on_host
 from jaxkv.units import common_unit, format_bytes
@@ -31,9 +31,10 @@ class MemoryProfile:
     Attributes:
       lengths: token slots of each sequence, in groups with full attention; where there are none, its tokens.
       row_lengths: token slots of each sequence in each group.
-      num_used: pages with an owner.
-      num_shared: pages with more than one owner.
-      num_spanned: pages from the first to the last that is used.
+      num_used: pages that a sequence has.
+      num_shared: pages that several sequences have.
+      num_reclaimable: pages that the index of prefixes alone holds.
+      num_spanned: pages from the first to the last that is not free.
       num_stored: token slots in use, those of a shared page once, as far as its fullest owner reaches.
       num_slots: token slots of the pages in use.
       stats: the counters.
@@ -45,6 +46,7 @@ class MemoryProfile:
     row_lengths: Int[Array, "groups seqs"]
     num_used: Int[Array, ""]
     num_shared: Int[Array, ""]
+    num_reclaimable: Int[Array, ""]
     num_spanned: Int[Array, ""]
     num_stored: Int[Array, ""]
     num_slots: Int[Array, ""]
@@ -84,14 +86,19 @@ class MemoryProfile:
         return _number(self.num_shared)
 
     @property
+    def reclaimable_pages(self) -> int:
+        """Pages that no sequence uses, kept for prompts that begin alike; taken when free ones run out."""
+        return _number(self.num_reclaimable)
+
+    @property
     def free_pages(self) -> int:
         """Pages without an owner."""
-        return self.config.num_pages - self.physical_pages
+        return self.config.num_pages - self.physical_pages - self.reclaimable_pages
 
     @property
     def holes(self) -> int:
-        """Free pages before the last one in use."""
-        return _number(self.num_spanned) - self.physical_pages
+        """Free pages before the last one that is not free."""
+        return _number(self.num_spanned) - self.physical_pages - self.reclaimable_pages
 
     @property
     def unused_places(self) -> int:
@@ -142,13 +149,18 @@ class MemoryProfile:
         return _times(self.free_pages, self.config.page_bytes)
 
     @property
+    def reclaimable_bytes(self) -> int:
+        """Bytes of the reclaimable pages."""
+        return _times(self.reclaimable_pages, self.config.page_bytes)
+
+    @property
     def page_table_bytes(self) -> int:
         """Bytes of the page table's rows, lengths, positions and fingerprint."""
         return self.config.page_table_bytes
 
     @property
     def allocator_bytes(self) -> int:
-        """Bytes of the refcounts, the free stack and its size."""
+        """Bytes of the refcounts, the free stack and its size, and the index of prefixes."""
         return self.config.allocator_bytes
 
     @property
@@ -205,13 +217,18 @@ class MemoryProfile:
                 f"{self.physical_pages:,} pages",
                 f"{format_bytes(self.used_bytes, unit)}, {self.usage:.1%}",
             ),
+            *self._reclaimable_row(unit),
             ("  free", f"{self.free_pages:,} pages", format_bytes(self.free_bytes, unit)),
             (
                 "page table",
                 format_bytes(self.page_table_bytes, unit),
                 f"{self.logical_pages:,} entries in use",
             ),
-            ("allocator", format_bytes(self.allocator_bytes, unit), "refcounts and the free stack"),
+            (
+                "allocator",
+                format_bytes(self.allocator_bytes, unit),
+                "refcounts and the free stack" + ", prefixes" * config.prefix_cache,
+            ),
             *([("policy", format_bytes(self.policy_bytes, unit), "its state")] if self.policy_bytes else []),
             ("on the device", format_bytes(self.total_bytes, unit), "all of the above and the counters"),
             ("sequences", f"{self.active_seqs:,}", f"of {config.max_seqs:,} slots"),
@@ -244,6 +261,12 @@ class MemoryProfile:
         ]
         return align(rows)
 
+    def _reclaimable_row(self, unit: str) -> list[tuple[str, str, str]]:
+        if not self.config.prefix_cache:
+            return []
+        pages = f"{self.reclaimable_pages:,} pages"
+        return [("  reclaimable", pages, format_bytes(self.reclaimable_bytes, unit))]
+
 
 def memory_profile(cache: KVCache) -> MemoryProfile:
     """Counts what the cache holds. May be called inside `jit`; reads the whole page table once.
@@ -270,12 +293,14 @@ def memory_profile(cache: KVCache) -> MemoryProfile:
 def _memory_profile(cache: KVCache) -> MemoryProfile:
     table, config = cache.table, cache.config
     held, slots = _tokens_in_pages(table, config)
+    users = num_users(table)
     return MemoryProfile(
         lengths=lengths(cache),
         # A copy: what `jit` hands through unchanged is the cache's own array, and goes when that is donated.
         row_lengths=jnp.copy(table.lengths).reshape(-1, config.max_seqs),
-        num_used=jnp.sum(table.refcounts > 0, dtype=jnp.int32),
-        num_shared=jnp.sum(table.refcounts > 1, dtype=jnp.int32),
+        num_used=jnp.sum(users > 0, dtype=jnp.int32),
+        num_shared=jnp.sum(users > 1, dtype=jnp.int32),
+        num_reclaimable=jnp.copy(table.num_reclaimable),
         num_spanned=num_spanned(table),
         num_stored=jnp.sum(held, dtype=jnp.int32),
         num_slots=jnp.sum(slots, dtype=jnp.int32),

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 GAUGES = {
     "jaxkv_kv_cache_usage_perc": ("usage", "Share of the pool's pages in use, 0 to 1."),
     "jaxkv_pages_used": ("physical_pages", "Pages in use; a shared one counts once."),
-    "jaxkv_pages_free": ("free_pages", "Pages that no sequence owns."),
+    "jaxkv_pages_free": ("free_pages", "Pages that nobody owns."),
+    "jaxkv_pages_reclaimable": ("reclaimable_pages", "Pages kept for prompts that begin alike alone."),
     "jaxkv_pages_shared": ("shared_pages", "Pages with more than one owner."),
     "jaxkv_tokens": ("tokens", "Tokens of all sequences; a shared one counts for each."),
     "jaxkv_active_sequences": ("active_seqs", "Sequences with tokens in the cache."),
@@ -45,14 +46,19 @@ GAUGES = {
 }
 # The client adds `_total` to these names.
 COUNTERS = {
-    "jaxkv_page_allocations": ("total_allocations", "Pages taken off the free stack, copies included."),
-    "jaxkv_page_deallocations": ("total_deallocations", "Pages returned to the free stack."),
+    "jaxkv_page_allocations": ("total_allocations", "Pages taken into use, copies included."),
+    "jaxkv_page_deallocations": ("total_deallocations", "Pages that their last sequence gave back."),
     "jaxkv_refused_allocations": ("refused_allocations", "Entries of allocate that were refused."),
     "jaxkv_copy_on_write_copies": ("copy_on_write_copies", "Shared tail pages copied before a write."),
     "jaxkv_compactions": ("compactions", "Times the pool was compacted."),
     "jaxkv_pages_moved": ("pages_moved", "Pages moved by compaction."),
     "jaxkv_evictions": ("evictions", "Times that a policy dropped tokens of a sequence."),
     "jaxkv_evicted_tokens": ("evicted_tokens", "Tokens that policies dropped."),
+    "jaxkv_prefix_queries": ("prefix_queries", "Prompts looked up by match_prefix."),
+    "jaxkv_prefix_tokens_asked": ("prefix_tokens_asked", "Tokens of the prompts looked up."),
+    "jaxkv_prefix_tokens_matched": ("prefix_tokens_matched", "Tokens of them found in the cache."),
+    "jaxkv_prefix_pages_recorded": ("prefix_pages_recorded", "Pages made findable by record_prefix."),
+    "jaxkv_prefix_pages_reclaimed": ("prefix_pages_reclaimed", "Recorded pages taken for other tokens."),
 }
 # Counters that never decrease.
 _GROWING = np.array([name != "current_pages" for name in AllocationStats.names()])

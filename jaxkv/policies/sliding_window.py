@@ -11,6 +11,7 @@ from jaxkv.entries import full_rows, lengths_of, rows_of
 from jaxkv.ownership import count
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
 from jaxkv.positions import check_one_kind, check_rope, shift_positions
+from jaxkv.prefix_index import limit_intact
 from jaxkv.releasing import drop_pages
 from jaxkv.rope import Rope
 from jaxkv.state import Batch, KVCache
@@ -105,13 +106,15 @@ class SlidingWindow(Policy):
         entries = row.shape[0] // slot.shape[0]
         column, size = jnp.full_like(row, first), jnp.full_like(row, config.page_size)
         table = drop_pages(cache.table, row, column, jnp.tile(pages, entries), size, config)
+        touched = jnp.where(pages > 0, slot, config.max_seqs)
+        intact = jnp.full_like(slot, first * config.page_size)
+        table = replace(table, prefixes=limit_intact(table.prefixes, touched, intact))
         stats = count_evictions(count(cache.stats, cache.table, table), pages * config.page_size)
         state = cache.policy
         assert state is not None
         # A cut must leave the window of the token that comes next.
         least = first * config.page_size + self.window - 1
-        dropped = jnp.where(pages > 0, slot, config.max_seqs)
-        state = replace(state, least=state.least.at[dropped].set(least, mode="drop"))
+        state = replace(state, least=state.least.at[touched].set(least, mode="drop"))
         cache = replace(cache, table=table, stats=stats, policy=state)
         if self.rope is None or self.positions == "original":
             return cache
