@@ -24,6 +24,7 @@ def check_fit(
     shared: int,
     policy: Policy | None,
     prefill_chunk: int,
+    found: Mapping[int, int] | None = None,
 ) -> None:
     """Refuses prompts that cannot fit, before anything is computed.
 
@@ -35,6 +36,8 @@ def check_fit(
       shared: number of pages that all of them begin with.
       policy: the eviction policy, or None.
       prefill_chunk: most tokens per prefill step.
+      found: tokens that each begins with like an earlier prompt, whole pages, which a cache with
+        `prefix_cache` finds again. Default: none.
 
     Raises:
       SequenceTooLongError, OutOfPagesError: naming what is needed and what is available.
@@ -53,6 +56,10 @@ def check_fit(
                 f"prompt {number} has {len(prompt)} tokens{after}; a sequence holds "
                 f"{config.max_tokens_per_seq} ({config.max_pages_per_seq} pages of {config.page_size})"
             )
+    saved = shared
+    if found is not None:
+        prompts = {number: prompt[found.get(number, 0) :] for number, prompt in prompts.items()}
+        saved = sum(found.values()) // config.page_size
     parts = stages(list(prompts.values()), shared * config.page_size, prefill_chunk, config, policy)
     own = [int(slots[number]) for number in prompts]
     if policy is None:
@@ -60,13 +67,13 @@ def check_fit(
     else:
         windowed = [group for group in config.groups if group.window is not None]
         pages = rehearse(config, cache, own, parts, windowed)
-        shared = shared if most is None else min(shared, config.pages_for(most))
+        saved = shared = shared if most is None else min(shared, config.pages_for(most))
         stored = [(int(held_now[slots[number]]), len(prompt)) for number, prompt in prompts.items()]
         pages += _pages_with_policy(config, stored, shared, policy, most) + copied_pages(cache, own)
     free = config.num_pages if cache is None else int(num_available(cache.table))
     if pages > free:
         raise OutOfPagesError(
-            f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "
+            f"the prompts need {pages} pages of {config.page_size} tokens ({saved} of them shared); "
             f"{free} of the pool's {config.num_pages} are free"
         )
 
