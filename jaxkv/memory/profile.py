@@ -258,6 +258,7 @@ class MemoryProfile:
         rows += [
             (name.replace("_", " "), f"{value:,}", "since init")
             for name, value in self.stats.as_dict().items()
+            if config.prefix_cache or not name.startswith("prefix")
         ]
         return align(rows)
 
