@@ -7,6 +7,7 @@ from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM, mark_layers, run_model, unwritten_layers
 from jaxkv.compaction import maybe_compact
 from jaxkv.eviction import evict
+from jaxkv.prefixes import record_prefix
 from jaxkv.state import Batch, KVCache
 
 
@@ -47,12 +48,19 @@ def prefill_checked(
     num_tokens: Int[Array, " seqs"],
     tokens: Int[Array, " tokens"],
     *,
+    texts: tuple[Int[Array, "seqs width"], Int[Array, " seqs"]] | None = None,
     observed: bool = True,
 ) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"], Bool[Array, " layers"]]:
-    """As `prefill`; also returns in which layers of the cache the model wrote nothing."""
+    """As `prefill`; also returns in which layers of the cache the model wrote nothing.
+
+    `texts`: all tokens of each sequence, padded, and how many after this chunk: it is recorded before windows
+    release pages (`record_prefix`).
+    """
     cache, batch = allocate(tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     logits, cache = _run(model, mark_layers(cache, batch), batch, tokens, observed)
     unwritten = unwritten_layers(cache, batch)
+    if texts is not None:
+        cache = record_prefix(cache, jnp.where(batch.ok, seqs, -1), *texts)
     return logits, _evicted(cache, batch, observed), batch.status, unwritten
 
 

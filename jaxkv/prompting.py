@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TypeAlias
 
 import jax
@@ -21,7 +20,7 @@ from jaxkv.prefill import prefill_checked
 from jaxkv.prefixes import match_prefix, record_prefix
 from jaxkv.state import KVCache
 
-_AfterChunk: TypeAlias = Callable[[KVCache, np.ndarray], KVCache]
+_Texts: TypeAlias = Callable[[np.ndarray], tuple[Array, Array]]
 
 # `generate` made the cache or documents that it consumes it, so these may donate it.
 _prefill = jax.jit(prefill_checked, donate_argnames="cache", static_argnames="observed")
@@ -149,21 +148,24 @@ class _Run:
         self.last_logits: dict[int, Array] = {}
         self._warm: set[tuple[int, bool]] = set()
 
-    def stage(self, cache: KVCache, stage: Stage, after_chunk: _AfterChunk | None = None) -> KVCache:
-        """Runs a stage; `after_chunk` is called with the cache and the tokens done of each prompt."""
-        step = partial(_run_chunk, self.model, jnp.asarray(self.slots), observed=stage.observed)
+    def stage(self, cache: KVCache, stage: Stage, texts: _Texts | None = None) -> KVCache:
+        """Runs a stage; `texts` says from the tokens done of each prompt what to record after a chunk."""
+
+        def step(cache: KVCache, num_tokens, tokens, done: np.ndarray) -> tuple[Array, KVCache]:
+            to_record = None if texts is None else texts(done)
+            slots = jnp.asarray(self.slots)
+            return _run_chunk(self.model, slots, cache, num_tokens, tokens, to_record, stage.observed)
+
+        done = np.zeros(len(self.slots), np.int32)
         if self.warm_up and (stage.size, stage.observed) not in self._warm:
             self._warm.add((stage.size, stage.observed))
             none, padding = jnp.zeros(len(self.slots), jnp.int32), jnp.zeros(stage.size, jnp.int32)
-            logits, cache = step(cache, none, padding)
+            logits, cache = step(cache, none, padding, done)
             jax.block_until_ready(logits)
-        done = np.zeros(len(self.slots), np.int32)
         for num_tokens, tokens, ends in chunks(stage.prompts, stage.size, stage.most, stage.whole):
             began = time.perf_counter()
-            logits, cache = step(cache, num_tokens, tokens)
-            done += np.asarray(num_tokens)
-            if after_chunk is not None:
-                cache = after_chunk(cache, done)
+            done = done + np.asarray(num_tokens)
+            logits, cache = step(cache, num_tokens, tokens, done)
             self.seconds += time.perf_counter() - began
             for entry in np.flatnonzero(ends).tolist():
                 self.last_logits[entry] = logits[entry]
@@ -198,25 +200,28 @@ def _run_waves(run: _Run, cache: KVCache, prompts: Prompts) -> KVCache:
             for number, start, goes in zip(numbers, found.tolist(), runs, strict=True)
         ]
         held = np.array([len(prompts.before[number] or []) for number in numbers]) + found
-        seqs = jnp.asarray(np.where(runs & known, run.slots, -1))
 
-        def record(cache: KVCache, done: np.ndarray, seqs=seqs, held=held) -> KVCache:
-            return _record(cache, seqs, tokens, jnp.asarray(held + done, jnp.int32))
+        def texts(done: np.ndarray, held=held) -> tuple[Array, Array]:
+            return tokens, jnp.asarray(np.where(known, held + done, 0), jnp.int32)
 
         run.seconds += time.perf_counter() - began
+        # What a window releases must be recorded before.
         windowed = config.layer_windows is not None
         for stage in stages(parts, 0, prompts.prefill_chunk, config, None):
-            cache = run.stage(cache, stage._replace(size=size), record if windowed else None)
+            cache = run.stage(cache, stage._replace(size=size), texts if windowed else None)
         if not windowed:
-            cache = record(cache, np.array([len(part) for part in parts], np.int32))
+            seqs = jnp.asarray(np.where(runs, run.slots, -1))
+            cache = _record(cache, seqs, *texts(np.array([len(part) for part in parts], np.int32)))
     return cache
 
 
 def _run_chunk(
-    model: CausalLM, slots: Array, cache: KVCache, num_tokens: Array, tokens: Array, *, observed: bool
+    model: CausalLM, slots: Array, cache: KVCache, num_tokens: Array, tokens: Array, texts, observed: bool
 ) -> tuple[Array, KVCache]:
     seqs = jnp.where(num_tokens > 0, slots, -1)
-    logits, cache, status, unwritten = _prefill(model, cache, seqs, num_tokens, tokens, observed=observed)
+    logits, cache, status, unwritten = _prefill(
+        model, cache, seqs, num_tokens, tokens, texts=texts, observed=observed
+    )
     raise_for_status(status)
     layers = np.flatnonzero(np.asarray(unwritten)).tolist()
     if layers:
