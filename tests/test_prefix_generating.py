@@ -77,6 +77,7 @@ def test_kept_turns_are_found_from_other_slots(run):
     jaxkv.check_invariants(other.cache)
 
 
+@pytest.mark.slow
 def test_without_the_generation_a_continued_slot_is_not_recorded(run):
     first = run(PROMPTS[:1], FOUND, keep=True)
     text = first.held[0]
@@ -86,6 +87,7 @@ def test_without_the_generation_a_continued_slot_is_not_recorded(run):
     assert other.found_tokens == len(text) // 4 * 4  # recorded by the first call
 
 
+@pytest.mark.slow
 def test_samples_share_and_are_recorded_each(run):
     drawn = jaxkv.Sampling(temperature=1.5)
     options = dict(num_samples=2, sampling=drawn, key=jax.random.key(1))
@@ -105,6 +107,7 @@ def test_share_prefix_false_looks_nothing_up(run, alone):
     assert int(apart.cache.stats.prefix_queries) == 0
 
 
+@pytest.mark.slow
 def test_windowed_layers_find_what_the_next_token_sees(run):
     windowed = replace(MODEL, num_layers=3, window=6, full_attention_layers=(1,))
     model = random_model(windowed, jax.random.key(4))
@@ -121,6 +124,7 @@ def test_windowed_layers_find_what_the_next_token_sees(run):
     jaxkv.check_invariants(again.cache)
 
 
+@pytest.mark.slow
 def test_a_policy_computes_prompts_whole(run):
     policy = SlidingWindow(8, sinks=2)
     found, plain = (run(PROMPTS, config, policy=policy) for config in (FOUND, CONFIG))
@@ -153,6 +157,7 @@ def test_a_prompt_longer_than_a_row_is_refused_however_much_is_shared(run):
         run([[1] * 50, [1] * 70], FOUND)
 
 
+@pytest.mark.slow
 def test_without_a_config_prompts_in_pairs_find_each_other(run, alone):
     model = random_model(replace(MODEL, max_context=512), jax.random.key(3))
     prompts = [SYSTEM * 4 + ONE, SYSTEM * 4 + TWO, TWO * 8]
