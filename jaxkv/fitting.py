@@ -9,7 +9,7 @@ import numpy as np
 from jaxkv.config import CacheConfig
 from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.groups import Group
-from jaxkv.ownership import num_available
+from jaxkv.ownership import num_available, num_users
 from jaxkv.packing import Stage, chunks, most_at_once, stages
 from jaxkv.pages import lengths
 from jaxkv.policies import Policy
@@ -98,7 +98,7 @@ def rehearse(
       groups: the groups that count.
     """
     rows = [_Row(group, config, cache, slot) for group in groups for slot in slots]
-    owners = Counter() if cache is None else Counter(dict(enumerate(cache.table.refcounts.tolist())))
+    owners = Counter() if cache is None else Counter(dict(enumerate(num_users(cache.table).tolist())))
     fresh, held, most = count(config.num_pages), 0, 0
 
     def disown(pages: list[int]) -> int:
@@ -201,7 +201,7 @@ def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
     if cache is None:
         return 0
     table, config = cache.table, cache.config
-    stored, pages, refcounts = (np.asarray(x) for x in (table.lengths, table.pages, table.refcounts))
+    stored, pages, users = (np.asarray(x) for x in (table.lengths, table.pages, num_users(table)))
     rows = [
         (number * config.max_seqs + slot, group.page_size)
         for number, group in enumerate(config.groups)
@@ -209,4 +209,4 @@ def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
         for slot in slots
     ]
     tails = [pages[row, stored[row] // size] for row, size in rows if stored[row] % size]
-    return sum(int(refcounts[page] > 1) for page in tails)
+    return sum(int(users[page] > 1) for page in tails)
