@@ -177,3 +177,15 @@ def test_waves_compute_no_beginning_twice():
         3: (8, 1),
         4: (4, 1),  # one token is left to compute
     }
+
+
+def test_what_the_index_holds_counts_as_room(run):
+    """A kept text nearly fills the pool; recorded pages are neither copied nor in the way."""
+    small = replace(FOUND, num_pages=12, max_pages_per_seq=12)
+    first = run([[1] * 30], small, keep=True)
+    second = run([[2]], cache=first, keep=True)
+    text = first.held[0] + first.tokens[0][0][-1:] + [2]
+    assert second.tokens == run([text], CONFIG).tokens
+    ended = jaxkv.free(second.cache, second.cache.table.positions[:1] * 0)
+    assert int(ended.table.num_reclaimable) > 0
+    assert run([[3] * 40], cache=ended).tokens == run([[3] * 40], CONFIG).tokens
