@@ -29,7 +29,7 @@ def prefill(
       seqs: slots; a negative one is padding.
       num_tokens: tokens of each in this chunk.
       tokens: their ids, one sequence after the other, padded at the end.
-      texts: of a cache with `prefix_cache`, all tokens of each sequence so far, this chunk's included, padded,
+      texts: with `prefix_cache`, all tokens of each sequence so far, this chunk's included, padded,
         and how many: `record_prefix` gets them before windows release pages. Default: nothing is recorded.
       observed: static; whether the policy observes the chunk and evicts.
 
