@@ -135,13 +135,15 @@ class ModelShape:
         context = fields.integer(
             "max_position_embeddings", "n_positions", "max_seq_len", default=architecture.context
         )
-        table = vocab * size.hidden
+        width = fields.integer(architecture.embedded, default=size.hidden)
+        table = vocab * width
         embeddings = (1 if tied else 2) * table + fields.flag(*architecture.head_bias) * vocab
         embeddings += architecture.extra_rows * size.hidden
         embeddings += architecture.positions * (context + architecture.extra_positions) * size.hidden
         encoders, uncounted = encoder_weights(outer, size.hidden)
         more, rest = (0, 0) if architecture.extra is None else architecture.extra(fields, size)
         around = rest + architecture.final_norm * size.hidden
+        around += 2 * width * size.hidden if width != size.hidden else 0
         each = None if architecture.layer_sizes is None else architecture.layer_sizes(fields, size)
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
         if latent and architecture.indexed:
