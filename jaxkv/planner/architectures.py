@@ -86,9 +86,9 @@ def _all_but_every(pattern: int):
     """A window in all layers except every `pattern`-th; the config may give another pattern."""
 
     def windows(fields: Fields, layers: int) -> list[int | None]:
-        every = fields.integer("sliding_window_pattern", "_sliding_window_pattern", default=pattern)
+        flags = fields.window_pattern(layers, pattern, "_sliding_window_pattern")
         window = fields.integer("sliding_window")
-        return [None if (layer + 1) % every == 0 else window for layer in range(layers)]
+        return [window if flag else None for flag in flags]
 
     return windows
 

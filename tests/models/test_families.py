@@ -21,6 +21,7 @@ from tests.models import gguf_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 # Dynamic scaling beyond the model's own context takes the frequencies of the text's length.
@@ -157,6 +158,13 @@ def test_rope_scaling_beside_settings_of_each_kind_of_layer_is_of_full_attention
     )
 
 
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "starcoder2"])
+def test_a_window_of_every_layer_is_so_whatever_layer_types_say(name):
+    raw = config(name, sliding_window=7)
+    full = ["full_attention"] * raw.num_layers
+    assert config(name, sliding_window=7, layer_types=full).windows == raw.windows == (7,) * raw.num_layers
+
+
 def test_gemma3_rotates_layers_with_a_window_by_a_base_of_their_own():
     got = config("gemma3")
     assert got.windows == (7, None, 7) and got.rope is None
@@ -170,6 +178,14 @@ def test_layers_without_rotary_positions_are_those_of_the_config():
     assert config("exaone4").no_rope_layers == (1,)
     whole = config("exaone4", sliding_window=None, layer_types=None)
     assert (whole.no_rope_layers, whole.windows) == ((), (None,) * 3)
+
+
+def test_exaone_names_the_layers_of_a_period_by_letters():
+    whole = config("exaone4", num_hidden_layers=8, layer_types=None)
+    assert whole.windows == (7, 7, 7, None) * 2
+    assert config("exaone4", num_hidden_layers=8, layer_types=None, sliding_window_pattern="LLLG") == whole
+    # Published configs say both.
+    assert config("exaone4", sliding_window_pattern="LLLG") == config("exaone4")
 
 
 def test_dynamic_scaling_changes_nothing_within_the_models_own_context():
@@ -256,6 +272,8 @@ def test_a_nested_config_is_its_text_part():
         ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
          "sliding_attention: 'yarn' is not supported"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types 'chunked_attention' is not"),
+        ("exaone4", {"sliding_window_pattern": "LLX", "layer_types": None},
+         "sliding_window_pattern must be an integer, or letters L and G, not 'LLX'"),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be positive, not 0.0"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4 times 0 or 1"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
@@ -279,6 +297,8 @@ def test_a_nested_config_is_its_text_part():
         ("qwen2_moe", {"num_experts_per_tok": 5}, "experts' per_token must be an integer from 1 to 4"),
         ("mixtral", {"layer_types": ["sliding_attention"] * 2}, "layer_types 'sliding_attention' is not"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("olmo3", {"rope_theta": 1e6}, "rope_theta 1000000.0 is not supported; supported: 500000.0"),
+        ("phi3", {"layer_types": MIXED}, "layer_types 'sliding_attention' is not supported"),
     ],
 )  # fmt: skip
 def test_what_a_family_does_not_build_is_refused_by_name(name, change, message):

@@ -8,7 +8,7 @@ from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import of_full_attention, rotary_settings, rotary_type, shown
 from jaxkv.models.families import gemma2
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import every_nth_full, windows
+from jaxkv.models.families.layers import by_pattern, windows
 
 _LAYERS_OF_27B = 62
 
@@ -30,10 +30,9 @@ def by_kind(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def options(fields: Fields) -> dict[str, Any]:
     """The arguments of `ModelConfig`; layers with a window rotate by a base of their own, unscaled."""
-    period = fields.integer("sliding_window_pattern", default=6)
     return (
         gemma2.shared(fields)
-        | windows(fields, every_nth_full(fields, period))
+        | windows(fields, by_pattern(fields, 6))
         | {
             "qk_norm": "heads",
             "window_rope_theta": window_theta(fields, fields.number("rope_local_base_freq", 1e4)),
