@@ -78,6 +78,7 @@ def load(
     if path.is_dir():
         tokenizer = _tokenizer(path)
         model, config = load_hf(path, dtype=kept, max_context=max_context, progress=progress)
+        tokenizer = None if tokenizer is None else tokenizer.without_added(config.vocab_size)
     else:
         file = GGUFFile(path)
         model, config = load_gguf(file, dtype=kept, max_context=max_context, progress=progress)

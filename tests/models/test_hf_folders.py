@@ -8,9 +8,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
+from tokenizers import models, pre_tokenizers
 
-from jaxkv.models import KNOWN_MODELS, ModelLoadError, load
+from jaxkv.models import KNOWN_MODELS, ModelLoadError, Tokenizer, load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHARDED, UNTIED = "llama_tied_sharded", "llama_untied"
@@ -198,6 +200,21 @@ def test_a_bad_tokenizer_file_is_named(folder_of):
     shutil.copy(folder / "config.json", folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text("nonsense")
     assert "is not" in refusal(folder)
+
+
+@pytest.mark.parametrize("image", [96, 97])
+def test_an_added_token_that_the_model_has_no_embedding_of_is_text_as_any_other(folder_of, image):
+    folder, words = folder_of(UNTIED), [f"w{n}" for n in range(94)] + ["<image>", "<unk>"]
+    inner = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["w1", *(f"<added {n}>" for n in range(96, image)), "<soft image>"])
+    inner.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_hf(folder).encode("w0 <soft image>") == [0, image]
+    tokenizer = load(folder).tokenizer
+    assert tokenizer.encode("w0 w1 <soft image>") == [0, 1, 95, 95] and tokenizer.vocab_size == 96
+    inner = tokenizers.Tokenizer(models.WordLevel({f"w{n}": n for n in range(97)}, "w0"))
+    inner.save(str(folder / "tokenizer.json"))
+    assert "the tokenizer has 97 tokens, the model only 96" in refusal(folder)
 
 
 def test_a_folder_without_a_tokenizer_still_loads():
