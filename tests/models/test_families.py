@@ -27,6 +27,12 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 # Dynamic scaling beyond the model's own context takes the frequencies of the text's length.
 CONTEXTS = {"falcon3": 40}
 EXPERTS = {"expert_count": 4, "expert_used_count": 2}
+FACTORS = {
+    "embedding_scale": 3.0,
+    "residual_scale": 0.5,
+    "attention.scale": 0.25,
+    "logit_scale": 2.0,
+}
 # What a GGUF file's header says beyond the sizes that all have.
 HEADERS = {
     "qwen3": {},
@@ -65,12 +71,8 @@ HEADERS = {
     "glm4": {},
     "starcoder2": {"attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 7},
     "ernie4_5": {},
-    "granite": {
-        "embedding_scale": 3.0,
-        "residual_scale": 0.5,
-        "attention.scale": 0.25,
-        "logit_scale": 2.0,
-    },
+    "granite": FACTORS,
+    "granite_moe": EXPERTS | FACTORS,
     "gemma2": {
         "attention.sliding_window": 7,
         "attn_logit_softcapping": 5.0,
@@ -266,6 +268,7 @@ def test_a_nested_config_is_its_text_part():
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not"),
         ("gemma3", {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported"),
         ("gemma3", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0 is not supported"),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive, not 0.0"),
         ("gemma3", {"final_logit_softcapping": -1.0}, "logit_softcap must be a positive number, not -1.0"),
         ("gemma3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),

@@ -36,7 +36,6 @@ def options(fields: Fields) -> dict[str, Any]:
         | {
             "qk_norm": "heads",
             "window_rope_theta": window_theta(fields, fields.number("rope_local_base_freq", 1e4)),
-            "attention_softcap": gemma2.softcap(fields, "attn_logit_softcapping", None),
             "logit_softcap": gemma2.softcap(fields, "final_logit_softcapping", None),
         }
     )
@@ -69,7 +68,8 @@ def header(file: GGUFFile) -> dict[str, Any]:
 FAMILY = Family(
     model_types=("gemma3_text",),
     options=options,
-    allowed=gemma2.ALLOWED,
+    # `transformers` reads this field, and does not apply it.
+    allowed={**gemma2.ALLOWED, "attn_logit_softcapping": ()},
     rotary=rotary,
     absent={
         "tie_word_embeddings": True,
