@@ -189,8 +189,18 @@ def test_missing_files_are_named(folder_of):
     folder = folder_of(UNTIED)
     (folder / "model.safetensors").unlink()
     assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(folder)
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+    assert "pytorch_model.bin is not read, save the model as safetensors" in refusal(folder)
     (folder / "config.json").unlink()
     assert "cannot be read" in refusal(folder)
+    for name in ("b.gguf", "a.gguf"):
+        (folder / name).touch()
+    assert "has no config.json; give a GGUF file in it: a.gguf and 1 more" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_folder_is_not_taken_for_a_gguf_file(name):
+    assert "is a part of a model; give its folder" in refusal(FIXTURES / UNTIED / name)
 
 
 def test_a_bad_tokenizer_file_is_named(folder_of):
