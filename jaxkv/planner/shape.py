@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jaxkv import catalog
 from jaxkv.checkpoints.fields import Fields
-from jaxkv.checkpoints.gguf_header import config_fields
+from jaxkv.checkpoints.gguf_header import planned_fields
 from jaxkv.checkpoints.hf_folder import closest, is_extended, read_json, shown, trained_context
 from jaxkv.config import DTYPES
 from jaxkv.planner.architectures import ARCHITECTURES, Architecture, layer_windows
@@ -226,7 +226,7 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
     if path.suffix == ".gguf":
         from jaxkv.checkpoints.gguf_file import GGUFFile  # needs an optional dependency
 
-        return config_fields(GGUFFile(path)), path.stem, path.stat().st_size
+        return planned_fields(GGUFFile(path)), path.stem, path.stat().st_size
     folder = path if path.is_dir() else path.parent
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
     # Beside a config of another name, the weights may be another model's.

@@ -16,6 +16,7 @@ from jaxkv.errors import ModelLoadError
 from jaxkv.models import ModelConfig, dense_logits, load
 from jaxkv.models.families.reading import rope_scaling
 from jaxkv.models.families.registry import FAMILIES
+from jaxkv.planner import ModelShape
 from jaxkv.rope import LinearScaling, Rope, YarnScaling
 from tests.models import gguf_files
 
@@ -134,6 +135,18 @@ def test_a_gguf_file_gives_pytorchs_logits(name, tmp_path):
     got = jax.jit(dense_logits)(loaded.model, jnp.asarray(tokens), jnp.full(2, 40))
     np.testing.assert_allclose(got, logits, **CLOSE)
     assert loaded.config.windows == ModelConfig.from_hf(FIXTURES / name).windows
+    planned, known = ModelShape.from_config(path), ModelShape.from_config(raw)
+    for field in ("num_layers", "num_kv_heads", "head_dim", "windows", "num_parameters"):
+        assert getattr(planned, field) == getattr(known, field), field
+
+
+def test_a_gguf_file_of_llama_may_have_biases(tmp_path):
+    folder = shutil.copytree(FIXTURES / "falcon3", tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text()) | {"rope_parameters": {"rope_theta": 1000.0}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    file, tokens = gguf_files.write_checkpoint(tmp_path / "m.gguf", folder), jnp.arange(24).reshape(2, 12)
+    got, wanted = (dense_logits(load(path).model, tokens, jnp.full(2, 12)) for path in (file, folder))
+    np.testing.assert_allclose(got, wanted, **CLOSE)
 
 
 def test_every_family_has_a_model_type_of_its_own():
