@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -154,6 +155,27 @@ def test_an_output_projection_of_its_own_wins_over_a_config_that_ties_it(folder_
         folder / "model.safetensors", lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"]})
     )
     assert load(folder).config.tied_embeddings and np.any(table != output)
+
+
+@pytest.mark.parametrize("before", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_mistral_small_is_mistral(folder_of, before):
+    folder = folder_of("mistral_window")
+    plain, raw = load(folder), json.loads((folder / "config.json").read_text())
+
+    def nest(tensors):
+        image = {"vision_tower.patch_conv.weight": np.ones((8, 3), np.float32)}
+        image["multi_modal_projector.linear_1.weight"] = np.ones((32, 8), np.float32)
+        for name in list(tensors):
+            other = before + name.removeprefix("model.") if name.startswith("model.") else name
+            tensors[other] = tensors.pop(name)
+        tensors.update(image)
+
+    rewrite(folder / "model.safetensors", nest)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral3", "text_config": raw}))
+    nested = load(folder)
+    assert nested.config == plain.config
+    for one, other in zip(*(jax.tree.leaves(each.model) for each in (nested, plain)), strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_the_whole_file_wins_over_an_index_beside_it(folder_of):
