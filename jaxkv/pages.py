@@ -102,7 +102,7 @@ def _truncate(
     new, new_position = jnp.where(refused[None], old, new), jnp.where(refused, position, new_position)
     table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), seqs.shape[0], config)
     cut = new_position < position
-    # Where tokens were dropped or shifted, those to come are not where their text has them, however short the cut.
+    # Behind tokens that were dropped or shifted, those to come are not where their text has them.
     in_place = cut & (new_position == new[0])
     table = replace(
         table,
