@@ -96,7 +96,7 @@ def test_a_corrupted_index_is_recognised(corruption, sound):
 
 def test_a_page_of_two_nodes_is_recognised(sound):
     """Also where the page knows of one of them."""
-    with pytest.raises(CacheCorruptedError, match="5 pages stand in nodes, but 4 are recorded|page"):
+    with pytest.raises(CacheCorruptedError, match=r"5 pages stand in nodes, but 4 are recorded|page"):
         jaxkv.check_invariants(corrupted(sound, "pages", (1, 0), 2))
     table = sound.table
     twice = replace(
@@ -111,7 +111,7 @@ def test_a_page_of_two_nodes_is_recognised(sound):
 
 def test_a_node_entered_in_two_places_is_recognised(sound):
     empty = int((sound.table.prefixes.buckets == 8).argmax())
-    with pytest.raises(CacheCorruptedError, match="node 3 stands|6 places of buckets are taken, by 5 nodes"):
+    with pytest.raises(CacheCorruptedError, match=r"node 3 stands|6 places of buckets are taken, by 5 nodes"):
         jaxkv.check_invariants(corrupted(sound, "buckets", empty, 3))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import CacheConfig, CacheCorruptedError, Rope, Status
+from jaxkv import Rope, Status
 from jaxkv.memory import page_map
 from jaxkv.memory.telemetry import Telemetry
 from jaxkv.policies import HeavyHitter, SlidingWindow
@@ -61,7 +61,7 @@ def test_half_a_page_never_matches():
     server.leave(0)
     assert server.reclaimable == 1
     assert server.match(0, A + B) == 4
-    assert server.match(1, A[:3] + [1, 1, 1]) == 0
+    assert server.match(1, [*A[:3], 1, 1, 1]) == 0
 
 
 def test_the_longest_recorded_beginning_is_found():
@@ -85,8 +85,8 @@ def test_different_salts_never_share():
 
 def test_without_a_salt_it_is_zero():
     server = Server()
-    server.write(0, A + [1])
-    seqs, rows, counts, _ = server.entries([0], [A + [1]], [5], [0])
+    server.write(0, [*A, 1])
+    seqs, rows, counts, _ = server.entries([0], [[*A, 1]], [5], [0])
     cache = jitted.record_prefix(server.cache, seqs, rows, counts)
     slots = ints(1, 2)
     both = np.stack([rows[0]] * 2), ints(5, 5)
@@ -123,7 +123,7 @@ def test_clear_prefixes_forgets_every_page_and_spares_sequences():
     server.cache = jitted.clear_prefixes(server.cache)
     jaxkv.check_invariants(server.cache)
     assert (server.reclaimable, server.free_pages) == (0, 6)
-    assert server.match_as([1, 2], [A + B + [1], C + [1]], [9, 5], [0, 0]) == [0, 0]
+    assert server.match_as([1, 2], [A + B + [1], [*C, 1]], [9, 5], [0, 0]) == [0, 0]
     server.check(0)
     server.record(0)
     assert server.match(1, A + B + [1]) == 8
@@ -218,11 +218,11 @@ def test_a_match_makes_pages_those_that_were_left_last():
     for slot, text in enumerate((A, B)):
         server.write(slot, text)
         server.leave(slot)
-    assert server.match(0, A + [1]) == 4
+    assert server.match(0, [*A, 1]) == 4
     server.free(0)
     server.write(1, E * 4)
     server.write(2, E * 3)
-    assert server.match_as([3, 0], [A + [1], B + [1]], [5, 5], [0, 0]) == [4, 0]
+    assert server.match_as([3, 0], [[*A, 1], [*B, 1]], [5, 5], [0, 0]) == [4, 0]
 
 
 def test_a_match_with_too_few_pages_for_the_rest_leaves_refcounts_as_they_were():
@@ -406,7 +406,7 @@ def test_what_was_recorded_before_a_policy_dropped_it_is_found():
         server.record(0)
     server.write(0, A)
     assert server.cache.stats.evictions > 0
-    assert server.match(1, text + [1]) == 16
+    assert server.match(1, [*text, 1]) == 16
     server.write(1, B)
 
 
@@ -426,7 +426,7 @@ def test_a_windowed_page_that_a_row_released_stays_findable_if_it_was_recorded_i
         server.write(0, part)
         server.record(0)
     server.free(0)
-    assert server.match(1, A + [1]) == 4
+    assert server.match(1, [*A, 1]) == 4
     assert server.match(2, A + B + [1]) == 8
     lengths = server.table.lengths.reshape(2, 4)
     assert lengths[0, 2] == 8 and lengths[1, 2] == 2, "only what the next token sees"
@@ -437,7 +437,7 @@ def test_a_windowed_page_that_was_not_recorded_in_time_ends_a_match_where_the_ne
     for part in (A, B, C):
         server.write(0, part)
     server.leave(0)
-    found = [server.match(1, (A + B + C)[:length] + [1]) for length in (4, 6)]
+    found = [server.match(1, [*(A + B + C)[:length], 1]) for length in (4, 6)]
     assert found == [0, 0]
     assert server.match(1, A + B + [1]) == 8
     assert server.match(2, A + B + C + [1]) == 12
@@ -454,10 +454,10 @@ def test_a_windowed_parent_released_before_its_child_leaves_the_child_findable()
         server.write(slot, [9, 9])  # these take what the window released, the first pages of the text
     assert server.reclaimable == 0
     server.free(2, 3)
-    assert server.match(2, text + [6]) == 5
-    assert server.match(3, text[:2] + [6]) == 0
+    assert server.match(2, [*text, 6]) == 5
+    assert server.match(3, [*text[:2], 6]) == 0
     server.free(0, 2)
-    assert server.match(3, text + [6]) == 5
+    assert server.match(3, [*text, 6]) == 5
 
 
 def test_running_out_of_nodes_costs_matches_only():
@@ -525,7 +525,7 @@ def test_whatever_the_hash_matches_are_right(hashes, monkeypatch, traced_anew):
     for text in texts:
         server.write(0, text)
         server.leave(0)
-    found = [server.match(1, text + [1]) for text in texts if server.free(1) is None]
+    found = [server.match(1, [*text, 1]) for text in texts if server.free(1) is None]
     assert found[0] == 4 and set(found) <= {0, 4}
 
 
@@ -534,7 +534,7 @@ def test_a_full_bucket_costs_matches_until_one_of_its_nodes_goes(monkeypatch, tr
     server = Server(replace(TEXTS, num_pages=11))
 
     def found():
-        return [server.match(1, text + [1]) for text in texts if server.free(1) is None]
+        return [server.match(1, [*text, 1]) for text in texts if server.free(1) is None]
 
     texts = [[n] * 4 for n in range(10)]
     for text in texts[:9]:
@@ -591,7 +591,7 @@ def test_the_smallest_caches_match_and_reclaim(config):
     server.write(last, text)
     server.leave(last)
     assert server.reclaimable == config.num_pages
-    assert server.match(last, text + [1]) == room
+    assert server.match(last, [*text, 1]) == room
     assert server.write(last, [1]) == Status.SEQUENCE_TOO_LONG
     server.free(last)
     assert server.match(last, text) == room - size
@@ -601,8 +601,8 @@ def test_the_smallest_caches_match_and_reclaim(config):
     server.write(last, other)
     server.check(last)
     server.leave(last)
-    assert server.match(last, text + [1]) == 0
-    assert server.match(last, other + [1]) == room
+    assert server.match(last, [*text, 1]) == 0
+    assert server.match(last, [*other, 1]) == room
 
 
 def test_a_row_that_is_matched_full_takes_no_more():
@@ -700,7 +700,7 @@ def test_a_batch_lives_on_where_nothing_matched(recorded):
 
 # Refused when traced --------------------------------------------------------------------------------
 
-GOOD = dict(seqs=ints(1), tokens=np.array([A + [1]], np.int32), num_tokens=ints(5), salt=ints(0))
+GOOD = dict(seqs=ints(1), tokens=np.array([[*A, 1]], np.int32), num_tokens=ints(5), salt=ints(0))
 WRONG = {
     "tokens of one axis": (dict(tokens=GOOD["tokens"][0]), r"tokens.*\[1, max_tokens\].*int32\[5\]"),
     "tokens for two entries": (dict(tokens=np.zeros((2, 5), np.int32)), r"tokens.*\[1, max_tokens\]"),
@@ -764,34 +764,47 @@ def test_statistics_count_queries_tokens_and_pages():
     assert stats["total_deallocations"] == 3 + 2
 
 
+@pytest.fixture(scope="module")
 def with_reclaimable():
-    """Pages 0 to 2: a live one, two reclaimable ones; page 3 is live, page 4 was freed, page 5 is live."""
+    """Pages 0 and 4 are in use, 1 and 2 reclaimable, 3 is free below page 4."""
     server = Server()
-    for slot, text in enumerate((D, A + B, E, [1], [2])):
-        server.write(min(slot, 3) if slot < 4 else 1, text) if slot != 1 else server.write(1, text)
-        if slot == 3:
-            server.record(1)
-            server.free(1)
-    server.free(3)
+    for slot, text in enumerate((D, A + B, [1], E)):
+        server.write(slot, text)
+    server.leave(1)
+    server.free(2)
     return server.cache
 
 
-def test_reclaimable_pages_are_neither_used_nor_free_in_a_profile():
-    profile = jaxkv.memory_profile(with_reclaimable())
-    assert (profile.physical_pages, profile.reclaimable_pages, profile.free_pages) == (3, 2, 3)
+def test_reclaimable_pages_are_neither_used_nor_free_in_a_profile(with_reclaimable):
+    profile = jaxkv.memory_profile(with_reclaimable)
+    assert (profile.physical_pages, profile.reclaimable_pages, profile.free_pages) == (2, 2, 4)
     assert profile.used_bytes + profile.reclaimable_bytes + profile.free_bytes == profile.pool_bytes
     assert profile.reclaimable_bytes == 2 * TEXTS.page_bytes
-    assert profile.usage == 3 / 8
+    assert profile.usage == 2 / 8
     assert profile.holes == 1
     assert profile.as_dict()["reclaimable_pages"] == 2
     assert profile.as_dict()["prefix_pages_recorded"] == 2
 
 
-def test_a_report_names_reclaimable_pages():
-    report = jaxkv.memory_profile(with_reclaimable()).report()
-    assert re.search(r"^  used +3 pages", report, re.MULTILINE)
+def test_a_map_of_pages_shows_reclaimable_ones(with_reclaimable):
+    cells = page_map(with_reclaimable)
+    assert cells.used.tolist() == [True, False, False, False, True, False, False, False]
+    assert cells.reclaimable.tolist() == [False, True, True] + [False] * 5
+    assert cells.holes.tolist() == [False] * 3 + [True] + [False] * 4
+    assert cells.text(width=80).splitlines() == [
+        "0 █░░·█···",
+        "· free   ▁ to █ fuller   ▓ shared   ░ reclaimable   each a page",
+    ]
+    assert cells.text(width=80, ascii_only=True).startswith("0 #~~.#...")
+    by_two = cells.grouped(2)
+    assert by_two.reclaimable.tolist() == [False, True, False, False]
+
+
+def test_a_report_names_reclaimable_pages(with_reclaimable):
+    report = jaxkv.memory_profile(with_reclaimable).report()
+    assert re.search(r"^  used +2 pages", report, re.MULTILINE)
     assert re.search(r"^  reclaimable +2 pages", report, re.MULTILINE)
-    assert re.search(r"^  free +3 pages", report, re.MULTILINE)
+    assert re.search(r"^  free +4 pages", report, re.MULTILINE)
     assert re.search(r"^prefix pages recorded +2 ", report, re.MULTILINE)
     assert "reclaimable" not in jaxkv.memory_profile(jitted.init(replace(TEXTS, prefix_cache=False))).report()
 
@@ -800,7 +813,7 @@ def test_telemetry_publishes_reclaimable_pages_and_matches():
     telemetry, server = Telemetry(), Server()
     server.write(0, A + B)
     server.leave(0)
-    server.match(1, A + [1])
+    server.match(1, [*A, 1])
     telemetry.observe(server.cache)
     telemetry.flush()
     seen = {sample.name: sample.value for metric in telemetry.registry.collect() for sample in metric.samples}
