@@ -14,7 +14,7 @@ from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import clear_index, count, hold, reclaim_nodes, share_found
 from jaxkv.prefix_sizes import block_tokens, pages_per_node
-from jaxkv.state import KVCache, PageTable, PrefixIndex
+from jaxkv.state import KVCache, PageTable, PolicyState, PrefixIndex
 from pallas_kernels import control_flow
 from pallas_kernels.checks import as_int32
 
@@ -37,6 +37,7 @@ def match_prefix(
     that one is left whose logits choose the next. The slot's position is then the number of matched tokens:
     allocate, append and attend for the rest. No free page is needed. In layers with a window only the pages
     that the next tokens can see are installed. A match is exact: tokens are compared, hashes only find them.
+    A policy has seen nothing of matched tokens yet: one that goes by attention holds them for unattended.
 
     Args:
       cache: the cache, of a config with `prefix_cache`.
@@ -177,7 +178,21 @@ def _match(
     table = stamp(table, Operation.MATCH_PREFIX, matched > 0, slot, matched, pages[0][:, 0])
     counted["prefix_tokens_matched"] = jnp.sum(matched * size, dtype=jnp.int32)
     stats = count(cache.stats, cache.table, table, num_taken=num_taken, **counted)
-    return replace(cache, table=table, stats=stats), matched * size
+    policy = _anew(cache.policy, slot, config)
+    return replace(cache, table=table, stats=stats, policy=policy), matched * size
+
+
+def _anew(
+    policy: PolicyState | None, slot: Int[Array, " entries"], config: CacheConfig
+) -> PolicyState | None:
+    """The policy's state, which of these slots has seen nothing yet: an earlier sequence left it as it was."""
+    if policy is None:
+        return None
+    first = policy.rule.first_values(config)
+    values = {
+        name: of.at[slot].set(rows_of(first[name], slot), mode="drop") for name, of in policy.values.items()
+    }
+    return replace(policy, values=values, least=policy.least.at[slot].set(0, mode="drop"))
 
 
 def _empty_slots(table: PageTable, seqs: Array, max_seqs: int) -> Int[Array, " entries"]:
