@@ -185,7 +185,7 @@ def _match(
 def _anew(
     policy: PolicyState | None, slot: Int[Array, " entries"], config: CacheConfig
 ) -> PolicyState | None:
-    """The policy's state, which of these slots has seen nothing yet: an earlier sequence left it as it was."""
+    """The policy's state, which has seen nothing of these slots yet: an earlier sequence left its own."""
     if policy is None:
         return None
     first = policy.rule.first_values(config)
