@@ -1,5 +1,6 @@
 """The programs that must run in place: every operation, with floats and codes, on both backends."""
 
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -10,6 +11,7 @@ from jaxkv import policies
 from tests.compiled.in_place.program import (
     GEMMA_3_27B,
     GEMMA_4_26B,
+    LLAMA,
     LLAMA_8B,
     MAX_SEQS,
     Program,
@@ -76,6 +78,14 @@ def allocate_and_evict(cache, seqs):
     )
 
 
+def serve(cache, seqs, tokens, num_tokens):
+    """What a server does around the model, for requests that come and go."""
+    cache, num_matched = jaxkv.match_prefix(cache, seqs, tokens, num_tokens)
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.minimum(num_tokens - num_matched, 1))
+    cache = jaxkv.record_prefix(cache, seqs, tokens, num_tokens)
+    return jaxkv.free(cache, seqs), batch.status
+
+
 def one_layer(cache, batch, x, layer, like: int):
     """Append and attend in a layer, which may be traced, of the same kind as layer `like`."""
     kind = cache.config.groups[cache.config.homes[like].group]
@@ -112,7 +122,7 @@ def by_blocks(cache, seqs, num_tokens, x):
 
 def programs() -> list[Program]:
     """All of them."""
-    return [*_floats(), *_codes(), *_masses(), *_evictions(), *_kinds()]
+    return [*_floats(), *_codes(), *_masses(), *_evictions(), *_kinds(), *_prefixes()]
 
 
 def _floats() -> list[Program]:
@@ -235,6 +245,30 @@ def _kinds() -> list[Program]:
         Program(f"{backend}: {name}", run, arguments, backend=backend, quantization=quantization, sizes=sizes)
         for backend, name, run, arguments, sizes, quantization in rows
     ]
+
+
+def _prefixes() -> list[Program]:
+    """Prompts that are looked up and recorded, pages that are reclaimed: of one kind of layers and of two."""
+    one, two = (replace(sizes, prefix_cache=True) for sizes in (LLAMA, GEMMA_4_26B))
+    rows = [
+        ("xla", "match_prefix", jaxkv.match_prefix, _prompts, one),
+        ("xla", "record_prefix", jaxkv.record_prefix, _prompts, one),
+        ("xla", "allocate, with prefixes", jaxkv.allocate, lambda: (SEQS, SEQS), one),
+        ("xla", "free, with prefixes", jaxkv.free, lambda: (SEQS,), one),
+        ("xla", "compact, with prefixes", jaxkv.compact, lambda: (), one),
+        ("triton", "serve a step, with prefixes", serve, _prompts, one),
+        ("xla", "Gemma 4, match_prefix", jaxkv.match_prefix, _prompts, two),
+        ("xla", "Gemma 4, record_prefix", jaxkv.record_prefix, _prompts, two),
+        ("triton", "Gemma 4, serve a step, with prefixes", serve, _prompts, two),
+    ]
+    return [
+        Program(f"{backend}: {name}", run, arguments, backend=backend, sizes=sizes)
+        for backend, name, run, arguments, sizes in rows
+    ]
+
+
+def _prompts() -> tuple:
+    return SEQS, jax.ShapeDtypeStruct((MAX_SEQS, 2048), jnp.int32), SEQS
 
 
 def _tokens(seqs, sizes, tokens: int) -> tuple:
