@@ -25,7 +25,7 @@ test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
 
 test-long: $(VENV)/.installed
-	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --dist=load -q tests/test_state_machine.py
+	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --dist=load -q tests/test_state_machine.py tests/test_prefix_machine.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -11,13 +11,15 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.causal_lm import run_model
-from jaxkv.entries import pages_for
+from jaxkv.entries import pages_for, rows_of
 from jaxkv.pages import free
 from jaxkv.prefill import prefill as prefill
 from jaxkv.prefill import tidied
+from jaxkv.prefixes import record_prefix
 from jaxkv.sampling import Sampling, SamplingBatch, sample_each
 from jaxkv.state import KVCache, Status
 from pallas_kernels import control_flow
+from pallas_kernels.control_flow import only_if
 
 
 class Finish(IntEnum):
@@ -47,6 +49,9 @@ class Decoding:
       peak_unshared: most pages that the sequences would have used at once without sharing.
       logits: the logits from which each output token was drawn, or None if they are not kept.
       keep: whether sequences stay in the cache when they end.
+      prompts: tokens that the cache held of each at the start, to record it when it ends; None if nothing is
+        recorded.
+      prompt_lengths: how many; 0 for a sequence that is not recorded.
     """
 
     cache: KVCache
@@ -61,6 +66,8 @@ class Decoding:
     peak_unshared: Int[Array, ""]
     logits: Float[Array, "seqs max_new_tokens vocab"] | None = None
     keep: bool = field(default=False, metadata={"static": True})
+    prompts: Int[Array, "seqs width"] | None = None
+    prompt_lengths: Int[Array, " seqs"] | None = None
 
 
 def decode(
@@ -152,7 +159,24 @@ def end(state: Decoding, ends: Bool[Array, " seqs"]) -> Decoding:
 
 
 def _release(state: Decoding, ended: Bool[Array, " seqs"]) -> KVCache:
-    return state.cache if state.keep else free(state.cache, jnp.where(ended, state.seqs, -1))
+    seqs = jnp.where(ended, state.seqs, -1)
+    cache = state.cache
+    if state.prompts is not None:
+        cache = only_if(jnp.any(ended), lambda cache: _recorded(cache, state, seqs), cache)
+    return cache if state.keep else free(cache, seqs)
+
+
+def _recorded(cache: KVCache, state: Decoding, seqs: Int[Array, " seqs"]) -> KVCache:
+    """The cache that finds the texts of these sequences again."""
+    assert state.prompts is not None and state.prompt_lengths is not None
+    begin, width = state.prompt_lengths[:, None], state.prompts.shape[1] + state.output.shape[1]
+    column = jnp.arange(width, dtype=jnp.int32)[None]
+    entry = jnp.arange(seqs.shape[0], dtype=jnp.int32)[:, None]
+    new = rows_of(state.output, (entry, jnp.where(column < begin, width, column - begin)))
+    tokens = jnp.where(column < begin, rows_of(state.prompts, (entry, column)), new)
+    known = state.prompt_lengths > 0
+    counts = jnp.where(known, state.prompt_lengths + state.num_generated, 0)
+    return record_prefix(cache, seqs, tokens, counts)
 
 
 def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
@@ -180,6 +204,7 @@ def start(
     stop_tokens: tuple[int, ...] = (),
     keep_logits: bool = False,
     keep: bool = False,
+    prompts: tuple[Int[Array, "seqs width"], Int[Array, " seqs"]] | None = None,
 ) -> Decoding:
     """The initial state of a decode loop, with each sequence's first token drawn.
 
@@ -194,6 +219,8 @@ def start(
       stop_tokens: ids that end a sequence.
       keep_logits: keep the logits of every output token; `seqs * max_new_tokens * vocab` floats.
       keep: leave sequences in the cache when they end, with all their tokens except the newest.
+      prompts: the tokens that the cache holds of each, padded, and how many: sequences are recorded when
+        they end (`record_prefix`), but for those of 0 tokens. Default: none are.
     """
     num_seqs, vocab = logits.shape
     zeros = jnp.zeros(num_seqs, jnp.int32)
@@ -212,6 +239,8 @@ def start(
         peak_unshared=jnp.zeros((), jnp.int32),
         logits=jnp.zeros((num_seqs, max_new_tokens, vocab), jnp.float32) if keep_logits else None,
         keep=keep,
+        prompts=None if prompts is None else prompts[0],
+        prompt_lengths=None if prompts is None else prompts[1],
     )
     state = replace(state, peak_unshared=_peak_unshared(state, cache), cache=_release(state, ~wanted))
     return _take(state, logits, wanted, zeros, sampling, stop_tokens)

@@ -9,7 +9,7 @@ import numpy as np
 from jaxkv.config import CacheConfig
 from jaxkv.errors import OutOfPagesError, SequenceTooLongError
 from jaxkv.groups import Group
-from jaxkv.ownership import num_available
+from jaxkv.ownership import num_available, num_users
 from jaxkv.packing import Stage, chunks, most_at_once, stages
 from jaxkv.pages import lengths
 from jaxkv.policies import Policy
@@ -24,6 +24,7 @@ def check_fit(
     shared: int,
     policy: Policy | None,
     prefill_chunk: int,
+    found: Mapping[int, int] | None = None,
 ) -> None:
     """Refuses prompts that cannot fit, before anything is computed.
 
@@ -35,6 +36,8 @@ def check_fit(
       shared: number of pages that all of them begin with.
       policy: the eviction policy, or None.
       prefill_chunk: most tokens per prefill step.
+      found: tokens that each begins with like an earlier prompt, whole pages, which a cache with
+        `prefix_cache` finds again. Default: none.
 
     Raises:
       SequenceTooLongError, OutOfPagesError: naming what is needed and what is available.
@@ -53,6 +56,10 @@ def check_fit(
                 f"prompt {number} has {len(prompt)} tokens{after}; a sequence holds "
                 f"{config.max_tokens_per_seq} ({config.max_pages_per_seq} pages of {config.page_size})"
             )
+    saved = shared
+    if found is not None:
+        prompts = {number: prompt[found.get(number, 0) :] for number, prompt in prompts.items()}
+        saved = sum(found.values()) // config.page_size
     parts = stages(list(prompts.values()), shared * config.page_size, prefill_chunk, config, policy)
     own = [int(slots[number]) for number in prompts]
     if policy is None:
@@ -60,13 +67,13 @@ def check_fit(
     else:
         windowed = [group for group in config.groups if group.window is not None]
         pages = rehearse(config, cache, own, parts, windowed)
-        shared = shared if most is None else min(shared, config.pages_for(most))
+        saved = shared = shared if most is None else min(shared, config.pages_for(most))
         stored = [(int(held_now[slots[number]]), len(prompt)) for number, prompt in prompts.items()]
         pages += _pages_with_policy(config, stored, shared, policy, most) + copied_pages(cache, own)
     free = config.num_pages if cache is None else int(num_available(cache.table))
     if pages > free:
         raise OutOfPagesError(
-            f"the prompts need {pages} pages of {config.page_size} tokens ({shared} of them shared); "
+            f"the prompts need {pages} pages of {config.page_size} tokens ({saved} of them shared); "
             f"{free} of the pool's {config.num_pages} are free"
         )
 
@@ -91,7 +98,7 @@ def rehearse(
       groups: the groups that count.
     """
     rows = [_Row(group, config, cache, slot) for group in groups for slot in slots]
-    owners = Counter() if cache is None else Counter(dict(enumerate(cache.table.refcounts.tolist())))
+    owners = Counter() if cache is None else Counter(dict(enumerate(num_users(cache.table).tolist())))
     fresh, held, most = count(config.num_pages), 0, 0
 
     def disown(pages: list[int]) -> int:
@@ -194,7 +201,7 @@ def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
     if cache is None:
         return 0
     table, config = cache.table, cache.config
-    stored, pages, refcounts = (np.asarray(x) for x in (table.lengths, table.pages, table.refcounts))
+    stored, pages, users = (np.asarray(x) for x in (table.lengths, table.pages, num_users(table)))
     rows = [
         (number * config.max_seqs + slot, group.page_size)
         for number, group in enumerate(config.groups)
@@ -202,4 +209,4 @@ def copied_pages(cache: KVCache | None, slots: Sequence[int]) -> int:
         for slot in slots
     ]
     tails = [pages[row, stored[row] // size] for row, size in rows if stored[row] % size]
-    return sum(int(refcounts[page] > 1) for page in tails)
+    return sum(int(users[page] > 1) for page in tails)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from jaxkv.beginnings import begin_in_pairs, beginnings
 from jaxkv.causal_lm import CausalLM
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Decoding, Finish, decode, end, start
@@ -19,7 +20,8 @@ from jaxkv.generation import generation_of
 from jaxkv.initial import init
 from jaxkv.packing import common_pages
 from jaxkv.policies import Policy
-from jaxkv.prompting import Prompts, run_prompts, vocabulary
+from jaxkv.prefix_sizes import block_tokens
+from jaxkv.prompting import Prefilled, Prompts, run_prompts, vocabulary
 from jaxkv.request import Request, check_model
 from jaxkv.sampling import GREEDY, Sampling, SamplingBatch
 from jaxkv.sizing import fitting_config
@@ -65,7 +67,9 @@ def generate(
     """Generates text for a ragged batch of prompts.
 
     Whole pages that all prompts begin with are prefilled once and shared by `fork`; the samples of a prompt
-    share its pages likewise. Decoding is one compiled loop; control returns to the host between blocks.
+    share its pages likewise. With `CacheConfig(prefix_cache=True)` so is whatever any two prompts begin with,
+    or a prompt and an earlier text of the cache; texts are recorded when their sequences end. Decoding is one
+    compiled loop; control returns to the host between blocks.
 
     For several turns, `keep=True` leaves sequences in the cache when they end, and the next call continues:
 
@@ -80,7 +84,8 @@ def generate(
       model: a pytree with the call signature of `CausalLM`.
       prompts: token ids of each prompt. The order `generate(model, config, prompts)` is accepted too.
       config: sizes of the cache that `generate` makes and returns. Default: from the model's `cache_config`,
-        with room for every sequence at its longest, but none for a further turn.
+        with room for every sequence at its longest, but none for a further turn; with `prefix_cache` if
+        some prompts begin alike, but not all.
       cache: instead of a config, a cache to continue with: what an earlier call returned, or a `KVCache`.
         It is consumed, even by a call that fails while it runs: its arrays are donated, and may not be used
         again. `jax.tree.map(jnp.copy, cache)` keeps a copy.
@@ -94,7 +99,7 @@ def generate(
         sequences do not change what a sequence draws.
       stop_tokens: ids that end a sequence.
       key: for sampling; use a different one each turn, or turns draw alike. Default: `jax.random.key(0)`.
-      share_prefix: whether to share what all prompts begin with.
+      share_prefix: whether to share what prompts begin with; with a policy, only what all begin with.
       prefill_chunk: most tokens per prefill step.
       block: decode steps between two calls of `on_tokens`.
       keep_logits: return the logits of every new token.
@@ -119,7 +124,7 @@ def generate(
         prompts, config = config, prompts  # type: ignore[assignment]
     counts = dict(num_samples=num_samples, prefill_chunk=prefill_chunk, block=block)
     request = Request.of(prompts, max_new_tokens, sampling, stop_tokens, **counts)  # type: ignore[arg-type]
-    turn = _turn(model, request, config, cache, seqs, policy)
+    turn = _turn(model, request, config, cache, seqs, policy, share_prefix)
     turn = with_policy(turn, policy)
     request, new = turn.request, partial(init, turn.config, policy)
     fresh = jax.eval_shape(new) if turn.cache is None else turn.cache
@@ -130,15 +135,18 @@ def generate(
     request.check_vocabulary(vocab, model)
 
     cache = new() if turn.cache is None else turn.cache
-    logits, seconds = jnp.zeros((len(request.prompts), vocab), jnp.float32), 0.0
+    done = Prefilled(cache, jnp.zeros((len(request.prompts), vocab), jnp.float32), 0, 0, 0.0)
     if plan.tokens:
-        cache, logits, seconds = run_prompts(model, cache, plan, warm_up)
+        done = run_prompts(model, cache, plan, warm_up)
     limits = np.repeat(np.array(request.limits, np.int32), request.num_samples)
     samplings = SamplingBatch.of([one for one in request.samplings for _ in range(request.num_samples)])
+    records = None
+    if plan.before:
+        records = tuple(jnp.repeat(jnp.asarray(of), request.num_samples, axis=0) for of in plan.rows())
     decoding = _start(
-        cache,
+        done.cache,
         jnp.asarray(plan.slots.reshape(-1)),
-        jnp.repeat(logits, request.num_samples, axis=0),
+        jnp.repeat(done.logits, request.num_samples, axis=0),
         jax.random.key(0) if key is None else key,
         max_new_tokens=max(request.limits),
         limits=jnp.asarray(limits),
@@ -146,6 +154,7 @@ def generate(
         stop_tokens=request.stop_tokens,
         keep_logits=keep_logits,
         keep=bool(keep),
+        prompts=records,
     )
     advance = partial(_decode, model, sampling=samplings, stop_tokens=request.stop_tokens)
     decoding, decode_seconds = _run_decode(advance, decoding, request.block, warm_up, on_tokens)
@@ -153,19 +162,33 @@ def generate(
         decoding,
         plan.slots,
         turn.pending,
-        prefill_tokens=plan.num_computed,
-        prefill_seconds=seconds,
+        prefill_tokens=done.num_computed,
+        prefill_seconds=done.seconds,
         decode_seconds=decode_seconds,
+        found_tokens=done.num_found,
+        held={**turn.held, **_held(plan)},
     )
 
 
-def _turn(model: CausalLM, request: Request, config: object, cache: object, seqs, policy) -> Turn:
+def _held(plan: Prompts) -> dict[int, list[int]]:
+    """The tokens that slots hold once the prompts are run, where they are known."""
+    return {
+        int(slot): [*before, *plan.tokens[number]]
+        for number, before in plan.before.items()
+        if before is not None
+        for slot in plan.slots[number]
+    }
+
+
+def _turn(
+    model: CausalLM, request: Request, config: object, cache: object, seqs, policy, share_prefix: bool
+) -> Turn:
     """The turn, on the given cache, a new cache of the config, or a new cache sized for the prompts."""
     if config is not None and not isinstance(config, CacheConfig):
         raise ValueError(f"config={config!r:.200} must be a jaxkv.CacheConfig")
     if isinstance(cache, Generation):
         seqs = [slot for slots in cache.slots for slot in slots] if seqs is None else seqs
-        return next_turn(request, cache.cache, config, seqs, cache.pending)
+        return next_turn(request, cache.cache, config, seqs, cache.pending, cache.held)
     if cache is not None:
         return next_turn(request, cache, config, seqs, {})  # type: ignore[arg-type]
     if seqs is not None:
@@ -173,7 +196,8 @@ def _turn(model: CausalLM, request: Request, config: object, cache: object, seqs
     if config is None:
         lengths = [len(prompt) for prompt in request.prompts]
         options = request.num_samples, policy, request.prefill_chunk
-        config = fitting_config(model, lengths, request.limits, *options)
+        pairs = share_prefix and policy is None and begin_in_pairs(request.prompts)
+        config = fitting_config(model, lengths, request.limits, *options, prefix_cache=pairs)
     return new_turn(request, config)
 
 
@@ -186,11 +210,19 @@ def _plan(turn: Turn, policy: Policy | None, share_prefix: bool, keep: bool) -> 
     wanted = {
         number: prompt for number, prompt in enumerate(request.prompts) if keep or request.limits[number]
     }
-    shared = 0
+    shared, slots, largest = 0, turn.slots[:, 0], request.prefill_chunk
+    if config.prefix_cache and policy is None:
+        before = {number: turn.before(number) for number in wanted}
+        looked_up = {n: prompt for n, prompt in wanted.items() if share_prefix and before[n] == []}
+        alike = beginnings(looked_up, block_tokens(config))
+        # What the cache holds already may make it fewer pages yet.
+        found = {number: one.shared for number, one in alike.items()}
+        check_fit(config, turn.cache, slots, wanted, 0, policy, largest, found)
+        return Prompts(wanted, turn.slots, 0, largest, turn.is_new, before, alike)
     if share_prefix and len(wanted) > 1 and turn.is_new:
-        shared = common_pages(list(wanted.values()), config, policy, request.prefill_chunk)
-    check_fit(config, turn.cache, turn.slots[:, 0], wanted, shared, policy, request.prefill_chunk)
-    return Prompts(wanted, turn.slots, shared * config.page_size, request.prefill_chunk, turn.is_new)
+        shared = common_pages(list(wanted.values()), config, policy, largest)
+    check_fit(config, turn.cache, slots, wanted, shared, policy, largest)
+    return Prompts(wanted, turn.slots, shared * config.page_size, largest, turn.is_new)
 
 
 def _run_decode(advance, state: Decoding, block: int, warm_up: bool, on_tokens: _OnTokens | None):

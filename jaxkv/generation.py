@@ -1,7 +1,8 @@
 """What `generate` returns."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from types import MappingProxyType
 
 import numpy as np
 from jaxtyping import Array
@@ -23,9 +24,11 @@ class Generation:
       pending: that newest token of each slot, which the model has not run on. `generate(...,
         cache=generation)` puts it before the slot's next prompt; with `cache=generation.cache` the caller
         must do so.
+      held: of a cache with `prefix_cache`, the token ids that each slot holds after `keep`.
       peak_pages: most pages in use at once since the cache was made.
       peak_pages_unshared: most pages the same sequences would have used at once without sharing.
       prefill_tokens, prefill_seconds: tokens computed before the first new one, and the time.
+      found_tokens: tokens of the prompts that the cache held already (`match_prefix`), and were not computed.
       decode_steps, decode_seconds: of the decode loop. With `warm_up` no time includes compilation.
       logits: float32 `[prompts * num_samples, max_new_tokens, vocab]` with `keep_logits`.
     """
@@ -42,6 +45,8 @@ class Generation:
     decode_steps: int
     decode_seconds: float
     logits: Array | None
+    found_tokens: int = 0
+    held: Mapping[int, list[int]] = field(default_factory=dict)
 
     @property
     def num_new_tokens(self) -> int:
@@ -57,6 +62,8 @@ def generation_of(
     prefill_tokens: int,
     prefill_seconds: float,
     decode_seconds: float,
+    found_tokens: int = 0,
+    held: Mapping[int, list[int]] = MappingProxyType({}),
 ) -> Generation:
     """The result of a decode loop that has ended.
 
@@ -64,11 +71,16 @@ def generation_of(
       state: of the loop.
       slots: int32 `[prompts, num_samples]`.
       pending: newest tokens of other slots.
-      prefill_tokens, prefill_seconds, decode_seconds: as in `Generation`.
+      prefill_tokens, prefill_seconds, decode_seconds, found_tokens: as in `Generation`.
+      held: tokens that slots held when the loop began, where they are known.
     """
     output, counts, finish = (np.asarray(x) for x in (state.output, state.num_generated, state.finish))
     tokens = [row[:count].tolist() for row, count in zip(output, counts, strict=True)]
     newest = {int(slot): row[-1] for slot, row in zip(slots.flat, tokens, strict=True) if row and state.keep}
+    held = dict(held)
+    for slot, row in zip(slots.flat, tokens, strict=True):
+        if slot in held:
+            held[int(slot)] = [*held[slot], *row[:-1]]
     reasons = [Finish(int(reason)) for reason in finish]
     samples = slots.shape[1]
     by_prompt = range(0, len(tokens), samples)
@@ -85,4 +97,6 @@ def generation_of(
         decode_steps=int(state.step),
         decode_seconds=decode_seconds,
         logits=state.logits,
+        found_tokens=found_tokens,
+        held=held if state.keep else {},
     )

@@ -7,6 +7,7 @@ from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM, mark_layers, run_model, unwritten_layers
 from jaxkv.compaction import maybe_compact
 from jaxkv.eviction import evict
+from jaxkv.prefixes import record_prefix
 from jaxkv.state import Batch, KVCache
 
 
@@ -17,6 +18,7 @@ def prefill(
     num_tokens: Int[Array, " seqs"],
     tokens: Int[Array, " tokens"],
     *,
+    texts: tuple[Int[Array, "seqs width"], Int[Array, " seqs"]] | None = None,
     observed: bool = True,
 ) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"]]:
     """Runs one ragged chunk of prompts through the model; then the cache's policy evicts.
@@ -27,6 +29,8 @@ def prefill(
       seqs: slots; a negative one is padding.
       num_tokens: tokens of each in this chunk.
       tokens: their ids, one sequence after the other, padded at the end.
+      texts: with `prefix_cache`, all tokens of each sequence so far, this chunk's included, padded,
+        and how many: `record_prefix` gets them before windows release pages. Default: nothing is recorded.
       observed: static; whether the policy observes the chunk and evicts.
 
     Returns:
@@ -37,7 +41,7 @@ def prefill(
     """
     cache, batch = allocate(tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     logits, cache = _run(model, cache, batch, tokens, observed)
-    return logits, _evicted(cache, batch, observed), batch.status
+    return logits, _evicted(_recorded(cache, batch, texts), batch, observed), batch.status
 
 
 def prefill_checked(
@@ -47,13 +51,19 @@ def prefill_checked(
     num_tokens: Int[Array, " seqs"],
     tokens: Int[Array, " tokens"],
     *,
+    texts: tuple[Int[Array, "seqs width"], Int[Array, " seqs"]] | None = None,
     observed: bool = True,
 ) -> tuple[Float[Array, "seqs vocab"], KVCache, Int[Array, " seqs"], Bool[Array, " layers"]]:
     """As `prefill`; also returns in which layers of the cache the model wrote nothing."""
     cache, batch = allocate(tidied(cache), seqs, num_tokens, total_tokens=tokens.shape[0])
     logits, cache = _run(model, mark_layers(cache, batch), batch, tokens, observed)
     unwritten = unwritten_layers(cache, batch)
-    return logits, _evicted(cache, batch, observed), batch.status, unwritten
+    cache = _evicted(_recorded(cache, batch, texts), batch, observed)
+    return logits, cache, batch.status, unwritten
+
+
+def _recorded(cache: KVCache, batch: Batch, texts: tuple[Array, Array] | None) -> KVCache:
+    return cache if texts is None else record_prefix(cache, jnp.where(batch.ok, batch.seqs, -1), *texts)
 
 
 def _run(model: CausalLM, cache: KVCache, batch: Batch, tokens: Array, observed: bool):

@@ -262,7 +262,7 @@ class Batch:
       positions: of each token, for RoPE; 0 for padding.
       row_lengths: token slots of each sequence in each group; 0 for a refused entry.
       page_ids, offsets: where each token is written in each group; page id `num_pages` for padding.
-      num_free: pages free after the call.
+      num_free: pages that can be taken after the call, reclaimable ones included.
       fingerprint: of the page table after the call.
       config: the cache's.
       window, sink_tokens: the limits that the cache's policy sets on what each token attends to; see

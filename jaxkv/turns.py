@@ -1,7 +1,7 @@
 """Assigns the prompts of a call to slots of a new cache, or of one that holds earlier turns."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import jax
@@ -26,6 +26,7 @@ class Turn:
       cache: the given cache; None for a new one.
       slots: `[prompts, num_samples]`; a prompt is run in its first slot.
       pending: newest token of each other slot, not in the cache.
+      held: tokens that slots in use hold, where they are known.
     """
 
     request: Request
@@ -33,11 +34,19 @@ class Turn:
     cache: KVCache | None
     slots: np.ndarray
     pending: Mapping[int, int]
+    held: Mapping[int, list[int]] = field(default_factory=dict)
 
     @property
     def is_new(self) -> bool:
         """Whether no prompt has anything before it."""
         return self.cache is None or not np.asarray(self.cache.table.positions)[self.slots[:, 0]].any()
+
+    def before(self, number: int) -> list[int] | None:
+        """The tokens that a prompt's slot holds; None if they are not known."""
+        slot = int(self.slots[number, 0])
+        if self.cache is None or not int(self.cache.table.positions[slot]):
+            return []
+        return self.held.get(slot)
 
 
 def new_turn(request: Request, config: CacheConfig) -> Turn:
@@ -62,6 +71,7 @@ def next_turn(
     config: CacheConfig | None,
     seqs: Sequence[int] | None,
     pending: Mapping[int, int],
+    held: Mapping[int, list[int]] = MappingProxyType({}),
 ) -> Turn:
     """A turn on a given cache.
 
@@ -71,6 +81,7 @@ def next_turn(
       config: None, or the cache's own.
       seqs: slot of each prompt. Default: 0, 1, 2 ...
       pending: newest token of slots whose newest token is not in the cache.
+      held: tokens that slots in use hold, where they are known.
 
     Raises:
       ValueError: for slots out of range, named twice, or not as many as the prompts.
@@ -85,7 +96,7 @@ def next_turn(
         for slot, prompt in zip(owned, request.prompts, strict=True)
     ]
     others = {slot: token for slot, token in pending.items() if slot not in slots}
-    return Turn(replace(request, prompts=prompts), cache.config, cache, slots, others)
+    return Turn(replace(request, prompts=prompts), cache.config, cache, slots, others, held)
 
 
 def _check_cache(cache: object, config: CacheConfig | None) -> None:

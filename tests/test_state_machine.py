@@ -290,8 +290,12 @@ def machine(name, shape, kind=Machine, examples=None, **options):
     return case
 
 
-# Of layer groups every run has a full layer among windows, pages of one token, and kinds of three shapes.
+# Of layer groups every run has a full layer among windows, pages of one token, and kinds of three shapes; of
+# formats float32, float16, int8 and int4.
 SLOW = {
+    "few entries, long rows, bfloat16",
+    "more slots than pages",
+    "fp8, odd pages",
     "windows only",
     "windows below and of a page, rollback",
     "a window beyond the context, groups of one layer",

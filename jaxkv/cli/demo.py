@@ -12,7 +12,7 @@ from jaxkv.cli.compilation_cache import keep_programs
 from jaxkv.cli.options import EPILOG, add_common, add_known_model
 from jaxkv.cli.pool import fitting_config
 from jaxkv.cli.prompts import QUESTIONS, demo_prompts
-from jaxkv.cli.report import pages, speed
+from jaxkv.cli.report import found, pages, speed
 from jaxkv.config import CacheConfig
 from jaxkv.generating import generate
 from jaxkv.generation import Generation
@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
     loaded, tokenizer = load_with_progress(options.model)
     ids = demo_prompts(tokenizer)
-    config = fitting_config(loaded, ids, options, 1, None)
+    config = fitting_config(loaded, ids, options, 1, None, prefix_cache=True)
     with Watch(tokenizer, options.max_new_tokens, stream=False) as watch:
         result = generate(
             loaded.model,
@@ -59,6 +59,7 @@ def run(options: argparse.Namespace) -> int:
     rows = {
         "model": f"{loaded.name}, cache in {config.quantization or config.dtype}",
         "speed": speed(result),
+        "prompts": found(result),
         "pages": pages(config, result),
         "memory": _memory(config, result),
         "largest |Δlogit| against dense attention": f"{difference:.2e}",

@@ -12,7 +12,7 @@ from jaxkv.cli.compilation_cache import keep_programs
 from jaxkv.cli.options import EPILOG, add_common, add_num_pages, add_seed, count, port
 from jaxkv.cli.pool import fitting_config
 from jaxkv.cli.prompts import check_stop, read_prompts, token_ids
-from jaxkv.cli.report import pages, speed
+from jaxkv.cli.report import found, pages, speed
 from jaxkv.decode import Decoding
 from jaxkv.generating import generate
 from jaxkv.generation import Generation
@@ -114,6 +114,8 @@ def _generate(options: argparse.Namespace, prompts: list[str], sampling: Samplin
         for number, text in enumerate(watch.texts.texts):
             print(f"\n> {prompts[number // options.num_samples]}\n{text.strip()}")
     print(f"\n{speed(result)}\n{pages(config, result)}", file=sys.stderr)
+    if result.found_tokens:
+        print(found(result), file=sys.stderr)
     if policy is not None:
         print(_evicted(result, str(options.policy)), file=sys.stderr)
     return 0

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from jaxkv import sizing
+from jaxkv.beginnings import begin_in_pairs
 from jaxkv.cli.options import KV_DTYPES
 from jaxkv.config import CacheConfig
 from jaxkv.errors import SequenceTooLongError
@@ -21,8 +22,12 @@ def fitting_config(
     num_samples: int,
     num_pages: int | None,
     policy: Policy | None = None,
+    *,
+    prefix_cache: bool = False,
 ) -> CacheConfig:
     """A pool that holds every sequence at its longest, unless `num_pages` is given.
+
+    Prompts that begin alike find each other's pages with `prefix_cache`, or where not all begin alike.
 
     Raises:
       SequenceTooLongError: for a prompt beyond the trained context.
@@ -42,6 +47,7 @@ def fitting_config(
         max_context=loaded.config.max_context,
         page_size=options.page_size,
         quantization=quantization,
+        prefix_cache=prefix_cache or (policy is None and begin_in_pairs(ids, options.page_size or 16)),
         **({} if dtype is None else {"dtype": dtype}),
     )
 

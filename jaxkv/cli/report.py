@@ -17,6 +17,12 @@ def speed(result: Generation) -> str:
     )
 
 
+def found(result: Generation) -> str:
+    """Tokens of the prompts that were found in the cache, and need not be computed."""
+    whole = result.prefill_tokens + result.found_tokens
+    return f"{result.found_tokens} of {whole} tokens were in the cache already, and not computed"
+
+
 def pages(config: CacheConfig, result: Generation) -> str:
     """Pages at the peak, and the pages that sharing saved."""
     used, alone = result.peak_pages, result.peak_pages_unshared

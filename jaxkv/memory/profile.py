@@ -33,26 +33,26 @@ class MemoryProfile:
       row_lengths: token slots of each sequence in each group.
       num_used: pages that a sequence has.
       num_shared: pages that several sequences have.
-      num_reclaimable: pages that the index of prefixes alone holds.
       num_spanned: pages from the first to the last that is not free.
       num_stored: token slots in use, those of a shared page once, as far as its fullest owner reaches.
       num_slots: token slots of the pages in use.
       stats: the counters.
       config: of the cache.
       num_policy_bytes: bytes of the policy's state.
+      num_reclaimable: pages that the index of prefixes alone holds.
     """
 
     lengths: Int[Array, " seqs"]
     row_lengths: Int[Array, "groups seqs"]
     num_used: Int[Array, ""]
     num_shared: Int[Array, ""]
-    num_reclaimable: Int[Array, ""]
     num_spanned: Int[Array, ""]
     num_stored: Int[Array, ""]
     num_slots: Int[Array, ""]
     stats: AllocationStats
     config: CacheConfig = field(metadata={"static": True})
     num_policy_bytes: int = field(default=0, metadata={"static": True})
+    num_reclaimable: Int[Array, ""] | int = 0
 
     @property
     def active_seqs(self) -> int:
@@ -258,6 +258,7 @@ class MemoryProfile:
         rows += [
             (name.replace("_", " "), f"{value:,}", "since init")
             for name, value in self.stats.as_dict().items()
+            if config.prefix_cache or not name.startswith("prefix")
         ]
         return align(rows)
 
