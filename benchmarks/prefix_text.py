@@ -1,70 +1,71 @@
 """Greedy text of conversations with and without the prefix cache: SmolLM2 in float32, token for token.
 
-The user says what the conversation's user said, and SmolLM2 answers. Turns of all conversations are
-interleaved, each turn is a call of `generate`, and both caches serve one sequence at a time. Where two
-answers differ, both chats go on with the one that was computed without the prefix cache.
+The user says what the conversation's user said, `TURNS` times at most, and SmolLM2 answers. Turns of all
+conversations are interleaved, and up to `AT_ONCE` of different conversations are one call of `generate`.
+Where two answers differ, both chats go on with the one that was computed without the prefix cache.
 """
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 import jaxkv
 from benchmarks.conversations import MAX_TOKENS, Chat, arrivals
 from benchmarks.exact_lru import PAGE_SIZE
-from benchmarks.prefix_runs import int32, padded
-from jaxkv.models import load
+from jaxkv.models import LoadedModel, load
 
-NEW_TOKENS = 32
-# Reclaims pages of earlier conversations now and then; 45 MiB of K and V for 1,024 tokens.
-NUM_PAGES = 512
+TURNS, NEW_TOKENS, AT_ONCE = 4, 32, 4
+# 540 MiB of K and V: pages of earlier conversations are reclaimed now and then.
+NUM_PAGES = 768
 
 
 class Text:
     """SmolLM2 behind a cache, with prefixes or without."""
 
-    def __init__(self, loaded: Any, *, prefix_cache: bool):
+    def __init__(self, loaded: LoadedModel, *, prefix_cache: bool):
         self.loaded, self.computed = loaded, 0
+        rows = MAX_TOKENS // PAGE_SIZE
         config = loaded.config.cache_config(
-            num_pages=NUM_PAGES if prefix_cache else MAX_TOKENS // PAGE_SIZE,
+            num_pages=NUM_PAGES if prefix_cache else AT_ONCE * rows,
             page_size=PAGE_SIZE,
-            max_seqs=1,
-            max_pages_per_seq=MAX_TOKENS // PAGE_SIZE,
+            max_seqs=AT_ONCE,
+            max_pages_per_seq=rows,
             dtype="float32",
             prefix_cache=prefix_cache,
         )
         self.cache = jaxkv.init(config)
 
-    def answer(self, prompt: list[int]) -> tuple[list[int], np.ndarray]:
-        """New tokens, and the logits that each was drawn from."""
-        matched, prefix_cache, slot = 0, self.cache.config.prefix_cache, int32([0])
-        if prefix_cache:
-            self.cache, found = _match(self.cache, slot, *padded(prompt))
-            matched = int(found[0])
+    def answer(self, prompts: Sequence[list[int]]) -> tuple[list[list[int]], np.ndarray]:
+        """New tokens of each prompt, and the logits that each token was drawn from."""
+        assert self.loaded.tokenizer is not None
+        padding = AT_ONCE - len(prompts)
         result = jaxkv.generate(
             self.loaded.model,
-            [prompt[matched:]],
+            # Always as many, and in chunks of one size, so that few programs are compiled.
+            [*prompts, *[[0]] * padding],
             cache=self.cache,
-            seqs=[0],
-            keep=True,
+            prefill_chunk=64,
             keep_logits=True,
             max_new_tokens=NEW_TOKENS,
             stop_tokens=self.loaded.tokenizer.stop_tokens,
         )
-        new = result.tokens[0][0]
         self.cache = result.cache
-        if prefix_cache:
-            self.cache = _record(self.cache, slot, *padded(prompt + new[:-1]))
-        self.cache = _free(self.cache, slot)
-        self.computed += len(prompt) - matched
-        return new, np.asarray(result.logits)[0]
+        self.computed += result.prefill_tokens - padding
+        return [tokens[0] for tokens in result.tokens[: len(prompts)]], np.asarray(result.logits)
 
 
-_match = jax.jit(jaxkv.match_prefix, donate_argnums=0)
-_record = jax.jit(jaxkv.record_prefix, donate_argnums=0)
-_free = jax.jit(jaxkv.free, donate_argnums=0)
+def together(turns: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """`AT_ONCE` turns of different conversations at a time, those that came first; fewer at the end."""
+    waiting = list(turns)
+    while waiting:
+        group: dict[int, int] = {}
+        for conversation, turn in waiting:
+            if len(group) < AT_ONCE:
+                group.setdefault(conversation, turn)
+        waiting = [of for of in waiting if of not in group.items()]
+        yield list(group.items())
 
 
 def compare(chats: Sequence[Chat]) -> dict[str, Any]:
@@ -76,20 +77,28 @@ def compare(chats: Sequence[Chat]) -> dict[str, Any]:
     spoken: list[Chat] = [[] for _ in chats]
     turns = new_tokens = 0
     differences, too_long = [], set()
-    for number, turn in arrivals(chats):
-        if number in too_long:
+    for group in together([(number, turn) for number, turn in arrivals(chats) if turn < TURNS]):
+        prompts = {}
+        for number, turn in group:
+            spoken[number].append(chats[number][2 * turn])
+            prompt = tokenizer.encode_chat(spoken[number], parse_special=False)
+            if number in too_long or len(prompt) + NEW_TOKENS > MAX_TOKENS:
+                too_long.add(number)
+            else:
+                prompts[number, turn] = prompt
+        if not prompts:
             continue
-        spoken[number].append(chats[number][2 * turn])
-        prompt = tokenizer.encode_chat(spoken[number], parse_special=False)
-        if len(prompt) + NEW_TOKENS > MAX_TOKENS:
-            too_long.add(number)
-            continue
-        (expected, logits), (found, other) = (text.answer(prompt) for text in (without, with_cache))
-        if found != expected:
-            differences.append(_difference(number, turn, expected, found, logits, other))
-            print(differences[-1])
-        spoken[number].append(dict(role="assistant", content=tokenizer.decode(expected)))
-        turns, new_tokens = turns + 1, new_tokens + len(expected)
+        (expected, logits), (found, other) = (
+            text.answer(list(prompts.values())) for text in (without, with_cache)
+        )
+        for (number, turn), right, ours, *rows in zip(prompts, expected, found, logits, other, strict=False):
+            if ours != right:
+                where = dict(conversation=number, turn=turn)
+                differences.append(where | _difference(right, ours, rows))
+                print(differences[-1], flush=True)
+            spoken[number].append(dict(role="assistant", content=tokenizer.decode(right)))
+            turns, new_tokens = turns + 1, new_tokens + len(right)
+        print(f"\r{turns} turns", end="", file=sys.stderr)
     stats = with_cache.cache.stats.as_dict()
     print(
         f"\ngreedy text of {len(chats)} conversations, {turns} turns, {new_tokens:,} new tokens: "
@@ -107,9 +116,12 @@ def compare(chats: Sequence[Chat]) -> dict[str, Any]:
     }
 
 
-def _difference(number: int, turn: int, expected, found, logits, other) -> dict[str, Any]:
+def _difference(expected: list[int], found: list[int], logits: Sequence[np.ndarray]) -> dict[str, Any]:
     pairs = zip(expected, found, strict=False)
-    at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(expected), len(found)))
-    tokens = [tokens[at] for tokens in (expected, found)]
-    gaps = [float(row[at][tokens[0]] - row[at][tokens[1]]) for row in (logits, other)]
-    return {"conversation": number, "turn": turn, "token": at, "tokens": tokens, "logit_gaps": gaps}
+    at = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
+    if at is None:
+        return dict(lengths=[len(expected), len(found)])
+    tokens = [expected[at], found[at]]
+    return dict(
+        token=at, tokens=tokens, logit_gaps=[float(row[at][tokens[0]] - row[at][tokens[1]]) for row in logits]
+    )

@@ -7,6 +7,7 @@ import pytest
 
 from benchmarks.conversations import Request, arrivals, chats_of
 from benchmarks.exact_lru import PAGE_SIZE, ExactLRU, pages_at_once, pages_needed, serve
+from benchmarks.prefix_text import AT_ONCE, together
 
 
 def text(*pages: int, more: int = 0) -> tuple[int, ...]:
@@ -142,3 +143,14 @@ def test_turns_arrive_in_order_within_each_conversation_and_conversations_are_in
     for number in range(20):
         assert [turn for of, turn in order if of == number] == list(range(5))
     assert order != sorted(order) and order == arrivals(chats, seed=1)
+
+
+def test_turns_that_run_together_are_of_different_conversations_and_none_overtakes_its_own():
+    turns = arrivals([[dict(role="user", content="")] * 10 for _ in range(6)])
+    groups = list(together(turns))
+    assert sorted(turn for group in groups for turn in group) == sorted(turns)
+    assert all(len({number for number, _ in group}) == len(group) <= AT_ONCE for group in groups)
+    for number in range(6):
+        assert [turn for group in groups for of, turn in group if of == number] == list(range(5))
+    first = list(dict.fromkeys(number for number, _ in turns))[:AT_ONCE]
+    assert [number for number, _ in groups[0]] == first
