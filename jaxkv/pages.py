@@ -102,10 +102,12 @@ def _truncate(
     new, new_position = jnp.where(refused[None], old, new), jnp.where(refused, position, new_position)
     table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), seqs.shape[0], config)
     cut = new_position < position
+    # Behind tokens that were dropped or shifted, those to come are not where their text has them.
+    in_place = cut & (new_position == new[0])
     table = replace(
         table,
         positions=table.positions.at[slot].set(new_position, mode="drop"),
-        prefixes=cut_intact(table.prefixes, jnp.where(cut, slot, config.max_seqs), new[0]),
+        prefixes=cut_intact(table.prefixes, jnp.where(in_place, slot, config.max_seqs), new[0]),
     )
     table = stamp(table, Operation.TRUNCATE, cut, slot, new_position)
     policy = cache.policy

@@ -26,9 +26,24 @@ def check_index(config: CacheConfig, table: Any, owned: np.ndarray) -> None:
       CacheCorruptedError: naming the node or page, and why.
     """
     index = table.prefixes
+    _check_ids(config, index)
+    live = _live_nodes(index)
     _check_holders(config, index)
-    _check_nodes(index, _live_nodes(index))
+    _check_nodes(index, live)
+    _check_chains(index, live)
     _check_queue(config, table, owned)
+
+
+def _check_ids(config: CacheConfig, index: Any) -> None:
+    """Ids that other checks go by; one past the last stands for none."""
+    for name, most in (
+        ("parents", len(index.parents)),
+        ("buckets", len(index.parents)),
+        ("pages", config.num_pages),
+    ):
+        ids = getattr(index, name).reshape(-1)
+        for at in np.flatnonzero((ids < 0) | (ids > most))[:1]:
+            raise CacheCorruptedError(f"prefixes.{name}, entry {at}: {ids[at]} is not in 0..{most}")
 
 
 def _live_nodes(index: Any) -> np.ndarray:
@@ -77,6 +92,22 @@ def _check_nodes(index: Any, live: np.ndarray) -> None:
         raise CacheCorruptedError(f"node {node} stands at {entered[node]} of the buckets, not at its place")
     if len(places) != live.sum() or len(index.buckets) % WAYS:
         raise CacheCorruptedError(f"{len(places)} places of buckets are taken, by {live.sum()} nodes")
+
+
+def _check_chains(index: Any, live: np.ndarray) -> None:
+    """Every chain has a first node, and one salt."""
+    nodes = len(live)
+    up = np.append(np.where(live, index.parents, nodes), nodes)
+    salts = np.append(index.salts, 0)
+    for node in np.flatnonzero((up[:-1] < nodes) & (salts[up[:-1]] != index.salts))[:1]:
+        raise CacheCorruptedError(
+            f"node {node}: its salt is {index.salts[node]}, that of its parent {salts[up[node]]}"
+        )
+    # Twice as far up in each round.
+    for _ in range(nodes.bit_length()):
+        up = up[up]
+    for node in np.flatnonzero(up < nodes)[:1]:
+        raise CacheCorruptedError(f"node {node}: its chain has no first node")
 
 
 def _check_queue(config: CacheConfig, table: Any, owned: np.ndarray) -> None:

@@ -159,13 +159,15 @@ def _match(
     blocks = _blocks(config, tokens)
     counted: dict[str, Array] = dict(
         prefix_queries=jnp.sum(asks, dtype=jnp.int32),
-        prefix_tokens_asked=jnp.sum(jnp.where(asks, jnp.maximum(num_tokens, 0), 0), dtype=jnp.int32),
+        prefix_tokens_asked=jnp.sum(
+            jnp.where(asks, jnp.clip(num_tokens, 0, tokens.shape[1]), 0), dtype=jnp.int32
+        ),
     )
     if blocks.shape[1] == 0:
         stats = count(cache.stats, None, None, num_taken=0, **counted)
         return replace(cache, stats=stats), jnp.zeros_like(seqs)
     size = blocks.shape[2]
-    wanted = jnp.where(asks, jnp.clip((num_tokens - 1) // size, 0, blocks.shape[1]), 0)
+    wanted = jnp.where(asks, jnp.minimum((jnp.maximum(num_tokens, 1) - 1) // size, blocks.shape[1]), 0)
     index = table.prefixes
     assert index is not None
     chain = prefix_index.look_up(index, blocks, salt, wanted)

@@ -109,7 +109,8 @@ def vocabulary(model: CausalLM, cache: KVCache, prompts: Prompts) -> int:
     stage = prompts.stages(cache)[0]
     seqs = jax.ShapeDtypeStruct((len(stage.prompts),), np.int32)
     tokens = jax.ShapeDtypeStruct((stage.size,), np.int32)
-    return _prefill.eval_shape(model, cache, seqs, seqs, tokens, observed=stage.observed)[0].shape[1]
+    shapes = _prefill.eval_shape(model, cache, seqs, seqs, tokens, texts=None, observed=stage.observed)
+    return shapes[0].shape[1]
 
 
 def run_prompts(model: CausalLM, cache: KVCache, prompts: Prompts, warm_up: bool) -> Prefilled:

@@ -379,7 +379,7 @@ class Oracle:
             row.tokens = row.tokens[: len(row.tokens) - by]
             row.pages = row.pages[: -(-row.length // of.page_size)]
         sequence.ids = sequence.ids[: len(sequence.ids) - by]
-        if sequence.intact is not None and sequence.length <= sequence.intact:
+        if sequence.intact is not None and length == sequence.length <= sequence.intact:
             sequence.intact = None
         sequence.position = length
         return True
@@ -404,7 +404,7 @@ class Oracle:
                 found.append(None)
                 continue
             self.stats["prefix_queries"] += 1
-            self.stats["prefix_tokens_asked"] += max(count, 0)
+            self.stats["prefix_tokens_asked"] += min(max(count, 0), tokens.shape[1])
             count = min(max((count - 1) // prefixes.block, 0), most)
             found.append(prefixes.match(row.tolist(), count, int(salt)))
         for slot, row, match in zip(map(int, seqs), tokens, found, strict=True):

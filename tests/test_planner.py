@@ -295,8 +295,20 @@ def test_weights_that_are_not_all_there_are_not_counted(tmp_path):
         plan(ModelShape.from_config(tmp_path), GIB)
 
 
+@pytest.mark.parametrize("metadata", [{}, None, {"mergekit_version": "0.0.4"}])
+def test_files_of_an_index_without_a_size_are_counted_if_they_are_all_there(tmp_path, metadata):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    names = {"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}
+    index = json.dumps({"metadata": metadata, "weight_map": names})
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    for name, size in (("one", 30_000), ("two", 50_000)):
+        assert ModelShape.from_config(tmp_path).stored_bytes is None
+        (tmp_path / f"{name}.safetensors").write_bytes(bytes(size))
+    assert ModelShape.from_config(tmp_path).stored_bytes == 80_000
+
+
 @pytest.mark.parametrize(
-    "metadata", ["{}", "[1]", "3", '{"total_size": 1e400}', '{"total_size": NaN}', "null"]
+    "metadata", ["[1]", "3", '{"total_size": 1e400}', '{"total_size": NaN}', '{"total_size": "7"}']
 )
 def test_a_damaged_index_is_refused(tmp_path, metadata):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))

@@ -190,6 +190,30 @@ def test_chatglm_names_its_fields_in_its_own_way():
     )
 
 
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        # BLOOM-560M and OPT-350M, whose embedding is narrower than the hidden size.
+        (dict(model_type="bloom", n_embed=1024, n_layer=24, num_attention_heads=16, n_inner=None,
+              seq_length=2048, vocab_size=250880), 559_214_592),
+        (dict(model_type="opt", hidden_size=1024, word_embed_proj_dim=512, num_hidden_layers=24,
+              num_attention_heads=16, ffn_dim=4096, vocab_size=50272, max_position_embeddings=2048,
+              do_layer_norm_before=False), 331_196_416),
+    ],
+)  # fmt: skip
+def test_fields_that_only_one_class_has_are_read(config, parameters):
+    model = ModelShape.from_config(config)
+    assert model.num_parameters == pytest.approx(parameters, rel=1e-5)
+    assert model.max_context == 2048
+
+
+def test_the_number_of_experts_may_have_the_name_of_a_newer_transformers():
+    older = CASES["Qwen/Qwen3-30B-A3B"]["config"] | {"num_experts": 160}
+    newer = {name: value for name, value in older.items() if name != "num_experts"}
+    found = [ModelShape.from_config(one) for one in (older, newer | {"num_local_experts": 160})]
+    assert found[0].num_parameters == found[1].num_parameters
+
+
 def test_active_parameters_have_the_output_projection_once():
     model = ModelShape.from_config(CASES["meta-llama/Meta-Llama-3.1-8B"]["config"])
     assert model.num_parameters - model.active_parameters == 128256 * 4096

@@ -94,6 +94,28 @@ class Fields:
         # Older files call full attention "attention".
         return ["full_attention" if kind == "attention" else kind for kind in kinds]
 
+    def window_pattern(self, layers: int, period: int, *more: str) -> list[bool]:
+        """Whether each layer has the window, by `sliding_window_pattern`.
+
+        It is a period, whose last layer has full attention, or a letter for each layer of one, as EXAONE 4's
+        "LLLG": L (local) has the window, G (global) has not.
+
+        Args:
+          layers: their number.
+          period: where the config does not say.
+          *more: other names of the field.
+
+        Raises:
+          ValueError: for another value.
+        """
+        name, value = self._first(("sliding_window_pattern", *more))
+        if isinstance(value, str):
+            if not value or not set(value) <= set("LG"):
+                raise ValueError(f"{name} must be an integer, or letters L and G, not {shown(value)}")
+            return [value[layer % len(value)] == "L" for layer in range(layers)]
+        period = self.integer("sliding_window_pattern", *more, default=period)
+        return [(layer + 1) % period != 0 for layer in range(layers)]
+
     def _first(self, names: tuple[str, ...]) -> tuple[str, Any]:
         return next(
             ((name, self.raw[name]) for name in names if self.raw.get(name) is not None), (names[0], None)

@@ -7,9 +7,9 @@ import numpy as np
 
 from jaxkv.state import KVCache
 
-FREE, SHARED, LEVELS = "·", "▓", "▁▂▃▄▅▆▇█"
+FREE, SHARED, RECLAIMABLE, LEVELS = "·", "▓", "░", "▁▂▃▄▅▆▇█"
 # For terminals whose encoding lacks block characters.
-ASCII_FREE, ASCII_SHARED, ASCII_LEVELS = ".", "&", "_-=#"
+ASCII_FREE, ASCII_SHARED, ASCII_RECLAIMABLE, ASCII_LEVELS = ".", "&", "~", "_-=#"
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,7 @@ class PageMap:
     Attributes:
       owner: the lowest slot that owns a page of the cell, `max_seqs` for a free cell.
       num_owners: the most owners of a page of the cell.
+      reclaimable: whether only the index of prefixes holds a page of the cell, and no slot owns one.
       tokens: token slots in use; shared ones count once.
       size: token slots per cell; the last cell may have fewer.
       pages: pages per cell.
@@ -27,6 +28,7 @@ class PageMap:
 
     owner: np.ndarray
     num_owners: np.ndarray
+    reclaimable: np.ndarray
     tokens: np.ndarray
     size: int
     pages: int
@@ -44,9 +46,10 @@ class PageMap:
 
     @property
     def holes(self) -> np.ndarray:
-        """Free cells before the last used one."""
-        last = np.flatnonzero(self.used).max(initial=-1)
-        return ~self.used & (np.arange(self.num_cells) < last)
+        """Free cells before the last one that is not free."""
+        live = self.used | self.reclaimable
+        last = np.flatnonzero(live).max(initial=-1)
+        return ~live & (np.arange(self.num_cells) < last)
 
     def grouped(self, pages: int) -> "PageMap":
         """The map with groups of `pages` cells merged into one."""
@@ -55,9 +58,11 @@ class PageMap:
         def fold(values: np.ndarray, fill: int) -> np.ndarray:
             return np.pad(values, (0, padding), constant_values=fill).reshape(-1, pages)
 
+        num_owners = fold(self.num_owners, 0).max(1)
         return PageMap(
             owner=fold(self.owner, self.max_seqs).min(1),
-            num_owners=fold(self.num_owners, 0).max(1),
+            num_owners=num_owners,
+            reclaimable=fold(self.reclaimable, False).any(1) & (num_owners == 0),
             tokens=fold(self.tokens, 0).sum(1),
             size=self.size * pages,
             pages=self.pages * pages,
@@ -86,26 +91,31 @@ class PageMap:
         return "\n".join([*lines, *self._legend(width, ascii_only)])
 
     def _characters(self, ascii_only: bool) -> str:
-        free, shared, levels = (
-            (ASCII_FREE, ASCII_SHARED, ASCII_LEVELS) if ascii_only else (FREE, SHARED, LEVELS)
-        )
+        free, shared, reclaimable, levels = _signs(ascii_only)
         heights = np.clip(-(-self.tokens * len(levels) // self.size), 1, len(levels)) - 1
         cells = np.array(list(levels))[heights]
         cells = np.where(self.num_owners > 1, shared, cells)
-        return "".join(np.where(self.used, cells, free).tolist())
+        others = np.where(self.reclaimable, reclaimable, free)
+        return "".join(np.where(self.used, cells, others).tolist())
 
     def _legend(self, width: int, ascii_only: bool) -> list[str]:
-        free, shared, levels = (
-            (ASCII_FREE, ASCII_SHARED, ASCII_LEVELS) if ascii_only else (FREE, SHARED, LEVELS)
-        )
+        free, shared, reclaimable, levels = _signs(ascii_only)
         one = "a page" if self.pages == 1 else f"{self.pages} pages"
-        parts = [f"{free} free", f"{levels[0]} to {levels[-1]} fuller", f"{shared} shared", f"each {one}"]
+        parts = [f"{free} free", f"{levels[0]} to {levels[-1]} fuller", f"{shared} shared"]
+        parts += [f"{reclaimable} reclaimable"] * bool(self.reclaimable.any())
+        parts += [f"each {one}"]
         lines = [""]
         for part in parts:
             if lines[-1] and len(lines[-1]) + 3 + len(part) > max(width, 20):
                 lines.append("")
             lines[-1] += f"{'   ' if lines[-1] else ''}{part}"
         return lines
+
+
+def _signs(ascii_only: bool) -> tuple[str, str, str, str]:
+    if ascii_only:
+        return ASCII_FREE, ASCII_SHARED, ASCII_RECLAIMABLE, ASCII_LEVELS
+    return FREE, SHARED, RECLAIMABLE, LEVELS
 
 
 def page_map(cache: KVCache) -> PageMap:
@@ -131,4 +141,5 @@ def page_map(cache: KVCache) -> PageMap:
     # As much of the largest page as this one is full.
     np.maximum.at(tokens, pages, held[rows, columns] * largest // sizes[rows, 0])
     owners = np.bincount(pages, minlength=config.num_pages)
-    return PageMap(owner, owners, tokens, largest, 1, config.max_seqs)
+    reclaimable = (owners == 0) & (table.refcounts > 0)
+    return PageMap(owner, owners, reclaimable, tokens, largest, 1, config.max_seqs)

@@ -60,9 +60,7 @@ def gguf_config(file: GGUFFile) -> ModelConfig:
     Raises:
       ModelLoadError: for an unsupported architecture or feature, or an invalid field, naming it.
     """
-    raw = config_fields(
-        file, {name: family.model_types[0] for name, family in BY_ARCHITECTURE.items()}, experts=True
-    )
+    raw = config_fields(file, {name: family.model_types[0] for name, family in BY_ARCHITECTURE.items()})
     architecture = file.get("general.architecture")
     family, number = BY_ARCHITECTURE[architecture], functools.partial(_number, file, architecture)
     head_dim = raw["head_dim"]

@@ -172,7 +172,9 @@ def _shards(folder: Path) -> list[Path]:
         raise ModelLoadError(f"{folder}: has {len(files)} of the model's shards; {missing[0]}{more} missing")
     if not files:
         shards = "shards like model-00001-of-00002.safetensors"
-        raise ModelLoadError(f"{folder}: holds neither {WHOLE_FILE} nor {INDEX_FILE}, nor {shards}")
+        pickled = any(folder.glob("pytorch_model*.bin"))
+        other = "; pytorch_model.bin is not read, save the model as safetensors" if pickled else ""
+        raise ModelLoadError(f"{folder}: holds neither {WHOLE_FILE} nor {INDEX_FILE}, nor {shards}{other}")
     return files
 
 

@@ -78,6 +78,7 @@ def load(
     if path.is_dir():
         tokenizer = _tokenizer(path)
         model, config = load_hf(path, dtype=kept, max_context=max_context, progress=progress)
+        tokenizer = None if tokenizer is None else tokenizer.without_added(config.vocab_size)
     else:
         file = GGUFFile(path)
         model, config = load_gguf(file, dtype=kept, max_context=max_context, progress=progress)
@@ -97,11 +98,7 @@ def find_model(path_or_name: str | PathLike[str]) -> Path:
     """
     path = Path(path_or_name)
     if str(path_or_name) not in KNOWN_MODELS:
-        if not path.exists():
-            raise ModelLoadError(
-                f"{path_or_name}: no such file or folder, nor a known model "
-                f"(known: {', '.join(KNOWN_MODELS)})"
-            )
+        _check_path(path)
         return path
     package, inside, install = KNOWN_MODELS[str(path_or_name)]
     try:
@@ -112,6 +109,19 @@ def find_model(path_or_name: str | PathLike[str]) -> Path:
     if not found.is_file():
         raise ModelLoadError(f"{found}: is missing; {install}")
     return found
+
+
+def _check_path(path: Path) -> None:
+    if not path.exists():
+        known = ", ".join(KNOWN_MODELS)
+        raise ModelLoadError(f"{path}: no such file or folder, nor a known model (known: {known})")
+    if path.is_file() and path.suffix in (".json", ".safetensors"):
+        raise ModelLoadError(f"{path}: is a part of a model; give its folder")
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(file.name for file in path.glob("*.gguf"))
+        if files:
+            more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+            raise ModelLoadError(f"{path}: has no config.json; give a GGUF file in it: {files[0]}{more}")
 
 
 def _tokenizer(source: Path | GGUFFile) -> Tokenizer | None:

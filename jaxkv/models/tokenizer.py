@@ -1,5 +1,7 @@
 """Converts text to token ids and back, and renders conversations; a wrapper of the `tokenizers` package."""
 
+import copy
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -67,6 +69,20 @@ class Tokenizer:
     def _plain(self) -> PlainEncoder:
         templates = {self.chat_template or "", *self._templates.values()}
         return PlainEncoder(self.inner, "\0".join(literal_text(template) for template in templates))
+
+    def without_added(self, least: int) -> "Tokenizer":
+        """The same without added tokens of ids from `least` on; their texts are then text as any other.
+
+        Gemma 3's tokenizer has a token of images that its models of text have no embedding of.
+        """
+        if all(number < least for number in self.inner.get_added_tokens_decoder()):
+            return self
+        raw = json.loads(self.inner.to_str())
+        raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < least]
+        smaller = copy.copy(self)
+        smaller.inner = tokenizers.Tokenizer.from_str(json.dumps(raw))
+        smaller.stop_tokens = frozenset(token for token in self.stop_tokens if token < least)
+        return smaller
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         """Token ids of a text.

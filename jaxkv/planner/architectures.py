@@ -30,6 +30,7 @@ class Architecture(NamedTuple):
       sinks: whether heads have a learned attention sink.
       extra_positions: rows of the table of positions beyond the context.
       extra_rows: rows of the embedding beyond the vocabulary.
+      embedded: field of the embedding's width, if a projection makes the hidden size of it, and back.
       head_bias: field and default for a bias of the output projection.
       context: tokens of context if the config does not say.
       kinds: the kind of each layer, where only those of "full_attention" keep K and V.
@@ -53,6 +54,7 @@ class Architecture(NamedTuple):
     sinks: bool = False
     extra_positions: int = 0
     extra_rows: int = 0
+    embedded: str = ""
     head_bias: tuple[str, bool] = ("", False)
     context: int | None = None
     kinds: Callable[[Fields], list[str]] | None = None
@@ -84,9 +86,9 @@ def _all_but_every(pattern: int):
     """A window in all layers except every `pattern`-th; the config may give another pattern."""
 
     def windows(fields: Fields, layers: int) -> list[int | None]:
-        every = fields.integer("sliding_window_pattern", "_sliding_window_pattern", default=pattern)
+        flags = fields.window_pattern(layers, pattern, "_sliding_window_pattern")
         window = fields.integer("sliding_window")
-        return [None if (layer + 1) % every == 0 else window for layer in range(layers)]
+        return [window if flag else None for flag in flags]
 
     return windows
 
@@ -246,7 +248,14 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gptj": Architecture(
         plain(2, bias=_BIASED, qkv_bias=_PLAIN), _no_window, final_norm=2, head_bias=_BIASED
     ),
-    "bloom": Architecture(plain(4, bias=_BIASED), _no_window, tied=True, final_norm=4, context=2048),
+    "bloom": Architecture(
+        plain(4, bias=_BIASED),
+        _no_window,
+        tied=True,
+        final_norm=4,
+        context=2048,
+        renamed=_to("n_embed=hidden_size seq_length=max_position_embeddings"),
+    ),
     "opt": Architecture(
         plain(4, bias=("enable_bias", True)),
         _no_window,
@@ -254,6 +263,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         positions=True,
         final_norm=2,
         extra_positions=2,
+        embedded="word_embed_proj_dim",
     ),
     "mpt": Architecture(weights.mpt, _no_window, tied=True),
     "gpt_bigcode": Architecture(

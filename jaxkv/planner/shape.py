@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jaxkv import catalog
 from jaxkv.checkpoints.fields import Fields
-from jaxkv.checkpoints.gguf_header import config_fields
+from jaxkv.checkpoints.gguf_header import planned_fields
 from jaxkv.checkpoints.hf_folder import closest, is_extended, read_json, shown, trained_context
 from jaxkv.config import DTYPES
 from jaxkv.planner.architectures import ARCHITECTURES, Architecture, layer_windows
@@ -135,13 +135,15 @@ class ModelShape:
         context = fields.integer(
             "max_position_embeddings", "n_positions", "max_seq_len", default=architecture.context
         )
-        table = vocab * size.hidden
+        width = fields.integer(architecture.embedded, default=size.hidden)
+        table = vocab * width
         embeddings = (1 if tied else 2) * table + fields.flag(*architecture.head_bias) * vocab
         embeddings += architecture.extra_rows * size.hidden
         embeddings += architecture.positions * (context + architecture.extra_positions) * size.hidden
         encoders, uncounted = encoder_weights(outer, size.hidden)
         more, rest = (0, 0) if architecture.extra is None else architecture.extra(fields, size)
         around = rest + architecture.final_norm * size.hidden
+        around += 2 * width * size.hidden if width != size.hidden else 0
         each = None if architecture.layer_sizes is None else architecture.layer_sizes(fields, size)
         latent = architecture.latent and fields.integer("kv_lora_rank") + fields.integer("qk_rope_head_dim")
         if latent and architecture.indexed:
@@ -224,7 +226,7 @@ def _open(source: Any) -> tuple[Mapping[str, Any], str | None, int | None]:
     if path.suffix == ".gguf":
         from jaxkv.checkpoints.gguf_file import GGUFFile  # needs an optional dependency
 
-        return config_fields(GGUFFile(path)), path.stem, path.stat().st_size
+        return planned_fields(GGUFFile(path)), path.stem, path.stat().st_size
     folder = path if path.is_dir() else path.parent
     named = path.stem if path.is_file() and path.stem != "config" else folder.resolve().name
     # Beside a config of another name, the weights may be another model's.

@@ -13,12 +13,17 @@ from jaxkv.models.load_hf import SafetensorsFolder, load_hf
 from jaxkv.models.weights import as_stored, pieces
 
 Types = gguf.GGMLQuantizationType
-QK = ("attn_q.weight", "attn_k.weight")
+QK = {
+    "attn_q.weight": "num_attention_heads",
+    "attn_k.weight": "num_key_value_heads",
+    "attn_q.bias": "num_attention_heads",
+    "attn_k.bias": "num_key_value_heads",
+}
 
 
 def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     """Reorders a Llama Q or K projection's rows so that features `i, i + half` become neighbours."""
-    rows = weight.reshape(heads, 2, -1, weight.shape[-1])
+    rows = weight.reshape(heads, 2, -1, *weight.shape[1:])
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -41,8 +46,7 @@ def convert(folder: Path) -> tuple[dict, dict[str, np.ndarray]]:
     Decoder(config, parameter)
     if BY_ARCHITECTURE[architecture_of(raw)].gguf_pairing != family.hf_pairing:
         for name in tensors:
-            if name.endswith(QK):
-                key = "num_attention_heads" if name.endswith(QK[0]) else "num_key_value_heads"
+            if key := QK.get(name.partition(".")[2].partition(".")[2]):
                 tensors[name] = permute(tensors[name], raw[key])
     return raw, tensors
 

@@ -16,16 +16,24 @@ from jaxkv.errors import ModelLoadError
 from jaxkv.models import ModelConfig, dense_logits, load
 from jaxkv.models.families.reading import rope_scaling
 from jaxkv.models.families.registry import FAMILIES
+from jaxkv.planner import ModelShape
 from jaxkv.rope import LinearScaling, Rope, YarnScaling
 from tests.models import gguf_files
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "families"
 NAMES = sorted(folder.name for folder in FIXTURES.iterdir())
+MIXED = ["sliding_attention", "full_attention", "sliding_attention"]
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 # Dynamic scaling beyond the model's own context takes the frequencies of the text's length.
 CONTEXTS = {"falcon3": 40}
 EXPERTS = {"expert_count": 4, "expert_used_count": 2}
+FACTORS = {
+    "embedding_scale": 3.0,
+    "residual_scale": 0.5,
+    "attention.scale": 0.25,
+    "logit_scale": 2.0,
+}
 # What a GGUF file's header says beyond the sizes that all have.
 HEADERS = {
     "qwen3": {},
@@ -64,12 +72,8 @@ HEADERS = {
     "glm4": {},
     "starcoder2": {"attention.layer_norm_epsilon": 1e-5, "attention.sliding_window": 7},
     "ernie4_5": {},
-    "granite": {
-        "embedding_scale": 3.0,
-        "residual_scale": 0.5,
-        "attention.scale": 0.25,
-        "logit_scale": 2.0,
-    },
+    "granite": FACTORS,
+    "granite_moe": EXPERTS | FACTORS,
     "gemma2": {
         "attention.sliding_window": 7,
         "attn_logit_softcapping": 5.0,
@@ -131,6 +135,18 @@ def test_a_gguf_file_gives_pytorchs_logits(name, tmp_path):
     got = jax.jit(dense_logits)(loaded.model, jnp.asarray(tokens), jnp.full(2, 40))
     np.testing.assert_allclose(got, logits, **CLOSE)
     assert loaded.config.windows == ModelConfig.from_hf(FIXTURES / name).windows
+    planned, known = ModelShape.from_config(path), ModelShape.from_config(raw)
+    for field in ("num_layers", "num_kv_heads", "head_dim", "windows", "num_parameters"):
+        assert getattr(planned, field) == getattr(known, field), field
+
+
+def test_a_gguf_file_of_llama_may_have_biases(tmp_path):
+    folder = shutil.copytree(FIXTURES / "falcon3", tmp_path / "m")
+    raw = json.loads((folder / "config.json").read_text()) | {"rope_parameters": {"rope_theta": 1000.0}}
+    (folder / "config.json").write_text(json.dumps(raw))
+    file, tokens = gguf_files.write_checkpoint(tmp_path / "m.gguf", folder), jnp.arange(24).reshape(2, 12)
+    got, wanted = (dense_logits(load(path).model, tokens, jnp.full(2, 12)) for path in (file, folder))
+    np.testing.assert_allclose(got, wanted, **CLOSE)
 
 
 def test_every_family_has_a_model_type_of_its_own():
@@ -157,6 +173,13 @@ def test_rope_scaling_beside_settings_of_each_kind_of_layer_is_of_full_attention
     )
 
 
+@pytest.mark.parametrize("name", ["phi3", "mixtral", "starcoder2"])
+def test_a_window_of_every_layer_is_so_whatever_layer_types_say(name):
+    raw = config(name, sliding_window=7)
+    full = ["full_attention"] * raw.num_layers
+    assert config(name, sliding_window=7, layer_types=full).windows == raw.windows == (7,) * raw.num_layers
+
+
 def test_gemma3_rotates_layers_with_a_window_by_a_base_of_their_own():
     got = config("gemma3")
     assert got.windows == (7, None, 7) and got.rope is None
@@ -170,6 +193,14 @@ def test_layers_without_rotary_positions_are_those_of_the_config():
     assert config("exaone4").no_rope_layers == (1,)
     whole = config("exaone4", sliding_window=None, layer_types=None)
     assert (whole.no_rope_layers, whole.windows) == ((), (None,) * 3)
+
+
+def test_exaone_names_the_layers_of_a_period_by_letters():
+    whole = config("exaone4", num_hidden_layers=8, layer_types=None)
+    assert whole.windows == (7, 7, 7, None) * 2
+    assert config("exaone4", num_hidden_layers=8, layer_types=None, sliding_window_pattern="LLLG") == whole
+    # Published configs say both.
+    assert config("exaone4", sliding_window_pattern="LLLG") == config("exaone4")
 
 
 def test_dynamic_scaling_changes_nothing_within_the_models_own_context():
@@ -250,12 +281,15 @@ def test_a_nested_config_is_its_text_part():
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention True is not"),
         ("gemma3", {"hidden_activation": "relu"}, "hidden_activation 'relu' is not supported"),
         ("gemma3", {"attention_bias": True}, "attention_bias True is not supported"),
+        ("gemma3", {"attn_logit_softcapping": 30.0}, "attn_logit_softcapping 30.0 is not supported"),
         ("gemma3", {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar must be positive, not 0.0"),
         ("gemma3", {"final_logit_softcapping": -1.0}, "logit_softcap must be a positive number, not -1.0"),
         ("gemma3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
         ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
          "sliding_attention: 'yarn' is not supported"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types 'chunked_attention' is not"),
+        ("exaone4", {"sliding_window_pattern": "LLX", "layer_types": None},
+         "sliding_window_pattern must be an integer, or letters L and G, not 'LLX'"),
         ("granite", {"logits_scaling": 0}, "logits_scaling must be positive, not 0.0"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "no_rope_layers must be a list of 4 times 0 or 1"),
         ("smollm3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
@@ -279,6 +313,8 @@ def test_a_nested_config_is_its_text_part():
         ("qwen2_moe", {"num_experts_per_tok": 5}, "experts' per_token must be an integer from 1 to 4"),
         ("mixtral", {"layer_types": ["sliding_attention"] * 2}, "layer_types 'sliding_attention' is not"),
         ("qwen3", {"use_sliding_window": True}, "use_sliding_window True is not supported"),
+        ("olmo3", {"rope_theta": 1e6}, "rope_theta 1000000.0 is not supported; supported: 500000.0"),
+        ("phi3", {"layer_types": MIXED}, "layer_types 'sliding_attention' is not supported"),
     ],
 )  # fmt: skip
 def test_what_a_family_does_not_build_is_refused_by_name(name, change, message):

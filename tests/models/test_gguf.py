@@ -131,7 +131,7 @@ DOWN = "blk.1.ffn_down.weight"
         ({DOWN: np.full((32, 48), np.nan, np.float32)}, f"tensor '{DOWN}' holds NaN"),
         ({DOWN: np.full((32, 48), np.inf, np.float32)}, f"tensor '{DOWN}' holds NaN or infinite"),
         ({DOWN: np.ones((32, 48), np.int32)}, f"tensor '{DOWN}' is of type I32"),
-        ({"blk.0.attn_q.bias": np.ones(64, np.float32)}, "'blk.0.attn_q.bias' is not part of this model"),
+        ({"blk.0.more": np.ones(64, np.float32)}, "'blk.0.more' is not part of this model"),
         ({"rope_freqs.weight": np.zeros(8, np.float32)}, "factors must be positive, not 0.0"),
         ({"rope_freqs.weight": np.ones(7, np.float32)}, "rope_scaling needs 8 factors, not 7"),
         ({"llama.block_count": None}, "no field 'llama.block_count'"),

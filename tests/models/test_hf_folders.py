@@ -5,12 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
+from tokenizers import models, pre_tokenizers
 
-from jaxkv.models import KNOWN_MODELS, ModelLoadError, load
+from jaxkv.models import KNOWN_MODELS, ModelLoadError, Tokenizer, load
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SHARDED, UNTIED = "llama_tied_sharded", "llama_untied"
@@ -154,6 +157,27 @@ def test_an_output_projection_of_its_own_wins_over_a_config_that_ties_it(folder_
     assert load(folder).config.tied_embeddings and np.any(table != output)
 
 
+@pytest.mark.parametrize("before", ["language_model.model.", "model.language_model."])
+def test_the_text_part_of_mistral_small_is_mistral(folder_of, before):
+    folder = folder_of("mistral_window")
+    plain, raw = load(folder), json.loads((folder / "config.json").read_text())
+
+    def nest(tensors):
+        image = {"vision_tower.patch_conv.weight": np.ones((8, 3), np.float32)}
+        image["multi_modal_projector.linear_1.weight"] = np.ones((32, 8), np.float32)
+        for name in list(tensors):
+            other = before + name.removeprefix("model.") if name.startswith("model.") else name
+            tensors[other] = tensors.pop(name)
+        tensors.update(image)
+
+    rewrite(folder / "model.safetensors", nest)
+    (folder / "config.json").write_text(json.dumps({"model_type": "mistral3", "text_config": raw}))
+    nested = load(folder)
+    assert nested.config == plain.config
+    for one, other in zip(*(jax.tree.leaves(each.model) for each in (nested, plain)), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def test_the_whole_file_wins_over_an_index_beside_it(folder_of):
     folder = folder_of(UNTIED)
     whole = load_file(folder / "model.safetensors")
@@ -187,8 +211,18 @@ def test_missing_files_are_named(folder_of):
     folder = folder_of(UNTIED)
     (folder / "model.safetensors").unlink()
     assert "holds neither model.safetensors nor model.safetensors.index.json" in refusal(folder)
+    (folder / "pytorch_model-00001-of-00002.bin").touch()
+    assert "pytorch_model.bin is not read, save the model as safetensors" in refusal(folder)
     (folder / "config.json").unlink()
     assert "cannot be read" in refusal(folder)
+    for name in ("b.gguf", "a.gguf"):
+        (folder / name).touch()
+    assert "has no config.json; give a GGUF file in it: a.gguf and 1 more" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_a_file_of_a_folder_is_not_taken_for_a_gguf_file(name):
+    assert "is a part of a model; give its folder" in refusal(FIXTURES / UNTIED / name)
 
 
 def test_a_bad_tokenizer_file_is_named(folder_of):
@@ -198,6 +232,21 @@ def test_a_bad_tokenizer_file_is_named(folder_of):
     shutil.copy(folder / "config.json", folder / "tokenizer.json")
     (folder / "tokenizer_config.json").write_text("nonsense")
     assert "is not" in refusal(folder)
+
+
+@pytest.mark.parametrize("image", [96, 97])
+def test_an_added_token_that_the_model_has_no_embedding_of_is_text_as_any_other(folder_of, image):
+    folder, words = folder_of(UNTIED), [f"w{n}" for n in range(94)] + ["<image>", "<unk>"]
+    inner = tokenizers.Tokenizer(models.WordLevel({word: n for n, word in enumerate(words)}, "<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["w1", *(f"<added {n}>" for n in range(96, image)), "<soft image>"])
+    inner.save(str(folder / "tokenizer.json"))
+    assert Tokenizer.from_hf(folder).encode("w0 <soft image>") == [0, image]
+    tokenizer = load(folder).tokenizer
+    assert tokenizer.encode("w0 w1 <soft image>") == [0, 1, 95, 95] and tokenizer.vocab_size == 96
+    inner = tokenizers.Tokenizer(models.WordLevel({f"w{n}": n for n in range(97)}, "w0"))
+    inner.save(str(folder / "tokenizer.json"))
+    assert "the tokenizer has 97 tokens, the model only 96" in refusal(folder)
 
 
 def test_a_folder_without_a_tokenizer_still_loads():

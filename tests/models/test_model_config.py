@@ -102,7 +102,7 @@ def test_cache_config_takes_the_models_sizes():
         ({"hidden_size": 0}, "hidden_size must be an integer from 1 to 131072, not 0"),
         ({"hidden_size": "4096"}, "hidden_size must be an integer, not '4096'"),
         ({"num_attention_heads": -1}, "num_attention_heads must be an integer from 1 to"),
-        ({"num_key_value_heads": 5}, "num_kv_heads must divide num_q_heads"),
+        ({"num_key_value_heads": 5}, "num_key_value_heads must divide num_attention_heads"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers must be an integer from 1 to"),
         ({"num_hidden_layers": True}, "num_hidden_layers must be an integer, not True"),
         ({"vocab_size": 0}, "vocab_size must be"),

@@ -5,12 +5,12 @@ from typing import Any
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import FULL, every_nth_full, header_windows, windows
+from jaxkv.models.families.layers import FULL, by_pattern, header_windows, windows
 
 
 def options(fields: Fields) -> dict[str, Any]:
     """The norm, the window, the biases of attention, and the factor of the logits."""
-    kinds = every_nth_full(fields, fields.integer("sliding_window_pattern", default=4))
+    kinds = by_pattern(fields, 4)
     biased = fields.flag("attention_bias", False)
     return windows(fields, kinds) | {
         "norm": "layer",

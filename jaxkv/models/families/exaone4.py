@@ -8,7 +8,7 @@ from typing import Any
 from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import FULL, every_nth_full, header_windows, layer_kinds, windows
+from jaxkv.models.families.layers import FULL, by_pattern, header_windows, layer_kinds, windows
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -17,7 +17,7 @@ def options(fields: Fields) -> dict[str, Any]:
     if fields.optional("sliding_window") is None:
         layer_kinds(fields, allowed=(FULL,))
         return norms
-    kinds = every_nth_full(fields, fields.integer("sliding_window_pattern", default=4))
+    kinds = by_pattern(fields, 4)
     without = tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
     return norms | windows(fields, kinds) | {"no_rope_layers": without}
 

@@ -8,7 +8,7 @@ from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import of_full_attention, rotary_settings, rotary_type, shown
 from jaxkv.models.families import gemma2
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import every_nth_full, windows
+from jaxkv.models.families.layers import by_pattern, windows
 
 _LAYERS_OF_27B = 62
 
@@ -30,14 +30,12 @@ def by_kind(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def options(fields: Fields) -> dict[str, Any]:
     """The arguments of `ModelConfig`; layers with a window rotate by a base of their own, unscaled."""
-    period = fields.integer("sliding_window_pattern", default=6)
     return (
         gemma2.shared(fields)
-        | windows(fields, every_nth_full(fields, period))
+        | windows(fields, by_pattern(fields, 6))
         | {
             "qk_norm": "heads",
             "window_rope_theta": window_theta(fields, fields.number("rope_local_base_freq", 1e4)),
-            "attention_softcap": gemma2.softcap(fields, "attn_logit_softcapping", None),
             "logit_softcap": gemma2.softcap(fields, "final_logit_softcapping", None),
         }
     )
@@ -70,7 +68,8 @@ def header(file: GGUFFile) -> dict[str, Any]:
 FAMILY = Family(
     model_types=("gemma3_text",),
     options=options,
-    allowed=gemma2.ALLOWED,
+    # `transformers` reads this field, and does not apply it.
+    allowed={**gemma2.ALLOWED, "attn_logit_softcapping": ()},
     rotary=rotary,
     absent={
         "tie_word_embeddings": True,

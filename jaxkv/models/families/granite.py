@@ -30,14 +30,19 @@ def options(fields: Fields) -> dict[str, Any]:
 
 
 def header(file: GGUFFile) -> dict[str, Any]:
+    """The factors."""
+    return header_factors(file, "granite")
+
+
+def header_factors(file: GGUFFile, architecture: str) -> dict[str, Any]:
     """The factors by their names in `config.json`; without one, scores have their usual scale."""
 
     def number(name: str, default: int | None = None) -> int:
-        return file.number(f"granite.{name}", int, default)
+        return file.number(f"{architecture}.{name}", int, default)
 
     width = number("embedding_length") // max(number("attention.head_count"), 1)
     usual = max(number("attention.key_length", width), 1) ** -0.5
-    found = {name: file.get(f"granite.{field}") for name, field in _IN_HEADER.items()}
+    found = {name: file.get(f"{architecture}.{field}") for name, field in _IN_HEADER.items()}
     return {"attention_multiplier": usual} | {name: value for name, value in found.items() if value}
 
 

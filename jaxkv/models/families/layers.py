@@ -46,6 +46,14 @@ def every_nth_full(fields: Fields, period: int) -> list[str]:
     return layer_kinds(fields) or [SLIDING if layer % period else FULL for layer in layers]
 
 
+def by_pattern(fields: Fields, period: int) -> list[str]:
+    """`layer_types`, or as `sliding_window_pattern` says, else as `every_nth_full`."""
+    if kinds := layer_kinds(fields):
+        return kinds
+    flags = fields.window_pattern(fields.integer("num_hidden_layers"), period)
+    return [SLIDING if flag else FULL for flag in flags]
+
+
 def header_windows(file: GGUFFile, architecture: str, period: int) -> dict[str, Any]:
     """The window and `layer_types` of a GGUF file's header, which may have a pattern: a period or flags."""
     window = file.number(f"{architecture}.attention.sliding_window", int, 0)

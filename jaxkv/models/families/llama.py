@@ -18,10 +18,16 @@ def options(fields: Fields) -> dict[str, Any]:
 
 
 def header(file: GGUFFile) -> dict[str, Any]:
-    """The experts of Mixtral, whose files say that they are Llama."""
+    """The experts of Mixtral, whose files say that they are Llama; and whether the file has biases."""
     count = file.number("llama.expert_count", int, 0)
     chosen = file.number("llama.expert_used_count", int) if count else None
-    return {"num_local_experts": count or None, "num_experts_per_tok": chosen, "sliding_window": None}
+    return {
+        "num_local_experts": count or None,
+        "num_experts_per_tok": chosen,
+        "sliding_window": None,
+        "attention_bias": "blk.0.attn_q.bias" in file.shapes,
+        "mlp_bias": "blk.0.ffn_up.bias" in file.shapes,
+    }
 
 
 # Q and K were permuted when the GGUF file was written.

@@ -13,12 +13,16 @@ from jaxkv.models.tensor_names import HF_NAMES
 def options(fields: Fields) -> dict[str, Any]:
     """The experts, and the window of every layer."""
     layer_kinds(fields, allowed=(FULL,))
-    experts = Experts(
+    return {"experts": experts(fields)} | windows(fields, [])
+
+
+def experts(fields: Fields) -> Experts:
+    """Experts in place of the MLP, of its width."""
+    return Experts(
         count=fields.integer("num_local_experts", "num_experts", default=8),
         per_token=fields.integer("num_experts_per_tok", default=2),
         intermediate_size=fields.integer("intermediate_size"),
     )
-    return {"experts": experts} | windows(fields, [])
 
 
 FAMILY = Family(

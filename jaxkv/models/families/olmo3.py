@@ -17,6 +17,8 @@ def options(fields: Fields) -> dict[str, Any]:
 FAMILY = Family(
     model_types=("olmo3",),
     options=options,
+    # Of another one, `transformers` 5 gives layers with a window the default, and 4 gives them this one.
+    allowed={"rope_theta": (500000.0,)},
     rotary=gemma3.rotary,
     absent={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "sliding_window": 4096},
 )

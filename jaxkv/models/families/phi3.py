@@ -8,13 +8,14 @@ from jaxkv.checkpoints.fields import Fields
 from jaxkv.checkpoints.gguf_file import GGUFFile
 from jaxkv.checkpoints.hf_folder import rotary_settings, rotary_type
 from jaxkv.models.families.family import Family
-from jaxkv.models.families.layers import layer_kinds, windows
+from jaxkv.models.families.layers import FULL, layer_kinds, windows
 from jaxkv.models.tensor_names import GGUF_NAMES, HF_NAMES
 
 
 def options(fields: Fields) -> dict[str, Any]:
-    """The window."""
-    return windows(fields, layer_kinds(fields))
+    """The window of every layer."""
+    layer_kinds(fields, allowed=(FULL,))
+    return windows(fields, [])
 
 
 def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:

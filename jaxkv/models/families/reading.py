@@ -43,6 +43,9 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
     _refuse_quantization(raw.get("quantization_config"), family.quantizations)
     fields = Fields(raw)
     hidden, q_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+    kv_heads = fields.integer("num_key_value_heads", default=q_heads)
+    if q_heads % kv_heads:
+        raise ValueError(f"num_key_value_heads must divide num_attention_heads ({q_heads}), not {kv_heads}")
     head_dim = fields.integer("head_dim", default=hidden // q_heads)
     layers, positions = fields.integer("num_hidden_layers"), fields.integer("max_position_embeddings")
     scaling = rope_scaling(raw, settings, positions)
@@ -51,7 +54,7 @@ def config_arguments(raw: Mapping[str, Any], family: Family) -> dict[str, Any]:
         "hidden_size": hidden,
         "num_layers": layers,
         "num_q_heads": q_heads,
-        "num_kv_heads": fields.integer("num_key_value_heads", default=q_heads),
+        "num_kv_heads": kv_heads,
         "head_dim": head_dim,
         "intermediate_size": fields.integer("intermediate_size"),
         "rms_norm_eps": fields.number("rms_norm_eps", 1e-6),
