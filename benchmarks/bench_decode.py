@@ -30,8 +30,8 @@ CASES = (
 )
 
 
-def paged(loaded: LoadedModel, lengths: list[int], max_tokens: int) -> Callable[[], float]:
-    """The paged cache, its pool no larger than the sequences need."""
+def paged(loaded: LoadedModel, lengths: list[int], max_tokens: int, **options) -> Callable[[], float]:
+    """The paged cache, its pool no larger than the sequences need; `options` are of its config."""
     num_seqs = len(lengths)
     config = loaded.config.cache_config(
         num_pages=sum(-(-(length + STEPS) // PAGE_SIZE) for length in lengths),
@@ -39,6 +39,7 @@ def paged(loaded: LoadedModel, lengths: list[int], max_tokens: int) -> Callable[
         max_seqs=num_seqs,
         max_pages_per_seq=-(-max_tokens // PAGE_SIZE),
         dtype="float32",
+        **options,
     )
     seqs, begin = jnp.arange(num_seqs, dtype=jnp.int32), jnp.asarray(lengths, jnp.int32)
     state = [_interleaved(config, seqs, begin), jnp.zeros(num_seqs, jnp.int32)]
