@@ -79,6 +79,20 @@ def table_operations(cache, seqs, x):
     return cache, (cut, status, shifted, reordered, moved, seen)
 
 
+def prefixes(cache, seqs, x):
+    """Pages that all sequences leave are matched, taken for others, and forgotten."""
+    tokens = jnp.arange(40, dtype=jnp.int32).reshape(4, 10) // 20
+    lengths = jnp.full_like(seqs, 5)
+    cache = jaxkv.free(jaxkv.record_prefix(cache, seqs, tokens, lengths), jnp.array([0, 2, 3]))
+    cache, matched = jaxkv.match_prefix(cache, seqs, tokens, lengths, salt=seqs // 3)
+    cache, batch = jaxkv.allocate(cache, seqs, jnp.array([30, 1, 24, 8]), total_tokens=64)
+    cache = jaxkv.free(jaxkv.record_prefix(cache, seqs, tokens, lengths, salt=seqs), seqs)
+    cache, moved = jaxkv.compact(cache)
+    cache, again = jaxkv.match_prefix(cache, seqs, tokens, lengths, salt=seqs)
+    kept = cache.table.num_reclaimable
+    return jaxkv.clear_prefixes(cache), (matched, batch.status, moved, again, kept, cache.stats.counters)
+
+
 def sampled(cache, seqs, x):
     """Tokens drawn from logits that are sharded as `seqs` are."""
     settings = [jaxkv.Sampling(temperature=0.5 + n, top_k=9 - n, top_p=0.9) for n in range(4)]
@@ -87,7 +101,7 @@ def sampled(cache, seqs, x):
     return cache, [(sample(keys[0], logits, way), sample_each(keys, logits, way)) for way in ways]
 
 
-OPERATIONS = {f.__name__: f for f in (decode, options, table_operations, sampled)}
+OPERATIONS = {f.__name__: f for f in (decode, options, table_operations, sampled, prefixes)}
 
 
 def assert_same(got, want):
@@ -153,6 +167,10 @@ def main(quantization, *names):
     for name in names:
         operation = OPERATIONS.get(name, evicting)
         cache = replace(cache, policy=jaxkv.init(config, POLICIES.get(name)).policy)
+        if operation is prefixes:
+            with_index = replace(config, prefix_cache=True)
+            table = replace(cache.table, prefixes=jaxkv.init(with_index).table.prefixes)
+            cache = replace(cache, table=table, config=with_index)
         want = jax.jit(operation)(cache, SEQS, x)
         assert cache.policy is None or want[0].stats.evictions > 0
         for way_name, way in WAYS.items():

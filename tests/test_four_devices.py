@@ -9,10 +9,10 @@ import pytest
 
 from tests.four_devices import OPERATIONS, POLICIES, WAYS
 
-# Of the policies one runs in `make test`, and of codes a decode step; the others in `test-slow`. Codes make
+# Of the policies one runs in `make test`, and of codes a decode step; the others and prefixes in `test-slow`. Codes make
 # no difference to policies, nor to `sampled`, which neither reads nor writes the pool.
-OFTEN = [*OPERATIONS, "HeavyHitter"]
-SELDOM = [name for name in POLICIES if name not in OFTEN]
+OFTEN = [*(name for name in OPERATIONS if name != "prefixes"), "HeavyHitter"]
+SELDOM = [*(name for name in POLICIES if name not in OFTEN), "prefixes"]
 
 
 @pytest.mark.parametrize(
@@ -23,7 +23,7 @@ SELDOM = [name for name in POLICIES if name not in OFTEN]
         pytest.param("int8", ["options", "table_operations"], marks=pytest.mark.slow),
         pytest.param("none", SELDOM, marks=pytest.mark.slow),
     ],
-    ids=["float", "int8", "other options, int8", "other policies"],
+    ids=["float", "int8", "other options, int8", "other policies, prefixes"],
 )
 def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, names):
     flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"

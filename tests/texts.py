@@ -30,7 +30,7 @@ WIDTH = 36  # of rows of tokens, more than a sequence can have
 
 def numbers(tokens, salt=0):
     """Of each token one that tells the salt and all tokens so far, above zero and exact in float32."""
-    found, so_far = [], salt + 1
+    found, so_far = [], int(salt) + 1
     for token in tokens:
         so_far = (so_far * 40503 + int(token) + 7) % 2**22
         found.append(so_far + 1)
