@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from jaxkv.config import CacheConfig
 
-# Nodes whose hashes name the same bucket. There is a bucket for each node: while all are in use, one new node in
-# 100,000 finds its own full, and its chain ends there.
+# Nodes whose hashes name the same bucket. There is a bucket for each node: while all are in use, one new node
+# in 100,000 finds its own full, and its chain ends there.
 WAYS = 8
 
 

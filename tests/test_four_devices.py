@@ -9,8 +9,8 @@ import pytest
 
 from tests.four_devices import OPERATIONS, POLICIES, WAYS
 
-# Of the policies one runs in `make test`, and of codes a decode step; the others and prefixes in `test-slow`. Codes make
-# no difference to policies, nor to `sampled`, which neither reads nor writes the pool.
+# Of the policies one runs in `make test`, and of codes a decode step; the others and prefixes in `test-slow`.
+# Codes make no difference to policies, nor to `sampled`, which neither reads nor writes the pool.
 OFTEN = [*(name for name in OPERATIONS if name != "prefixes"), "HeavyHitter"]
 SELDOM = [*(name for name in POLICIES if name not in OFTEN), "prefixes"]
 
