@@ -37,7 +37,7 @@ def match_prefix(
     that one is left whose logits choose the next. The slot's position is then the number of matched tokens:
     allocate, append and attend for the rest. No free page is needed. In layers with a window only the pages
     that the next tokens can see are installed. A match is exact: tokens are compared, hashes only find them.
-    A policy has seen nothing of matched tokens yet: one that goes by attention holds them for unattended.
+    What a policy remembers of the slot starts anew; those that go by attention need a cache without prefixes.
 
     Args:
       cache: the cache, of a config with `prefix_cache`.

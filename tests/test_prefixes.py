@@ -410,14 +410,26 @@ def test_what_was_recorded_before_a_policy_dropped_it_is_found():
     server.write(1, B)
 
 
-def test_a_policy_has_seen_nothing_of_matched_tokens():
-    server = Server(policy=HeavyHitter(12, 4))
+def test_a_policy_that_goes_by_attention_is_refused():
+    with pytest.raises(ValueError, match=r"HeavyHitter.*prefix_cache=True"):
+        jaxkv.init(TEXTS, HeavyHitter(8, 4))
+
+
+class Counting(SlidingWindow):
+    """Remembers a number of each slot."""
+
+    def first_values(self, config):
+        return {"number": jnp.zeros((config.max_seqs,), jnp.int32)}
+
+
+def test_what_a_policy_remembers_of_a_matched_slot_starts_anew():
+    server = Server(policy=Counting(1, 4))
     server.write(0, A + B)
-    seen = server.cache.policy.values["mass"].at[:].set(1.0)
-    server.cache = replace(server.cache, policy=replace(server.cache.policy, values={"mass": seen}))
+    state = server.cache.policy
+    server.cache = replace(server.cache, policy=replace(state, values={"number": state.values["number"] + 7}))
     server.leave(0)
     assert server.match(0, A + B + C) == 8
-    assert not server.cache.policy.values["mass"][0].any() and server.cache.policy.least[0] == 0
+    assert server.cache.policy.values["number"].tolist() == [0, 7, 7, 7]
     server.write(0, C)
 
 

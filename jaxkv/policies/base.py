@@ -81,6 +81,11 @@ class Policy:
             raise ValueError(
                 f"{self} acts on layers with full attention, all of one shape; the cache {found}"
             )
+        if config.prefix_cache and self.needs_mass:
+            raise ValueError(
+                f"{self} goes by the attention that tokens received, which nobody saw of matched ones; the "
+                "cache has prefix_cache=True"
+            )
         if config.layer_windows is not None and self.last_step() > config.max_chunk:
             raise ValueError(
                 f"{self} observes the last {self.last_step()} tokens of a prompt in one step; the cache "
