@@ -64,6 +64,7 @@ def test_an_ended_text_is_found_again_with_what_was_generated(run, alone):
     jaxkv.check_invariants(again.cache)
 
 
+@pytest.mark.slow
 def test_kept_turns_are_found_from_other_slots(run):
     first = run(PROMPTS[:2], FOUND, keep=True)
     second = run([[50, 51], [52]], cache=first, keep=True)
@@ -143,6 +144,7 @@ def test_pages_of_old_texts_make_room_for_new_ones(run):
     assert int(cache.stats.prefix_pages_reclaimed) > 0
 
 
+@pytest.mark.slow
 def test_a_pool_that_fits_only_with_sharing_is_accepted(run):
     prompts = [SYSTEM * 4 + ONE[:number] for number in range(1, 5)]
     small = replace(FOUND, num_pages=24, max_pages_per_seq=14)
@@ -179,6 +181,7 @@ def test_waves_compute_no_beginning_twice():
     }
 
 
+@pytest.mark.slow
 def test_what_the_index_holds_counts_as_room(run):
     """A kept text nearly fills the pool; recorded pages are neither copied nor in the way."""
     small = replace(FOUND, num_pages=12, max_pages_per_seq=12)

@@ -129,8 +129,8 @@ def with_prefixes(shape):
     return shape | {"config": replace(shape["config"], prefix_cache=True)}
 
 
-# Every run has one kind of layers, and a full layer among windows.
-FAST = {"prefixes", "prefixes, one full layer among windows"}
+# Every run has a full layer among windows.
+FAST = {"prefixes, one full layer among windows"}
 CASES = {name: machine(name, with_prefixes(shape), PrefixMachine) for name, shape in SHAPES.items()}
 globals().update(
     {case.__name__: case if name in FAST else pytest.mark.slow(case) for name, case in CASES.items()}

@@ -87,6 +87,7 @@ def test_a_scan_with_donation_serves_as_the_loop_outside_does(outside):
     same(got, outside[0])
 
 
+@pytest.mark.slow
 def test_two_caches_are_served_at_once_as_each_alone(outside):
     def run(cache, some):
         return jax.lax.scan(serve, cache, some)
@@ -112,6 +113,7 @@ def test_a_thousand_steps_trace_once():
     assert stats.prefix_tokens_matched > 1000 and stats.prefix_pages_reclaimed > 300
 
 
+@pytest.mark.slow
 def test_clear_prefixes_under_jit_and_scan():
     """New weights every fifth request: nothing recorded before them is found."""
 
