@@ -8,20 +8,10 @@ import pytest
 
 import jaxkv
 from jaxkv.beginnings import beginnings
-from jaxkv.models import ModelConfig, random_model
+from jaxkv.models import random_model
 from jaxkv.policies import SlidingWindow
+from tests.test_turns import CONFIG, MODEL
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    max_context=128,
-)
-CONFIG = MODEL.cache_config(num_pages=64, page_size=4, max_seqs=8, max_pages_per_seq=16, dtype="float32")
 FOUND = replace(CONFIG, prefix_cache=True)
 SYSTEM, ONE, TWO = list(range(1, 10)), [20] * 6, [30] * 5
 # Two begin alike, two others likewise, all four not at all; the fourth is the third and more.
