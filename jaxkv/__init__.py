@@ -49,6 +49,7 @@ from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.decode import Finish as Finish
 from jaxkv.generation import Generation as Generation
 from jaxkv.generating import generate as generate
+from jaxkv import serving as serving
 from jaxkv.invariants import check_invariants as check_invariants
 from jaxkv.invariants import raise_for_status as raise_for_status
 from jaxkv.errors import JaxKVError as JaxKVError
@@ -58,6 +59,7 @@ from jaxkv.errors import SequenceTooLongError as SequenceTooLongError
 from jaxkv.errors import InvalidSequenceError as InvalidSequenceError
 from jaxkv.errors import SlotOccupiedError as SlotOccupiedError
 from jaxkv.errors import InvalidLengthError as InvalidLengthError
+from jaxkv.errors import RequestTableFullError as RequestTableFullError
 from jaxkv.errors import CacheCorruptedError as CacheCorruptedError
 
 __version__ = "0.1.0"

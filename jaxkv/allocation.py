@@ -81,7 +81,7 @@ def allocate(
 @jax.named_scope("jaxkv.allocate")
 def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> tuple[KVCache, Batch]:
     request = read_request(cache.config, *_at_least_two(seqs, num_tokens), total)
-    cache, request = _make_room(cache, request)
+    cache, request = make_room(cache, request)
     table, grant = decide(cache, request, total)
     tokens = place_tokens(cache.config, grant, total)
     refused = (grant.status != Status.OK) & (grant.status != Status.PADDING)
@@ -106,7 +106,7 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     return cache, _batch(cache, seqs, num_tokens, grant, tokens, total)
 
 
-def _make_room(cache: KVCache, request: Request) -> tuple[KVCache, Request]:
+def make_room(cache: KVCache, request: Request) -> tuple[KVCache, Request]:
     """Releases what windows no longer show; evicts what is due from sequences that outgrow their tail page.
 
     Those of these that have to wait, for pages to put what they keep, are refused.

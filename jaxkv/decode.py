@@ -29,6 +29,7 @@ class Finish(IntEnum):
     STOP = 1
     LENGTH = 2
     OUT_OF_PAGES = 3
+    CANCELLED = 4
 
 
 @jax.tree_util.register_dataclass

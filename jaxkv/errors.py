@@ -29,6 +29,10 @@ class RollbackTooLongError(JaxKVError):
     """`truncate` would need tokens that were released or rewritten."""
 
 
+class RequestTableFullError(JaxKVError):
+    """The request table of a server has too few empty rows."""
+
+
 class CacheCorruptedError(JaxKVError):
     """The page table is inconsistent: a bug, or a cache edited by hand."""
 

@@ -21,6 +21,20 @@ class Request(NamedTuple):
     status: Array  # a `Status`, as far as the entries alone tell it
 
 
+class Needs(NamedTuple):
+    """What so many more tokens of each slot take, from the state before the call."""
+
+    row: Array  # of the page table, in each group
+    position: Array
+    length: Array  # of each row
+    too_long: Array  # whether the tokens outgrow the row; it then takes nothing
+    tail: Array  # the page that the next token would go to, if it is part full
+    part_full: Array
+    copies: Array  # whether that page is copied first
+    first_column: Array  # of the first page taken
+    need: Array  # pages of each row
+
+
 class Grant(NamedTuple):
     """What each entry of an `allocate` gets; one of padding may stand beside a lone entry.
 
@@ -85,19 +99,10 @@ def decide(cache: KVCache, request: Request, total: int) -> tuple[PageTable, Gra
     """Counts every need from the state before the call, and says who gets what."""
     config, table = cache.config, cache.table
     slot, num_tokens, ends, status = request
-    row, size = table_rows(slot, config), page_sizes(config)
-    position, length = rows_of(table.positions, slot), rows_of(table.lengths, row)
-    # With windows only a sequence ends where `gather` does.
-    used = length[0] if config.groups[0].window is None else position
-    too_long = (status == Status.OK) & (num_tokens > config.max_tokens_per_seq - used)
+    needs = page_needs(cache, slot, jnp.where(status == Status.OK, num_tokens, 0))
+    row, position, length, too_long, tail, part_full, copies, first_column, need = needs
     status = jnp.where(too_long, Status.SEQUENCE_TOO_LONG, status)
     wants = (status == Status.OK) & (num_tokens > 0)
-    tail = rows_of(table.pages, (row, length // size), config.num_pages)
-    part_full = length % size > 0
-    copies = wants[None] & part_full & (num_owners(table, tail) > 1)
-    # A copy takes the column of the page it is made from.
-    first_column = pages_for(length, size) - copies.astype(jnp.int32)
-    need = jnp.where(wants[None], pages_for(length + num_tokens[None], size) - first_column, 0)
     table, taken = take(
         table, jnp.sum(need, axis=0, dtype=jnp.int32), _most_pages(config, total, slot.shape[0])
     )
@@ -121,6 +126,24 @@ def decide(cache: KVCache, request: Request, total: int) -> tuple[PageTable, Gra
         first_column=first_column,
     )
     return table, grant
+
+
+def page_needs(cache: KVCache, slot: Array, num_tokens: Array) -> Needs:
+    """What so many more tokens of each slot take; each slot once, `max_seqs` for an entry that does nothing."""
+    config, table = cache.config, cache.table
+    row, size = table_rows(slot, config), page_sizes(config)
+    position, length = rows_of(table.positions, slot), rows_of(table.lengths, row)
+    # With windows only a sequence ends where `gather` does.
+    used = length[0] if config.groups[0].window is None else position
+    too_long = num_tokens > config.max_tokens_per_seq - used
+    wants = (num_tokens > 0) & ~too_long
+    tail = rows_of(table.pages, (row, length // size), config.num_pages)
+    part_full = length % size > 0
+    copies = wants[None] & part_full & (num_owners(table, tail) > 1)
+    # A copy takes the column of the page it is made from.
+    first_column = pages_for(length, size) - copies.astype(jnp.int32)
+    need = jnp.where(wants[None], pages_for(length + num_tokens[None], size) - first_column, 0)
+    return Needs(row, position, length, too_long, tail, part_full, copies, first_column, need)
 
 
 def _most_pages(config: CacheConfig, total: int, entries: int) -> int:

@@ -43,7 +43,7 @@ class Request:
     ) -> "Request":
         """Checks and converts the arguments; raises `ValueError` naming the wrong one."""
         try:
-            ids = [_token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
+            ids = [token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
         except TypeError:
             raise ValueError("prompts must be a sequence of sequences of token ids") from None
         if not ids:
@@ -52,7 +52,7 @@ class Request:
             prompts=ids,
             limits=_limits(max_new_tokens, len(ids)),
             samplings=_samplings(sampling, len(ids)),
-            stop_tokens=tuple(sorted(set(_token_ids(stop_tokens, "stop_tokens")))),
+            stop_tokens=tuple(sorted(set(token_ids(stop_tokens, "stop_tokens")))),
             **{name: integer(name, value) for name, value in counts.items()},
         )
 
@@ -69,7 +69,8 @@ class Request:
                 )
 
 
-def _token_ids(tokens: Iterable[int], name: str) -> list[int]:
+def token_ids(tokens: Iterable[int], name: str) -> list[int]:
+    """Token ids as Python integers; raises `ValueError` naming the argument for one that is none."""
     ids = []
     for token in tokens:
         try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +35,8 @@ class Sampling:
       top_k: keep this many of the most probable tokens. None: all.
       top_p: keep the fewest most probable tokens that together reach this probability, at least one (nucleus
         sampling, arXiv:1904.09751). None or 1: all. Applied after `top_k`.
+      min_p: keep the tokens that are at least this many times as probable as the most probable one
+        (arXiv:2407.01082). None or 0: all. Applied beside the others, to the probabilities of all tokens.
 
     Raises:
       ValueError: naming the field and what is allowed.
@@ -42,6 +45,7 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
 
     def __post_init__(self):
         temperature = real(self.temperature)
@@ -56,6 +60,11 @@ class Sampling:
             if top_p is None or not 0 < top_p <= 1:
                 raise ValueError(f"top_p={self.top_p!r} must be above 0 and at most 1")
             object.__setattr__(self, "top_p", top_p)
+        if self.min_p is not None:
+            min_p = real(self.min_p)
+            if min_p is None or not 0 <= min_p <= 1:
+                raise ValueError(f"min_p={self.min_p!r} must be from 0 to 1")
+            object.__setattr__(self, "min_p", min_p)
 
 
 GREEDY = Sampling()
@@ -72,12 +81,14 @@ class SamplingBatch:
       temperature: 0 is greedy.
       top_k: the largest int32 keeps all tokens.
       top_p: 1 keeps all tokens.
+      min_p: 0 keeps all tokens.
       sorts: whether any sequence uses `top_k` or `top_p`; otherwise the vocabulary is not sorted.
     """
 
     temperature: Float[Array, " seqs"]
     top_k: Int[Array, " seqs"]
     top_p: Float[Array, " seqs"]
+    min_p: Float[Array, " seqs"]
     sorts: bool = field(metadata={"static": True})
 
     @classmethod
@@ -85,27 +96,40 @@ class SamplingBatch:
         """From one `Sampling` per sequence; returns that `Sampling` itself if all are equal."""
         if all(one == samplings[0] for one in samplings):
             return samplings[0]
-        plain = [_plain(one) for one in samplings]
-        temperature, top_k, top_p = (list(column) for column in zip(*plain, strict=True))
+        settings = [plain(one) for one in samplings]
         return cls(
-            jnp.asarray(temperature, jnp.float32),
-            jnp.asarray(top_k, jnp.int32),
-            jnp.asarray(top_p, jnp.float32),
-            sorts=any(_limits(one) for one in plain),
+            jnp.asarray([one.temperature for one in settings], jnp.float32),
+            jnp.asarray([one.top_k for one in settings], jnp.int32),
+            jnp.asarray([one.top_p for one in settings], jnp.float32),
+            jnp.asarray([one.min_p for one in settings], jnp.float32),
+            sorts=any(one.sorts for one in settings),
         )
 
 
-def _plain(sampling: Sampling) -> tuple[float, int, float]:
-    """Temperature, top_k and top_p rounded to float32, without None; greedy ignores top_k and top_p."""
+class PlainSampling(NamedTuple):
+    """A `Sampling` rounded to float32, without None; greedy ignores all but the temperature."""
+
+    temperature: float = 0.0
+    top_k: int = _ALL
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    @property
+    def sorts(self) -> bool:
+        """Whether drawing sorts the vocabulary."""
+        return self.top_k < _ALL or self.top_p < 1
+
+
+def plain(sampling: Sampling) -> PlainSampling:
+    """The settings with a value for each."""
     if sampling.temperature < _LEAST_TEMPERATURE:
-        return 0.0, _ALL, 1.0
-    temperature = min(sampling.temperature, _MOST_TEMPERATURE)
-    top_k = _ALL if sampling.top_k is None else min(sampling.top_k, _ALL)
-    return temperature, top_k, 1.0 if sampling.top_p is None else float(np.float32(sampling.top_p))
-
-
-def _limits(plain: tuple[float, int, float]) -> bool:
-    return plain[1] < _ALL or plain[2] < 1
+        return PlainSampling()
+    return PlainSampling(
+        temperature=min(sampling.temperature, _MOST_TEMPERATURE),
+        top_k=_ALL if sampling.top_k is None else min(sampling.top_k, _ALL),
+        top_p=1.0 if sampling.top_p is None else float(np.float32(sampling.top_p)),
+        min_p=0.0 if sampling.min_p is None else float(np.float32(sampling.min_p)),
+    )
 
 
 def sample(
@@ -156,21 +180,30 @@ def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[A
     # Sorting orders -0 before 0, but the logits are equal.
     logits = jnp.where(logits == 0, 0.0, logits)
     if isinstance(sampling, Sampling):
-        temperature, top_k, top_p = _plain(sampling)
-        if temperature == 0:
+        settings = plain(sampling)
+        if settings.temperature == 0:
             return likeliest
         # Hidden from the compiler: division by a constant may round differently from division by an array.
-        temperature = jax.lax.optimization_barrier(jnp.float32(temperature))
-        scaled = _scale(logits, temperature)
-        if top_k < logits.shape[1] or top_p < 1:
-            scaled = jnp.where(_kept(logits, temperature, top_k, top_p), scaled, -jnp.inf)
+        temperature = jax.lax.optimization_barrier(jnp.float32(settings.temperature))
+        scaled = all_scaled = _scale(logits, temperature)
+        if settings.top_k < logits.shape[1] or settings.top_p < 1:
+            kept = _kept(logits, temperature, settings.top_k, settings.top_p)
+            scaled = jnp.where(kept, scaled, -jnp.inf)
+        if settings.min_p > 0:
+            scaled = jnp.where(_probable(all_scaled, jnp.float32(settings.min_p)), scaled, -jnp.inf)
         return draw(scaled).astype(jnp.int32)
     temperature = jnp.where(sampling.temperature == 0, 1.0, sampling.temperature)[:, None]
-    scaled = _scale(logits, temperature)
+    scaled = all_scaled = _scale(logits, temperature)
     if sampling.sorts:
         kept = _kept(logits, temperature, sampling.top_k[:, None], sampling.top_p[:, None])
         scaled = jnp.where(kept, scaled, -jnp.inf)
+    scaled = jnp.where(_probable(all_scaled, sampling.min_p[:, None]), scaled, -jnp.inf)
     return jnp.where(sampling.temperature == 0, likeliest, draw(scaled).astype(jnp.int32))
+
+
+def _probable(scaled: Array, min_p: Array) -> Bool[Array, "seqs vocab"]:
+    """Which tokens are at least `min_p` times as probable as the most probable, whose scaled logit is 0."""
+    return jnp.exp(scaled) >= min_p
 
 
 def _scale(logits: Float[Array, "seqs vocab"], temperature: Array) -> Float[Array, "seqs vocab"]:

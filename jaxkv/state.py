@@ -30,6 +30,7 @@ class Status(IntEnum):
       INVALID_LENGTH: refused by `allocate`: `num_tokens` is negative, reaches past `total_tokens`, or is more
         than `max_chunk` where a layer has a window; refused by `truncate`: the length is negative.
       ROLLBACK_TOO_LONG: refused by `truncate`: it would need tokens that were released or rewritten.
+      TABLE_FULL: refused by `serving.submit`: too few rows of the request table are empty.
     """
 
     OK = 0
@@ -40,6 +41,7 @@ class Status(IntEnum):
     PADDING = 5
     INVALID_LENGTH = 6
     ROLLBACK_TOO_LONG = 7
+    TABLE_FULL = 8
 
 
 @jax.tree_util.register_dataclass

@@ -1,0 +1,342 @@
+"""The compiled loop of a server: schedule, run the model, draw tokens, end what is finished."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxkv.allocation import allocate
+from jaxkv.causal_lm import CausalLM, run_model
+from jaxkv.decode import Finish
+from jaxkv.entries import rows_of
+from jaxkv.eviction import evict
+from jaxkv.forking import fork
+from jaxkv.pages import truncate
+from jaxkv.prefill import tidied
+from jaxkv.sampling import SamplingBatch, sample_each
+from jaxkv.serving.config import ServingConfig
+from jaxkv.serving.scheduling import Plan, Slots, look, record, schedule
+from jaxkv.serving.state import ALL_TOKENS, Phase, RequestTable, ServingState
+from jaxkv.serving.submitting import finish_rows
+from jaxkv.state import Batch, KVCache, Status
+from pallas_kernels.control_flow import cond, only_if, while_loop
+from pallas_kernels.ragged import ragged_rows
+
+LogitsFn: TypeAlias = Callable[[Array, Array, Array, Array], Array]
+
+
+def run(
+    model: CausalLM, state: ServingState, until: Int[Array, ""] | int, *, logits_fn: LogitsFn | None = None
+) -> ServingState:
+    """Serves until step `until`, counted from `init`, or until no request waits or runs.
+
+    Samples that decode get their next token in every step, or several with `ServingConfig.speculate`; prompts
+    are prefilled in chunks beside them. A sample ends with STOP at a stop token, which is its last; with
+    LENGTH at its limit, or when its row of the page table is full; with OUT_OF_PAGES if its request runs alone
+    and the pool is used up. What a request gets depends on nothing else in the batch, up to the rounding of
+    logits: draw n of sample s uses `fold_in(fold_in(key(seed), s), n)`.
+
+    Requests rank by priority, then arrival. Every step gives the first-ranked running request a token at
+    least, and it is never preempted; so a request with k requests ranking above it starts after at most
+    `(k + max_seqs) * max_tokens` steps.
+
+    Args:
+      model: the model.
+      state: the server.
+      until: the step to stop at; may be traced.
+      logits_fn: static; changes logits before a token is chosen: penalties, biases, grammars. Called with
+        float32 logits `[rows, vocab]`, the texts so far `[rows, max_tokens]`, their lengths and the requests'
+        ids, both `[rows]`; returns logits. A row of length 0 is padding.
+
+    Returns:
+      The server after the last step.
+
+    Raises:
+      ValueError: at trace time, for a model whose results do not match `CausalLM`.
+
+    Example:
+      >>> import jax, jaxkv
+      >>> from jaxkv import serving
+      >>> from jaxkv.models import ModelConfig, random_model
+      >>> model = random_model(ModelConfig(vocab_size=16, hidden_size=8, num_layers=1, num_q_heads=1,
+      ...     num_kv_heads=1, head_dim=8, intermediate_size=8, max_context=64), jax.random.key(0))
+      >>> config = serving.ServingConfig(model.cache_config(num_pages=8, max_seqs=2), token_budget=8)
+      >>> requests = [serving.Request(id=7, tokens=[1, 2, 3], max_new_tokens=5)]
+      >>> state, status = serving.submit(serving.init(config), serving.Requests.of(requests, config))
+      >>> state, events = serving.take(jax.jit(serving.run)(model, state, 100))
+      >>> int(events.ids[0]), int(events.counts[0]), jaxkv.Finish(int(events.finish[0])).name
+      (7, 5, 'LENGTH')
+    """
+    vocab = _check_rows(model, state)
+
+    def goes_on(state: ServingState) -> Bool[Array, ""]:
+        phase = state.requests.phase
+        return (state.stats.steps < until) & jnp.any((phase == Phase.WAITING) | (phase == Phase.RUNNING))
+
+    def step(state: ServingState) -> ServingState:
+        state = replace(state, stats=state.stats.plus(steps=jnp.ones((), jnp.int32)))
+        state, plan = schedule(state)
+        return _advance(*_computed(model, state, plan, vocab), plan, logits_fn)
+
+    return while_loop(goes_on, step, state)
+
+
+def _check_rows(model: CausalLM, state: ServingState) -> int:
+    """The model's vocabulary. Raises for a model that ignores `rows`: with one more than tokens, the shape of
+    the logits shows it."""
+
+    def one(model: CausalLM, cache: KVCache) -> Array:
+        slots = jnp.arange(cache.config.max_seqs, dtype=jnp.int32)
+        cache, batch = allocate(cache, slots, jnp.ones_like(slots))
+        rows = jnp.zeros(slots.shape[0] + 1, jnp.int32)
+        return run_model(model, jnp.zeros_like(slots), cache, batch, rows)[0]
+
+    return jax.eval_shape(one, model, state.cache).shape[1]
+
+
+class Drawn(NamedTuple):
+    """What a step chose.
+
+    Attributes:
+      tokens: of each slot; the last ones beyond `counts` are rejected.
+      log_probs: of these; None if they are not kept.
+      counts: new tokens of each slot.
+      finish: a `Finish`.
+    """
+
+    tokens: Int[Array, "slots new"]
+    log_probs: Float[Array, "slots new"] | None
+    counts: Int[Array, " slots"]
+    finish: Int[Array, " slots"]
+
+
+class Computed(NamedTuple):
+    """What the model returned of a step.
+
+    Attributes:
+      status: of each slot, what `allocate` said.
+      logits: those that choose each slot's next tokens.
+    """
+
+    status: Int[Array, " slots"]
+    logits: Float[Array, "draws vocab"]
+
+
+def _computed(
+    model: CausalLM, state: ServingState, plan: Plan, vocab: int
+) -> tuple[ServingState, Slots, Computed]:
+    """Runs the model in the first of the compiled widths that holds the step's tokens."""
+    slots = look(state.cache, state.requests)
+    seqs = jnp.where(plan.counts > 0, jnp.arange(plan.counts.shape[0], dtype=jnp.int32), -1)
+    draws = plan.counts.shape[0] * (1 + plan.proposed.shape[1])
+    carry = state.cache, Computed(jnp.zeros_like(seqs), jnp.zeros((draws, vocab), jnp.float32))
+    total, least = jnp.sum(plan.counts, dtype=jnp.int32), 0
+
+    def compute(carry: tuple[KVCache, Computed], width: int) -> tuple[KVCache, Computed]:
+        tokens = _tokens(state.requests, slots, plan, width)
+        cache, batch = allocate(tidied(carry[0]), seqs, plan.counts, total_tokens=width)
+        logits, cache = run_model(model, tokens, cache, batch, _logit_rows(batch, slots, plan).reshape(-1))
+        return cache, Computed(batch.status, logits.astype(jnp.float32))
+
+    # Loops of one trip or none: the branches of a `cond` would each have a pool of their own on a GPU.
+    for width in state.config.widths:
+        carry = only_if((total > least) & (total <= width), partial(compute, width=width), carry)
+        least = width
+    return replace(state, cache=carry[0]), slots, carry[1]
+
+
+def _advance(
+    state: ServingState, slots: Slots, computed: Computed, plan: Plan, logits_fn: LogitsFn | None
+) -> ServingState:
+    """Draws tokens, takes rejected ones back, and ends what is finished."""
+    config, cache, table = state.config, state.cache, state.requests
+    ran = (computed.status == Status.OK) & (plan.counts > 0)
+    after = slots.computed + plan.counts - plan.num_proposed
+    prompts = rows_of(table.prompt_lengths, slots.row)
+    child = slots.waits & rows_of(ran & slots.leads & (after == prompts), slots.leader, False)
+    cache, table = _fork(cache, table, slots, child)
+    draws = (ran & (after == slots.lengths)) | (child & (slots.lengths == prompts))
+    drawn = _draw(computed.logits, table, slots, plan, draws, config, logits_fn)
+    too_long = computed.status == Status.SEQUENCE_TOO_LONG
+    drawn = drawn._replace(finish=jnp.where(too_long, Finish.LENGTH, drawn.finish))
+    table = _put(table, slots, drawn)
+    cache = _take_back(cache, slots, plan, drawn, ran)
+    stats = state.stats.plus(
+        computed_tokens=jnp.sum(jnp.where(ran, plan.counts, 0), dtype=jnp.int32),
+        new_tokens=jnp.sum(drawn.counts, dtype=jnp.int32),
+        proposed_tokens=jnp.sum(jnp.where(ran, plan.num_proposed, 0), dtype=jnp.int32),
+        accepted_tokens=jnp.sum(jnp.where(plan.num_proposed > 0, drawn.counts - 1, 0), dtype=jnp.int32),
+    )
+    short = jnp.any(computed.status == Status.OUT_OF_PAGES)
+    state = replace(state, cache=cache, requests=table, stats=stats, short=short)
+    return _settle(state, slots, plan, drawn.finish, ran)
+
+
+def _tokens(table: RequestTable, slots: Slots, plan: Plan, width: int) -> Int[Array, " tokens"]:
+    """What the model runs on: of each slot the tokens that are not in the cache yet, then the proposed ones."""
+    entry, nth = ragged_rows(jnp.cumsum(plan.counts, dtype=jnp.int32), width)
+    row, computed, length = (rows_of(of, entry) for of in (slots.row, slots.computed, slots.lengths))
+    known = rows_of(table.tokens, (row, computed + nth))
+    if plan.proposed.shape[1] == 0:
+        return known
+    beyond = computed + nth - length
+    proposed = rows_of(plan.proposed, (entry, jnp.maximum(beyond, 0)))
+    return jnp.where(beyond < 0, known, proposed)
+
+
+def _logit_rows(batch: Batch, slots: Slots, plan: Plan) -> Int[Array, "slots new"]:
+    """Rows of the token axis whose logits choose each slot's next tokens; its leader's where it waits."""
+    last = batch.query_starts[1:] - 1 - plan.num_proposed
+    last = last[slots.leader]
+    nth = jnp.arange(1 + plan.proposed.shape[1], dtype=jnp.int32)[None]
+    return jnp.clip(last[:, None] + jnp.minimum(nth, plan.num_proposed[:, None]), 0)
+
+
+def _fork(cache: KVCache, table: RequestTable, slots: Slots, child: Array) -> tuple[KVCache, RequestTable]:
+    """Samples that waited for their prompt share its pages."""
+    slot = jnp.arange(child.shape[0], dtype=jnp.int32)
+    parents, children = jnp.where(child, slots.leader, -1), jnp.where(child, slot, -1)
+    cache = only_if(jnp.any(child), lambda cache: fork(cache, parents, children)[0], cache)
+    row = jnp.where(child, slots.row, table.phase.shape[0])
+    return cache, replace(table, leaders=table.leaders.at[row].set(slot, mode="drop"))
+
+
+def _draw(
+    logits: Array,
+    table: RequestTable,
+    slots: Slots,
+    plan: Plan,
+    draws: Bool[Array, " slots"],
+    config: ServingConfig,
+    logits_fn: LogitsFn | None,
+) -> Drawn:
+    """Draws every token that may follow, and accepts them as long as the proposed ones are what was drawn."""
+    count, most = draws.shape[0], 1 + plan.proposed.shape[1]
+    logits = logits.astype(jnp.float32)
+    nth = jnp.arange(most, dtype=jnp.int32)[None]
+    offered = draws[:, None] & (nth <= plan.num_proposed[:, None])
+    if logits_fn is not None:
+        logits = _changed(logits_fn, logits, table, slots, plan, offered)
+    number = slots.lengths - rows_of(table.prompt_lengths, slots.row)
+    tokens = _sampled(logits, table, slots.row, number[:, None] + nth).reshape(count, most)
+    right = jnp.pad(plan.proposed == tokens[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    accepted = offered & (jnp.cumsum(~right, axis=1) == 0)
+    stops = jnp.any(tokens[..., None] == rows_of(table.stop_tokens, slots.row, -1)[:, None], axis=2)
+    # A stop token is the last.
+    accepted &= jnp.cumsum(stops, axis=1) - stops == 0
+    room = rows_of(table.limits, slots.row) - slots.lengths
+    counts = jnp.minimum(jnp.sum(accepted, axis=1, dtype=jnp.int32), room)
+    stopped = jnp.any(stops & accepted & (nth < counts[:, None]), axis=1)
+    full = draws & (counts == room)
+    if config.policy is None:
+        # The newest token is not in the cache.
+        full |= draws & (slots.lengths + counts > config.cache.max_tokens_per_seq)
+    finish = jnp.where(stopped, Finish.STOP, jnp.where(full, Finish.LENGTH, Finish.RUNNING))
+    log_probs = None
+    if config.log_probs:
+        each = jnp.take_along_axis(logits, tokens.reshape(-1, 1), axis=1)[:, 0]
+        log_probs = (each - jax.nn.logsumexp(logits, axis=1)).reshape(count, most)
+    return Drawn(tokens, log_probs, counts, finish.astype(jnp.int32))
+
+
+def _changed(logits_fn: LogitsFn, logits: Array, table: RequestTable, slots: Slots, plan: Plan, offered):
+    """Logits after the user's function, whose texts end with the proposals before each token."""
+    count, most = offered.shape
+    texts = rows_of(table.tokens, slots.row)
+    slot = jnp.arange(count, dtype=jnp.int32)[:, None]
+    column = slots.lengths[:, None] + jnp.arange(most - 1, dtype=jnp.int32)[None]
+    texts = texts.at[slot, column].set(plan.proposed, mode="drop")
+    lengths = jnp.where(offered, slots.lengths[:, None] + jnp.arange(most, dtype=jnp.int32)[None], 0)
+    changed = logits_fn(
+        logits,
+        jnp.repeat(texts, most, axis=0),
+        lengths.reshape(-1),
+        jnp.repeat(rows_of(table.ids, slots.row), most),
+    )
+    if changed.shape != logits.shape:
+        raise ValueError(f"logits_fn must return logits {list(logits.shape)}, not {list(changed.shape)}")
+    return changed.astype(jnp.float32)
+
+
+def _sampled(
+    logits: Float[Array, "draws vocab"],
+    table: RequestTable,
+    row: Int[Array, " slots"],
+    number: Int[Array, "slots new"],
+) -> Int[Array, " draws"]:
+    """A token for each row of logits; no sort of the vocabulary, and no draw, where no request asks for it."""
+    most = number.shape[1]
+
+    def each(values: Array, fill: float = 0) -> Array:
+        return jnp.repeat(rows_of(values, row, fill), most)
+
+    temperature, top_k, top_p = each(table.temperature), each(table.top_k, ALL_TOKENS), each(table.top_p, 1)
+    settings = SamplingBatch(temperature, top_k, top_p, each(table.min_p), sorts=False)
+
+    def drawn(sorts: bool) -> Array:
+        keys = jax.vmap(_key)(each(table.seeds), each(table.samples), number.reshape(-1))
+        return sample_each(keys, logits, replace(settings, sorts=sorts))
+
+    def unsorted() -> Array:
+        return cond(jnp.any(temperature > 0), partial(drawn, False), lambda: _likeliest(logits))
+
+    # A greedy request has neither.
+    sorts = jnp.any((top_k < ALL_TOKENS) | (top_p < 1))
+    return cond(sorts, partial(drawn, True), unsorted)
+
+
+def _key(seed: Array, sample: Array, number: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), number)
+
+
+def _likeliest(logits: Array) -> Int[Array, " draws"]:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def _put(table: RequestTable, slots: Slots, drawn: Drawn) -> RequestTable:
+    """New tokens behind the texts."""
+    nth = jnp.arange(drawn.tokens.shape[1], dtype=jnp.int32)[None]
+    row = jnp.where(nth < drawn.counts[:, None], slots.row[:, None], table.phase.shape[0])
+    at = row, slots.lengths[:, None] + nth
+    log_probs = table.log_probs
+    if log_probs is not None:
+        log_probs = log_probs.at[at].set(drawn.log_probs, mode="drop")
+    return replace(
+        table,
+        tokens=table.tokens.at[at].set(drawn.tokens, mode="drop"),
+        lengths=table.lengths.at[slots.row].add(drawn.counts, mode="drop"),
+        log_probs=log_probs,
+    )
+
+
+def _take_back(cache: KVCache, slots: Slots, plan: Plan, drawn: Drawn, ran: Array) -> KVCache:
+    """Rejected proposals leave the cache."""
+    if plan.proposed.shape[1] == 0:
+        return cache
+    rejected = ran & (drawn.counts <= plan.num_proposed) & (plan.num_proposed > 0)
+    seqs = jnp.where(rejected, jnp.arange(ran.shape[0], dtype=jnp.int32), -1)
+    lengths = slots.lengths + drawn.counts - 1
+    return only_if(jnp.any(rejected), lambda cache: truncate(cache, seqs, lengths)[0], cache)
+
+
+def _settle(
+    state: ServingState, slots: Slots, plan: Plan, finish: Int[Array, " slots"], ran: Bool[Array, " slots"]
+) -> ServingState:
+    """Records prompts and finished texts, evicts behind prompts, and ends what is finished."""
+    rows = state.requests.phase.shape[0]
+    # What waits for a prompt that came to nothing ends with it.
+    now = look(state.cache, state.requests)
+    finish = jnp.where(now.waits, finish[now.leader], finish)
+    ends = (finish != Finish.RUNNING) & (slots.row < rows)
+    prompts = ran & (plan.counts - plan.num_proposed > 1)
+    cache = record(state.cache, state.requests, now, prompts | ends)
+    if state.config.policy is not None:
+        seqs = jnp.where(prompts & ~ends, jnp.arange(ends.shape[0], dtype=jnp.int32), -1)
+        cache = only_if(jnp.any(seqs >= 0), lambda cache: evict(cache, seqs)[0], cache)
+    of_rows = jnp.full(rows, Finish.RUNNING, jnp.int32).at[slots.row].set(finish, mode="drop")
+    state = replace(state, cache=cache)
+    return finish_rows(state, of_rows != Finish.RUNNING, of_rows)
