@@ -133,20 +133,31 @@ def _computed(
     slots = look(state.cache, state.requests)
     seqs = jnp.where(plan.counts > 0, jnp.arange(plan.counts.shape[0], dtype=jnp.int32), -1)
     draws = plan.counts.shape[0] * (1 + plan.proposed.shape[1])
-    carry = state.cache, Computed(jnp.zeros_like(seqs), jnp.zeros((draws, vocab), jnp.float32))
+    cache, batch = allocate(tidied(state.cache), seqs, plan.counts, total_tokens=state.config.token_budget)
+    carry = cache, jnp.zeros((draws, vocab), jnp.float32)
     total, least = jnp.sum(plan.counts, dtype=jnp.int32), 0
 
-    def compute(carry: tuple[KVCache, Computed], width: int) -> tuple[KVCache, Computed]:
-        tokens = _tokens(state.requests, slots, plan, width)
-        cache, batch = allocate(tidied(carry[0]), seqs, plan.counts, total_tokens=width)
-        logits, cache = run_model(model, tokens, cache, batch, _logit_rows(batch, slots, plan).reshape(-1))
-        return cache, Computed(batch.status, logits.astype(jnp.float32))
+    def compute(carry: tuple[KVCache, Array], width: int) -> tuple[KVCache, Array]:
+        tokens, of = _tokens(state.requests, slots, plan, width), _narrowed(batch, width)
+        logits, cache = run_model(model, tokens, carry[0], of, _logit_rows(of, slots, plan).reshape(-1))
+        return cache, logits.astype(jnp.float32)
 
     # Loops of one trip or none: the branches of a `cond` would each have a pool of their own on a GPU.
     for width in state.config.widths:
         carry = only_if((total > least) & (total <= width), partial(compute, width=width), carry)
         least = width
-    return replace(state, cache=carry[0]), slots, carry[1]
+    return replace(state, cache=carry[0]), slots, Computed(batch.status, carry[1])
+
+
+def _narrowed(batch: Batch, width: int) -> Batch:
+    """The batch with a token axis of `width`, which holds all of its tokens."""
+    return replace(
+        batch,
+        query_starts=jnp.minimum(batch.query_starts, width),
+        positions=batch.positions[:width],
+        page_ids=batch.page_ids[:, :width],
+        offsets=batch.offsets[:, :width],
+    )
 
 
 def _advance(

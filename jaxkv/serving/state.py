@@ -166,7 +166,7 @@ def _no_requests(config: ServingConfig) -> RequestTable:
 
     return RequestTable(
         phase=zeros(),
-        finish=jnp.full(rows, Finish.RUNNING, jnp.int32),
+        finish=zeros() + Finish.RUNNING,
         slots=jnp.full(rows, config.cache.max_seqs, jnp.int32),
         leaders=zeros(),
         ids=zeros(),
