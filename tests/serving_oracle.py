@@ -124,7 +124,7 @@ class ServingOracle:
                 self.yield_pages()
             counts = self.allot(proposed)
         if self.live(Phase.WAITING):
-            self.admit(self.config.token_budget - sum(counts.values()))
+            self.admit(self.config.token_budget - sum(counts.values()), proposed)
         self.advance(self.allot(proposed), proposed)
 
     def decodes(self, row):
@@ -144,7 +144,7 @@ class ServingOracle:
             return {}
         proposed = {}
         for slot, row in self.slots().items():
-            if self.decodes(row):
+            if self.decodes(row) and not self.leads(row):
                 limit = min(len(row.request.tokens) + row.request.max_new_tokens, self.config.max_tokens)
                 most = min(limit - len(row.text) - 1, self.sizes.max_tokens_per_seq - len(row.text))
                 if self.sizes.layer_windows is not None:
@@ -178,10 +178,11 @@ class ServingOracle:
         for row in samples:
             row.phase, row.slot, row.leader = Phase.WAITING, None, None
 
-    def admit(self, left):
+    def admit(self, left, proposed):
         running = self.slots()
         free = [slot for slot in range(self.sizes.max_seqs) if slot not in running]
-        room = self.cache.num_free - sum(self.reserved(row) for row in running.values())
+        reserved = (self.reserved(row, len(proposed.get(slot, []))) for slot, row in running.items())
+        room = self.cache.num_free - sum(reserved)
         admitted: list[list[Row]] = []
         requests: dict[tuple, list[Row]] = {}
         for row in sorted(self.live(Phase.WAITING), key=lambda row: row.rank):
@@ -209,12 +210,13 @@ class ServingOracle:
             salts = [row.request.salt for row in first]
             self.cache.match_prefix([row.slot for row in first], tokens, ends, salts)
 
-    def reserved(self, row):
-        """Pages that a running sample will take for the tokens it has."""
-        whole = self.pages_of(len(row.text))
+    def reserved(self, row, proposed):
+        """Pages that a running sample will take for the tokens it has and those proposed."""
+        end = len(row.text) + proposed
+        whole = self.pages_of(end)
         if row.leader is not None:
             return whole - self.shared_pages(len(row.request.tokens))
-        return min(self.needs(row.slot, len(row.text) - self.computed(row.slot)), whole)
+        return min(self.needs(row.slot, end - self.computed(row.slot)), whole)
 
     def advance(self, counts, proposed):
         slots, total = self.slots(), sum(counts.values())

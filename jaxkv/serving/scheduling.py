@@ -131,7 +131,8 @@ def _propose(state: ServingState) -> tuple[ServingState, Array, Array]:
     slots = look(state.cache, table)
     if drafter is None:
         return state, jnp.zeros((config.cache.max_seqs, 0), jnp.int32), jnp.zeros_like(slots.row)
-    lengths = jnp.where(_decodes(slots), slots.lengths, 0)
+    # A prompt that others will be forked from must end there.
+    lengths = jnp.where(_decodes(slots) & ~slots.leads, slots.lengths, 0)
     drafts, proposed, count = drafter.propose(state.drafts, rows_of(table.tokens, slots.row), lengths)
     most = jnp.minimum(
         rows_of(table.limits, slots.row) - slots.lengths - 1,
@@ -237,7 +238,7 @@ def _admit(state: ServingState, num_proposed: Array) -> ServingState:
         for of, most in ((pages, config.cache.num_pages), (tokens, config.token_budget))
     )
     page_ends, token_ends = (jnp.cumsum(of, dtype=jnp.int32) for of in (pages, tokens))
-    room = num_available(state.cache.table) - _reserved(state, slots)
+    room = num_available(state.cache.table) - _reserved(state, slots, num_proposed)
     fits = (page_ends[last] <= room) | (~jnp.any(occupied) & (leader == 0))
     fits &= last < none - jnp.sum(occupied, dtype=jnp.int32)
     fits &= (token_ends - tokens)[leader] < left
@@ -255,12 +256,13 @@ def _bounds(request: Int[Array, " rows"]) -> tuple[Array, Array, Array]:
     return first, begin, end
 
 
-def _reserved(state: ServingState, slots: Slots) -> Int[Array, ""]:
-    """Pages that running samples will take for the tokens they have."""
+def _reserved(state: ServingState, slots: Slots, num_proposed: Array) -> Int[Array, ""]:
+    """Pages that running samples will take for the tokens they have and those proposed."""
     config, table = state.config, state.requests
     prompts = rows_of(table.prompt_lengths, slots.row)
-    known = jnp.where(slots.waits | (slots.row == config.max_requests), 0, slots.lengths - slots.computed)
-    whole = pages_of(slots.lengths, config)
+    ends = slots.lengths + num_proposed
+    known = jnp.where(slots.waits | (slots.row == config.max_requests), 0, ends - slots.computed)
+    whole = pages_of(ends, config)
     forked = jnp.where(slots.waits, whole - shared_pages(prompts, config), 0)
     return jnp.sum(jnp.minimum(needs(state.cache, _own(known), known), whole) + forked, dtype=jnp.int32)
 
