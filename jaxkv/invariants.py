@@ -39,6 +39,11 @@ _ERRORS = {
 }
 
 
+def status_text(status: Status) -> str:
+    """What a refusal means, as `raise_for_status` says it."""
+    return _ERRORS[status][1]
+
+
 def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     """Raises for the first entry that is neither OK nor PADDING. Host side: it waits for the device.
 

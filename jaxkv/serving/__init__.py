@@ -26,3 +26,5 @@ from jaxkv.serving.submitting import take as take
 from jaxkv.serving.submitting import cancel as cancel
 from jaxkv.serving.speculation import Drafter as Drafter
 from jaxkv.serving.speculation import PromptLookup as PromptLookup
+from jaxkv.serving.hosting import Event as Event
+from jaxkv.serving.hosting import serve as serve

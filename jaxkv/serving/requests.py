@@ -20,13 +20,14 @@ class Request:
 
     Attributes:
       tokens: token ids of the prompt, at least one.
-      id: whatever the user knows it by: events and `cancel` name it.
+      id: what events and `cancel` name it by, from 0 up. None: `serve` numbers it; else 0.
       priority: larger goes first.
       max_new_tokens: most new tokens of each sample.
       sampling: how tokens are chosen. Default: greedy.
       seed: for sampling, from 0 up to 2**32 - 1. Equal requests of equal seeds have equal results.
       num_samples: continuations of the prompt, which share its pages.
-      stop_tokens: ids that end a sample.
+      stop_tokens: ids that end a sample; the one that does is its last token.
+      stop: texts that end a sample, which `serve` looks for with a tokenizer; its text ends before them.
       salt: only what was computed with the same salt is shared (`match_prefix`).
 
     Raises:
@@ -38,13 +39,14 @@ class Request:
     """
 
     tokens: Sequence[int]
-    id: int = 0
+    id: int | None = None
     priority: int = 0
     max_new_tokens: int = 128
     sampling: Sampling = GREEDY
     seed: int = 0
     num_samples: int = 1
     stop_tokens: Sequence[int] = field(default=())
+    stop: Sequence[str] = field(default=())
     salt: int = 0
 
     def __post_init__(self):
@@ -57,8 +59,12 @@ class Request:
             raise ValueError(f"sampling={self.sampling!r} must be a jaxkv.Sampling")
         for name in ("max_new_tokens", "num_samples"):
             settled(self, name, integer(name, getattr(self, name), below=2**30))
-        for name, below in (("seed", 2**32), ("id", 2**31)):
-            settled(self, name, integer(name, getattr(self, name), least=0, below=below))
+        settled(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        if not all(isinstance(text, str) and text for text in self.stop):
+            raise ValueError(f"stop={self.stop!r}: a stop string must be a text that is not empty")
+        settled(self, "seed", integer("seed", self.seed, least=0, below=2**32))
+        if self.id is not None:
+            settled(self, "id", integer("id", self.id, least=0, below=2**31))
         for name in ("priority", "salt"):
             settled(self, name, integer(name, getattr(self, name), least=-(2**31), below=2**31))
 
@@ -128,7 +134,7 @@ class Requests:
         return cls(
             tokens=jnp.asarray(tokens),
             lengths=column([len(one.tokens) for one in requests], 0),
-            ids=column([one.id for one in requests], 0),
+            ids=column([one.id or 0 for one in requests], 0),
             priorities=column([one.priority for one in requests], 0),
             max_new_tokens=column([one.max_new_tokens for one in requests], 0),
             temperature=column([one.temperature for one in settings], 0, "float32"),

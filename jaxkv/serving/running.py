@@ -71,7 +71,7 @@ def run(
       >>> int(events.ids[0]), int(events.counts[0]), jaxkv.Finish(int(events.finish[0])).name
       (7, 5, 'LENGTH')
     """
-    vocab = _check_rows(model, state)
+    vocab = vocabulary(model, state)
 
     def goes_on(state: ServingState) -> Bool[Array, ""]:
         phase = state.requests.phase
@@ -85,9 +85,13 @@ def run(
     return while_loop(goes_on, step, state)
 
 
-def _check_rows(model: CausalLM, state: ServingState) -> int:
-    """The model's vocabulary. Raises for a model that ignores `rows`: with one more than tokens, the shape of
-    the logits shows it."""
+def vocabulary(model: CausalLM, state: ServingState) -> int:
+    """Tokens of the model's vocabulary; nothing is computed.
+
+    Raises:
+      ValueError: for a model whose results do not match `CausalLM`. Asked for one row more than there are
+        tokens, the shape of its logits shows whether it ignores `rows`.
+    """
 
     def one(model: CausalLM, cache: KVCache) -> Array:
         slots = jnp.arange(cache.config.max_seqs, dtype=jnp.int32)

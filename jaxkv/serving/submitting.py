@@ -122,20 +122,27 @@ def _check(requests: Requests, config: ServingConfig) -> None:
         )
 
 
-def cancel(state: ServingState, ids: Int[Array, " ids"]) -> ServingState:
-    """Ends requests, with all their samples; what they have generated can still be taken.
+def cancel(
+    state: ServingState, ids: Int[Array, " ids"], *, samples: Int[Array, " ids"] | None = None
+) -> ServingState:
+    """Ends requests; what they have generated can still be taken.
 
     Args:
       state: the server.
       ids: of requests; one that no request has, such as -1, does nothing.
+      samples: of each the sample to end. Default: all.
 
     Raises:
       ValueError: for a wrong shape or dtype, at trace time.
     """
-    (ids,) = check_vectors(ids=ids)
     table = state.requests
     live = (table.phase == Phase.WAITING) | (table.phase == Phase.RUNNING)
-    return finish_rows(state, live & jnp.isin(table.ids, ids), Finish.CANCELLED)
+    if samples is None:
+        (ids,) = check_vectors(ids=ids)
+        return finish_rows(state, live & jnp.isin(table.ids, ids), Finish.CANCELLED)
+    ids, samples = check_vectors(ids=ids, samples=samples)
+    named = (table.ids[:, None] == ids[None]) & (table.samples[:, None] == samples[None])
+    return finish_rows(state, live & jnp.any(named, axis=1), Finish.CANCELLED)
 
 
 def finish_rows(state: ServingState, ends: Array, finish: Array | Finish) -> ServingState:
