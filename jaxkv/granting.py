@@ -129,7 +129,7 @@ def decide(cache: KVCache, request: Request, total: int) -> tuple[PageTable, Gra
 
 
 def page_needs(cache: KVCache, slot: Array, num_tokens: Array) -> Needs:
-    """What so many more tokens of each slot take; each slot once, `max_seqs` for an entry that does nothing."""
+    """What so many more tokens of each slot take; each slot once, `max_seqs` for none."""
     config, table = cache.config, cache.table
     row, size = table_rows(slot, config), page_sizes(config)
     position, length = rows_of(table.positions, slot), rows_of(table.lengths, row)

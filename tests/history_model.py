@@ -1,7 +1,7 @@
 """A language model whose next token depends on every token before it, through the cache, without rounding.
 
-Each layer stores a number for each token and attends to all of them alike, so that attention is their mean; the
-sum is a whole number. A page of another text, a token too many or too few, or another position changes it.
+Each layer stores a number for each token and attends to all of them alike, so that attention is their mean;
+the sum is a whole number. A page of another text, a token too many, or another position changes it.
 """
 
 from dataclasses import dataclass, replace

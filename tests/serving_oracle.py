@@ -76,7 +76,7 @@ class ServingOracle:
 
     def cancel(self, ids):
         ended = [row for row in self.live(Phase.WAITING, Phase.RUNNING) if row.request.id in ids]
-        self.end({row: Finish.CANCELLED for row in ended})
+        self.end(dict.fromkeys(ended, Finish.CANCELLED))
 
     def take(self):
         """(id, sample, new tokens, finish) of each row that has something new."""
@@ -128,7 +128,9 @@ class ServingOracle:
         self.advance(self.allot(proposed), proposed)
 
     def decodes(self, row):
-        return row.leader is None and len(row.text) == self.computed(row.slot) + 1 and self.remaining(row) == 1
+        return (
+            row.leader is None and len(row.text) == self.computed(row.slot) + 1 and self.remaining(row) == 1
+        )
 
     def leads(self, row):
         return any(other.leader == row.slot for other in self.slots().values())
@@ -170,7 +172,7 @@ class ServingOracle:
         samples = [row for row in running if row.arrival == last.arrival]
         if len(samples) == len(running):
             self.record(samples)
-            self.end({row: Finish.OUT_OF_PAGES for row in samples})
+            self.end(dict.fromkeys(samples, Finish.OUT_OF_PAGES))
             return
         self.record(samples)
         self.cache.free([row.slot for row in samples])
@@ -204,9 +206,7 @@ class ServingOracle:
             first = [samples[0] for samples in admitted]
             width = self.config.max_tokens
             tokens = np.array([row.text + [0] * (width - len(row.text)) for row in first])
-            ends = [
-                len(one[0].request.tokens) if len(one) > 1 else len(one[0].text) for one in admitted
-            ]
+            ends = [len(one[0].request.tokens) if len(one) > 1 else len(one[0].text) for one in admitted]
             salts = [row.request.salt for row in first]
             self.cache.match_prefix([row.slot for row in first], tokens, ends, salts)
 

@@ -1,4 +1,4 @@
-"""A server beside the one in plain Python: the same decisions step by step, the same tokens, no page leaked."""
+"""A server beside the one in plain Python: the same decisions step by step, the same tokens, no leak."""
 
 import os
 from dataclasses import replace
@@ -26,7 +26,13 @@ BASE = CacheConfig(
     dtype="float32",
 )
 WINDOWS = replace(
-    BASE, num_layers=3, page_size=2, num_pages=26, max_pages_per_seq=14, layer_windows=(5, None, 3), max_chunk=6
+    BASE,
+    num_layers=3,
+    page_size=2,
+    num_pages=26,
+    max_pages_per_seq=14,
+    layer_windows=(5, None, 3),
+    max_chunk=6,
 )
 SERVERS = {
     "prefixes": ServingConfig(
@@ -47,7 +53,10 @@ SERVERS = {
         token_budget=3,
     ),
     "one sequence": ServingConfig(
-        replace(BASE, max_seqs=1, num_pages=3, max_pages_per_seq=3), max_requests=3, max_tokens=14, token_budget=5
+        replace(BASE, max_seqs=1, num_pages=3, max_pages_per_seq=3),
+        max_requests=3,
+        max_tokens=14,
+        token_budget=5,
     ),
     "windows, prefixes, speculation": ServingConfig(
         replace(WINDOWS, prefix_cache=True, rollback=1),
@@ -104,7 +113,9 @@ class Twin:
 
     def take(self):
         self.state, events = self.take_(self.state)
-        of = [np.asarray(x) for x in (events.ids, events.samples, events.tokens, events.counts, events.finish)]
+        of = [
+            np.asarray(x) for x in (events.ids, events.samples, events.tokens, events.counts, events.finish)
+        ]
         new = [
             (int(i), int(sample), tokens[:count].tolist(), Finish(int(finish)))
             for i, sample, tokens, count, finish in zip(*of, strict=True)

@@ -7,8 +7,8 @@ A state, pure functions on it, and a compiled loop; no engine object and no thre
     state = run(model, state, until)            # one while loop: schedule, model, sampling
     state, events = take(state)                 # new tokens, finished requests
 
-where `submit`, `run` and `take` are those of this module under the caller's `jax.jit`, which donates the state.
-`serve` is that loop for the host.
+where `submit`, `run` and `take` are those of this module under the caller's `jax.jit`, which donates the
+state. `serve` is that loop for the host.
 """
 
 from jaxkv.serving.config import ServingConfig as ServingConfig

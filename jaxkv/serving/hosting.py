@@ -99,8 +99,8 @@ def serve(
 ) -> Iterator[Event] | AsyncIterator[Event]:
     """Serves requests as they come, and yields what happens as it happens.
 
-    Every step is part of one compiled loop; the host looks in after each block of steps, to put in new requests
-    and take out new tokens. Requests beyond the request table wait on the host.
+    Every step is part of one compiled loop; the host looks in after each block of steps, to put in new
+    requests and take out new tokens. Requests beyond the request table wait on the host.
 
     Args:
       model: the model.
@@ -320,4 +320,4 @@ class _Host:
         )
         self._state = _cancel(self._state, ids, samples=samples)
         self._state, rest = _take(self._state, width=self._block * self._config.tokens_per_sample)
-        self._rows -= int(np.sum((rest.finish != Finish.RUNNING)))
+        self._rows -= int(np.sum(rest.finish != Finish.RUNNING))

@@ -36,9 +36,9 @@ def run(
 
     Samples that decode get their next token in every step, or several with `ServingConfig.speculate`; prompts
     are prefilled in chunks beside them. A sample ends with STOP at a stop token, which is its last; with
-    LENGTH at its limit, or when its row of the page table is full; with OUT_OF_PAGES if its request runs alone
-    and the pool is used up. What a request gets depends on nothing else in the batch, up to the rounding of
-    logits: draw n of sample s uses `fold_in(fold_in(key(seed), s), n)`.
+    LENGTH at its limit, or when its row of the page table is full; with OUT_OF_PAGES if its request runs
+    alone and the pool is used up. What a request gets depends on nothing else in the batch, up to the
+    rounding of logits: draw n of sample s uses `fold_in(fold_in(key(seed), s), n)`.
 
     Requests rank by priority, then arrival. Every step gives the first-ranked running request a token at
     least, and it is never preempted; so a request with k requests ranking above it starts after at most
@@ -192,7 +192,7 @@ def _advance(
 
 
 def _tokens(table: RequestTable, slots: Slots, plan: Plan, width: int) -> Int[Array, " tokens"]:
-    """What the model runs on: of each slot the tokens that are not in the cache yet, then the proposed ones."""
+    """What the model runs on: of each slot the tokens not in the cache yet, then the proposed ones."""
     entry, nth = ragged_rows(jnp.cumsum(plan.counts, dtype=jnp.int32), width)
     row, computed, length = (rows_of(of, entry) for of in (slots.row, slots.computed, slots.lengths))
     known = rows_of(table.tokens, (row, computed + nth))
@@ -283,7 +283,7 @@ def _sampled(
     row: Int[Array, " slots"],
     number: Int[Array, "slots new"],
 ) -> Int[Array, " draws"]:
-    """A token for each row of logits; no sort of the vocabulary, and no draw, where no request asks for it."""
+    """A token for each row of logits; neither a sort of the vocabulary nor a draw where no request asks."""
     most = number.shape[1]
 
     def each(values: Array, fill: float = 0) -> Array:

@@ -5,9 +5,9 @@ Requests rank by priority, then by arrival.
 
     1. Each sample that decodes gets its next token and, when speculating, the proposed ones.
     2. Prompts get the rest of the token budget, in order of rank.
-    3. While that takes more pages than there are, the proposals go first; then the last-ranked running request
-       is preempted: its samples release their pages and wait. The first-ranked is never preempted; alone and
-       still out of pages, it ends.
+    3. While that takes more pages than there are, the proposals go first; then the last-ranked running
+       request is preempted: its samples release their pages and wait. The first-ranked is never preempted;
+       alone and still out of pages, it ends.
     4. Waiting requests are admitted in order of rank, up to the first that finds too few slots, pages or
        tokens of the budget left. None overtakes it. A request needs pages for all its tokens so far, one more
        for each sample, and all that running prompts will still take; where nothing runs, none.
@@ -28,7 +28,6 @@ from jaxkv.granting import read_request
 from jaxkv.ownership import num_available
 from jaxkv.pages import free
 from jaxkv.prefixes import match_prefix, record_prefix
-from jaxkv.serving.config import ServingConfig
 from jaxkv.serving.demand import needs, pages_of, shared_pages
 from jaxkv.serving.state import Phase, RequestTable, ServingState
 from jaxkv.state import KVCache

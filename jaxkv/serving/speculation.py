@@ -1,8 +1,8 @@
 """Proposes the next tokens of a text, to be verified together: speculative decoding.
 
-A proposal never changes what is generated: each token is drawn from the model's own distribution, and proposed
-tokens count as long as they are the ones drawn (arXiv:2211.17192, with equality instead of a ratio, since the
-draws of a sample are fixed by its seed).
+A proposal never changes what is generated: each token is drawn from the model's own distribution, and
+proposed tokens count as long as they are the ones drawn (arXiv:2211.17192, with equality instead of a ratio,
+since the draws of a sample are fixed by its seed).
 """
 
 from dataclasses import dataclass

@@ -208,7 +208,5 @@ def take(state: ServingState, *, width: int | None = None) -> tuple[ServingState
         finish=jnp.where(leaves, table.finish, Finish.RUNNING),
         log_probs=None if table.log_probs is None else rows_of(table.log_probs, at),
     )
-    table = replace(
-        table, taken=taken, phase=jnp.where(leaves, Phase.EMPTY, table.phase).astype(jnp.int32)
-    )
+    table = replace(table, taken=taken, phase=jnp.where(leaves, Phase.EMPTY, table.phase).astype(jnp.int32))
     return replace(state, requests=table), events
