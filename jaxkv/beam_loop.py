@@ -1,7 +1,8 @@
 """Beam search after `prefill`, as pure functions for the caller's `jit`: start, and a compiled loop."""
 
-from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, TypeAlias
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +13,23 @@ from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM, run_model
 from jaxkv.decode import Finish, pages_unshared
 from jaxkv.entries import rows_of
-from jaxkv.pages import free, truncate
+from jaxkv.pages import truncate
 from jaxkv.prefill import tidied
 from jaxkv.reordering import reorder
 from jaxkv.state import KVCache, Status
 from pallas_kernels import control_flow
-from pallas_kernels.control_flow import only_if
 
-EarlyStopping: TypeAlias = bool | Literal["never"]
+
+class EarlyStopping(IntEnum):
+    """When the search of a prompt ends whose pool is full, by transformers' names.
+
+    FALSE: when the best beam, scored at its present length, does not exceed the worst of the pool. TRUE: at
+    once. NEVER: when the best beam could not exceed it at any length.
+    """
+
+    FALSE = 0
+    TRUE = 1
+    NEVER = 2
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +54,7 @@ class Beams:
       step: steps taken.
       peak_unshared: most pages that the beams would have used at once without sharing.
       stop_tokens: ids that end a sequence.
-      early_stopping: when the search of a prompt ends, see `beam_search`.
+      early_stopping: an `EarlyStopping`.
     """
 
     cache: KVCache
@@ -60,8 +70,8 @@ class Beams:
     length_penalty: Float[Array, ""]
     step: Int[Array, ""]
     peak_unshared: Int[Array, ""]
-    stop_tokens: tuple[int, ...] = field(metadata={"static": True})
-    early_stopping: EarlyStopping = field(metadata={"static": True})
+    stop_tokens: Int[Array, " stops"]
+    early_stopping: Int[Array, ""]
 
     @property
     def running(self) -> Bool[Array, " prompts"]:
@@ -88,11 +98,11 @@ def start(
     slots: Int[Array, "prompts width"],
     logits: Float[Array, "prompts vocab"],
     limits: Int[Array, " prompts"],
-    length_penalty: Float[Array, ""] | float = 1.0,
     *,
     max_new_tokens: int,
-    stop_tokens: tuple[int, ...] = (),
-    early_stopping: EarlyStopping = False,
+    stop_tokens: Int[Array, " stops"],
+    length_penalty: Float[Array, ""] | float = 1.0,
+    early_stopping: Int[Array, ""] | EarlyStopping = EarlyStopping.FALSE,
 ) -> Beams:
     """The initial state: each prompt's first tokens are chosen, and its beams share its pages.
 
@@ -101,10 +111,10 @@ def start(
       slots: of each prompt's beams.
       logits: after each prompt's last token.
       limits: most new tokens of each prompt's sequences, from 1 to `max_new_tokens`.
-      length_penalty: as in `beam_search`; may be traced.
       max_new_tokens: static; most new tokens of any sequence.
-      stop_tokens: static; ids that end a sequence.
-      early_stopping: static; as in `beam_search`.
+      stop_tokens: ids that end a sequence; there may be none.
+      length_penalty: exponent of the length in scores.
+      early_stopping: when the search of a prompt ends.
     """
     prompts, width = slots.shape
     zeros = jnp.zeros((prompts, width), jnp.int32)
@@ -126,10 +136,10 @@ def start(
         step=jnp.zeros((), jnp.int32),
         peak_unshared=pages_unshared(cache),
         stop_tokens=stop_tokens,
-        early_stopping=early_stopping,
+        early_stopping=jnp.asarray(early_stopping, jnp.int32),
     )
-    every = jnp.ones(prompts, bool)
-    return _advance(state, jnp.repeat(logits, width, axis=0), every, ~every)
+    ran, none = jnp.ones(prompts, bool), jnp.zeros(prompts, bool)
+    return _advance(state, jnp.repeat(logits, width, axis=0), ran, none, none[:, None] & state.alive)
 
 
 def search(model: CausalLM, state: Beams, until: Int[Array, ""] | int) -> Beams:
@@ -167,26 +177,25 @@ def _step(model: CausalLM, state: Beams) -> Beams:
 
     granted = alive & (batch.status == Status.OK).reshape(shape)
     ran = state.running & jnp.all(granted == alive, axis=1)
-    undone = jnp.where(granted & ~ran[:, None], state.slots, -1).reshape(-1)
-    cache = only_if(jnp.any(undone >= 0), lambda cache: _undo(cache, undone), cache)
     # A beam that was granted a copy of a shared page leaves the page to the others, who may need no copy.
     stuck = state.running & ~jnp.any(ran) & (num_copies[0] == num_copies[1])
     number = jnp.arange(shape[0], dtype=jnp.int32)
     stuck = stuck & (number == jnp.max(jnp.where(state.running, number, -1)))
     state = replace(state, cache=cache, step=state.step + 1, peak_unshared=peak)
-    return _advance(state, logits, ran, stuck)
-
-
-def _undo(cache: KVCache, seqs: Int[Array, " beams"]) -> KVCache:
-    """Takes the newest token of these slots back."""
-    lengths = rows_of(cache.table.positions, jnp.maximum(seqs, 0)) - 1
-    return truncate(cache, seqs, jnp.maximum(lengths, 0))[0]
+    return _advance(state, logits, ran, stuck, granted & ~ran[:, None])
 
 
 def _advance(
-    state: Beams, logits: Float[Array, "beams vocab"], ran: Bool[Array, " prompts"], stuck: Array
+    state: Beams,
+    logits: Float[Array, "beams vocab"],
+    ran: Bool[Array, " prompts"],
+    stuck: Bool[Array, " prompts"],
+    undone: Bool[Array, "prompts width"],
 ) -> Beams:
-    """Chooses the beams and the pools that follow, for prompts that ran; ends those that are stuck."""
+    """Chooses the next beams and pools of prompts that ran, and ends prompts that are stuck.
+
+    The newest token of the beams that are `undone` leaves the cache again.
+    """
     width = state.slots.shape[1]
     found = _continuations(state, logits)
     num_generated = state.num_generated + ran.astype(jnp.int32)
@@ -204,11 +213,14 @@ def _advance(
     goes_on = (ran & ~ended)[:, None] & (log_probs > -jnp.inf)
     seqs = jnp.where(goes_on, state.slots, -1)
     parents = _take(state.slots, of_beam)
-    released = jnp.where(ran[:, None] & ~goes_on | stuck[:, None], state.slots, -1)
     cache, _ = reorder(state.cache, seqs.reshape(-1), parents.reshape(-1))
+    released = ran[:, None] & ~goes_on | stuck[:, None]
+    lengths = jnp.where(released, 0, rows_of(cache.table.positions, state.slots) - 1)
+    seqs = jnp.where(released | undone, state.slots, -1)
+    cache, _ = truncate(cache, seqs.reshape(-1), jnp.maximum(lengths, 0).reshape(-1))
     return replace(
         state,
-        cache=free(cache, released.reshape(-1)),
+        cache=cache,
         tokens=jnp.where(ran[:, None, None], tokens, state.tokens),
         log_probs=log_probs,
         finish=finish,
@@ -218,7 +230,7 @@ def _advance(
 def _continuations(state: Beams, logits: Float[Array, "beams vocab"]) -> _Candidates:
     """The best continuations, so many that `width` remain when every other one ends with a stop token."""
     (prompts, width), vocab = state.slots.shape, logits.shape[1]
-    count = min(width * max(2, 1 + len(state.stop_tokens)), width * vocab)
+    count = min(width * max(2, 1 + state.stop_tokens.shape[0]), width * vocab)
     log_probs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1).reshape(prompts, width, vocab)
     sums = state.log_probs[:, :, None] + log_probs
     sums = jnp.where(jnp.isnan(sums), -jnp.inf, sums).reshape(prompts, width * vocab)
@@ -228,7 +240,7 @@ def _continuations(state: Beams, logits: Float[Array, "beams vocab"]) -> _Candid
     tokens = _take(state.tokens, beam[:, :, None])
     tokens = jnp.where(column == state.num_generated[:, None, None], token[:, :, None], tokens)
     full = state.num_generated + 1 >= state.limits
-    ends = jnp.isin(token, jnp.asarray(state.stop_tokens, jnp.int32)) | full[:, None]
+    ends = jnp.isin(token, state.stop_tokens) | full[:, None]
     return _Candidates(beam, tokens, sums, ends)
 
 
@@ -257,11 +269,12 @@ def _take(values: Array, index: Array) -> Array:
 
 def _is_over(state: Beams, best: Float[Array, " prompts"]) -> Bool[Array, " prompts"]:
     """Whether beams whose best sum is this are of no more use to the pool."""
-    longest = jnp.where(state.length_penalty > 0, state.limits, state.num_generated)
-    length = longest if state.early_stopping == "never" else state.num_generated
+    to_come = (state.early_stopping == EarlyStopping.NEVER) & (state.length_penalty > 0)
+    length = jnp.where(to_come, state.limits, state.num_generated)
     worst = state.pool_scores[:, -1]
+    is_full = worst > -jnp.inf
     over = ~(_score(best, length, state.length_penalty) > worst)
-    return over | (worst > -jnp.inf) if state.early_stopping is True else over
+    return over | is_full & (state.early_stopping == EarlyStopping.TRUE)
 
 
 def _score(log_probs: Array, lengths: Array, length_penalty: Array) -> Array:

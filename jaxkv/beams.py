@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,7 @@ _Prompts: TypeAlias = Sequence[Sequence[int]]
 _Cache: TypeAlias = CacheConfig | KVCache
 
 # `beam_search` made the cache or documents that it consumes it, so these may donate it.
-_start = jax.jit(
-    start, static_argnames=("max_new_tokens", "stop_tokens", "early_stopping"), donate_argnames="cache"
-)
+_start = jax.jit(start, static_argnames="max_new_tokens", donate_argnames="cache")
 _search = jax.jit(search, donate_argnames="state")
 
 
@@ -77,7 +75,7 @@ def beam_search(
     max_new_tokens: int | Sequence[int] = 128,
     stop_tokens: Iterable[int] = (),
     length_penalty: float = 1.0,
-    early_stopping: EarlyStopping = False,
+    early_stopping: bool | Literal["never"] = False,
     prefill_chunk: int = PREFILL_CHUNK,
     warm_up: bool = False,
 ) -> BeamSearch:
@@ -139,18 +137,19 @@ def beam_search(
       ...         cache = jaxkv.append(cache, 0, batch, zeros, zeros)
       ...         last = tokens if rows is None else tokens[rows]
       ...         return jnp.log(jnp.array([[0, 0.6, 0.4], [0.3, 0.4, 0.3], [0, 0.1, 0.9]]))[last], cache
-      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=8, page_size=4)
-      >>> result = jaxkv.beam_search(Table(), [[0]], config, width=2, max_new_tokens=2, length_penalty=0)
+      ...     def cache_config(self, **sizes):
+      ...         return jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, **sizes)
+      >>> result = jaxkv.beam_search(Table(), [[0]], width=2, max_new_tokens=2, length_penalty=0)
       >>> result.tokens[0], [round(score, 2) for score in result.scores[0]]
       ([[2, 2], [1, 1]], [-1.02, -1.43])
-      >>> int(result.cache.table.num_free)
-      8
+      >>> bool(result.cache.table.num_free == result.cache.config.num_pages)
+      True
     """
     if isinstance(prompts, (CacheConfig, KVCache)):
         prompts, config = config, prompts  # type: ignore[assignment]
     if isinstance(config, KVCache):
         config, cache = None, config
-    penalty = _checked(length_penalty, early_stopping)
+    penalty, ending = _checked(length_penalty, early_stopping)
     counts = dict(num_samples=integer("width", width), prefill_chunk=prefill_chunk, block=1)
     request = Request.of(prompts, max_new_tokens, GREEDY, stop_tokens, **counts)  # type: ignore[arg-type]
     if min(request.limits) < 1:
@@ -166,10 +165,10 @@ def beam_search(
         jnp.asarray(slots),
         done.logits,
         jnp.asarray(request.limits, jnp.int32),
-        jnp.asarray(penalty, jnp.float32),
         max_new_tokens=max(request.limits),
-        stop_tokens=request.stop_tokens,
-        early_stopping=early_stopping,
+        stop_tokens=jnp.asarray(request.stop_tokens, jnp.int32),
+        length_penalty=jnp.asarray(penalty, jnp.float32),
+        early_stopping=jnp.asarray(ending, jnp.int32),
     )
     if warm_up:
         state = jax.block_until_ready(_search(model, state, jnp.asarray(0, jnp.int32)))
@@ -189,16 +188,18 @@ def beam_search(
     )
 
 
-def _checked(length_penalty: object, early_stopping: object) -> float:
+def _checked(length_penalty: object, early_stopping: object) -> tuple[float, EarlyStopping]:
     number = real(length_penalty)
     if number is None or not abs(number) < float("inf"):
         raise ValueError(f"length_penalty={length_penalty!r} must be a finite number")
     if not isinstance(early_stopping, bool) and early_stopping != "never":
         raise ValueError(f'early_stopping={early_stopping!r} must be False, True or "never"')
-    return number
+    return number, EarlyStopping.NEVER if early_stopping == "never" else EarlyStopping(early_stopping)
 
 
-def _turn(model: CausalLM, request: Request, config: object, cache: KVCache | None) -> tuple[Turn, np.ndarray]:
+def _turn(
+    model: CausalLM, request: Request, config: object, cache: KVCache | None
+) -> tuple[Turn, np.ndarray]:
     """The prompts in the first slot of each, and the slots of all beams, `[prompts, width]`."""
     if config is not None and not isinstance(config, CacheConfig):
         raise ValueError(f"config={config!r:.200} must be a jaxkv.CacheConfig")
