@@ -42,12 +42,11 @@ class Beams:
     Attributes:
       cache: the cache. Each beam holds its prompt and all its tokens but the newest.
       slots: of each beam; that of an ended beam is empty.
-      tokens: new tokens of each beam.
+      tokens: new tokens of each beam, -1 after them.
       log_probs: the sum of their log-probabilities, float32; -inf for a beam that does not exist.
       num_generated: new tokens of each beam of a prompt.
       limits: most new tokens of each prompt's sequences: what was asked for, or less for a shorter row.
-      pool_tokens: new tokens of the sequences that have ended, best first, a stop token included.
-      pool_lengths: how many.
+      pool_tokens: those of the best sequences that have ended, best first, a stop token included.
       pool_scores: `log_probs / length ** length_penalty`; -inf where the pool has no sequence yet.
       finish: why the search of a prompt ended, a `Finish`.
       length_penalty: the exponent.
@@ -64,7 +63,6 @@ class Beams:
     num_generated: Int[Array, " prompts"]
     limits: Int[Array, " prompts"]
     pool_tokens: Int[Array, "prompts width max_new_tokens"]
-    pool_lengths: Int[Array, "prompts width"]
     pool_scores: Float[Array, "prompts width"]
     finish: Int[Array, " prompts"]
     length_penalty: Float[Array, ""]
@@ -117,29 +115,29 @@ def start(
       early_stopping: when the search of a prompt ends.
     """
     prompts, width = slots.shape
-    zeros = jnp.zeros((prompts, width), jnp.int32)
+    zeros = jnp.zeros(prompts, jnp.int32)
+    no_tokens = jnp.full((prompts, width, max_new_tokens), -1, jnp.int32)
     none = jnp.full((prompts, width), -jnp.inf, jnp.float32)
     # The newest token of a sequence takes no token slot.
     room = cache.config.max_tokens_per_seq + 1 - rows_of(cache.table.positions, slots[:, 0])
     state = Beams(
         cache=cache,
         slots=slots,
-        tokens=jnp.zeros((prompts, width, max_new_tokens), jnp.int32),
+        tokens=no_tokens,
         log_probs=none.at[:, 0].set(0.0),
-        num_generated=zeros[:, 0],
+        num_generated=zeros,
         limits=jnp.minimum(limits, room),
-        pool_tokens=jnp.zeros((prompts, width, max_new_tokens), jnp.int32),
-        pool_lengths=zeros,
+        pool_tokens=no_tokens,
         pool_scores=none,
-        finish=zeros[:, 0],
+        finish=zeros,
         length_penalty=jnp.asarray(length_penalty, jnp.float32),
         step=jnp.zeros((), jnp.int32),
         peak_unshared=pages_unshared(cache),
         stop_tokens=stop_tokens,
         early_stopping=jnp.asarray(early_stopping, jnp.int32),
     )
-    ran, none = jnp.ones(prompts, bool), jnp.zeros(prompts, bool)
-    return _advance(state, jnp.repeat(logits, width, axis=0), ran, none, none[:, None] & state.alive)
+    every, logits = jnp.ones(prompts, bool), jnp.repeat(logits, width, axis=0)
+    return _advance(state, logits, ran=every, stuck=~every, undone=~every[:, None] & state.alive)
 
 
 def search(model: CausalLM, state: Beams, until: Int[Array, ""] | int) -> Beams:
@@ -169,11 +167,10 @@ def _step(model: CausalLM, state: Beams) -> Beams:
     alive, shape = state.alive, state.slots.shape
     seqs = jnp.where(alive, state.slots, -1).reshape(-1)
     cache, batch = allocate(tidied(state.cache), seqs, jnp.ones_like(seqs))
-    newest = jnp.maximum(state.num_generated - 1, 0)[:, None, None]
-    tokens = jnp.take_along_axis(state.tokens, newest, axis=2).reshape(-1)
+    newest = jnp.take_along_axis(state.tokens, (state.num_generated - 1)[:, None, None], axis=2)
     num_copies = state.cache.stats.copy_on_write_copies, cache.stats.copy_on_write_copies
     peak = jnp.maximum(state.peak_unshared, pages_unshared(cache))
-    logits, cache = run_model(model, tokens, cache, batch)
+    logits, cache = run_model(model, jnp.maximum(newest, 0).reshape(-1), cache, batch)
 
     granted = alive & (batch.status == Status.OK).reshape(shape)
     ran = state.running & jnp.all(granted == alive, axis=1)
@@ -253,12 +250,10 @@ def _pooled(state: Beams, found: _Candidates, ran: Bool[Array, " prompts"], stuc
     sums = jnp.where(now, state.log_probs, found.log_probs[:, :width])
     scores = jnp.where(ends, _score(sums, length[:, None], state.length_penalty), -jnp.inf)
     tokens = jnp.where(now[:, :, None], state.tokens, found.tokens[:, :width])
-    lengths = jnp.broadcast_to(length[:, None], scores.shape)
     best, chosen = lax.top_k(jnp.concatenate([state.pool_scores, scores], axis=1), width)
     return replace(
         state,
         pool_tokens=_take(jnp.concatenate([state.pool_tokens, tokens], axis=1), chosen[:, :, None]),
-        pool_lengths=_take(jnp.concatenate([state.pool_lengths, lengths], axis=1), chosen),
         pool_scores=best,
     )
 

@@ -231,9 +231,8 @@ def _turn(
 def _sequences(state: Beams) -> tuple[list[list[list[int]]], list[list[float]]]:
     """Tokens and scores of each prompt's pool."""
     scores = [[score for score in row if score > -np.inf] for row in np.asarray(state.pool_scores).tolist()]
-    tokens, lengths = np.asarray(state.pool_tokens), np.asarray(state.pool_lengths)
-    found = [
-        [tokens[prompt, rank, : lengths[prompt, rank]].tolist() for rank in range(len(row))]
-        for prompt, row in enumerate(scores)
+    tokens = [
+        [[token for token in text if token >= 0] for text, _ in zip(texts, row, strict=False)]
+        for texts, row in zip(np.asarray(state.pool_tokens).tolist(), scores, strict=True)
     ]
-    return found, scores
+    return tokens, scores

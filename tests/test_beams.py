@@ -1,6 +1,6 @@
-"""Beam search against a plain Python one that computes everything densely; pages, waiting, what is refused."""
+"""Beam search against a plain Python one that recomputes all densely; pages, waiting, what is refused."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
@@ -15,6 +15,7 @@ from jaxkv.models import ModelConfig, dense_logits, random_model
 from jaxkv.policies import SlidingWindow
 from jaxkv.testing import assert_in_place
 from tests import jitted
+from tests.plain_beams import ByHand, by_hand
 
 CONFIG = ModelConfig(
     vocab_size=64,
@@ -41,8 +42,7 @@ def cache_config(**changes) -> jaxkv.CacheConfig:
     return CONFIG.cache_config(**{**sizes, **changes})
 
 
-@pytest.fixture(scope="module")
-def log_probs(model):
+def log_probs_of(model):
     """Of the token after each of these texts, computed without a cache. One program serves all."""
     dense, known = jax.jit(dense_logits), {}
 
@@ -62,48 +62,9 @@ def log_probs(model):
     return of
 
 
-@dataclass
-class ByHand:
-    """The result of a beam search, best first, and the beams of each step that the model ran on."""
-
-    tokens: list[list[int]]
-    scores: list[float]
-    steps: list[list[tuple[int, ...]]]
-
-
-def by_hand(
-    log_probs, prompt, width, *, limit=NEW_TOKENS, stops=STOPS, penalty=1.0, early=False, most_steps=1000
-) -> ByHand:
-    """Beam search in plain Python; it ends before step `most_steps`, as if pages had run out."""
-    beams, pool, steps = [((), np.float32(0))], [], []
-
-    def enter(pool, text, total):
-        return sorted([*pool, (text, total / len(text) ** penalty)], key=lambda one: -one[1])[:width]
-
-    while True:
-        texts = [(*prompt, *text) for text, _ in beams]
-        if beams[0][0]:
-            if len(steps) == most_steps:
-                for text, total in beams:
-                    pool = enter(pool, text, total)
-                break
-            steps.append(texts)
-        sums = np.array([total for _, total in beams], np.float32)[:, None] + log_probs(texts)
-        order = np.argsort(-sums.reshape(-1), kind="stable")[: width * max(2, 1 + len(stops))]
-        length, following = len(beams[0][0]) + 1, []
-        for rank, (beam, token) in enumerate(zip(*np.unravel_index(order, sums.shape), strict=True)):
-            text, total = (*beams[beam][0], int(token)), sums[beam, token]
-            if token in stops or length == limit:
-                pool = enter(pool, text, total) if rank < width else pool
-            else:
-                following.append((text, total))
-        beams = following[:width]
-        if not beams or (early is True and len(pool) == width):
-            break
-        best_length = limit if early == "never" and penalty > 0 else length
-        if len(pool) == width and beams[0][1] / best_length**penalty <= pool[-1][1]:
-            break
-    return ByHand([list(text) for text, _ in pool], [float(score) for _, score in pool], steps)
+@pytest.fixture(scope="module")
+def log_probs(model):
+    return log_probs_of(model)
 
 
 def pages_of(texts, page_size: int) -> int:
@@ -131,6 +92,7 @@ def assert_released(cache: jaxkv.KVCache, free: int | None = None):
     assert int(cache.table.num_free) == (cache.config.num_pages if free is None else free)
 
 
+expected_of = partial(by_hand, limit=NEW_TOKENS, stops=STOPS)
 run = partial(jaxkv.beam_search, max_new_tokens=NEW_TOKENS, stop_tokens=STOPS)
 
 
@@ -142,7 +104,7 @@ def test_sequences_and_scores_are_those_of_dense_recomputation(model, log_probs,
         for penalty in (0, 1, 2):
             result = run(model, PROMPTS, config, width=width, length_penalty=penalty, early_stopping=early)
             options = dict(penalty=penalty, early=early)
-            assert_equal(result, [by_hand(log_probs, prompt, width, **options) for prompt in PROMPTS])
+            assert_equal(result, [expected_of(log_probs, prompt, width, **options) for prompt in PROMPTS])
             assert_released(result.cache)
             ended.update(result.finish)
             lengths.update(len(tokens) for pool in result.tokens for tokens in pool)
@@ -167,7 +129,7 @@ def test_limits_may_differ(model, log_probs):
     limits = [10, 1, 4]
     result = run(model, PROMPTS, cache_config(), max_new_tokens=limits, length_penalty=2.0)
     expected = [
-        by_hand(log_probs, prompt, 4, penalty=2, limit=limit)
+        expected_of(log_probs, prompt, 4, penalty=2, limit=limit)
         for prompt, limit in zip(PROMPTS, limits, strict=True)
     ]
     assert_equal(result, expected)
@@ -178,14 +140,14 @@ def test_limits_may_differ(model, log_probs):
 def test_a_pool_with_just_enough_pages_gives_the_same_and_one_page_less_a_shorter_search(model, log_probs):
     """The other prompts end with their first token. Copies of shared pages need no page beside the pool's."""
     search = partial(run, model, prompts=PROMPTS, max_new_tokens=[10, 1, 1], length_penalty=2.0)
-    whole = by_hand(log_probs, PROMPTS[0], 4, penalty=2)
+    whole = expected_of(log_probs, PROMPTS[0], 4, penalty=2)
     needs = [pages_of(texts, 4) for texts in whole.steps]
     result = search(cache=with_free_pages(cache_config(), max(needs)))
     assert (result.tokens[0], result.finish[0]) == (whole.tokens, Finish.LENGTH)
     assert_released(result.cache, max(needs))
 
     result = search(cache=with_free_pages(cache_config(), max(needs) - 1))
-    cut = by_hand(log_probs, PROMPTS[0], 4, penalty=2, most_steps=needs.index(max(needs)))
+    cut = expected_of(log_probs, PROMPTS[0], 4, penalty=2, most_steps=needs.index(max(needs)))
     assert (result.tokens[0], result.finish[0]) == (cut.tokens, Finish.OUT_OF_PAGES)
     np.testing.assert_allclose(result.scores[0], cut.scores, atol=1e-5, rtol=0)
     assert len(cut.tokens[0]) < 10
@@ -197,10 +159,12 @@ def test_a_pool_with_just_enough_pages_gives_the_same_and_one_page_less_a_shorte
 def test_prompts_wait_for_pages_and_the_last_ends_when_all_wait(model, log_probs, pages):
     result = run(model, PROMPTS, cache=with_free_pages(cache_config(), pages), length_penalty=2.0)
     assert_released(result.cache, pages)
-    whole = [by_hand(log_probs, prompt, 4, penalty=2) for prompt in PROMPTS]
+    whole = [expected_of(log_probs, prompt, 4, penalty=2) for prompt in PROMPTS]
     for number, (prompt, reason) in enumerate(zip(PROMPTS, result.finish, strict=True)):
         if reason == Finish.OUT_OF_PAGES:
-            cuts = [by_hand(log_probs, prompt, 4, penalty=2, most_steps=steps).tokens for steps in range(9)]
+            cuts = [
+                expected_of(log_probs, prompt, 4, penalty=2, most_steps=steps).tokens for steps in range(9)
+            ]
             assert result.tokens[number] in cuts
         else:
             assert result.tokens[number] == whole[number].tokens
@@ -239,6 +203,7 @@ def search_programs() -> int:
     return jaxkv.beams._start._cache_size() + jaxkv.beams._search._cache_size()
 
 
+@pytest.mark.slow
 def test_the_compiled_search_updates_the_pool_in_place(model):
     config = cache_config(num_pages=8192, max_pages_per_seq=32, max_seqs=4)
     slots = jnp.arange(4, dtype=jnp.int32).reshape(2, 2)
@@ -261,6 +226,7 @@ class Table:
         return jnp.log(jnp.array(self.rows))[tokens if rows is None else tokens[rows]], cache
 
 
+@pytest.mark.slow
 def test_more_beams_than_tokens_find_every_sequence_up_to_a_full_row_and_ties_go_by_token():
     config = jaxkv.CacheConfig(
         num_layers=1, num_kv_heads=1, head_dim=8, num_pages=40, page_size=1, max_seqs=30, max_pages_per_seq=4
@@ -309,3 +275,24 @@ def test_a_policy_is_refused_and_prompts_that_do_not_fit_are(model):
         run(model, with_free_pages(cache_config(), 4), PROMPTS)
     with pytest.raises(jaxkv.SequenceTooLongError, match="prompt 0 has 129 tokens"):
         run(model, [[1] * 129], cache_config())
+
+
+@pytest.mark.slow
+def test_windows_found_prefixes_and_waiting_change_nothing():
+    """Two layers of a window of 5 beside a full one, pages of 2 tokens."""
+    config = replace(CONFIG, num_layers=3, window=5, full_attention_layers=(1,))
+    model = random_model(config, jax.random.key(3))
+    sizes = dict(num_pages=64, page_size=2, max_seqs=13, dtype="float32", prefix_cache=True)
+    cache, log_probs = jitted.init(config.cache_config(**sizes)), log_probs_of(model)
+    for limits in ([10, 1, 1], [1, 10, 1], [10, 10, 10]):
+        result = run(model, PROMPTS, cache=cache, length_penalty=2, max_new_tokens=limits)
+        assert result.found_tokens > 0 or limits == [10, 1, 1]
+        for number, (prompt, limit) in enumerate(zip(PROMPTS, limits, strict=True)):
+            if result.finish[number] != Finish.OUT_OF_PAGES:
+                expected = by_hand(log_probs, prompt, 4, limit=limit, stops=STOPS, penalty=2)
+                assert result.tokens[number] == expected.tokens
+                np.testing.assert_allclose(result.scores[number], expected.scores, atol=1e-5, rtol=0)
+        cache = result.cache
+        jaxkv.check_invariants(cache)
+        assert not jaxkv.lengths(cache).any()
+        assert (Finish.OUT_OF_PAGES in result.finish) == (limits == [10, 10, 10])
