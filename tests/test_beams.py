@@ -10,7 +10,7 @@ import pytest
 
 import jaxkv
 from jaxkv import Finish
-from jaxkv.beam_loop import search, start
+from jaxkv.beam_loop import largest, search, start
 from jaxkv.models import ModelConfig, dense_logits, random_model
 from jaxkv.policies import SlidingWindow
 from jaxkv.testing import assert_in_place
@@ -244,6 +244,15 @@ def test_more_beams_than_tokens_find_every_sequence_up_to_a_full_row_and_ties_go
     assert result.tokens[0][:3] == [[0, 0, 0], [0, 0, 1], [0, 0, 2]]
     assert result.finish == [Finish.LENGTH]
     assert_released(result.cache)
+
+
+def test_the_largest_of_many_values_are_found_by_blocks_and_ties_go_by_index():
+    values = jnp.asarray(np.random.default_rng(0).integers(0, 60, (3, 3001)).astype(np.float32))
+    values = values.at[1, 5:].set(-jnp.inf)
+    best, index = jax.jit(largest, static_argnums=1)(values, 8)
+    expected, first = jax.lax.top_k(values, 8)
+    np.testing.assert_array_equal(best, expected)
+    np.testing.assert_array_equal(index, jnp.where(expected > -jnp.inf, first, index))
 
 
 @pytest.mark.parametrize(
