@@ -16,10 +16,9 @@ from jaxkv.entries import rows_of
 from jaxkv.pages import truncate
 from jaxkv.prefill import tidied
 from jaxkv.reordering import reorder
+from jaxkv.selection import largest
 from jaxkv.state import KVCache, Status
 from pallas_kernels import control_flow
-
-_BLOCK = 128  # values
 
 
 class EarlyStopping(IntEnum):
@@ -241,27 +240,6 @@ def _continuations(state: Beams, logits: Float[Array, "beams vocab"]) -> _Candid
     full = state.num_generated + 1 >= state.limits
     ends = jnp.isin(token, state.stop_tokens) | full[:, None]
     return _Candidates(beam, tokens, sums, ends)
-
-
-def largest(
-    values: Float[Array, "rows values"], count: int
-) -> tuple[Float[Array, "rows count"], Int[Array, "rows count"]]:
-    """As `lax.top_k`: the largest values of each row and their indices; of equal ones those of lower index.
-
-    Within a loop XLA sorts whole rows on a CPU: 185 ms for 3 rows of 196,608 values. But the largest lie
-    in the blocks with the largest maxima, as many blocks as values are asked for, found in 0.5 ms.
-    """
-    rows, length = values.shape
-    if length <= 2 * count * _BLOCK:
-        return lax.top_k(values, count)
-    padding = (0, 0), (0, -length % _BLOCK)
-    blocks = jnp.pad(values, padding, constant_values=-jnp.inf).reshape(rows, -1, _BLOCK)
-    # In order, so that of equal values those of lower index stay first.
-    chosen = jnp.sort(lax.top_k(jnp.max(blocks, axis=2), count)[1], axis=1)
-    best, index = lax.top_k(_take(blocks, chosen[:, :, None]).reshape(rows, -1), count)
-    index = _take(chosen, index // _BLOCK) * _BLOCK + index % _BLOCK
-    # Padding comes first only where every value left is -inf.
-    return best, jnp.minimum(index, length - 1)
 
 
 def _pooled(state: Beams, found: _Candidates, ran: Bool[Array, " prompts"], stuck: Array) -> Beams:

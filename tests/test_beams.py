@@ -10,9 +10,10 @@ import pytest
 
 import jaxkv
 from jaxkv import Finish
-from jaxkv.beam_loop import largest, search, start
+from jaxkv.beam_loop import search, start
 from jaxkv.models import ModelConfig, dense_logits, random_model
 from jaxkv.policies import SlidingWindow
+from jaxkv.selection import largest
 from jaxkv.testing import assert_in_place
 from tests import jitted
 from tests.plain_beams import ByHand, by_hand
