@@ -286,7 +286,7 @@ def _sampled(
     """A token for each row of logits; neither a sort of the vocabulary nor a draw where no request asks."""
     most = number.shape[1]
 
-    def each(values: Array, fill: float = 0) -> Array:
+    def each(values: Array, fill: int = 0) -> Array:
         return jnp.repeat(rows_of(values, row, fill), most)
 
     temperature, top_k, top_p = each(table.temperature), each(table.top_k, ALL_TOKENS), each(table.top_p, 1)
