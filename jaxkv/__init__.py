@@ -49,6 +49,8 @@ from jaxkv.causal_lm import CausalLM as CausalLM
 from jaxkv.decode import Finish as Finish
 from jaxkv.generation import Generation as Generation
 from jaxkv.generating import generate as generate
+from jaxkv.beams import BeamSearch as BeamSearch
+from jaxkv.beams import beam_search as beam_search
 from jaxkv import serving as serving
 from jaxkv.invariants import check_invariants as check_invariants
 from jaxkv.invariants import raise_for_status as raise_for_status

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.entries import (
+    DROP,
     check_vectors,
     lengths_of,
 )
@@ -141,9 +142,9 @@ def _enter(table: PageTable, grant: Grant, tokens: Tokens) -> PageTable:
     """New pages in their rows, and the tokens in lengths and positions."""
     return replace(
         table,
-        pages=table.pages.at[tokens.row, tokens.column].set(tokens.page_ids, mode="drop"),
-        lengths=table.lengths.at[grant.row].set(grant.length + grant.num_tokens[None], mode="drop"),
-        positions=table.positions.at[grant.slot].set(grant.position + grant.num_tokens, mode="drop"),
+        pages=table.pages.at[tokens.row, tokens.column].set(tokens.page_ids, **DROP),
+        lengths=table.lengths.at[grant.row].set(grant.length + grant.num_tokens[None], **DROP),
+        positions=table.positions.at[grant.slot].set(grant.position + grant.num_tokens, **DROP),
     )
 
 

@@ -114,7 +114,8 @@ def _decode_step(
     cache, batch = allocate(tidied(state.cache), seqs, jnp.ones_like(seqs))
     once = cache.policy is not None and cache.policy.rule.once
     logits, cache = run_model(model, state.next_tokens, cache, batch, observed=not once)
-    state = replace(state, cache=cache, step=state.step + 1, peak_unshared=_peak_unshared(state, cache))
+    peak = jnp.maximum(state.peak_unshared, pages_unshared(cache))
+    state = replace(state, cache=cache, step=state.step + 1, peak_unshared=peak)
     return _take(state, logits, running, batch.status, sampling, stop_tokens)
 
 
@@ -186,11 +187,11 @@ def _draw_keys(state: Decoding, entry: Int[Array, " seqs"]) -> PRNGKeyArray:
     return jax.vmap(jax.random.fold_in)(fold(state.key, entry), state.num_generated)
 
 
-def _peak_unshared(state: Decoding, cache: KVCache) -> Int[Array, ""]:
+def pages_unshared(cache: KVCache) -> Int[Array, ""]:
+    """Pages that the sequences of the cache would use without sharing."""
     config = cache.config
     sizes = jnp.asarray([group.page_size for group in config.groups], jnp.int32)[:, None]
-    held = jnp.sum(pages_for(cache.table.lengths.reshape(-1, config.max_seqs), sizes), dtype=jnp.int32)
-    return jnp.maximum(state.peak_unshared, held)
+    return jnp.sum(pages_for(cache.table.lengths.reshape(-1, config.max_seqs), sizes), dtype=jnp.int32)
 
 
 def start(
@@ -237,11 +238,11 @@ def start(
         finish=jnp.where(wanted, Finish.RUNNING, Finish.LENGTH).astype(jnp.int32),
         key=key,
         step=jnp.zeros((), jnp.int32),
-        peak_unshared=jnp.zeros((), jnp.int32),
+        peak_unshared=pages_unshared(cache),
         logits=jnp.zeros((num_seqs, max_new_tokens, vocab), jnp.float32) if keep_logits else None,
         keep=keep,
         prompts=None if prompts is None else prompts[0],
         prompt_lengths=None if prompts is None else prompts[1],
     )
-    state = replace(state, peak_unshared=_peak_unshared(state, cache), cache=_release(state, ~wanted))
+    state = replace(state, cache=_release(state, ~wanted))
     return _take(state, logits, wanted, zeros, sampling, stop_tokens)

@@ -1,8 +1,11 @@
 """Vectors of entries, one element a sequence of a call: checked, cleaned, and what they read.
 
 An index that should do nothing is out of range (`num_pages`, `max_seqs`): it reads a fill value, and what
-is written there is dropped. It is never negative, for JAX counts those from the end.
+is written there is dropped. It is never negative, and JAX is told so: to count those from the end takes an
+operation more for each read and write.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,9 @@ from jaxtyping import Array, Bool, Int
 from jaxkv.config import CacheConfig
 from jaxkv.state import PageTable, Status
 from pallas_kernels.checks import as_int32
+
+# How values are written: `array.at[index].set(values, **DROP)`.
+DROP: dict[str, Any] = dict(mode="drop", wrap_negative_indices=False)
 
 
 def check_vectors(**vectors: Array) -> list[Array]:
@@ -51,12 +57,14 @@ def clean_slots(
     if not once:
         return slot
     number = jnp.arange(slot.shape[0], dtype=jnp.int32)
-    first = jnp.full(max_seqs, slot.shape[0], jnp.int32).at[slot].min(number, mode="drop")
+    first = jnp.full(max_seqs, slot.shape[0], jnp.int32).at[slot].min(number, **DROP)
     return jnp.where(rows_of(first, slot, -1) == number, slot, max_seqs)
 
 
 def table_rows(slot: Int[Array, " entries"], config: CacheConfig) -> Int[Array, "groups entries"]:
     """The rows of the page table of each slot, `num_rows` for a slot of `max_seqs`."""
+    if len(config.groups) == 1:
+        return slot[None]  # `num_rows` is `max_seqs`
     first = jnp.arange(len(config.groups), dtype=jnp.int32)[:, None] * config.max_seqs
     return jnp.where(slot[None] < config.max_seqs, first + slot[None], config.num_rows)
 
@@ -92,7 +100,7 @@ def first_fault(*faults: tuple[Bool[Array, " entries"], Status]) -> Int[Array, "
 
 def rows_of(values: Array, index: Int[Array, "..."] | tuple[Array, ...], fill: int = 0) -> Array:
     """`values[index]`, `fill` where the index is past the end."""
-    return values.at[index].get(mode="fill", fill_value=fill)
+    return values.at[index].get(mode="fill", fill_value=fill, wrap_negative_indices=False)
 
 
 def pages_for(num_tokens: Int[Array, "..."], page_size: int | Int[Array, "..."]) -> Int[Array, "..."]:

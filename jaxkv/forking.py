@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.entries import (
+    DROP,
     check_vectors,
     clean_slots,
     first_fault,
@@ -82,14 +83,14 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, P
     def share_pages(table: PageTable, entry, place, _) -> PageTable:
         page = rows_of(table.pages, (rows_of(source, entry, config.num_rows), place), num_pages)
         at = rows_of(row, entry, config.num_rows)
-        return share(replace(table, pages=table.pages.at[at, place].set(page, mode="drop")), page)
+        return share(replace(table, pages=table.pages.at[at, place].set(page, **DROP)), page)
 
     table = for_each_page(share_pages, table, owned)
     table = stamp(table, Operation.FORK, child < max_seqs, parent, child)
     table = replace(
         table,
-        lengths=table.lengths.at[row].set(lengths, mode="drop"),
-        positions=table.positions.at[child].set(positions, mode="drop"),
+        lengths=table.lengths.at[row].set(lengths, **DROP),
+        positions=table.positions.at[child].set(positions, **DROP),
         prefixes=inherit_intact(table.prefixes, parent, child),
     )
     return table, inherited(cache.policy, parent, child), status
@@ -104,4 +105,4 @@ def inherited(
       policy: the state; None stays None.
       parent, child: slots; a child of `max_seqs` for an entry that does nothing.
     """
-    return jax.tree.map(lambda x: x.at[child].set(rows_of(x, parent), mode="drop"), policy)
+    return jax.tree.map(lambda x: x.at[child].set(rows_of(x, parent), **DROP), policy)

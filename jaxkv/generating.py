@@ -130,7 +130,7 @@ def generate(
     fresh = jax.eval_shape(new) if turn.cache is None else turn.cache
     rule = None if fresh.policy is None else fresh.policy.rule
     check_model(model, rule)
-    plan = _plan(turn, rule, share_prefix, keep)
+    plan = plan_prompts(turn, rule, share_prefix, keep)
     vocab = vocabulary(model, fresh, plan)
     request.check_vocabulary(vocab, model)
 
@@ -201,7 +201,7 @@ def _turn(
     return new_turn(request, config)
 
 
-def _plan(turn: Turn, policy: Policy | None, share_prefix: bool, keep: bool) -> Prompts:
+def plan_prompts(turn: Turn, policy: Policy | None, share_prefix: bool, keep: bool) -> Prompts:
     """The prompts to run; raises for a prompt that is empty or does not fit."""
     request, config = turn.request, turn.config
     for number, prompt in enumerate(request.prompts):

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxkv import prefix_index
-from jaxkv.entries import rows_of
+from jaxkv.entries import DROP, rows_of
 from jaxkv.prefix_index import is_recorded
 from jaxkv.state import AllocationStats, PageTable, PrefixIndex
 from pallas_kernels import control_flow
@@ -108,7 +108,7 @@ def take(table: PageTable, need: Int[Array, " entries"], most: int) -> tuple[Pag
     pages = rows_of(table.free_pages, place, num_pages)
     table = replace(
         table,
-        refcounts=table.refcounts.at[pages].set(1, mode="drop"),
+        refcounts=table.refcounts.at[pages].set(1, **DROP),
         # Pages are pushed at this height: after those taken were read, so that the stack need not be copied.
         num_free=after(table.num_free - num_taken, pages),
     )
@@ -117,7 +117,7 @@ def take(table: PageTable, need: Int[Array, " entries"], most: int) -> tuple[Pag
 
 def share(table: PageTable, pages: Int[Array, "..."]) -> PageTable:
     """One owner more for each page named; an id of `num_pages` is passed over."""
-    return replace(table, refcounts=table.refcounts.at[pages].add(1, mode="drop"))
+    return replace(table, refcounts=table.refcounts.at[pages].add(1, **DROP))
 
 
 def release(
@@ -133,7 +133,7 @@ def release(
     """
     num_pages = table.refcounts.shape[0]
     owners = rows_of(table.refcounts, pages)
-    refcounts = table.refcounts.at[after(pages, owners)].add(-1, mode="drop")
+    refcounts = table.refcounts.at[after(pages, owners)].add(-1, **DROP)
     # A page of one owner is named once. Of others several entries may be the last to name it.
     sole = owners == 1
     num_sole, num_shared = jnp.sum(jnp.stack([sole, owners > 1]), axis=1, dtype=jnp.int32)
@@ -145,7 +145,7 @@ def release(
     table = replace(
         table,
         refcounts=refcounts,
-        free_pages=table.free_pages.at[place].set(pages, mode="drop"),
+        free_pages=table.free_pages.at[place].set(pages, **DROP),
         num_free=table.num_free + num_pushed,
     )
     if table.prefixes is None:
@@ -182,7 +182,7 @@ def clear_index(table: PageTable, empty: PrefixIndex) -> PageTable:
     return replace(
         table,
         refcounts=table.refcounts - recorded.astype(jnp.int32),
-        free_pages=table.free_pages.at[place].set(number, mode="drop"),
+        free_pages=table.free_pages.at[place].set(number, **DROP),
         num_free=table.num_free + rank[-1],
         prefixes=replace(empty, intact=index.intact, num_reclaimed=index.num_reclaimed),
     )
@@ -203,7 +203,7 @@ def forget(table: PageTable, pages: Int[Array, " entries"]) -> PageTable:
     trips = (rank[-1] + size - 1) // size
     most = -(-pages.shape[0] // size) * size
     to = jnp.where(recorded, rank - 1, most)
-    together = jnp.full(most, num_pages, jnp.int32).at[to].set(pages, mode="drop")
+    together = jnp.full(most, num_pages, jnp.int32).at[to].set(pages, **DROP)
 
     def let_go(trip: Array, table: PageTable) -> PageTable:
         some = rows_of(together, trip * size + jnp.arange(size, dtype=jnp.int32), num_pages)
@@ -211,7 +211,7 @@ def forget(table: PageTable, pages: Int[Array, " entries"]) -> PageTable:
         return replace(
             table,
             prefixes=prefix_index.let_go(table.prefixes, some),
-            refcounts=table.refcounts.at[some].add(-1, mode="drop"),
+            refcounts=table.refcounts.at[some].add(-1, **DROP),
         )
 
     return control_flow.fori_loop(0, trips, let_go, table)
@@ -252,8 +252,8 @@ def _reclaim_some(table: PageTable, most: Int[Array, ""]) -> PageTable:
     place = jnp.where(goes, table.num_free + rank - 1, num_pages)
     return replace(
         table,
-        refcounts=table.refcounts.at[pages].add(-1, mode="drop"),
-        free_pages=table.free_pages.at[place].set(pages, mode="drop"),
+        refcounts=table.refcounts.at[pages].add(-1, **DROP),
+        free_pages=table.free_pages.at[place].set(pages, **DROP),
         num_free=table.num_free + rank[-1],
         prefixes=prefix_index.let_go(index, pages),
     )
@@ -262,22 +262,22 @@ def _reclaim_some(table: PageTable, most: Int[Array, ""]) -> PageTable:
 def _push_once(pages: Array, counted: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
     """Counts, each entry's rank among those that push their page (else `num_pages`), and how many do.
 
-    Entries that name a page without owners write their numbers, below zero, where its count was; the one that
-    reads its own back pushes the page.
+    Entries that name a page without owners write their numbers where its count was; the one that reads its
+    own back pushes the page.
     """
     refcounts, num_pages = counted[0], counted[0].shape[0]
     dead = rows_of(refcounts, pages, 1) == 0
-    mark = -1 - jnp.arange(pages.shape[0], dtype=jnp.int32)
-    refcounts = refcounts.at[jnp.where(dead, pages, num_pages)].min(mark, mode="drop")
-    pushes = dead & (rows_of(refcounts, pages) == mark)
+    number = jnp.arange(pages.shape[0], dtype=jnp.int32)
+    refcounts = refcounts.at[jnp.where(dead, pages, num_pages)].max(number, **DROP)
+    pushes = dead & (rows_of(refcounts, pages) == number)
     rank = jnp.cumsum(pushes, dtype=jnp.int32)
-    refcounts = refcounts.at[jnp.where(pushes, pages, num_pages)].set(0, mode="drop")
+    refcounts = refcounts.at[jnp.where(pushes, pages, num_pages)].set(0, **DROP)
     return refcounts, jnp.where(pushes, rank - 1, num_pages), rank[-1]
 
 
 def renumber(table: PageTable, target: Int[Array, " pages"]) -> PageTable:
     """Each live page gets its `target` for an id, lower than any free one's; `num_pages` for a free page."""
-    refcounts = jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, mode="drop")
+    refcounts = jnp.zeros_like(table.refcounts).at[target].set(table.refcounts, **DROP)
     index = table.prefixes
     if index is not None:
         index = prefix_index.renumber_pages(index, target)

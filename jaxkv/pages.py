@@ -7,11 +7,12 @@ from jaxtyping import Array, Bool, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.entries import (
+    DROP,
     check_vectors,
     clean_slots,
     first_fault,
+    page_sizes,
     pages_for,
-    row_page_sizes,
     rows_of,
     table_rows,
 )
@@ -92,34 +93,29 @@ def _truncate(
     config, table = cache.config, cache.table
     asked = clean_slots(seqs, config.max_seqs, where=lengths >= 0, once=False)
     slot = clean_slots(asked, config.max_seqs)
-    shortest = table.positions.at[asked].min(lengths, mode="drop")
-    row = table_rows(slot, config)
-    position, new_position = rows_of(table.positions, slot), rows_of(shortest, slot)
-    old = rows_of(table.lengths, row)
+    shortest = jnp.full(config.max_seqs, jnp.iinfo(jnp.int32).max, jnp.int32).at[asked].min(lengths, **DROP)
+    shortest = jnp.minimum(table.positions, shortest)
+    # From here on of every slot, named or not: that takes fewer operations than to write what is named.
+    old = table.lengths.reshape(-1, config.max_seqs)
     # Of an empty sequence nothing is left in any group.
-    new = jnp.where(new_position[None] == 0, 0, old - (position - new_position)[None])
-    refused = (new_position < position) & (new_position > 0) & _is_gone(cache, slot, new, new_position)
-    new, new_position = jnp.where(refused[None], old, new), jnp.where(refused, position, new_position)
-    table = _shorten(table, row.reshape(-1), old.reshape(-1), new.reshape(-1), seqs.shape[0], config)
-    cut = new_position < position
+    new = jnp.where(shortest[None] == 0, 0, old - (table.positions - shortest)[None])
+    refused = (shortest < table.positions) & (shortest > 0) & _is_gone(cache, new, shortest)
+    new, positions = jnp.where(refused[None], old, new), jnp.where(refused, table.positions, shortest)
+    cut = positions < table.positions
+    every = jnp.arange(config.max_seqs, dtype=jnp.int32)
     # Behind tokens that were dropped or shifted, those to come are not where their text has them.
-    in_place = cut & (new_position == new[0])
-    table = replace(
-        table,
-        positions=table.positions.at[slot].set(new_position, mode="drop"),
-        prefixes=cut_intact(table.prefixes, jnp.where(in_place, slot, config.max_seqs), new[0]),
-    )
-    table = stamp(table, Operation.TRUNCATE, cut, slot, new_position)
+    in_place = jnp.where(cut & (positions == new[0]), every, config.max_seqs)
+    table = _shorten(table, table_rows(slot, config).reshape(-1), new, config)
+    table = replace(table, positions=positions, prefixes=cut_intact(table.prefixes, in_place, new[0]))
+    table = stamp(table, Operation.TRUNCATE, cut, every, positions)
     policy = cache.policy
     if policy is not None:
-        emptied = jnp.where(new_position == 0, slot, config.max_seqs)
+        emptied = jnp.where(rows_of(positions, slot, 1) == 0, slot, config.max_seqs)
         policy = replace(
             policy,
-            values=policy.rule.forget(policy.values, jnp.where(cut, slot, config.max_seqs)),
-            least=policy.least.at[emptied].set(0, mode="drop"),
+            values=policy.rule.forget(policy.values, jnp.where(cut, every, config.max_seqs)),
+            least=policy.least.at[emptied].set(0, **DROP),
         )
-    # Each entry has its slot's answer.
-    refused = jnp.zeros(config.max_seqs, bool).at[slot].set(refused, mode="drop")
     status = first_fault(
         (seqs < 0, Status.PADDING),
         (seqs >= config.max_seqs, Status.INVALID_SEQ),
@@ -129,38 +125,40 @@ def _truncate(
     return table, count(cache.stats, cache.table, table), policy, status
 
 
-def _is_gone(cache: KVCache, slot: Array, lengths: Array, positions: Array) -> Bool[Array, " entries"]:
+def _is_gone(cache: KVCache, lengths: Array, positions: Array) -> Bool[Array, " seqs"]:
     """Whether a sequence cut so far would need tokens that were released or rewritten.
 
     Args:
       cache: before the cut.
-      slot: of each entry.
-      lengths: `[groups, entries]`, token slots in each row afterwards.
+      lengths: `[groups, seqs]`, token slots in each row afterwards.
       positions: tokens of each sequence afterwards.
     """
     windows = jnp.asarray([[group.window or 0] for group in cache.config.groups], jnp.int32)
     # The first token that the next one attends to; the first that is stored.
     seen = jnp.maximum(positions[None] - windows + 1, 0)
-    least = 1 if cache.policy is None else jnp.maximum(rows_of(cache.policy.least, slot), 1)[None]
+    least = 1 if cache.policy is None else jnp.maximum(cache.policy.least, 1)[None]
     return jnp.any(jnp.where(windows > 0, positions[None] - lengths > seen, lengths < least), axis=0)
 
 
 def _shorten(
-    table: PageTable, row: Array, old: Array, new: Array, entries: int, config: CacheConfig
+    table: PageTable, row: Int[Array, " rows"], lengths: Int[Array, "groups seqs"], config: CacheConfig
 ) -> PageTable:
-    """Rows of the table cut to new lengths, each row once; pages left empty are released."""
-    size = row_page_sizes(config, entries)
-    kept = pages_for(new, size)
+    """The table with new lengths, shorter in these rows; pages left empty are released, row after row."""
+    size = page_sizes(config)
+    old = pages_for(table.lengths.reshape(lengths.shape), size)
+    kept = pages_for(lengths, size)
+    counts, kept = rows_of((old - kept).reshape(-1), row), kept.reshape(-1)
 
     def give_back(table: PageTable, entry, place, nth):
-        at, column = rows_of(row, entry, config.num_rows), rows_of(kept, entry) + place
+        at = rows_of(row, entry, config.num_rows)
+        column = rows_of(kept, at) + place
         page = rows_of(table.pages, (at, column), config.num_pages)
-        pages = table.pages.at[after(at, page), column].set(config.num_pages, mode="drop")
+        pages = table.pages.at[after(at, page), column].set(config.num_pages, **DROP)
         return release(replace(table, pages=pages), page, nth)
 
     backwards = table.prefixes is not None
-    table = for_each_page(give_back, table, pages_for(old, size) - kept, backwards=backwards)
-    return replace(table, lengths=table.lengths.at[row].set(new, mode="drop"))
+    table = for_each_page(give_back, table, counts, backwards=backwards)
+    return replace(table, lengths=lengths.reshape(-1))
 
 
 def for_each_page(

@@ -235,10 +235,12 @@ def let_go(index: PrefixIndex, pages: Int[Array, " some"]) -> PrefixIndex:
         holders=index.holders.at[after(pages, holder)].set(nodes * held, mode="drop"),
     )
     some = pages.shape[0]
-    bare = _is_bare(index, node) & _is_first(node)
+    # Nodes of one page are named once, as pages are.
+    bare = _is_bare(index, node) if held == 1 else _is_bare(index, node) & _is_first(node)
     parent = rows_of(index.parents, node, nodes)
     is_above = bare[None, :] & (parent[:, None] == node[None, :])
-    up = jnp.where(jnp.any(is_above, axis=1), jnp.argmax(is_above, axis=1).astype(jnp.int32), some)
+    # At most one is; a minimum takes a fraction of the time of `argmax`.
+    up = jnp.min(jnp.where(is_above, jnp.arange(some, dtype=jnp.int32)[None], some), axis=1)
     num_bare_below = jnp.zeros(some, jnp.int32).at[jnp.where(bare, up, some)].add(1, mode="drop")
     # One stays for a child that is not bare, and for one that stays. Twice as far up in each round.
     stays = ~bare | (rows_of(index.children, node) > num_bare_below)
@@ -271,7 +273,8 @@ def _is_bare(index: PrefixIndex, node: Int[Array, " some"]) -> Bool[Array, " som
 def _is_first(node: Int[Array, " some"]) -> Bool[Array, " some"]:
     """Whether none before it is the same."""
     number = jnp.arange(node.shape[0], dtype=jnp.int32)
-    return ~jnp.any((node[:, None] == node[None, :]) & (number[None, :] < number[:, None]), axis=1)
+    first = jnp.min(jnp.where(node[:, None] == node[None, :], number[None, :], node.shape[0]), axis=1)
+    return first == number
 
 
 def _unneeded(index: PrefixIndex, node: Int[Array, " some"]) -> Int[Array, " some"]:

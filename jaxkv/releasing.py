@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
-from jaxkv.entries import page_sizes, pages_for, rows_of, table_rows
+from jaxkv.entries import DROP, page_sizes, pages_for, rows_of, table_rows
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.ownership import count, release
 from jaxkv.pages import for_each_page
@@ -77,11 +77,11 @@ def drop_pages(
         at, column = rows_of(row, entry, num_rows), rows_of(first, entry) + place
         # Past the end of a row stands `num_pages`, which moves up too.
         behind = rows_of(table.pages, (at, column + rows_of(dropped, entry)), num_pages)
-        return replace(table, pages=table.pages.at[at, column].set(behind, mode="drop"))
+        return replace(table, pages=table.pages.at[at, column].set(behind, **DROP))
 
     moved = jnp.where(dropped > 0, pages_for(rows_of(table.lengths, row), size) - first, 0)
     table = for_each_page(give_back, table, dropped, backwards=table.prefixes is not None)
     # Rows change after all pages were read, or the table would be copied.
     table = for_each_page(move_up, table, after(moved, table.num_free))
     table = stamp(table, Operation.DROP_PAGES, dropped > 0, row, first, dropped)
-    return replace(table, lengths=table.lengths.at[row].add(-dropped * size, mode="drop"))
+    return replace(table, lengths=table.lengths.at[row].add(-dropped * size, **DROP))

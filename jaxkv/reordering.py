@@ -8,6 +8,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
 from jaxkv.entries import (
+    DROP,
     check_vectors,
     clean_slots,
     first_fault,
@@ -86,8 +87,8 @@ def _reorder(
     table = stamp(table, Operation.REORDER, changes, slot, parent)
     table = replace(
         table,
-        lengths=table.lengths.at[row].set(lengths, mode="drop"),
-        positions=table.positions.at[slot].set(positions, mode="drop"),
+        lengths=table.lengths.at[row].set(lengths, **DROP),
+        positions=table.positions.at[slot].set(positions, **DROP),
         prefixes=inherit_intact(table.prefixes, parent, slot),
     )
     stats = count(cache.stats, cache.table, table)
@@ -115,7 +116,7 @@ def _hand_over(row: Array, source: Array, config: CacheConfig):
     def hand_over(table: PageTable, columns: Array) -> PageTable:
         old, new = (rows_of(table.pages, (of[:, None], columns), config.num_pages) for of in (row, source))
         at = after(row, old, new)[:, None]
-        pages = table.pages.at[at, columns].set(new, mode="drop")
+        pages = table.pages.at[at, columns].set(new, **DROP)
         # The end of a chain before its beginning.
         return release(replace(table, pages=pages), old[:, ::-1].reshape(-1))
 

@@ -81,7 +81,9 @@ def own_pages(
     table = release(table, jnp.where(released, own.old, config.num_pages)[:, ::-1].reshape(-1))
     rewritten = own.written & (row < config.num_rows)[:, None]
     table = forget(table, jnp.where(rewritten, own.old, config.num_pages).reshape(-1))
-    table = replace(table, prefixes=limit_intact(table.prefixes, slot, first * config.page_size))
+    # Tokens that come in later on a part-full page before that column may be shifted.
+    intact = jnp.minimum(first * config.page_size, lengths)
+    table = replace(table, prefixes=limit_intact(table.prefixes, slot, intact))
     table = stamp(table, Operation.OWN_PAGES, granted, slot, first, lengths)
     stats = count(cache.stats, cache.table, table, num_taken=own.num_taken)
     status = jnp.where(granted, Status.OK, Status.OUT_OF_PAGES).astype(jnp.int32)

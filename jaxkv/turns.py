@@ -86,7 +86,7 @@ def next_turn(
     Raises:
       ValueError: for slots out of range, named twice, or not as many as the prompts.
     """
-    _check_cache(cache, config)
+    check_cache(cache, config)
     owned = _own_slots(seqs, len(request.prompts), cache.config.max_seqs)
     slots = np.array(owned, np.int32)[:, None]
     if request.num_samples > 1:
@@ -99,7 +99,8 @@ def next_turn(
     return Turn(replace(request, prompts=prompts), cache.config, cache, slots, others, held)
 
 
-def _check_cache(cache: object, config: CacheConfig | None) -> None:
+def check_cache(cache: object, config: CacheConfig | None) -> None:
+    """Raises `ValueError` for what is no cache, a traced or a donated one, or one of another config."""
     if not isinstance(cache, KVCache):
         raise ValueError(f"cache={cache!r:.200} must be a jaxkv.KVCache or what generate returned")
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(cache)):

@@ -34,7 +34,12 @@ def only_if(condition: Any, operation: Callable[[_Carry], _Carry], carry: _Carry
     A loop of one trip or none. On a GPU the branches of `lax.cond` each get a pool of their own, 4 GiB of
     temporary memory for a pool of 4 GiB (tests/compiled/check_aot.py); a loop's carry stays where it is.
     """
-    return fori_loop(0, condition.astype("int32"), lambda _, carry: operation(carry), carry)
+
+    def trip(state: tuple[Any, _Carry]) -> tuple[Any, _Carry]:
+        return ~state[0], operation(state[1])
+
+    # The condition itself is carried: a CPU would need three more small operations for a counter.
+    return while_loop(lambda state: state[0], trip, (condition.astype("bool"), carry))[1]
 
 
 def skip_where_idle(condition: Any, operation: Callable[[_Carry], _Carry], carry: _Carry) -> _Carry:

@@ -24,7 +24,9 @@ def ragged_rows(
     Returns:
       `(entry, index)`, int32; `entry` is `len(ends)` for a row past the last end.
     """
-    passed = jnp.zeros(count, jnp.int32).at[jnp.maximum(ends - first, 0)].add(1, mode="drop")
+    passed_at = jnp.maximum(ends - first, 0)
+    passed = jnp.zeros(count, jnp.int32).at[passed_at].add(1, mode="drop", wrap_negative_indices=False)
     entry = jnp.cumsum(passed, dtype=jnp.int32)
-    starts = jnp.concatenate([jnp.zeros(1, ends.dtype), ends])
-    return entry, first + jnp.arange(count, dtype=jnp.int32) - starts[entry]
+    # The first entry starts at 0, which is read for an index of -1.
+    start = ends.at[entry - 1].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    return entry, first + jnp.arange(count, dtype=jnp.int32) - start

@@ -41,7 +41,8 @@ class Sequence:
     """`tokens`, `pages` and `length` are those of the first group, with full attention if any group has it.
 
     `least`: token slots that a cut must leave there, unless it empties the sequence: a policy rewrote them.
-    `ids`: token ids. `intact`: how many of the first are as they were; None for all.
+    `ids`: token ids, but for those that a policy dropped. `intact`: how many of the first token slots were
+    never dropped, rewritten or shifted; None for all.
     """
 
     rows: list[Row]
@@ -49,6 +50,10 @@ class Sequence:
     least: int = 0
     ids: list[int] = field(default_factory=list)
     intact: int | None = None
+
+    def limit_intact(self, length):
+        """No more of the first token slots are as they were."""
+        self.intact = length if self.intact is None else min(self.intact, length)
 
     @property
     def length(self) -> int:
@@ -461,16 +466,20 @@ class Oracle:
         """Groups with full attention, which come first."""
         return len(self.groups) - len(self.windowed)
 
-    def drop_pages(self, slot, first, dropped):
-        """Whole pages, from a column on, in groups with full attention."""
-        used, page_size = self.num_used, self.config.page_size
-        for row in self.sequences[slot].rows[: self.num_full]:
-            row.tokens = np.delete(
-                row.tokens, slice(first * page_size, (first + dropped) * page_size), axis=0
-            )
-            del row.pages[first : first + dropped]
+    def drop_pages(self, first, dropped: dict[int, int]):
+        """Whole pages of each slot, from a column on, in groups with full attention."""
+        used, page_size, before = self.num_used, self.config.page_size, self.rows_before()
+        for slot, pages in dropped.items():
+            sequence, gone = self.sequences[slot], slice(first * page_size, (first + pages) * page_size)
+            for row in sequence.rows[: self.num_full]:
+                row.tokens = np.delete(row.tokens, gone, axis=0)
+                del row.pages[first : first + pages]
+            if pages:
+                del sequence.ids[gone]
+                sequence.limit_intact(first * page_size)
+            self.count_eviction(pages * page_size)
+        self.settle(before, dropped)
         self.stats["total_deallocations"] += used - self.num_used
-        self.count_eviction(dropped * page_size)
 
     def count_eviction(self, tokens):
         self.stats["evictions"] += tokens > 0
@@ -482,7 +491,7 @@ class Oracle:
         Its own pages stay where they are, those beyond the length fill holes, then come fresh ones. In every
         group with full attention or in none."""
         owners, used, free, granted, handed_out = self.owners(), self.num_used, self.num_free, [], 0
-        starved = False
+        starved, before, written = False, self.rows_before(), []
         for slot, (first, length) in wanted.items():
             full, end = self.sequences[slot].rows[: self.num_full], -(-length // self.config.page_size)
             spares = [[p for p in row.pages[max(first, end) :] if owners[p] == 1] for row in full]
@@ -497,7 +506,14 @@ class Oracle:
                 spare = iter([*own, *(self.new_page() for _ in range(fresh))])
                 kept = [page if owners[page] == 1 else next(spare) for page in row.pages[first:end]]
                 row.pages = row.pages[:first] + kept
+                written += kept
+            self.sequences[slot].limit_intact(min(first * self.config.page_size, length))
             granted.append(slot)
+        self.take(handed_out, used)
+        self.settle(before, granted)
+        for label in written:
+            if self.prefixes is not None and label in self.prefixes.holder:
+                self.prefixes.unrecord(label)
         self.stats["total_allocations"] += handed_out
         self.stats["total_deallocations"] += used + handed_out - self.num_used
         self.stats["peak_pages"] = max(self.stats["peak_pages"], used + handed_out)

@@ -61,9 +61,8 @@ def merged(keys, values, mass, run) -> np.ndarray:
     return np.clip(value, values[run].min(axis=0), values[run].max(axis=0))
 
 
-def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:
-    """The first page that goes, and how many: what neither a token to come nor the sinks need; the newest
-    token stays."""
+def sliding_window(length, window, sinks, page_size) -> int:
+    """How many pages go, behind those of the sinks: what no token to come needs; the newest token stays."""
     first = -(-sinks // page_size)
     needed = range(max(length - max(window, 2) + 1, 0), length)
     pages = [
@@ -71,4 +70,4 @@ def sliding_window(length, window, sinks, page_size) -> tuple[int, int]:
         for page in range(first, length // page_size)
         if not any(page * page_size <= place < (page + 1) * page_size for place in needed)
     ]
-    return first, len(pages)
+    return len(pages)

@@ -1,16 +1,19 @@
 """Pictures: that they show what there is, and leave nothing behind."""
 
 import sys
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
+from matplotlib.colors import to_rgba
 
 import jaxkv
 from jaxkv.memory.page_owners import page_map
-from jaxkv.memory.pictures import plot_generation, plot_memory, plot_pages, plot_waste
+from jaxkv.memory.pictures import RECLAIMABLE, plot_generation, plot_memory, plot_pages, plot_waste
 from tests import jitted
 from tests.caches import PAGE_OF_ONE, SMALL, ints
 
@@ -61,6 +64,22 @@ def test_many_owners_are_told_apart_by_their_numbers():
     figure = plot_pages(cache)
     assert texts(figure) == [str(slot) for slot in range(12)]
     assert not any(text.startswith("slot") for text in legend(figure))
+
+
+def test_reclaimable_pages_are_a_kind_of_their_own():
+    pages = page_map(scattered())
+    pages = replace(pages, reclaimable=np.arange(8) == 0)  # that of slot 0, which is free
+    figure = plot_pages(pages)
+    (ax,) = figure.axes
+    num_drawn = [
+        len(of.get_paths())
+        for of in ax.collections
+        if np.array_equal(of.get_facecolor(), [to_rgba(RECLAIMABLE)])
+    ]
+    assert num_drawn == [1]
+    assert ax.get_title() == "Pages: 2 in use, 1 reclaimable, 0 holes"
+    assert "reclaimable" in legend(figure)
+    assert "reclaimable" not in legend(plot_pages(scattered()))
 
 
 def test_memory_and_waste_have_titles_units_and_the_numbers(tmp_path):

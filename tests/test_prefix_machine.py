@@ -97,6 +97,20 @@ class PrefixMachine(Machine):
             query = st.tuples(st.sampled_from(empty), st.integers(0, 10**6), st.integers(0, 3), st.just(0))
             self.ask(data.draw(entries(self.twin, query)))
 
+    @rule(data=st.data(), choice=st.integers(0, 10**6), kept=st.integers(0, 99))
+    def serve(self, data, choice, kept):
+        """As a server takes a request: some of a known text and more, of which the rest is computed."""
+        empty = self.slots_by(lambda position: position == 0)
+        slot = data.draw(st.sampled_from(empty or range(self.twin.config.max_seqs)))
+        self.twin.free([slot])
+        known = sorted(self.twin.oracle.prefixes.known()) or [(0, ())]
+        salt, text = known[choice % len(known)]
+        text = [*text[: len(text) * min(kept, 50) // 50], *data.draw(st.lists(st.integers(0, 1), max_size=6))]
+        (matched,) = self.twin.match_prefix([slot], [text], [len(text)], [salt])
+        rest = text[matched : matched + self.twin.total_tokens]
+        self.twin.extend([slot], [len(rest)], [*rest, *[0] * (self.twin.total_tokens - len(rest))])
+        self.twin.record_prefix([slot], [self.ids(slot)], [len(text)], [salt])
+
     @rule(data=st.data())
     def free_recorded(self, data):
         """What a server does with a request that is done."""

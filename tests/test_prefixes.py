@@ -367,6 +367,18 @@ def test_a_cut_before_what_was_shifted_does_not_make_later_tokens_recordable():
     assert server.cache.stats.prefix_pages_recorded == 1
 
 
+def test_tokens_behind_a_shift_beyond_the_end_are_not_recorded():
+    """The page was part full: what came in later stands further on than a match would have it."""
+    server = Server()
+    server.write(0, A[:2])
+    shift(server, 0, 4)
+    server.texts[0] = 0, A
+    server.cache = jitted.allocate(server.cache, ints(0), ints(2), total_tokens=MOST)[0]
+    assert server.table.positions[0] == 8
+    server.record(0)
+    assert server.cache.stats.prefix_pages_recorded == 0
+
+
 def test_a_slot_that_was_emptied_is_intact_again():
     server = Server()
     server.write(0, A + B)

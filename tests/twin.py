@@ -16,7 +16,7 @@ import numpy as np
 
 import jaxkv
 from jaxkv import CacheConfig, Status
-from jaxkv.prefix_index import limit_intact
+from jaxkv.prefix_index import NEVER_TOUCHED, limit_intact
 from tests.caches import SMALL, poison, poisoned_init
 from tests.oracle import Oracle
 
@@ -334,6 +334,8 @@ class Twin:
             recorded = {self.id_of[label] for label in self.oracle.prefixes.holder if label in self.id_of}
             alone = np.flatnonzero(table.prefixes.queued_at >= 0)
             assert len(alone) == self.oracle.num_reclaimable
+            intact = [NEVER_TOUCHED if s.intact is None else s.intact for s in sequences]
+            assert table.prefixes.intact.tolist() == intact
             refcounts[[*recorded, *alone]] += 1
         np.testing.assert_array_equal(table.refcounts, refcounts)
         free = table.free_pages[: table.num_free].tolist()

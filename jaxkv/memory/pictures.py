@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, safe for colour-blind readers; further slots repeat it.
 OWNERS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442")
-FREE, HOLE, EDGE = "#FFFFFF", "#BBBBBB", "#888888"
+FREE, HOLE, RECLAIMABLE, EDGE = "#FFFFFF", "#BBBBBB", "#EFEBDD", "#888888"
 PAGE_SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 _MOST_CELLS = 2048
 _MOST_WRITTEN_IN = 512
@@ -32,8 +32,8 @@ _MIB = 2**20
 def plot_pages(*caches: KVCache | PageMap, titles: Sequence[str] = ()) -> Figure:
     """The pool as a grid of pages, coloured by owner and filled as far as tokens reach.
 
-    Shared pages are hatched. A page is labelled with its slot, or `×3` if three slots share it. In a large
-    pool a square is several pages.
+    Shared pages are hatched, and pages that only the index of prefixes holds are dotted. A page is labelled
+    with its slot, or `×3` if three slots share it. In a large pool a square is several pages.
 
     Args:
       caches: one or several, drawn side by side.
@@ -145,7 +145,8 @@ def _height(pages: PageMap) -> float:
 
 
 def _counts(pages: PageMap) -> str:
-    return f"{pages.used.sum():,} in use, {pages.holes.sum():,} holes"
+    reclaimable = f"{pages.reclaimable.sum():,} reclaimable, " if pages.reclaimable.any() else ""
+    return f"{pages.used.sum():,} in use, {reclaimable}{pages.holes.sum():,} holes"
 
 
 def _draw_pages(ax: Axes, pages: PageMap, title: str | None, colours: Mapping[int, str]) -> None:
@@ -167,8 +168,10 @@ def _draw_pages(ax: Axes, pages: PageMap, title: str | None, colours: Mapping[in
         ax.add_collection(PatchCollection(patches, **style))
 
     whole = np.ones(cells.num_cells)
-    squares(~cells.used & ~cells.holes, whole, facecolor=FREE, edgecolor="#DDDDDD", linewidth=0.6)
+    free = ~(cells.used | cells.holes | cells.reclaimable)
+    squares(free, whole, facecolor=FREE, edgecolor="#DDDDDD", linewidth=0.6)
     squares(cells.holes, whole, facecolor=HOLE, edgecolor=EDGE, linewidth=0.6)
+    squares(cells.reclaimable, whole, facecolor=RECLAIMABLE, edgecolor=EDGE, linewidth=0.6, hatch="..")
     squares(cells.used, whole, facecolor=FREE, edgecolor=EDGE, linewidth=0.6)
     for slot in np.unique(cells.owner[cells.used]):
         squares(cells.used & (cells.owner == slot), fill, facecolor=colours[slot], linewidth=0)
@@ -214,8 +217,10 @@ def _add_legend(figure: Any, maps: Sequence[PageMap]) -> None:
     if len(colours) > len(OWNERS):
         label = f"a colour per slot, repeated after {len(OWNERS)}"
         patches = [Patch(facecolor=OWNERS[0], edgecolor=OWNERS[1], linewidth=3, label=label)]
+    reclaimable = [Patch(facecolor=RECLAIMABLE, edgecolor=EDGE, hatch="..", label="reclaimable")]
     patches += [
         Patch(facecolor=FREE, edgecolor="black", hatch="////", label="shared"),
+        *reclaimable * any(pages.reclaimable.any() for pages in maps),
         Patch(facecolor=HOLE, edgecolor=EDGE, label="hole: free, before a used page"),
         Patch(facecolor=FREE, edgecolor="#CCCCCC", label="free"),
     ]

@@ -83,12 +83,12 @@ class ServingConfig:
 
     def _settled_widths(self, decoding: int) -> tuple[int, ...]:
         given: Any = (decoding, self.token_budget) if self.widths is None else self.widths
-        widths = tuple(whole(width) for width in given)
-        if None in widths or min(widths, default=0) < 1 or max(widths) != self.token_budget:
+        widths = tuple(sorted({whole(width) or 0 for width in given}))
+        if not widths or widths[0] < 1 or widths[-1] != self.token_budget:
             raise ValueError(
                 f"widths={given!r} must be numbers of tokens, the largest token_budget={self.token_budget}"
             )
-        return tuple(sorted(set(widths)))  # type: ignore[type-var]
+        return widths
 
     @property
     def tokens_per_sample(self) -> int:

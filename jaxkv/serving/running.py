@@ -239,10 +239,10 @@ def _draw(
     number = slots.lengths - rows_of(table.prompt_lengths, slots.row)
     tokens = _sampled(logits, table, slots.row, number[:, None] + nth).reshape(count, most)
     right = jnp.pad(plan.proposed == tokens[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    accepted = offered & (jnp.cumsum(~right, axis=1) == 0)
+    accepted = offered & (jnp.cumsum(~right, axis=1, dtype=jnp.int32) == 0)
     stops = jnp.any(tokens[..., None] == rows_of(table.stop_tokens, slots.row, -1)[:, None], axis=2)
     # A stop token is the last.
-    accepted &= jnp.cumsum(stops, axis=1) - stops == 0
+    accepted &= jnp.cumsum(stops, axis=1, dtype=jnp.int32) == stops.astype(jnp.int32)
     room = rows_of(table.limits, slots.row) - slots.lengths
     counts = jnp.minimum(jnp.sum(accepted, axis=1, dtype=jnp.int32), room)
     stopped = jnp.any(stops & accepted & (nth < counts[:, None]), axis=1)
@@ -286,7 +286,7 @@ def _sampled(
     """A token for each row of logits; neither a sort of the vocabulary nor a draw where no request asks."""
     most = number.shape[1]
 
-    def each(values: Array, fill: float = 0) -> Array:
+    def each(values: Array, fill: int = 0) -> Array:
         return jnp.repeat(rows_of(values, row, fill), most)
 
     temperature, top_k, top_p = each(table.temperature), each(table.top_k, ALL_TOKENS), each(table.top_p, 1)
