@@ -77,6 +77,11 @@ class Lines:
                 raise line
             yield line
 
+    def close(self) -> None:
+        """Closes the file if nothing was asked for; else the thread does."""
+        if self._thread.ident is None:
+            self._file.close()
+
     def _read(self) -> None:
         try:
             with self._file:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
@@ -80,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     if options.system is not None and not options.chat:
         raise ValueError("--system needs --chat")
     with ExitStack() as stack:
-        lines = Lines(open_requests(options.requests))
+        lines = stack.enter_context(closing(Lines(open_requests(options.requests))))
         output = stack.enter_context(_output(options))
         observers = stack.enter_context(_metrics(options.metrics_port))
         keep_programs(options.compilation_cache, enabled=not options.no_compilation_cache)

@@ -69,12 +69,14 @@ class Session:
 
     def requests(self) -> Iterator[Request | None]:
         """Requests as they come, None where none has; a line that is wrong is answered at once."""
-        for line in self._lines:
-            if self.interrupted:
+        lines = iter(self._lines)
+        while not self.interrupted:
+            try:
+                line = next(lines)
+            except StopIteration:
                 return
-            if line is None:
-                yield None
-            elif (request := self._request(line)) is not None:
+            request = None if line is None else self._request(line)
+            if line is None or request is not None:
                 yield request
 
     def _request(self, line: Line) -> Request | None:
