@@ -86,7 +86,7 @@ class ServingOracle:
                 continue
             new, row.taken = row.text[row.taken :], len(row.text)
             if new or row.phase == Phase.FINISHED:
-                events.append((row.request.id, row.sample, new, row.finish))
+                events.append((row.request.id or 0, row.sample, new, row.finish))
             if row.phase == Phase.FINISHED:
                 self.rows[number] = None
         return events

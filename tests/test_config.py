@@ -132,6 +132,7 @@ def test_status_values_are_fixed():
         "PADDING": 5,
         "INVALID_LENGTH": 6,
         "ROLLBACK_TOO_LONG": 7,
+        "TABLE_FULL": 8,
     }
 
 

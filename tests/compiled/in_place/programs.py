@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxkv
-from jaxkv import policies
+from jaxkv import policies, serving
 from tests.compiled.in_place.program import (
     GEMMA_3_27B,
     GEMMA_4_26B,
@@ -86,6 +86,13 @@ def serve(cache, seqs, tokens, num_tokens):
     return jaxkv.free(cache, seqs), batch.status
 
 
+def serving_loop(cache, model, server, until):
+    """The whole loop of a server: schedule, model, sampling."""
+    config = replace(server.config, cache=cache.config)
+    state = serving.run(model, replace(server, cache=cache, config=config), until)
+    return state.cache, replace(state, cache=None)
+
+
 def one_layer(cache, batch, x, layer, like: int):
     """Append and attend in a layer, which may be traced, of the same kind as layer `like`."""
     kind = cache.config.groups[cache.config.homes[like].group]
@@ -122,7 +129,7 @@ def by_blocks(cache, seqs, num_tokens, x):
 
 def programs() -> list[Program]:
     """All of them."""
-    return [*_floats(), *_codes(), *_masses(), *_evictions(), *_kinds(), *_prefixes()]
+    return [*_floats(), *_codes(), *_masses(), *_evictions(), *_kinds(), *_prefixes(), *_serving()]
 
 
 def _floats() -> list[Program]:
@@ -265,6 +272,27 @@ def _prefixes() -> list[Program]:
         Program(f"{backend}: {name}", run, arguments, backend=backend, sizes=sizes)
         for backend, name, run, arguments, sizes in rows
     ]
+
+
+def _serving() -> list[Program]:
+    """The compiled loop of a server, with proposals and with prefixes, at two widths."""
+    return [
+        Program("triton: serving loop", serving_loop, partial(_server, LLAMA, None), backend="triton"),
+        Program(
+            "xla: serving loop, with prefixes and proposals",
+            serving_loop,
+            partial(_server, replace(LLAMA, prefix_cache=True), serving.PromptLookup()),
+            sizes=replace(LLAMA, prefix_cache=True),
+        ),
+    ]
+
+
+def _server(sizes, speculate) -> tuple:
+    config = serving.ServingConfig(
+        sizes, max_requests=256, max_tokens=2048, token_budget=CHUNK_TOKENS, speculate=speculate
+    )
+    state = jax.eval_shape(partial(serving.init, config))
+    return model(2), replace(state, cache=None), jax.ShapeDtypeStruct((), jnp.int32)
 
 
 def _prompts() -> tuple:
