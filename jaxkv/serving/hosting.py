@@ -46,7 +46,7 @@ class Event:
     Attributes:
       id: the request's.
       sample: number of the sample among those of its request.
-      tokens: new ones.
+      tokens: new ones; after a stop string, to the end of the block.
       finish: why the sample ended; RUNNING if it goes on.
       text: what the tokens say, with a tokenizer: whole characters, up to a stop string. The pieces of a
         sample join to its text.
