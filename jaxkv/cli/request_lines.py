@@ -103,9 +103,11 @@ def open_requests(path: str) -> BinaryIO:
     try:
         if path != "-":
             return open(path, "rb")
+        if sys.stdin is None:
+            raise ValueError("standard input is closed")
         # A file of its own: a thread that waits in `sys.stdin` keeps Python from ending.
         return open(sys.stdin.fileno(), "rb", closefd=False)
-    except (ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"--requests {path!r}: {error}") from None
 
 
