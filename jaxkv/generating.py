@@ -22,6 +22,7 @@ from jaxkv.packing import common_pages
 from jaxkv.policies import Policy
 from jaxkv.prefix_sizes import block_tokens
 from jaxkv.prompting import Prefilled, Prompts, run_prompts, vocabulary
+from jaxkv.queueing import generate_in_turns
 from jaxkv.request import Request, check_model
 from jaxkv.sampling import GREEDY, Sampling, SamplingBatch
 from jaxkv.sizing import fitting_config
@@ -70,6 +71,10 @@ def generate(
     share its pages likewise. With `CacheConfig(prefix_cache=True)` so is whatever any two prompts begin with,
     or a prompt and an earlier text of the cache; texts are recorded when their sequences end. Decoding is one
     compiled loop; control returns to the host between blocks.
+
+    More sequences than `config.max_seqs` take turns, as requests of a server do (`jaxkv.serving`): one that
+    finds too few pages waits and is computed again. Then `slots` are -1, seeds are drawn from `key` for each
+    prompt, and `keep`, `keep_logits` and `on_tokens` are a `ValueError`.
 
     For several turns, `keep=True` leaves sequences in the cache when they end, and the next call continues:
 
@@ -124,6 +129,8 @@ def generate(
         prompts, config = config, prompts  # type: ignore[assignment]
     counts = dict(num_samples=num_samples, prefill_chunk=prefill_chunk, block=block)
     request = Request.of(prompts, max_new_tokens, sampling, stop_tokens, **counts)  # type: ignore[arg-type]
+    if _take_turns(request, config, cache, seqs, keep or keep_logits or on_tokens is not None):
+        return generate_in_turns(model, request, config, policy, key)  # type: ignore[arg-type]
     turn = _turn(model, request, config, cache, seqs, policy, share_prefix)
     turn = with_policy(turn, policy)
     request, new = turn.request, partial(init, turn.config, policy)
@@ -168,6 +175,13 @@ def generate(
         found_tokens=done.num_found,
         held={**turn.held, **_held(plan)},
     )
+
+
+def _take_turns(request: Request, config: object, cache: object, seqs: object, watched: bool) -> bool:
+    """Whether there are more sequences than slots of a new cache, and nobody looks at them while they run."""
+    if not isinstance(config, CacheConfig) or cache is not None or seqs is not None or watched:
+        return False
+    return len(request.prompts) * request.num_samples > config.max_seqs
 
 
 def _held(plan: Prompts) -> dict[int, list[int]]:

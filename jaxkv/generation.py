@@ -18,7 +18,7 @@ class Generation:
     Attributes:
       tokens: `tokens[prompt][sample]` is the list of new token ids, a stop token included.
       finish: `finish[prompt][sample]` is why it ended, a `Finish`.
-      slots: `slots[prompt][sample]` is its slot of the cache.
+      slots: `slots[prompt][sample]` is its slot of the cache; -1 where sequences took turns.
       cache: the cache at the end. Without `keep` finished sequences are freed. With it, the cache holds each
         prompt and all its new tokens except the newest.
       pending: that newest token of each slot, which the model has not run on. `generate(...,

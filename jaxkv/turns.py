@@ -59,7 +59,8 @@ def new_turn(request: Request, config: CacheConfig) -> Turn:
     if count > config.max_seqs:
         raise ValueError(
             f"{len(request.prompts)} prompts x {request.num_samples} samples need {count} slots; "
-            f"the cache has max_seqs={config.max_seqs}"
+            f"the cache has max_seqs={config.max_seqs}; they take turns only without keep, keep_logits and "
+            "on_tokens"
         )
     slots = np.arange(count, dtype=np.int32).reshape(-1, request.num_samples)
     return Turn(request, config, None, slots, MappingProxyType({}))

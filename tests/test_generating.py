@@ -145,6 +145,19 @@ def test_a_sequence_without_a_page_waits_for_one_that_stops(model, expected):
     assert int(result.cache.stats.refused_allocations) > 0
 
 
+def test_more_prompts_than_slots_take_turns(model, expected):
+    """In a pool that holds few of them, too: what finds no page waits and is computed again."""
+    prompts = [PROMPTS[number % len(PROMPTS)] for number in range(9)]
+    config = cache_config(num_pages=8, max_pages_per_seq=6)
+    result = jaxkv.generate(model, config, prompts, max_new_tokens=[12] * 8 + [0])
+    assert result.tokens == [[expected[number % len(PROMPTS)]] for number in range(8)] + [[[]]]
+    assert {reason for (reason,) in result.finish} == {Finish.LENGTH}
+    assert int(result.cache.table.num_free) == 8
+    jaxkv.check_invariants(result.cache)
+    with pytest.raises(ValueError, match="prompt 8: token id 99 is beyond the vocabulary"):
+        jaxkv.generate(model, config, [*prompts[:8], [99]])
+
+
 def test_when_all_wait_the_last_ends_and_makes_room(model, expected):
     config = cache_config(num_pages=4, max_pages_per_seq=4)
     result = jaxkv.generate(model, config, [PROMPTS[0], PROMPTS[3]], max_new_tokens=12)
@@ -311,8 +324,9 @@ def test_compacting_by_itself_changes_no_text(model, expected):
         ({}, [], {}, ValueError, "no prompts"),
         ({}, [[1], []], {}, ValueError, "prompt 1 is empty"),
         ({}, [[1] * 65], {}, jaxkv.SequenceTooLongError, "prompt 0 has 65 tokens; a sequence holds 64"),
-        ({}, [[1]] * 9, {}, ValueError, "9 prompts x 1 samples need 9 slots"),
-        ({}, [[1]] * 3, dict(num_samples=3), ValueError, "3 prompts x 3 samples"),
+        ({}, [[1]] * 9, dict(keep=True), ValueError, "9 prompts x 1 samples need 9 slots"),
+        ({}, [[1]] * 3, dict(num_samples=3, keep_logits=True), ValueError, "3 prompts x 3 samples"),
+        ({}, [[1]] * 8 + [[]], {}, ValueError, "prompt 8 is empty"),
         (dict(num_pages=5, max_pages_per_seq=5), [[1] * 12, [2] * 12], {}, jaxkv.OutOfPagesError, "6 pages"),
         ({}, [[1]], dict(max_new_tokens=-1), ValueError, "max_new_tokens=-1 must be a non-negative integer"),
         ({}, [[1]], dict(max_new_tokens=True), ValueError, "max_new_tokens=True"),

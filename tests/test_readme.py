@@ -1,5 +1,6 @@
 """The README's examples run as a reader pastes them."""
 
+import ast
 import os
 import re
 import subprocess
@@ -29,13 +30,15 @@ def pasted(example: str, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_there_are_two_examples_and_at_most_120_lines():
-    assert len(EXAMPLES) == 2
+def test_there_are_three_examples_and_at_most_120_lines():
+    assert len(EXAMPLES) == 3
+    assert len(EXAMPLES[2].splitlines()) <= 15
     assert len(README.splitlines()) <= 120
 
 
-def test_the_text_example_prints_two_answers_to_each_question(monkeypatch, capsys):
-    """SmolLM2's tokenizer, and a random model of one layer in its place."""
+@pytest.fixture
+def tiny(monkeypatch):
+    """SmolLM2's tokenizer, and a random model of one layer in its place; the names that were loaded."""
     tokenizer = gguf_tokenizer(GGUFFile(find_model("smollm2-135m")))
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -50,13 +53,30 @@ def test_the_text_example_prints_two_answers_to_each_question(monkeypatch, capsy
     loaded = LoadedModel(random_model(config, jax.random.key(0)), config, tokenizer, "tiny")
     asked = []
     monkeypatch.setattr("jaxkv.models.load", lambda name: asked.append(name) or loaded)
+    yield asked
+    assert asked == ["smollm2-135m"]
+
+
+def test_the_text_example_prints_two_answers_to_each_question(tiny, capsys):
     variables = {}
     exec(compile(EXAMPLES[0], "README.md", "exec"), variables)
-    assert asked == ["smollm2-135m"]
     out = capsys.readouterr().out
     assert out.count("Why is the sky blue?\n") == out.count("What is the capital of France?\n") == 1
     tokens = variables["result"].tokens
     assert [[len(sample) for sample in samples] for samples in tokens] == [[32, 32], [32, 32]]
+
+
+def test_the_server_streams_both_answers(tiny, capsys):
+    exec(compile(EXAMPLES[2], "README.md", "exec"), {})
+    events = capsys.readouterr().out.splitlines()
+    assert {line.split()[0] for line in events} == {"0", "1"}
+    assert sum(line.endswith((" LENGTH", " STOP")) for line in events) == 2
+
+
+@pytest.mark.slow
+def test_the_server_knows_the_capital_of_france(tmp_path):
+    lines = pasted(EXAMPLES[2], tmp_path)
+    assert "Paris" in "".join(ast.literal_eval(re.search("'.*'|\".*\"", line)[0]) for line in lines)
 
 
 @pytest.mark.slow
@@ -66,9 +86,8 @@ def test_the_text_example_knows_the_capital_of_france(tmp_path):
     assert "Paris" in "\n".join(lines[lines.index("What is the capital of France?") :])
 
 
-@pytest.mark.parametrize("example", EXAMPLES[1:])
-def test_the_decode_loop_prints_a_token_for_each_sequence(example, tmp_path):
-    (line,) = pasted(example, tmp_path)
+def test_the_decode_loop_prints_a_token_for_each_sequence(tmp_path):
+    (line,) = pasted(EXAMPLES[1], tmp_path)
     tokens, free = re.fullmatch(r"\[ *(\d+ +\d+)\] free pages: (\d+)", line).groups()
     assert len(tokens.split()) == 2
     assert int(free) == 64 - 2 * 2  # 23 and 22 tokens take two pages of 16 each

@@ -25,6 +25,11 @@ def prompt(length, seed=0):
     return np.random.default_rng(seed).integers(0, VOCAB, length).tolist()
 
 
+def test_random_streams_of_requests():
+    for seed in range(12):
+        stream(CONFIG, seed)
+
+
 # Faults -------------------------------------------------------------------------------------
 
 
@@ -93,6 +98,7 @@ def test_two_requests_that_each_fit_alone_both_finish():
     assert twin.oracle.preemptions
 
 
+@pytest.mark.slow
 def test_a_request_that_is_alone_and_still_out_of_pages_ends():
     config = SERVERS["one sequence"]
     twin = Twin(replace(config, cache=replace(config.cache, num_pages=2, max_pages_per_seq=2)))
@@ -145,6 +151,7 @@ def test_the_first_of_equal_rank_starts_within_the_documented_steps():
 # The pool -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_loop_updates_the_pool_in_place():
     cache = replace(CONFIG.cache, num_pages=2**16, head_dim=64)
     config = replace(CONFIG, cache=cache)
@@ -380,10 +387,7 @@ def test_ten_thousand_requests_through_eight_slots():
         Request(tokens=prompt(int(rng.integers(1, 12)), seed), max_new_tokens=int(rng.integers(1, 6)))
         for seed in range(10_000)
     )
-    seen = []
-    _, ends = served(
-        requests, config, on_state=lambda state: seen.append(int(state.cache.table.num_free)), block=16
-    )
+    _, ends = served(requests, config, block=16)
     assert len(ends) == 10_000 and set(ends.values()) == {Finish.LENGTH}
 
 

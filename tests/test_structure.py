@@ -27,7 +27,7 @@ ALLOWED = {
         "pallas_kernels.move_pages",
         "pallas_kernels.paged_attention",
     },
-    "jaxkv": {"jaxkv.policies", "pallas_kernels"},
+    "jaxkv": {"jaxkv.policies", "jaxkv.serving", "pallas_kernels"},
     "jaxkv.checkpoints": {"jaxkv"},
     "jaxkv.cli": {
         "jaxkv",

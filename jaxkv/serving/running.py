@@ -93,13 +93,13 @@ def vocabulary(model: CausalLM, state: ServingState) -> int:
         tokens, the shape of its logits shows whether it ignores `rows`.
     """
 
-    def one(model: CausalLM, cache: KVCache) -> Array:
+    def one(cache: KVCache) -> Array:
         slots = jnp.arange(cache.config.max_seqs, dtype=jnp.int32)
         cache, batch = allocate(cache, slots, jnp.ones_like(slots))
         rows = jnp.zeros(slots.shape[0] + 1, jnp.int32)
         return run_model(model, jnp.zeros_like(slots), cache, batch, rows)[0]
 
-    return jax.eval_shape(one, model, state.cache).shape[1]
+    return jax.eval_shape(one, state.cache).shape[1]
 
 
 class Drawn(NamedTuple):

@@ -275,16 +275,11 @@ def _prefixes() -> list[Program]:
 
 
 def _serving() -> list[Program]:
-    """The compiled loop of a server, with proposals and with prefixes, at two widths."""
-    return [
-        Program("triton: serving loop", serving_loop, partial(_server, LLAMA, None), backend="triton"),
-        Program(
-            "xla: serving loop, with prefixes and proposals",
-            serving_loop,
-            partial(_server, replace(LLAMA, prefix_cache=True), serving.PromptLookup()),
-            sizes=replace(LLAMA, prefix_cache=True),
-        ),
-    ]
+    """The compiled loop of a server, at two widths, with all that it can have."""
+    sizes = replace(LLAMA, prefix_cache=True)
+    arguments = partial(_server, sizes, serving.PromptLookup())
+    name = "triton: serving loop, with prefixes and proposals"
+    return [Program(name, serving_loop, arguments, backend="triton", sizes=sizes)]
 
 
 def _server(sizes, speculate) -> tuple:
