@@ -1,7 +1,10 @@
-"""A model for tests of the command: random, a few kilobytes, in a folder."""
+"""For tests of the command: a random model of a few kilobytes in a folder, and a process of its own."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import tokenizers
@@ -20,3 +23,16 @@ def tiny(path: Path) -> str:
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     tokenizer.save(str(folder / "tokenizer.json"))
     return str(folder)
+
+
+def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    """A command in a process of its own, which keeps no programs unless the environment says where."""
+    # A shell's background job ignores Ctrl-C, and whatever it starts does.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    return subprocess.Popen(
+        [sys.executable, "-c", f"{start}; from jaxkv.cli import entry_point; entry_point()", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"} | (env or {}),
+    )

@@ -1,12 +1,10 @@
 """The commands: what they print, and that a user's mistake is one line and exit code 2."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +16,7 @@ import tokenizers.models
 import tokenizers.pre_tokenizers
 
 from jaxkv.cli import main
+from tests.command_models import run
 
 
 def fails(capsys, *arguments: str) -> str:
@@ -63,6 +62,15 @@ def fails(capsys, *arguments: str) -> str:
         (["generate", "--model", "x", "--metrics-port", "65536"], "'65536' is not a port, 0 to 65535"),
         (["generate", "--model", "x", "--metrics-port", "-1"], "'-1' is not a port"),
         (["generate", "--model", "x", "--metrics-port", "http"], "'http' is not a port"),
+        (["serve", "--model", "x"], "--requests"),
+        (["serve", "--model", "", "--requests", "-"], "--model is empty"),
+        (["serve", "--model", "x", "--requests", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["serve", "--model", "x", "--requests", "tests"], "Is a directory"),
+        (["serve", "--model", "x", "--requests", "a\0b"], "--requests 'a"),
+        (["serve", "--model", "x", "--requests", "-", "--system", "b"], "--system needs --chat"),
+        (["serve", "--model", "x", "--requests", "-", "--speculate", "3"], "'3' is not NGRAM:TOKENS"),
+        (["serve", "--model", "x", "--requests", "-", "--speculate", "0:4"], "'0:4' is not NGRAM:TOKENS"),
+        (["serve", "--model", "x", "--requests", "-", "--slots", "0"], "'0' is not a positive integer"),
         (["profile", "--prompt", " "], "prompt 0 is empty"),
         (["profile", "--model", "nowhere"], "nowhere: no such file or folder"),
         (["profile", "--num-samples", "0"], "'0' is not a positive integer"),
@@ -114,19 +122,6 @@ def test_a_missing_package_is_named_with_what_brings_it(capsys, monkeypatch, pac
     extra = {"matplotlib": "plot", "prometheus_client": "metrics"}[package]
     line = fails(capsys, *arguments)
     assert package in line and f"pip install 'jaxkv[{extra}]'" in line
-
-
-def run(*arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen:
-    """A command in a process of its own, which keeps no programs unless the environment says where."""
-    # A shell's background job ignores Ctrl-C, and whatever it starts does.
-    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    return subprocess.Popen(
-        [sys.executable, "-c", f"{start}; from jaxkv.cli import entry_point; entry_point()", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "0"} | (env or {}),
-    )
 
 
 def demo(*options: str) -> tuple[dict[str, str], dict[str, str]]:

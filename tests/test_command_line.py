@@ -24,7 +24,7 @@ from jaxkv.models import Tokenizer
 from tests import command_models
 from tests.command_models import PROMPT
 
-COMMANDS = ("generate", "profile", "demo", "plan")
+COMMANDS = ("generate", "serve", "profile", "demo", "plan")
 
 
 def subparser(name: str) -> argparse.ArgumentParser:

@@ -250,6 +250,20 @@ def test_serve_takes_requests_as_they_come():
     assert set(ends) == {(0, 0), (1, 0)} and len(texts[1, 0]) == 2
 
 
+def test_serve_ends_after_the_block_whose_on_state_says_so():
+    blocks = []
+    requests = [Request(tokens=[1], max_new_tokens=20), Request(tokens=[2], max_new_tokens=5)]
+    events = list(
+        serve(MODEL, CONFIG, requests, block=8, on_state=lambda state: blocks.append(1) or len(blocks) == 1)
+    )
+    assert len(blocks) == 1
+    assert {event.id: (len(event.tokens), event.finish) for event in events} == {
+        0: (8, Finish.RUNNING),
+        1: (5, Finish.LENGTH),
+    }
+    assert all(0 < event.seconds < 600 for event in events)
+
+
 def test_serve_says_why_it_refuses():
     requests = [
         Request(tokens=[VOCAB], id=1),

@@ -35,13 +35,14 @@ ALLOWED = {
         "jaxkv.models",
         "jaxkv.planner",
         "jaxkv.policies",
+        "jaxkv.serving",
         "pallas_kernels",
     },
     "jaxkv.memory": {"jaxkv"},
     "jaxkv.models": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.planner": {"jaxkv", "jaxkv.checkpoints", "pallas_kernels"},
     "jaxkv.policies": {"jaxkv", "pallas_kernels"},
-    "jaxkv.serving": {"jaxkv", "jaxkv.models", "jaxkv.policies", "pallas_kernels"},
+    "jaxkv.serving": {"jaxkv", "jaxkv.memory", "jaxkv.models", "jaxkv.policies", "pallas_kernels"},
     "jaxkv.tune": {"jaxkv.cli", "pallas_kernels"},
     "pallas_kernels": {"pallas_kernels.formats"},
     "pallas_kernels.formats": {"pallas_kernels", "pallas_kernels.paged_attention"},
@@ -184,7 +185,7 @@ def test_a_circle_would_be_found():
 
 
 def test_no_command_imports_another():
-    commands = {f"jaxkv.cli.{name}" for name in ("generate", "profile", "demo", "plan")}
+    commands = {f"jaxkv.cli.{name}" for name in ("generate", "serve", "profile", "demo", "plan")}
     assert not {name: found for name in commands if (found := imports(name, at_load=False) & commands)}
 
 

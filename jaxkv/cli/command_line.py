@@ -1,4 +1,4 @@
-"""The command line: `jaxkv generate`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
+"""The command line: `jaxkv generate`, `jaxkv serve`, `jaxkv profile`, `jaxkv demo` and `jaxkv plan`.
 
 A user's mistake prints one line on standard error, with exit code 2. Ctrl-C exits with code 130.
 """
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from jaxkv.cli import demo, generate, plan, profile
+from jaxkv.cli import demo, generate, plan, profile, serve
 from jaxkv.cli.options import EPILOG
 from jaxkv.cli.reporting import Parser, exit_code, leave
 
 # Each has `HELP`, `add_arguments(parser)` and `run(options)`, which returns the exit code. Modules that need
 # the optional dependencies of `models` are imported when the command runs.
-COMMANDS = {"generate": generate, "profile": profile, "demo": demo, "plan": plan}
+COMMANDS = {"generate": generate, "serve": serve, "profile": profile, "demo": demo, "plan": plan}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

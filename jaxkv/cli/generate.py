@@ -9,7 +9,16 @@ import jax
 import numpy as np
 
 from jaxkv.cli.compilation_cache import keep_programs
-from jaxkv.cli.options import EPILOG, add_common, add_num_pages, add_seed, count, port
+from jaxkv.cli.options import (
+    EPILOG,
+    add_chat,
+    add_common,
+    add_metrics_port,
+    add_model,
+    add_num_pages,
+    add_seed,
+    count,
+)
 from jaxkv.cli.pool import fitting_config
 from jaxkv.cli.prompts import check_stop, read_prompts, token_ids
 from jaxkv.cli.report import found, pages, speed
@@ -28,26 +37,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `jaxkv generate`."""
     command.epilog = EPILOG
     add = command.add_argument
-    add(
-        "--model",
-        required=True,
-        metavar="PATH_OR_NAME",
-        help="a GGUF file, a Hugging Face folder, or a known name, like smollm2-135m (required)",
-    )
+    add_model(command)
     text = "text to continue; may be repeated (default: only those of --prompts-file)"
     add("--prompt", action="append", default=[], metavar="TEXT", help=text)
     text = "UTF-8, one prompt per line; blank lines are skipped (default: none)"
     add("--prompts-file", type=Path, metavar="FILE", help=text)
-    text = "put each prompt into the model's chat template (default: off)"
-    add("--chat", action="store_true", help=text)
-    text = "system prompt, with --chat (default: the template's own, if it has one)"
-    add("--system", metavar="TEXT", help=text)
-    add(
-        "--parse-special",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="parse special tokens written in prompts, like <|im_end|> (default: only without --chat)",
-    )
+    add_chat(command)
     text = "end a text before this string; may be repeated (default: none)"
     add("--stop", action="append", default=[], metavar="TEXT", help=text)
     add("--num-samples", type=count, default=1, metavar="N", help="continuations per prompt (default: 1)")
@@ -64,8 +59,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         help="bound each sequence's memory: sliding-window:1024,sinks=4 or heavy-hitter:512,recent=256, lru, "
         "semantic-merge, prompt-compress (default: keep everything)",
     )
-    text = "serve metrics for Prometheus; 0 is any free port (default: serve none)"
-    add("--metrics-port", type=port, metavar="N", help=text)
+    add_metrics_port(command)
     add_common(command, least=0)
 
 

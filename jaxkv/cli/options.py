@@ -14,10 +14,33 @@ KV_DTYPES = {
 EPILOG = "A character that the output's encoding lacks is written as an escape, like \\u2603."
 
 
+def add_model(command: argparse.ArgumentParser) -> None:
+    """Adds `--model`, which must be given."""
+    text = "a GGUF file, a Hugging Face folder, or a known name, like smollm2-135m (required)"
+    command.add_argument("--model", required=True, metavar="PATH_OR_NAME", help=text)
+
+
 def add_known_model(command: argparse.ArgumentParser) -> None:
     """Adds `--model`, with a default."""
     text = "a GGUF file, a Hugging Face folder, or a known name (default: smollm2-135m)"
     command.add_argument("--model", default="smollm2-135m", metavar="PATH_OR_NAME", help=text)
+
+
+def add_chat(command: argparse.ArgumentParser) -> None:
+    """Adds the options of how prompts become tokens."""
+    add = command.add_argument
+    text = "put each prompt into the model's chat template (default: off)"
+    add("--chat", action="store_true", help=text)
+    text = "system prompt, with --chat (default: the template's own, if it has one)"
+    add("--system", metavar="TEXT", help=text)
+    text = "parse special tokens written in prompts, like <|im_end|> (default: only without --chat)"
+    add("--parse-special", action=argparse.BooleanOptionalAction, default=None, help=text)
+
+
+def add_metrics_port(command: argparse.ArgumentParser) -> None:
+    """Adds `--metrics-port`."""
+    text = "serve metrics for Prometheus; 0 is any free port (default: serve none)"
+    command.add_argument("--metrics-port", type=_port, metavar="N", help=text)
 
 
 def add_seed(command: argparse.ArgumentParser) -> None:
@@ -32,11 +55,19 @@ def add_num_pages(command: argparse.ArgumentParser) -> None:
     command.add_argument("--num-pages", type=count, metavar="N", help=text)
 
 
-def add_common(command: argparse.ArgumentParser, least: int = 1) -> None:
-    """Adds the options of every command that runs a model; `least` is the smallest `--max-new-tokens`."""
+def add_common(
+    command: argparse.ArgumentParser, least: int = 1, new_tokens: str = "most tokens of a continuation"
+) -> None:
+    """Adds the options of every command that runs a model.
+
+    Args:
+      command: the command.
+      least: smallest `--max-new-tokens`.
+      new_tokens: what `--max-new-tokens` is.
+    """
     add = command.add_argument
     number = count if least else _count_or_none
-    text = "most tokens of a continuation (default: 64)"
+    text = f"{new_tokens} (default: 64)"
     add("--max-new-tokens", type=number, default=64, metavar="N", help=text)
     add("--page-size", type=count, default=16, metavar="N", help="tokens per page (default: 16)")
     add("--kv-dtype", choices=KV_DTYPES, help="how K and V are stored (default: as the model's weights)")
@@ -80,7 +111,7 @@ def _seed(text: str) -> int:
     return int(text)
 
 
-def port(text: str) -> int:
+def _port(text: str) -> int:
     """A port, or 0."""
     if not text.isascii() or not text.isdigit() or int(text) >= 2**16:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port, 0 to {2**16 - 1}")

@@ -83,11 +83,10 @@ class Status:
         """Removes the line."""
         self._progress.stop()
 
-    def say_compiled(self) -> None:
+    def say_compiled(self, text: str = "compiled and ran the prompts") -> None:
         """Prints a lasting line if there is no terminal to show progress on."""
         if not self.console.is_terminal:
-            text = f"compiled and ran the prompts in {self.seconds:.1f} s"
-            print(text, file=sys.stderr, flush=True)
+            print(f"{text} in {self.seconds:.1f} s", file=sys.stderr, flush=True)
 
 
 class Watch:

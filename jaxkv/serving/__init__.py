@@ -28,3 +28,4 @@ from jaxkv.serving.speculation import Drafter as Drafter
 from jaxkv.serving.speculation import PromptLookup as PromptLookup
 from jaxkv.serving.hosting import Event as Event
 from jaxkv.serving.hosting import serve as serve
+from jaxkv.serving.metrics import ServingMetrics as ServingMetrics

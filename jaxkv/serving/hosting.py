@@ -4,9 +4,9 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, TypeAlias, overload
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ _cancel = jax.jit(cancel, donate_argnames="state")
 
 _IDLE_SECONDS = 0.002
 
+OnState: TypeAlias = Callable[[ServingState], object]
+
 
 @dataclass(frozen=True, slots=True)
 class Event:
@@ -44,12 +46,13 @@ class Event:
     Attributes:
       id: the request's.
       sample: number of the sample among those of its request.
-      tokens: new ones.
+      tokens: new ones; after a stop string, to the end of the block.
       finish: why the sample ended; RUNNING if it goes on.
       text: what the tokens say, with a tokenizer: whole characters, up to a stop string. The pieces of a
         sample join to its text.
       log_probs: of the tokens, with `ServingConfig.log_probs`.
       error: why the request was refused; then there is nothing else.
+      seconds: from when `serve` took the request to when the tokens reached the host; not compared.
     """
 
     id: int
@@ -59,6 +62,7 @@ class Event:
     text: str = ""
     log_probs: tuple[float, ...] = ()
     error: str | None = None
+    seconds: float = field(default=0.0, compare=False)
 
 
 @overload
@@ -70,7 +74,7 @@ def serve(
     tokenizer: "Tokenizer | None" = ...,
     logits_fn: LogitsFn | None = ...,
     block: int = ...,
-    on_state: Callable[[ServingState], None] | None = ...,
+    on_state: OnState | None = ...,
 ) -> Iterator[Event]: ...
 
 
@@ -83,7 +87,7 @@ def serve(
     tokenizer: "Tokenizer | None" = ...,
     logits_fn: LogitsFn | None = ...,
     block: int = ...,
-    on_state: Callable[[ServingState], None] | None = ...,
+    on_state: OnState | None = ...,
 ) -> AsyncIterator[Event]: ...
 
 
@@ -95,7 +99,7 @@ def serve(
     tokenizer: "Tokenizer | None" = None,
     logits_fn: LogitsFn | None = None,
     block: int = 8,
-    on_state: Callable[[ServingState], None] | None = None,
+    on_state: OnState | None = None,
 ) -> Iterator[Event] | AsyncIterator[Event]:
     """Serves requests as they come, and yields what happens as it happens.
 
@@ -111,8 +115,9 @@ def serve(
       tokenizer: gives events their `text`, and ends samples at the stop strings of their requests.
       logits_fn: changes logits before a token is chosen; see `run`.
       block: steps between two looks.
-      on_state: called with the state after each block, for metrics. It must not keep it: the next block
-        donates it.
+      on_state: called with the state after each block, for metrics (`ServingMetrics.observe`). It must not
+        keep it: the next block donates it. If it returns True, this block is the last: its events are
+        yielded, and what is left is dropped.
 
     Yields:
       An `Event` for each sample with new tokens, and one with an `error` for each refused request.
@@ -139,7 +144,7 @@ def serve(
 
 def _serve(host: "_Host", requests: Iterator[Request | None]) -> Iterator[Event]:
     ended = False
-    while not ended or host.busy:
+    while not host.stops and (not ended or host.busy):
         waits = False
         while host.has_room and not ended and not waits:
             try:
@@ -161,7 +166,7 @@ async def _serve_async(host: "_Host", requests: AsyncIterable[Request]) -> Async
     coming: asyncio.Task | None = None
     ended = False
     try:
-        while not ended or host.busy:
+        while not host.stops and (not ended or host.busy):
             if coming is None and not ended and host.has_room:
                 coming = asyncio.ensure_future(anext(iterator))
             if coming is not None:
@@ -199,6 +204,8 @@ class _Host:
         self._refused: list[Event] = []
         self._running: dict[int, int] = {}  # samples of each id that have not ended
         self._rows, self._until, self._next_id = 0, 0, 0
+        self._taken: dict[int, float] = {}  # when each id in `_running` came
+        self.stops = False
         self._streams: dict[tuple[int, int], TextStream | None] = {}
 
     @property
@@ -223,6 +230,7 @@ class _Host:
         self._next_id = max(self._next_id, number + 1)
         self._pending.append(request)
         self._running[number] = request.num_samples
+        self._taken[number] = time.monotonic()
         for sample in range(request.num_samples):
             stream = None if self._tokenizer is None else self._tokenizer.stream(request.stop)
             self._streams[number, sample] = stream
@@ -253,7 +261,7 @@ class _Host:
         events += self._events_of(jax.device_get(new))
         self._until = int(self._state.stats.steps)
         if self._on_state is not None:
-            self._on_state(self._state)
+            self.stops = self._on_state(self._state) is True
         return events
 
     def _submit_pending(self) -> list[Event]:
@@ -274,7 +282,7 @@ class _Host:
             if one != Status.OK:
                 assert request.id is not None
                 self._rows -= min(request.num_samples, self._config.max_requests)
-                del self._running[request.id]
+                del self._running[request.id], self._taken[request.id]
                 for sample in range(request.num_samples):
                     del self._streams[request.id, sample]
                 refused.append(Event(request.id, error=status_text(Status(one))))
@@ -282,6 +290,7 @@ class _Host:
 
     def _events_of(self, new: Events) -> list[Event]:
         events, stopped = [], []
+        now = time.monotonic()
         for row in np.flatnonzero((new.counts > 0) | (new.finish != Finish.RUNNING)):
             count, key = int(new.counts[row]), (int(new.ids[row]), int(new.samples[row]))
             tokens = tuple(new.tokens[row, :count].tolist())
@@ -298,7 +307,7 @@ class _Host:
             if stream is not None and stream.stopped:
                 stopped += [key] if finish == Finish.RUNNING else []
                 finish = Finish.STOP
-            events.append(Event(*key, tokens, finish, text, probs))
+            events.append(Event(*key, tokens, finish, text, probs, seconds=now - self._taken[key[0]]))
             if finish != Finish.RUNNING:
                 self._end(key)
         if stopped:
@@ -309,7 +318,7 @@ class _Host:
         del self._streams[key]
         self._running[key[0]] -= 1
         if not self._running[key[0]]:
-            del self._running[key[0]]
+            del self._running[key[0]], self._taken[key[0]]
 
     def _cancel(self, keys: list[tuple[int, int]]) -> None:
         """Ends samples at their stop strings; their rows are empty before their ids can be used again."""
