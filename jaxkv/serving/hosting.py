@@ -18,8 +18,9 @@ from jaxkv.decode import Finish
 from jaxkv.invariants import status_text
 from jaxkv.request import check_model
 from jaxkv.serving.config import ServingConfig
+from jaxkv.serving.drawing import LogitsFn
 from jaxkv.serving.requests import Request, Requests
-from jaxkv.serving.running import LogitsFn, run, vocabulary
+from jaxkv.serving.running import run, vocabulary
 from jaxkv.serving.state import ServingState, init
 from jaxkv.serving.submitting import Events, cancel, submit, take
 from jaxkv.state import Status
