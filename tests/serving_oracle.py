@@ -78,6 +78,17 @@ class ServingOracle:
         ended = [row for row in self.live(Phase.WAITING, Phase.RUNNING) if row.request.id in ids]
         self.end(dict.fromkeys(ended, Finish.CANCELLED))
 
+    def cancel_samples(self, named):
+        live = self.live(Phase.WAITING, Phase.RUNNING)
+        ended = [row for row in live if (row.request.id, row.sample) in named]
+        for row in ended:
+            # The first that waits for its prompt goes on where it was.
+            left = [one for one in live if one not in ended]
+            heirs = [one for one in left if row.slot is not None and one.leader == row.slot]
+            if heirs:
+                heirs[0].slot, heirs[0].leader, row.slot = row.slot, None, None
+        self.end(dict.fromkeys(ended, Finish.CANCELLED))
+
     def take(self):
         """(id, sample, new tokens, finish) of each row that has something new."""
         events = []

@@ -67,6 +67,12 @@ def test_padding_entries_and_empty_prompts():
     assert status.tolist() == [invalid, invalid, invalid, Status.PADDING]
 
 
+def test_a_prompt_longer_than_its_row_of_tokens_is_refused():
+    arrays = Requests.of([Request(tokens=[1, 2, 3]), Request(tokens=[1, 2])], CONFIG)
+    _, status = serving.submit(serving.init(CONFIG), replace(arrays, tokens=arrays.tokens[:, :2]))
+    assert status.tolist() == [Status.SEQUENCE_TOO_LONG, Status.OK]
+
+
 def test_requests_all_stopped_at_their_first_token():
     twin = Twin(CONFIG)
     stops = [int(np.argmax(logits(prompt(5, seed), CONFIG.cache))) for seed in range(ENTRIES)]
@@ -118,6 +124,23 @@ def test_samples_that_outgrow_the_pool_alone_end():
     while twin.oracle.live(Phase.WAITING, Phase.RUNNING):
         twin.step()
     assert {finish for *_, finish in twin.take()} == {Finish.OUT_OF_PAGES}
+    twin.finish()
+
+
+def test_cancelling_the_sample_whose_prompt_others_wait_for():
+    """The others go on where it was, and do not get the prompt of whoever has its slot next."""
+    twin = Twin(CONFIG)
+    twin.submit(
+        [
+            Request(tokens=prompt(26, 1), id=1, num_samples=3, max_new_tokens=3),
+            Request(tokens=prompt(26, 2), id=2, max_new_tokens=3),
+        ]
+    )
+    twin.step()
+    twin.cancel_samples((1, 0), (1, 1))
+    twin.step()
+    assert [row.sample for row in twin.oracle.live(Phase.RUNNING)] == [2]
+    twin.cancel_samples((1, 2))
     twin.finish()
 
 
@@ -287,6 +310,51 @@ def test_serve_says_why_it_refuses():
     ]
 
 
+def test_requests_refused_by_the_host_have_numbers_of_their_own():
+    requests = [
+        Request(tokens=[VOCAB]),
+        Request(tokens=[1], max_new_tokens=2),
+        Request(tokens=[1], num_samples=2**30 - 1),
+        Request(tokens=[1], max_new_tokens=2),
+    ]
+    _, ends = served(requests)
+    assert ends[2, 0] == "num_samples=1073741823 is more than run at once, 4"
+    assert {number: isinstance(end, str) for (number, _), end in ends.items()} == {
+        0: True,
+        1: False,
+        2: True,
+        3: False,
+    }
+
+
+def test_numbers_after_the_largest_id():
+    ids = (0, 2**31 - 1, None, None)
+    _, ends = served([Request(tokens=[1], id=number, max_new_tokens=2) for number in ids])
+    assert set(ends) == {(number, 0) for number in (0, 1, 2, 2**31 - 1)}
+
+
+def test_refusals_without_end_come_out_as_they_happen():
+    def endless():
+        while True:
+            yield Request(tokens=[VOCAB])
+
+    events = serve(MODEL, CONFIG, endless())
+    assert [next(events).id for _ in range(20)] == list(range(20))
+
+
+def test_as_many_new_tokens_as_there_are_integers():
+    arrays = Requests.of([Request(tokens=[1, 2])], CONFIG)
+    arrays = replace(arrays, max_new_tokens=ints(2**31 - 1))
+    state, _ = serving.submit(serving.init(CONFIG), arrays)
+    assert int(state.requests.limits[0]) == CONFIG.max_tokens
+
+
+@pytest.mark.parametrize("width", [0, -1, 2.5])
+def test_take_takes_a_token_at_least(width):
+    with pytest.raises(ValueError, match=f"width={width}"):
+        serving.take(serving.init(CONFIG), width=width)
+
+
 def test_serve_takes_async_iterables():
     async def coming():
         for seed in range(3):
@@ -298,6 +366,27 @@ def test_serve_takes_async_iterables():
 
     events = asyncio.run(collect())
     assert sorted(event.id for event in events if event.finish == Finish.LENGTH) == [0, 1, 2]
+
+
+def test_serve_closed_early_leaves_an_async_iterable_that_can_be_closed():
+    closed = []
+
+    async def coming():
+        try:
+            yield Request(tokens=[1], max_new_tokens=20)
+            await asyncio.sleep(60)
+        finally:
+            closed.append(True)
+
+    async def some():
+        source = coming()
+        events = serve(MODEL, CONFIG, source, block=1)
+        await anext(events)
+        await events.aclose()
+        await source.aclose()
+
+    asyncio.run(some())
+    assert closed == [True]
 
 
 class Letters:
@@ -346,6 +435,8 @@ def test_stop_strings_end_a_sample_and_leave_the_others():
         (dict(token_budget=3), "token_budget=3 must be at least 4"),
         (dict(widths=(4, 9)), "widths=.* the largest token_budget=12"),
         (dict(max_tokens=1), "max_tokens=1 must be at least 2"),
+        (dict(widths=12), "widths=12 must be numbers of tokens"),
+        (dict(speculate="ngram"), "speculate='ngram' must be a jaxkv.serving.Drafter"),
         (dict(policy="lru"), "policy='lru' must be a jaxkv.Policy"),
         (dict(cache=None), "cache=None must be a jaxkv.CacheConfig"),
         (

@@ -105,6 +105,13 @@ class Twin:
         self.oracle.cancel(ids)
         self.check()
 
+    def cancel_samples(self, *named):
+        """Each a request's id and the number of a sample."""
+        ids, samples = zip(*(list(named) + [(-1, 0)] * 2)[:2], strict=True)
+        self.state = self.cancel_(self.state, ints(*ids), samples=ints(*samples))
+        self.oracle.cancel_samples(named)
+        self.check()
+
     def step(self):
         self.state = self.run_(self.state, self.oracle.steps + 1)
         if self.oracle.live(Phase.WAITING, Phase.RUNNING):
@@ -190,6 +197,8 @@ def stream(config, seed):
             twin.submit(requests)
         if rng.random() < 0.3:
             twin.cancel(*rng.integers(0, number, 2).tolist())
+        if rng.random() < 0.3:
+            twin.cancel_samples(*((int(rng.integers(number)), sample) for sample in (0, 1)))
         for _ in range(int(rng.integers(0, 12))):
             twin.step()
         if rng.random() < 0.7:

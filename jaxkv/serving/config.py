@@ -1,5 +1,6 @@
 """Static sizes of a server."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +58,8 @@ class ServingConfig:
     def __post_init__(self):
         if not isinstance(self.cache, CacheConfig):
             raise ValueError(f"cache={self.cache!r:.200} must be a jaxkv.CacheConfig")
+        if self.speculate is not None and not isinstance(self.speculate, Drafter):
+            raise ValueError(f"speculate={self.speculate!r:.200} must be a jaxkv.serving.Drafter")
         if self.policy is not None and not isinstance(self.policy, Policy):
             raise ValueError(f"policy={self.policy!r:.200} must be a jaxkv.Policy")
         if self.policy is not None and self.policy.last_step():
@@ -83,10 +86,12 @@ class ServingConfig:
 
     def _settled_widths(self, decoding: int) -> tuple[int, ...]:
         given: Any = (decoding, self.token_budget) if self.widths is None else self.widths
+        given = tuple(given) if isinstance(given, Iterable) else (0,)
         widths = tuple(sorted({whole(width) or 0 for width in given}))
         if not widths or widths[0] < 1 or widths[-1] != self.token_budget:
             raise ValueError(
-                f"widths={given!r} must be numbers of tokens, the largest token_budget={self.token_budget}"
+                f"widths={self.widths!r} must be numbers of tokens, the largest "
+                f"token_budget={self.token_budget}"
             )
         return widths
 

@@ -186,7 +186,9 @@ async def _serve_async(host: "_Host", requests: AsyncIterable[Request]) -> Async
                     yield event
     finally:
         if coming is not None:
+            # Waited for: until it has ended, the iterable cannot be closed.
             coming.cancel()
+            await asyncio.gather(coming, return_exceptions=True)
 
 
 class _Host:
@@ -212,7 +214,7 @@ class _Host:
     @property
     def has_room(self) -> bool:
         """Whether another request may come before the next block."""
-        return len(self._pending) < self._entries
+        return len(self._pending) + len(self._refused) < self._entries
 
     @property
     def busy(self) -> bool:
@@ -223,12 +225,16 @@ class _Host:
         """Takes a request, to be submitted when its samples find empty rows."""
         if not isinstance(request, Request):
             raise ValueError(f"requests must be jaxkv.serving.Request, not {request!r:.200}")
-        number = self._next_id if request.id is None else request.id
+        number = request.id
+        if number is None:
+            number = self._next_id
+            while number in self._running:
+                number = (number + 1) % 2**31
         request = replace(request, id=number)
+        self._next_id = max(self._next_id, number + 1) % 2**31
         if fault := self._fault(request):
             self._refused.append(Event(number, error=fault))
             return
-        self._next_id = max(self._next_id, number + 1)
         self._pending.append(request)
         self._running[number] = request.num_samples
         self._taken[number] = time.monotonic()
@@ -239,6 +245,9 @@ class _Host:
     def _fault(self, request: Request) -> str | None:
         if request.id in self._running:
             return f"id {request.id} is that of a request that has not ended"
+        most = min(self._config.cache.max_seqs, self._config.max_requests)
+        if request.num_samples > most:
+            return f"num_samples={request.num_samples} is more than run at once, {most}"
         if request.stop and self._tokenizer is None:
             return "stop strings need a tokenizer"
         if len(request.stop_tokens) > self._config.max_stop_tokens:
@@ -269,7 +278,7 @@ class _Host:
         """Submits requests in order, up to the first whose samples find too few empty rows."""
         now: list[Request] = []
         while self._pending and len(now) < self._entries:
-            rows = min(self._pending[0].num_samples, self._config.max_requests)
+            rows = self._pending[0].num_samples
             if self._rows + rows > self._config.max_requests:
                 break
             self._rows += rows
@@ -282,7 +291,7 @@ class _Host:
         for request, one in zip(now, np.asarray(status).tolist(), strict=False):
             if one != Status.OK:
                 assert request.id is not None
-                self._rows -= min(request.num_samples, self._config.max_requests)
+                self._rows -= request.num_samples
                 del self._running[request.id], self._taken[request.id]
                 for sample in range(request.num_samples):
                     del self._streams[request.id, sample]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxkv.arguments import integer
 from jaxkv.decode import Finish
 from jaxkv.entries import check_vectors, first_fault, rows_of
 from jaxkv.pages import free
@@ -28,9 +29,10 @@ def submit(state: ServingState, requests: Requests) -> tuple[ServingState, Int[A
     Returns:
       The server, and a `Status` for each entry: TABLE_FULL from the first entry on whose samples find too few
       empty rows; SEQUENCE_TOO_LONG for a prompt that leaves no room for a token in `max_tokens` or in a row
-      of the page table; OUT_OF_PAGES for a request that not even an empty cache can hold with one token of
-      each sample; INVALID_LENGTH for an empty prompt, fewer than one new token, or more samples than slots;
-      PADDING for an entry of no samples. What is refused leaves nothing behind.
+      of the page table, or is longer than its row of `tokens`; OUT_OF_PAGES for a request that not even an
+      empty cache can hold with one token of each sample; INVALID_LENGTH for an empty prompt, fewer than one
+      new token, or more samples than slots; PADDING for an entry of no samples. What is refused leaves
+      nothing behind.
 
     Raises:
       ValueError: at trace time, for arrays that do not fit the server.
@@ -79,7 +81,8 @@ def _enter(
         tokens=fori_loop(0, count, write_prompt, table.tokens),
         prompt_lengths=put(table.prompt_lengths, of.lengths),
         lengths=put(table.lengths, of.lengths),
-        limits=put(table.limits, jnp.minimum(of.lengths + of.max_new_tokens, config.max_tokens)),
+        # The sum might overflow.
+        limits=put(table.limits, of.lengths + jnp.minimum(of.max_new_tokens, config.max_tokens - of.lengths)),
         taken=put(table.taken, of.lengths),
         temperature=put(table.temperature, of.temperature),
         top_k=put(table.top_k, of.top_k),
@@ -94,7 +97,7 @@ def _enter(
 def _faults(requests: Requests, config: ServingConfig) -> Int[Array, " entries"]:
     """What is wrong with each request, whatever the server holds."""
     lengths, samples, cache = requests.lengths, requests.num_samples, config.cache
-    most = config.max_tokens - 1
+    most = min(config.max_tokens - 1, requests.tokens.shape[1])
     if config.policy is None:
         most = min(most, cache.max_tokens_per_seq)
     most_samples = min(cache.max_seqs, config.max_requests)
@@ -142,7 +145,21 @@ def cancel(
         return finish_rows(state, live & jnp.isin(table.ids, ids), Finish.CANCELLED)
     ids, samples = check_vectors(ids=ids, samples=samples)
     named = (table.ids[:, None] == ids[None]) & (table.samples[:, None] == samples[None])
-    return finish_rows(state, live & jnp.any(named, axis=1), Finish.CANCELLED)
+    ends = live & jnp.any(named, axis=1)
+    slots = _slots_left(table, ends, state.config.cache.max_seqs)
+    return finish_rows(replace(state, requests=replace(table, slots=slots)), ends, Finish.CANCELLED)
+
+
+def _slots_left(table: RequestTable, ends: Array, none: int) -> Int[Array, " rows"]:
+    """Slots of rows once some end: the first of those that wait for its prompt takes the slot of one."""
+    rows = table.phase.shape[0]
+    row = jnp.arange(rows, dtype=jnp.int32)
+    waits = (table.phase == Phase.RUNNING) & (table.leaders != table.slots) & ~ends
+    heirs = jnp.full(none, rows, jnp.int32)
+    heirs = heirs.at[jnp.where(waits, table.leaders, none)].min(row, mode="drop")
+    heir = jnp.where(ends, rows_of(heirs, table.slots, rows), rows)
+    slots = table.slots.at[heir].set(table.slots, mode="drop")
+    return jnp.where(heir < rows, none, slots)
 
 
 def finish_rows(state: ServingState, ends: Array, finish: Array | Finish) -> ServingState:
@@ -190,9 +207,12 @@ def take(state: ServingState, *, width: int | None = None) -> tuple[ServingState
 
     Returns:
       The server and the events.
+
+    Raises:
+      ValueError: for a width that is no positive integer.
     """
     table, config = state.requests, state.config
-    width = config.max_tokens if width is None else min(width, config.max_tokens)
+    width = config.max_tokens if width is None else min(integer("width", width), config.max_tokens)
     used = table.phase != Phase.EMPTY
     counts = jnp.where(used, jnp.minimum(table.lengths - table.taken, width), 0)
     row = jnp.arange(table.phase.shape[0], dtype=jnp.int32)[:, None]
