@@ -69,9 +69,7 @@ def measure(requests: int | None) -> dict[str, Any]:
     rounds = ROUNDS if requests is None else 1
     seconds = interleave({on: server(on) for on in done}, rounds=rounds, warm_up=0)
     tokens = sum(work.new_tokens)
-    print(
-        f"\n{len(work.prompts)} requests behind a system prompt of {SYSTEM_TOKENS} tokens, {tokens:,} new ones"
-    )
+    print(f"\n{len(work.prompts)} requests behind a system prompt of {SYSTEM_TOKENS} tokens, {tokens:,} new")
     print(f"{'prefix cache':<14}{'found':>8}{'first token, median, s':>24}{'95%, s':>10}{'tokens/s':>10}")
     rows = []
     for on, runs in done.items():
