@@ -11,13 +11,12 @@ SLOTS, FIXED_BATCH = 16, 8
 PAGE_SIZE, MAX_BATCH_TOKENS = 256, 256
 
 
-def _load(**options: Any) -> Any:
+def _load() -> Any:
     from transformers import AutoModelForCausalLM  # pyright: ignore[reportMissingImports]
 
     path = find_model("smollm2-135m")
-    return AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype="float32", **options
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype="float32")
+    return model.eval()
 
 
 def continuous() -> Serve:
@@ -27,7 +26,7 @@ def continuous() -> Serve:
     """
     from transformers import ContinuousBatchingConfig, GenerationConfig  # pyright: ignore
 
-    model = _load(attn_implementation="sdpa_paged")
+    model = _load()
     generation = GenerationConfig(do_sample=False, max_new_tokens=MAX_NEW, eos_token_id=-1)
     options = ContinuousBatchingConfig(
         page_size=PAGE_SIZE,

@@ -6,7 +6,7 @@ at once. Tokens per second are those that the requests wanted, by the time until
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -60,82 +60,110 @@ def measure(requests: int | None, targets: Mapping[str, float], names: list[str]
     tokenizer = load("smollm2-135m").tokenizer
     assert tokenizer is not None
     work = of_conversations(count, tokenizer)
-    rounds = min(ROUNDS, max(1, count // 8))
-    slices = list(work.slices(-(-count // rounds)))
+    slices = list(work.slices(-(-count // min(ROUNDS, max(1, count // 8)))))
     print(
         f"\n{count} requests, {sum(map(len, work.prompts)):,} tokens of prompts, "
         f"{sum(work.new_tokens):,} new ones, in {len(slices)} rounds"
     )
-    speeds, same, absent = _speeds(slices, [OURS, *names])
-    rows = _table(speeds, same, targets)
+    with ExitStack() as stack:
+        rounds = Rounds([OURS, *names], stack)
+        rounds.run(slices)
+    rows = _table(rounds, targets)
+    rows += [{"name": name, "broken": reason, "held": False} for name, reason in rounds.broken.items()]
     return {
         "requests": count,
         "prompt_tokens": sum(map(len, work.prompts)),
         "new_tokens": sum(work.new_tokens),
         "rows": rows,
-        "absent": absent,
+        "absent": rounds.absent,
         "where_time_goes": where_time_goes(slices[0]),
     }
 
 
-def _speeds(
-    slices: list[Work], names: list[str]
-) -> tuple[dict[str, Sample], dict[str, float], dict[str, str]]:
-    """Tokens per second of each server, the share of texts that are `serve`'s, and why others are absent."""
-    speeds: dict[str, list[float]] = {}
-    texts: dict[str, list[list[list[int]]]] = {}
-    absent: dict[str, str] = {}
-    with ExitStack() as stack:
-        workers = {}
+class Rounds:
+    """What each server did in each round.
+
+    Attributes:
+      speeds: tokens per second, one value a round.
+      texts: new tokens of each request of each round.
+      absent, broken: servers that are not there or failed, and why.
+    """
+
+    def __init__(self, names: list[str], stack: ExitStack):
+        self.speeds: dict[str, list[float]] = {}
+        self.texts: dict[str, list[list[list[int]]]] = {}
+        self.absent: dict[str, str] = {}
+        self.broken: dict[str, str] = {}
+        self._workers: dict[str, Worker] = {}
         for name in names:
-            worker = stack.enter_context(Worker(SERVERS[name].module, SERVERS[name].function))
-            if worker.absent is None:
-                # Compiles, and touches the weights.
-                worker.serve(Work([[1, 2, 3, 4, 5]] * 2, [4, 2]))
-                workers[name], speeds[name], texts[name] = worker, [], []
-            else:
-                absent[name] = worker.absent
-                print(f"{name}: absent ({worker.absent})", flush=True)
-        order = list(workers)
+            self._attempt(name, lambda name: self._start(name, stack))
+
+    def run(self, slices: list[Work]) -> None:
+        """A round for each slice."""
         for number, whole in enumerate(slices):
+            order = list(self._workers)
             turn = number % len(order)
             for name in order[turn:] + order[:turn]:
-                work = whole.part(SERVERS[name].share)
-                served = workers[name].serve(work)
-                _check(name, work, served)
-                speeds[name].append(sum(work.new_tokens) / served.seconds)
-                texts[name].append(served.tokens)
-                print(f"round {number}: {name}, {served.seconds:.1f} s", flush=True)
-    same = {}
-    for name, rounds in texts.items():
+                self._attempt(name, lambda name, whole=whole: self._serve(name, whole))
+
+    def same_text(self, name: str) -> float:
+        """The share of texts that are `serve`'s."""
         pairs = [
             pair
-            for ours, theirs in zip(texts[OURS], rounds, strict=True)
+            for ours, theirs in zip(self.texts[OURS], self.texts[name], strict=True)
             for pair in zip(ours, theirs, strict=False)
         ]
-        same[name] = sum(ours == theirs for ours, theirs in pairs) / len(pairs)
-    return {name: Sample(tuple(values)) for name, values in speeds.items()}, same, absent
+        return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+
+    def _start(self, name: str, stack: ExitStack) -> None:
+        worker = stack.enter_context(Worker(SERVERS[name].module, SERVERS[name].function))
+        if worker.absent is not None:
+            self.absent[name] = worker.absent
+            print(f"{name}: absent ({worker.absent})", flush=True)
+            return
+        # Compiles, and touches the weights.
+        worker.serve(Work([[1, 2, 3, 4, 5]] * 2, [4, 2]))
+        self._workers[name], self.speeds[name], self.texts[name] = worker, [], []
+
+    def _serve(self, name: str, whole: Work) -> None:
+        work = whole.part(SERVERS[name].share)
+        served = self._workers[name].serve(work)
+        _check(work, served)
+        self.speeds[name].append(sum(work.new_tokens) / served.seconds)
+        self.texts[name].append(served.tokens)
+        print(f"round {len(self.speeds[name])}: {name}, {served.seconds:.1f} s", flush=True)
+
+    def _attempt(self, name: str, function: Callable[[str], None]) -> None:
+        """Calls the function; a server that fails takes part no more, unless it is ours."""
+        try:
+            function(name)
+        except RuntimeError as error:
+            if name == OURS:
+                raise
+            self.broken[name] = str(error)
+            for of in (self._workers, self.speeds, self.texts):
+                of.pop(name, None)
+            print(f"{name}: broke ({error})", flush=True)
 
 
-def _check(name: str, work: Work, served: Served) -> None:
+def _check(work: Work, served: Served) -> None:
     counts = [len(tokens) for tokens in served.tokens]
     if counts != work.new_tokens:
-        raise RuntimeError(f"{name} returned {counts} new tokens, not {work.new_tokens}")
+        raise RuntimeError(f"it returned {counts} new tokens, not {work.new_tokens}")
 
 
-def _table(
-    speeds: dict[str, Sample], same: dict[str, float], targets: Mapping[str, float]
-) -> list[dict[str, Any]]:
+def _table(rounds: Rounds, targets: Mapping[str, float]) -> list[dict[str, Any]]:
+    speeds = {name: Sample(tuple(values)) for name, values in rounds.speeds.items()}
     print(f"{'server':<26}{'run in':<26}{'of slices':>9}{'tokens/s':>10}{'same text':>11}", end="")
     print(f"   {'serve is':<20}target")
     rows = []
     for name, speed in speeds.items():
-        ratio, target = speeds[OURS].over(speed), targets.get(name)
+        ratio, target, same = speeds[OURS].over(speed), targets.get(name), rounds.same_text(name)
         held = target is None or ratio.median >= target
         verdict = "" if target is None else f"{times(ratio):<20}{target:g} {'held' if held else 'missed'}"
         server = SERVERS[name]
         print(
-            f"{name:<26}{server.setting:<26}{server.share:>9.0%}{speed.median:>10.1f}{same[name]:>11.0%}   "
+            f"{name:<26}{server.setting:<26}{server.share:>9.0%}{speed.median:>10.1f}{same:>11.0%}   "
             f"{verdict}"
         )
         rows.append(
@@ -144,7 +172,7 @@ def _table(
                 "setting": server.setting,
                 "share": server.share,
                 "tokens_per_second": speed.as_json(),
-                "same_text": same[name],
+                "same_text": same,
                 "ratio": ratio.as_json(),
                 "target": target,
                 "held": held,

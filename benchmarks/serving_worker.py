@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +39,8 @@ class Worker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
@@ -51,7 +53,9 @@ class Worker:
           RuntimeError: when the other process ended; its message is on standard error.
         """
         assert self._process.stdin is not None
-        print(json.dumps(work), file=self._process.stdin, flush=True)
+        # If it has ended, what follows tells how.
+        with suppress(BrokenPipeError):
+            print(json.dumps(work), file=self._process.stdin, flush=True)
         return Served(*self._answer())
 
     def _answer(self) -> Any:
