@@ -27,22 +27,27 @@ def value(token, layer):
 class HistoryModel:
     config: CacheConfig
 
-    def __call__(self, tokens, cache, batch, *, rows=None):
-        state = batch.positions
+    def __call__(self, tokens, cache, batch, *, rows=None, return_mass=False):
+        state, masses = batch.positions, []
         for layer in range(self.config.num_layers):
             group, _ = self.config.homes[layer]
             of = self.config.groups[group]
             shape = tokens.shape[0], of.num_kv_heads, of.head_dim
             v = jnp.broadcast_to(value(tokens, layer).astype(jnp.float32)[:, None, None], shape)
             cache = jaxkv.append(cache, layer, batch, jnp.zeros_like(v), v)
-            mean = jaxkv.attend(cache, layer, batch, jnp.zeros_like(v))[:, 0, 0]
+            q = jnp.zeros_like(v)
+            mean, lse = jaxkv.attend(cache, layer, batch, q, return_lse=True)
+            mean = mean[:, 0, 0]
+            if return_mass:
+                masses.append(jaxkv.attention_mass(cache, layer, batch, q, lse))
             seen = batch.positions + 1
             seen = seen if of.window is None else jnp.minimum(seen, of.window)
             # NaN, of a refused token or a leak, is no number to round.
             total = jnp.where(jnp.isnan(mean), -1e6, mean * seen.astype(jnp.float32))
             state += (2 * layer + 3) * jnp.round(total).astype(jnp.int32)
         state = state if rows is None else state[rows]
-        return jnp.asarray(TABLE)[state % len(TABLE)], cache
+        logits = jnp.asarray(TABLE)[state % len(TABLE)]
+        return (logits, cache, jnp.stack(masses)) if return_mass else (logits, cache)
 
     def cache_config(self, **sizes):
         return replace(self.config, **sizes)
