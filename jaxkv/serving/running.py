@@ -37,8 +37,8 @@ def run(
     rounding of logits: draw n of sample s uses `fold_in(fold_in(key(seed), s), n)`.
 
     Requests rank by priority, then arrival. Every step gives the first-ranked running request a token at
-    least, and it is never preempted; so a request with k requests ranking above it starts after at most
-    `(k + max_seqs) * max_tokens` steps.
+    least, and it is never preempted; so a request with k requests ranking above it, none of which arrives
+    later, starts after at most `(k + max_seqs) * max_tokens` steps.
 
     Args:
       model: the model.

@@ -56,8 +56,10 @@ def _enter(
     table: RequestTable, requests: Requests, row, entry, sample, count, config: ServingConfig
 ) -> RequestTable:
     live = (table.phase == Phase.WAITING) | (table.phase == Phase.RUNNING)
-    # Counted from the oldest that is left, so that the order never overflows.
-    last = jnp.max(jnp.where(live, table.arrivals, -1))
+    # Counted from the oldest that is left, so that numbers stay small.
+    oldest = jnp.min(jnp.where(live, table.arrivals, jnp.iinfo(jnp.int32).max))
+    arrivals = jnp.where(live, table.arrivals - oldest, 0)
+    last = jnp.max(jnp.where(live, arrivals, -1))
     width = requests.tokens.shape[1]
 
     def write_prompt(nth: Array, tokens: Array) -> Array:
@@ -76,7 +78,7 @@ def _enter(
         slots=put(table.slots, fresh + config.cache.max_seqs),
         ids=put(table.ids, of.ids),
         samples=put(table.samples, sample),
-        arrivals=put(table.arrivals, last + 1 + entry),
+        arrivals=put(arrivals, last + 1 + entry),
         priorities=put(table.priorities, of.priorities),
         tokens=fori_loop(0, count, write_prompt, table.tokens),
         prompt_lengths=put(table.prompt_lengths, of.lengths),
