@@ -210,5 +210,5 @@ def stream(config, seed):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SERVERS)
 def test_many_random_streams_of_requests(name):
-    for seed in range(100, 100 + int(os.environ.get("JAXKV_STREAMS", 25))):
+    for seed in range(100, 100 + int(os.environ.get("JAXKV_STREAMS", 12))):
         stream(SERVERS[name], seed)
