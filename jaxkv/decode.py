@@ -23,7 +23,15 @@ from pallas_kernels.control_flow import only_if
 
 
 class Finish(IntEnum):
-    """Why a sequence ended."""
+    """Why a sequence ended.
+
+    Attributes:
+      RUNNING: it has not.
+      STOP: at a stop token, a stop string, or because `on_tokens` said so.
+      LENGTH: at its limit, or its row of the page table is full.
+      OUT_OF_PAGES: no page was free for its next token.
+      CANCELLED: by `jaxkv.serving.cancel`.
+    """
 
     RUNNING = 0
     STOP = 1

@@ -73,8 +73,8 @@ def generate(
     compiled loop; control returns to the host between blocks.
 
     More sequences than `config.max_seqs` take turns, as requests of a server do (`jaxkv.serving`): one that
-    finds too few pages waits and is computed again. Then `slots` are -1, seeds are drawn from `key` for each
-    prompt, and `keep`, `keep_logits` and `on_tokens` are a `ValueError`.
+    finds too few pages waits and is computed again. Seeds are then drawn from `key` for each prompt, and
+    `keep`, `keep_logits` and `on_tokens` are a `ValueError`.
 
     For several turns, `keep=True` leaves sequences in the cache when they end, and the next call continues:
 
@@ -130,7 +130,8 @@ def generate(
     counts = dict(num_samples=num_samples, prefill_chunk=prefill_chunk, block=block)
     request = Request.of(prompts, max_new_tokens, sampling, stop_tokens, **counts)  # type: ignore[arg-type]
     if _take_turns(request, config, cache, seqs, keep or keep_logits or on_tokens is not None):
-        return generate_in_turns(model, request, config, policy, key)  # type: ignore[arg-type]
+        options = dict(policy=policy, key=key, share_prefix=share_prefix, warm_up=warm_up)
+        return generate_in_turns(model, request, config, **options)  # type: ignore[arg-type]
     turn = _turn(model, request, config, cache, seqs, policy, share_prefix)
     turn = with_policy(turn, policy)
     request, new = turn.request, partial(init, turn.config, policy)

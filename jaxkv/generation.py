@@ -15,6 +15,10 @@ from jaxkv.state import KVCache
 class Generation:
     """What `generate` returns, on the host.
 
+    Where more sequences than slots took turns, steps hold prompts and new tokens together: all time is in
+    `decode_seconds`, tokens computed again count in `prefill_tokens`, and `peak_pages_unshared` is
+    `peak_pages`.
+
     Attributes:
       tokens: `tokens[prompt][sample]` is the list of new token ids, a stop token included.
       finish: `finish[prompt][sample]` is why it ended, a `Finish`.

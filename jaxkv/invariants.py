@@ -39,9 +39,10 @@ _ERRORS = {
 }
 
 
-def status_text(status: Status) -> str:
-    """What a refusal means, as `raise_for_status` says it."""
-    return _ERRORS[status][1]
+def refusal(status: Status) -> JaxKVError:
+    """The error of a status that is neither OK nor PADDING, without the entry that it is of."""
+    kind, text = _ERRORS[status]
+    return kind(text)
 
 
 def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:

@@ -6,25 +6,30 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from jaxkv import serving
 from jaxkv.causal_lm import CausalLM
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Finish
 from jaxkv.generation import Generation
-from jaxkv.invariants import status_text
+from jaxkv.invariants import refusal
 from jaxkv.policies import Policy
 from jaxkv.request import Request, check_model
+from jaxkv.serving import programs
 from jaxkv.serving.running import vocabulary
 from jaxkv.state import Status
 
-_submit = jax.jit(serving.submit, donate_argnums=0)
-_run = jax.jit(serving.run, donate_argnums=1)
-
 
 def generate_in_turns(
-    model: CausalLM, request: Request, config: CacheConfig, policy: Policy | None, key: PRNGKeyArray | None
+    model: CausalLM,
+    request: Request,
+    config: CacheConfig,
+    *,
+    policy: Policy | None,
+    key: PRNGKeyArray | None,
+    share_prefix: bool,
+    warm_up: bool,
 ) -> Generation:
     """Generates for every prompt; those that find no slot or no pages wait until others have ended.
 
@@ -32,72 +37,95 @@ def generate_in_turns(
       model: the model.
       request: the prompts, and how to continue each.
       config: of the cache.
-      policy: of the cache.
+      policy, share_prefix, warm_up: as in `generate`.
       key: the seed of each prompt is drawn from it.
 
     Raises:
-      ValueError: for a prompt that no cache of this config can hold, naming it.
+      ValueError: for an empty prompt or a token beyond the vocabulary.
+      SequenceTooLongError, OutOfPagesError, InvalidLengthError: for a prompt that even an empty cache does
+        not hold; nothing is computed then.
     """
     for number, prompt in enumerate(request.prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty")
-    limits = [len(prompt) + limit for prompt, limit in zip(request.prompts, request.limits, strict=True)]
-    wanted = [number for number, limit in enumerate(request.limits) if limit]
-    samples, stops = request.num_samples, request.stop_tokens
-    server = serving.ServingConfig(
+    server = _server(request, config, policy)
+    check_model(model, policy)
+    new = partial(serving.init, server)
+    request.check_vocabulary(vocabulary(model, jax.eval_shape(new)), model)
+    asked = _asked(request, key, share_prefix)
+    state, status = programs.submit(jax.jit(new)(), serving.Requests.of(asked, server))
+    for one, refused in zip(asked, np.asarray(status).tolist(), strict=False):
+        if refused != Status.OK:
+            error = refusal(Status(refused))
+            raise type(error)(f"prompt {one.id}: {error}")
+    if warm_up:
+        state = jax.block_until_ready(programs.run(model, state, _steps(0)))
+    began = time.perf_counter()
+    state = jax.block_until_ready(programs.run(model, state, _steps(np.iinfo(np.int32).max)))
+    return _generation(state, request, time.perf_counter() - began)
+
+
+def _server(request: Request, config: CacheConfig, policy: Policy | None) -> serving.ServingConfig:
+    """A server whose request table holds all of them."""
+    lengths = [len(prompt) + limit for prompt, limit in zip(request.prompts, request.limits, strict=True)]
+    return serving.ServingConfig(
         config,
-        max_requests=max(1, len(wanted) * samples),
-        max_tokens=max(2, *limits),
+        max_requests=len(request.prompts) * request.num_samples,
+        max_tokens=max(2, *lengths),
         token_budget=max(request.prefill_chunk, config.max_seqs),
-        max_stop_tokens=max(1, len(stops)),
+        max_stop_tokens=max(1, len(request.stop_tokens)),
         policy=policy,
     )
-    check_model(model, policy)
-    empty = jax.eval_shape(partial(serving.init, server))
-    request.check_vocabulary(vocabulary(model, empty), model)
+
+
+def _asked(request: Request, key: PRNGKeyArray | None, share_prefix: bool) -> list[serving.Request]:
+    """The prompts of which anything is wanted, by their numbers."""
     key = jax.random.key(0) if key is None else key
     seeds = np.asarray(jax.random.bits(key, (len(request.prompts),), "uint32")).tolist()
-    asked = [
+    return [
         serving.Request(
             tokens=request.prompts[number],
             id=number,
-            max_new_tokens=request.limits[number],
+            max_new_tokens=limit,
             sampling=request.samplings[number],
             seed=seeds[number],
-            num_samples=samples,
-            stop_tokens=stops,
+            num_samples=request.num_samples,
+            stop_tokens=request.stop_tokens,
+            # Prompts of different salts share nothing.
+            salt=0 if share_prefix else number,
         )
-        for number in wanted
+        for number, limit in enumerate(request.limits)
+        if limit
     ]
-    began = time.perf_counter()
-    state = jax.jit(partial(serving.init, server))()
-    state, status = _submit(state, serving.Requests.of(asked, server))
-    for number, one in zip(wanted, np.asarray(status).tolist(), strict=False):
-        if one != Status.OK:
-            raise ValueError(f"prompt {number}: {status_text(Status(one))}")
-    state = _run(model, state, jnp.asarray(np.iinfo(np.int32).max, jnp.int32))
+
+
+def _steps(until: int) -> Array:
+    return jnp.asarray(until, jnp.int32)
+
+
+def _generation(state: serving.ServingState, request: Request, seconds: float) -> Generation:
+    """What the request table holds at the end."""
+    prompts, samples = len(request.prompts), request.num_samples
+    tokens: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in range(prompts)]
+    finish = [[Finish.LENGTH] * samples for _ in range(prompts)]
     table = jax.device_get(state.requests)
-    tokens: list[list[list[int]]] = [[[] for _ in range(samples)] for _ in request.prompts]
-    finish = [[Finish.LENGTH] * samples for _ in request.prompts]
-    for row in range(len(wanted) * samples):
+    for row in np.flatnonzero(table.phase == serving.Phase.FINISHED):
         number, sample = int(table.ids[row]), int(table.samples[row])
-        text = table.tokens[row, table.prompt_lengths[row] : table.lengths[row]]
-        tokens[number][sample] = text.tolist()
+        tokens[number][sample] = table.tokens[row, table.prompt_lengths[row] : table.lengths[row]].tolist()
         finish[number][sample] = Finish(int(table.finish[row]))
-    stats = state.stats.as_dict()
-    peak = int(state.cache.stats.peak_pages)
+    stats, peak_pages = state.stats.as_dict(), int(state.cache.stats.peak_pages)
     return Generation(
         tokens=tokens,
         finish=finish,
-        slots=[[-1] * samples for _ in request.prompts],
+        slots=[[-1] * samples for _ in range(prompts)],
         cache=state.cache,
         pending={},
-        peak_pages=peak,
-        peak_pages_unshared=peak,
+        peak_pages=peak_pages,
+        peak_pages_unshared=peak_pages,
         prefill_tokens=stats["computed_tokens"] - stats["new_tokens"],
         prefill_seconds=0.0,
         decode_steps=stats["steps"],
-        decode_seconds=time.perf_counter() - began,
+        decode_seconds=seconds,
         logits=None,
         found_tokens=stats["matched_tokens"],
     )

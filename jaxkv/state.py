@@ -146,35 +146,16 @@ class PageTable:
         return self.prefixes.num_reclaimable
 
 
-def _counter(index: int, doc: str) -> Any:
+def counter(index: int, doc: str) -> Any:
+    """A property of `Counters`: the element of the vector at this index."""
     return property(lambda stats: stats.counters[..., index], doc=doc)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class AllocationStats:
-    """Counters since `init`, in pages unless stated; they saturate at the largest int32.
+class Counters:
+    """What dataclasses have in common whose only field, `counters`, is a vector with a property for each."""
 
-    `counters` holds them in the order of `names()`, so that a step updates one vector.
-    """
-
-    counters: Int[Array, " 15"]
-
-    total_allocations = _counter(0, "Taken into use, copies included.")
-    total_deallocations = _counter(1, "Given back, by their last sequence.")
-    current_pages = _counter(2, "In use now, by sequences.")
-    peak_pages = _counter(3, "Most in use at any moment.")
-    copy_on_write_copies = _counter(4, "Copied because a shared tail page was written to.")
-    refused_allocations = _counter(5, "Entries of `allocate` that were refused, whatever the reason.")
-    compactions = _counter(6, "Calls of `compact`.")
-    pages_moved = _counter(7, "Moved by `compact`.")
-    evictions = _counter(8, "Times that a policy dropped tokens of a sequence.")
-    evicted_tokens = _counter(9, "Tokens that policies dropped.")
-    prefix_queries = _counter(10, "Prompts that `match_prefix` looked up.")
-    prefix_tokens_asked = _counter(11, "Tokens of those prompts.")
-    prefix_tokens_matched = _counter(12, "Tokens of them that were found.")
-    prefix_pages_recorded = _counter(13, "Made findable by `record_prefix`.")
-    prefix_pages_reclaimed = _counter(14, "Recorded pages that were taken for other tokens.")
+    __slots__ = ()
+    counters: Array
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
@@ -205,6 +186,33 @@ class AllocationStats:
             return f"{type(self).__name__}(counters=<deleted>)"
         fields = ", ".join(f"{name}={np.asarray(x).tolist()}" for name, x in self.as_dict().items())
         return f"{type(self).__name__}({fields})"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, slots=True, repr=False)
+class AllocationStats(Counters):
+    """Counters since `init`, in pages unless stated; they saturate at the largest int32.
+
+    `counters` holds them in the order of `names()`, so that a step updates one vector.
+    """
+
+    counters: Int[Array, " 15"]
+
+    total_allocations = counter(0, "Taken into use, copies included.")
+    total_deallocations = counter(1, "Given back, by their last sequence.")
+    current_pages = counter(2, "In use now, by sequences.")
+    peak_pages = counter(3, "Most in use at any moment.")
+    copy_on_write_copies = counter(4, "Copied because a shared tail page was written to.")
+    refused_allocations = counter(5, "Entries of `allocate` that were refused, whatever the reason.")
+    compactions = counter(6, "Calls of `compact`.")
+    pages_moved = counter(7, "Moved by `compact`.")
+    evictions = counter(8, "Times that a policy dropped tokens of a sequence.")
+    evicted_tokens = counter(9, "Tokens that policies dropped.")
+    prefix_queries = counter(10, "Prompts that `match_prefix` looked up.")
+    prefix_tokens_asked = counter(11, "Tokens of those prompts.")
+    prefix_tokens_matched = counter(12, "Tokens of them that were found.")
+    prefix_pages_recorded = counter(13, "Made findable by `record_prefix`.")
+    prefix_pages_reclaimed = counter(14, "Recorded pages that were taken for other tokens.")
 
 
 def on_host(value: Any) -> Any:

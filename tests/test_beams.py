@@ -11,23 +11,14 @@ import pytest
 import jaxkv
 from jaxkv import Finish
 from jaxkv.beam_loop import search, start
-from jaxkv.models import ModelConfig, dense_logits, random_model
+from jaxkv.models import dense_logits, random_model
 from jaxkv.policies import SlidingWindow
 from jaxkv.selection import largest
 from jaxkv.testing import assert_in_place
 from tests import jitted
 from tests.plain_beams import ByHand, by_hand
+from tests.tiny_model import TINY
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=1,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    max_context=128,
-)
 PROMPTS = [[1, 2, 3], list(range(4, 15)), [7]]
 STOPS, NEW_TOKENS = (42, 53), 10
 MODES = (False, True, "never")
@@ -35,12 +26,12 @@ MODES = (False, True, "never")
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CONFIG, jax.random.key(2))
+    return random_model(TINY, jax.random.key(2))
 
 
 def cache_config(**changes) -> jaxkv.CacheConfig:
     sizes = dict(num_pages=32, page_size=4, max_seqs=13, dtype="float32")
-    return CONFIG.cache_config(**{**sizes, **changes})
+    return TINY.cache_config(**{**sizes, **changes})
 
 
 def log_probs_of(model):
@@ -290,7 +281,7 @@ def test_a_policy_is_refused_and_prompts_that_do_not_fit_are(model):
 @pytest.mark.slow
 def test_windows_found_prefixes_and_waiting_change_nothing():
     """Two layers of a window of 5 beside a full one, pages of 2 tokens."""
-    config = replace(CONFIG, num_layers=3, window=5, full_attention_layers=(1,))
+    config = replace(TINY, num_layers=3, window=5, full_attention_layers=(1,))
     model = random_model(config, jax.random.key(3))
     sizes = dict(num_pages=64, page_size=2, max_seqs=13, dtype="float32", prefix_cache=True)
     cache, log_probs = jitted.init(config.cache_config(**sizes)), log_probs_of(model)

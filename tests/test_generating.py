@@ -11,22 +11,13 @@ import pytest
 import jaxkv
 from jaxkv.decode import Finish, decode, prefill, start
 from jaxkv.fitting import check_fit
-from jaxkv.models import ModelConfig, dense_logits, random_model
+from jaxkv.models import dense_logits, random_model
 from jaxkv.policies import HeavyHitter, PromptCompress, SlidingWindow
 from jaxkv.sampling import GREEDY, Sampling
 from jaxkv.sizing import fitting_config
 from tests import jitted
+from tests.tiny_model import TINY
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=1,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    max_context=128,
-)
 DRAWN = Sampling(temperature=1.5, top_k=20)
 # Most tests have as many sequences and new tokens as others: one compiled program serves them.
 PROMPTS = [[1, 2, 3], list(range(4, 15)), [7], [9, 8, 7, 6, 5]]
@@ -34,12 +25,12 @@ PROMPTS = [[1, 2, 3], list(range(4, 15)), [7], [9, 8, 7, 6, 5]]
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(CONFIG, jax.random.key(2))
+    return random_model(TINY, jax.random.key(2))
 
 
 def cache_config(**changes) -> jaxkv.CacheConfig:
     sizes = dict(num_pages=64, page_size=4, max_seqs=8, max_pages_per_seq=16, dtype="float32")
-    return CONFIG.cache_config(**{**sizes, **changes})
+    return TINY.cache_config(**{**sizes, **changes})
 
 
 dense = jax.jit(dense_logits)
@@ -154,6 +145,8 @@ def test_more_prompts_than_slots_take_turns(model, expected):
     assert {reason for (reason,) in result.finish} == {Finish.LENGTH}
     assert int(result.cache.table.num_free) == 8
     jaxkv.check_invariants(result.cache)
+    with pytest.raises(jaxkv.SequenceTooLongError, match="prompt 8: the sequence would outgrow its row"):
+        jaxkv.generate(model, config, [*prompts[:8], [1] * 30])
     with pytest.raises(ValueError, match="prompt 8: token id 99 is beyond the vocabulary"):
         jaxkv.generate(model, config, [*prompts[:8], [99]])
 

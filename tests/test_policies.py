@@ -15,7 +15,7 @@ from jaxkv import Rope, Status
 from jaxkv.cli.pool import check_context
 from jaxkv.decode import Finish
 from jaxkv.generating import PREFILL_CHUNK
-from jaxkv.models import ModelConfig, random_model
+from jaxkv.models import random_model
 from jaxkv.policies import (
     HeavyHitter,
     LeastRecentlyUsed,
@@ -31,17 +31,8 @@ from jaxkv.sizing import token_slots
 from tests import jitted
 from tests.caches import SMALL, filled, ints, normal
 from tests.policy_twin import PolicyTwin
+from tests.tiny_model import TINY
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=1,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    max_context=128,
-)
 ROPE = Rope.of(4, 10000.0)
 CONFIG = replace(SMALL, num_pages=12, max_pages_per_seq=6)
 POLICIES = [
@@ -351,16 +342,16 @@ def test_lines_of_text():
     assert by_cache == SemanticMerge(64, 8, positions="cache", rope=ROPE)
 
 
-@pytest.mark.parametrize("positions, most", [("original", MODEL.max_context - 60), ("cache", 128 - 9)])
+@pytest.mark.parametrize("positions, most", [("original", TINY.max_context - 60), ("cache", 128 - 9)])
 def test_a_prompt_that_is_cut_goes_on_to_the_end_of_the_context(positions, most):
     """All that is generated stays, from where the prompt ended or from where it was cut to."""
-    policy = PromptCompress(9, 3, positions=positions, rope=MODEL.rope if positions == "cache" else None)
-    loaded = SimpleNamespace(config=MODEL, name="tiny")
+    policy = PromptCompress(9, 3, positions=positions, rope=TINY.rope if positions == "cache" else None)
+    loaded = SimpleNamespace(config=TINY, name="tiny")
 
     def slots(new):
         options = Namespace(max_new_tokens=new, page_size=4, policy="prompt-compress:9")
         check_context(loaded, "prompt 0", 60, options, policy)
-        return token_slots(MODEL.cache_config, 4, 60, new, policy, PREFILL_CHUNK)
+        return token_slots(TINY.cache_config, 4, 60, new, policy, PREFILL_CHUNK)
 
     assert slots(1) == 60 and slots(most) == 12 + most
     with pytest.raises(jaxkv.SequenceTooLongError, match=r"reach position 129 .* trained on 128"):
@@ -372,12 +363,12 @@ def test_a_prompt_that_is_cut_goes_on_to_the_end_of_the_context(positions, most)
 
 @pytest.fixture(scope="module")
 def model():
-    return random_model(MODEL, jax.random.key(3))
+    return random_model(TINY, jax.random.key(3))
 
 
 def cache_config(**changes):
     sizes = dict(num_pages=40, page_size=4, max_seqs=4, max_pages_per_seq=10, dtype="float32")
-    return MODEL.cache_config(**{**sizes, **changes})
+    return TINY.cache_config(**{**sizes, **changes})
 
 
 PROMPTS = [[*range(1, 9), 11], [*range(1, 9), 21, 22, 23, 24, 25, 26]]
@@ -425,7 +416,7 @@ def test_pages_that_a_window_gave_back_change_nothing(model):
 
 def test_a_window_moves_over_a_long_text_with_as_many_pages(model):
     """A thousand tokens, far beyond the positions that the model knows; compiled once."""
-    policy = SlidingWindow(24, 4, positions="cache", rope=MODEL.rope)
+    policy = SlidingWindow(24, 4, positions="cache", rope=TINY.rope)
     config, pages, positions = cache_config(num_pages=8, max_seqs=1, max_pages_per_seq=8), [], []
 
     def see(state):
@@ -486,7 +477,7 @@ def test_prompts_longer_than_a_row_and_forks(model, policy):
     assert int(result.cache.stats.evictions) > 0
 
 
-@generating(of=[*POLICIES, SlidingWindow(6, 2, positions="cache", rope=MODEL.rope)])
+@generating(of=[*POLICIES, SlidingWindow(6, 2, positions="cache", rope=TINY.rope)])
 def test_what_else_is_in_the_batch_changes_nothing(model, policy):
     """Two prompts that begin alike, and one between them whose pieces do not fill the chunks."""
     prompts = [[*range(1, 30), 40, 41], [50, 51, 52], [*range(1, 30), 42, *range(20, 33)]]

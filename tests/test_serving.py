@@ -11,11 +11,11 @@ import pytest
 
 import jaxkv
 from jaxkv import Finish, Sampling, Status, serving
-from jaxkv.serving import Phase, PromptLookup, Request, Requests, ServingConfig, serve
+from jaxkv.serving import Phase, PromptLookup, Request, Requests, ServingConfig, programs, serve
 from jaxkv.testing import assert_in_place
 from tests.caches import ints
 from tests.history_model import VOCAB, HistoryModel, alone, logits
-from tests.test_serving_machine import ENTRIES, SERVERS, Twin, programs, stream
+from tests.test_serving_machine import ENTRIES, SERVERS, Twin, stream
 
 CONFIG = SERVERS["prefixes"]
 MODEL = HistoryModel(CONFIG.cache)
@@ -58,11 +58,10 @@ def test_requests_that_can_never_fit_are_refused_at_once():
 
 
 def test_padding_entries_and_empty_prompts():
-    submit, *_ = programs(CONFIG)
     arrays = Requests.of([Request(tokens=[1, 2])], CONFIG, entries=ENTRIES)
     lengths, news = arrays.lengths.at[1].set(1), arrays.max_new_tokens.at[2].set(4)
     arrays = replace(arrays, lengths=lengths.at[0].set(0), max_new_tokens=news, num_samples=ints(1, 1, -1, 0))
-    _, status = submit(serving.init(CONFIG), arrays)
+    _, status = programs.submit(serving.init(CONFIG), arrays)
     invalid = Status.INVALID_LENGTH
     assert status.tolist() == [invalid, invalid, invalid, Status.PADDING]
 
@@ -146,10 +145,11 @@ def test_cancelling_the_sample_whose_prompt_others_wait_for():
 
 def test_nothing_compiles_twice():
     stream(CONFIG, 900).cancel(1)
-    sizes = [program._cache_size() for program in (*programs(CONFIG)[2:], programs(CONFIG)[0])]
+    every = programs.submit, programs.run, programs.take, programs.cancel
+    sizes = [program._cache_size() for program in every]
     for seed in (901, 902):
         stream(CONFIG, seed)
-    assert sizes == [program._cache_size() for program in (*programs(CONFIG)[2:], programs(CONFIG)[0])]
+    assert sizes == [program._cache_size() for program in every]
 
 
 def test_the_first_of_equal_rank_starts_within_the_documented_steps():

@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import replace
-from functools import lru_cache
 
 import jax
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig, Finish, Sampling, Status, serving
-from jaxkv.serving import Phase, PromptLookup, Request, Requests, ServingConfig
+from jaxkv.serving import Phase, PromptLookup, Request, Requests, ServingConfig, programs
 from tests.caches import ints, poisoned_init
 from tests.history_model import VOCAB, HistoryModel
 from tests.serving_oracle import ServingOracle
@@ -69,19 +68,6 @@ SERVERS = {
 ENTRIES = 4  # of a call of `submit`
 
 
-@lru_cache
-def programs(config):
-    """The three programs of a server; none compiles twice."""
-    run = jax.jit(serving.run, donate_argnums=1)
-    return (
-        jax.jit(serving.submit, donate_argnums=0),
-        lambda state, until: run(HistoryModel(config.cache), state, ints(until)[0]),
-        jax.jit(serving.take, donate_argnums=0),
-        jax.jit(serving.cancel, donate_argnums=0),
-        run,
-    )
-
-
 class Twin:
     """A server and its oracle, driven together."""
 
@@ -89,37 +75,38 @@ class Twin:
         self.config, self.oracle = config, ServingOracle(config)
         state = serving.init(config)
         self.state = replace(state, cache=poisoned_init(config.cache, config.policy))
-        self.submit_, self.run_, self.take_, self.cancel_, self.jitted = programs(config)
+        self.model = HistoryModel(config.cache)
         self.events = {}
 
     def submit(self, requests):
         arrays = Requests.of(requests, self.config, entries=ENTRIES)
-        self.state, status = self.submit_(self.state, arrays)
+        self.state, status = programs.submit(self.state, arrays)
         expected = self.oracle.submit(requests)
         assert [Status(int(one)) for one in status[: len(requests)]] == expected
         self.check()
         return expected
 
     def cancel(self, *ids):
-        self.state = self.cancel_(self.state, ints(*(list(ids) + [-1] * 2)[:2]))
+        self.state = programs.cancel(self.state, ints(*(list(ids) + [-1] * 2)[:2]))
         self.oracle.cancel(ids)
         self.check()
 
     def cancel_samples(self, *named):
         """Each a request's id and the number of a sample."""
         ids, samples = zip(*(list(named) + [(-1, 0)] * 2)[:2], strict=True)
-        self.state = self.cancel_(self.state, ints(*ids), samples=ints(*samples))
+        self.state = programs.cancel(self.state, ints(*ids), samples=ints(*samples))
         self.oracle.cancel_samples(named)
         self.check()
 
     def step(self):
-        self.state = self.run_(self.state, self.oracle.steps + 1)
+        until = ints(self.oracle.steps + 1)[0]
+        self.state = programs.run(self.model, self.state, until, logits_fn=None)
         if self.oracle.live(Phase.WAITING, Phase.RUNNING):
             self.oracle.step()
         self.check()
 
     def take(self):
-        self.state, events = self.take_(self.state)
+        self.state, events = programs.take(self.state)
         of = [
             np.asarray(x) for x in (events.ids, events.samples, events.tokens, events.counts, events.finish)
         ]

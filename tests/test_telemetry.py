@@ -13,9 +13,10 @@ import pytest
 import jaxkv
 from jaxkv import AllocationStats
 from jaxkv.memory.telemetry import Telemetry
-from jaxkv.models import ModelConfig, random_model
+from jaxkv.models import random_model
 from tests import jitted
 from tests.caches import SMALL, ints
+from tests.tiny_model import TINY
 
 free = jax.jit(jaxkv.free, donate_argnames="cache")
 
@@ -45,17 +46,7 @@ def with_counters(cache, **counters):
 
 
 def test_metrics_scraped_during_a_generation_change_as_pages_do():
-    config = ModelConfig(
-        vocab_size=64,
-        hidden_size=32,
-        num_layers=1,
-        num_q_heads=4,
-        num_kv_heads=2,
-        head_dim=8,
-        intermediate_size=64,
-        max_context=128,
-    )
-    sizes = config.cache_config(num_pages=32, page_size=4, max_seqs=4, max_pages_per_seq=8, dtype="float32")
+    sizes = TINY.cache_config(num_pages=32, page_size=4, max_seqs=4, max_pages_per_seq=8, dtype="float32")
     telemetry, seen = Telemetry(), []
     with telemetry.serve(0) as server:
 
@@ -66,7 +57,7 @@ def test_metrics_scraped_during_a_generation_change_as_pages_do():
             seen.append((in_use, scrape(server.url)))
 
         result = jaxkv.generate(
-            random_model(config, jax.random.key(3)),
+            random_model(TINY, jax.random.key(3)),
             sizes,
             [[1, 2, 3], [4, 5, 6, 7, 8]],
             num_samples=2,

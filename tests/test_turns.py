@@ -11,19 +11,11 @@ import pytest
 import jaxkv
 import jaxkv.testing
 from jaxkv.decode import Finish
-from jaxkv.models import ModelConfig, random_model
+from jaxkv.models import random_model
 from jaxkv.policies import HeavyHitter, SlidingWindow
+from tests.tiny_model import TINY
 
-MODEL = ModelConfig(
-    vocab_size=64,
-    hidden_size=32,
-    num_layers=2,
-    num_q_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    intermediate_size=64,
-    max_context=128,
-)
+MODEL = replace(TINY, num_layers=2)
 CONFIG = MODEL.cache_config(num_pages=64, page_size=4, max_seqs=8, max_pages_per_seq=16, dtype="float32")
 PROMPTS, REPLIES = [[1, 2, 3], list(range(4, 15))], [[30, 31], [40, 41, 42, 43, 44]]
 NEW = 6

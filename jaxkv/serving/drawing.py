@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxkv.decode import Finish
-from jaxkv.entries import rows_of
+from jaxkv.entries import DROP, rows_of
 from jaxkv.sampling import SamplingBatch, sample_each
 from jaxkv.serving.config import ServingConfig
-from jaxkv.serving.scheduling import Plan, Slots
+from jaxkv.serving.plan import Plan, Slots
 from jaxkv.serving.state import ALL_TOKENS, RequestTable
 from pallas_kernels.control_flow import cond
 
@@ -80,7 +80,7 @@ def _changed(logits_fn: LogitsFn, logits: Array, table: RequestTable, slots: Slo
     texts = rows_of(table.tokens, slots.row)
     slot = jnp.arange(count, dtype=jnp.int32)[:, None]
     column = slots.lengths[:, None] + jnp.arange(most - 1, dtype=jnp.int32)[None]
-    texts = texts.at[slot, column].set(plan.proposed, mode="drop")
+    texts = texts.at[slot, column].set(plan.proposed, **DROP)
     lengths = jnp.where(offered, slots.lengths[:, None] + jnp.arange(most, dtype=jnp.int32)[None], 0)
     changed = logits_fn(
         logits,

@@ -11,13 +11,14 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkv.allocation import allocate
 from jaxkv.causal_lm import CausalLM, run_model
 from jaxkv.decode import Finish
-from jaxkv.entries import rows_of
+from jaxkv.entries import DROP, rows_of
 from jaxkv.eviction import evict
 from jaxkv.forking import fork
 from jaxkv.pages import truncate
 from jaxkv.prefill import tidied
 from jaxkv.serving.drawing import Drawn, LogitsFn, draw
-from jaxkv.serving.scheduling import Plan, Slots, look, record, schedule
+from jaxkv.serving.plan import Plan, Slots, look
+from jaxkv.serving.scheduling import record, schedule
 from jaxkv.serving.state import Phase, RequestTable, ServingState
 from jaxkv.serving.submitting import finish_rows
 from jaxkv.state import Batch, KVCache, Status
@@ -71,7 +72,9 @@ def run(
 
     def goes_on(state: ServingState) -> Bool[Array, ""]:
         phase = state.requests.phase
-        return (state.stats.steps < until) & jnp.any((phase == Phase.WAITING) | (phase == Phase.RUNNING))
+        # By the difference: the count of steps wraps around.
+        left = jnp.asarray(until, jnp.int32) - state.stats.steps
+        return (left > 0) & jnp.any((phase == Phase.WAITING) | (phase == Phase.RUNNING))
 
     def step(state: ServingState) -> ServingState:
         state = replace(state, stats=state.stats.plus(steps=jnp.ones((), jnp.int32)))
@@ -197,7 +200,7 @@ def _fork(cache: KVCache, table: RequestTable, slots: Slots, child: Array) -> tu
     parents, children = jnp.where(child, slots.leader, -1), jnp.where(child, slot, -1)
     cache = only_if(jnp.any(child), lambda cache: fork(cache, parents, children)[0], cache)
     row = jnp.where(child, slots.row, table.phase.shape[0])
-    return cache, replace(table, leaders=table.leaders.at[row].set(slot, mode="drop"))
+    return cache, replace(table, leaders=table.leaders.at[row].set(slot, **DROP))
 
 
 def _put(table: RequestTable, slots: Slots, drawn: Drawn) -> RequestTable:
@@ -207,11 +210,11 @@ def _put(table: RequestTable, slots: Slots, drawn: Drawn) -> RequestTable:
     at = row, slots.lengths[:, None] + nth
     log_probs = table.log_probs
     if log_probs is not None:
-        log_probs = log_probs.at[at].set(drawn.log_probs, mode="drop")
+        log_probs = log_probs.at[at].set(drawn.log_probs, **DROP)
     return replace(
         table,
-        tokens=table.tokens.at[at].set(drawn.tokens, mode="drop"),
-        lengths=table.lengths.at[slots.row].add(drawn.counts, mode="drop"),
+        tokens=table.tokens.at[at].set(drawn.tokens, **DROP),
+        lengths=table.lengths.at[slots.row].add(drawn.counts, **DROP),
         log_probs=log_probs,
     )
 
@@ -240,6 +243,6 @@ def _settle(
     if state.config.policy is not None:
         seqs = jnp.where(prompts & ~ends, jnp.arange(ends.shape[0], dtype=jnp.int32), -1)
         cache = only_if(jnp.any(seqs >= 0), lambda cache: evict(cache, seqs)[0], cache)
-    of_rows = jnp.full(rows, Finish.RUNNING, jnp.int32).at[slots.row].set(finish, mode="drop")
+    of_rows = jnp.full(rows, Finish.RUNNING, jnp.int32).at[slots.row].set(finish, **DROP)
     state = replace(state, cache=cache)
     return finish_rows(state, of_rows != Finish.RUNNING, of_rows)

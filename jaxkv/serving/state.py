@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 from jaxkv.decode import Finish
 from jaxkv.initial import init as init_cache
 from jaxkv.serving.config import ServingConfig
-from jaxkv.state import KVCache, on_host
+from jaxkv.state import Counters, KVCache, counter
 
 # A sample that keeps every token has this as `top_k`.
 ALL_TOKENS = 2**31 - 1
@@ -75,35 +75,22 @@ class RequestTable:
     log_probs: Float[Array, "rows max_tokens"] | None = None
 
 
-def _counter(index: int, doc: str) -> Any:
-    return property(lambda stats: stats.counters[..., index], doc=doc)
-
-
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True, slots=True)
-class ServingStats:
+@dataclass(frozen=True, slots=True, repr=False)
+class ServingStats(Counters):
     """Counters since `init`; they wrap around."""
 
     counters: Int[Array, " 9"]
 
-    steps = _counter(0, "Steps taken.")
-    computed_tokens = _counter(1, "Tokens that the model ran on, rejected proposals included.")
-    new_tokens = _counter(2, "Tokens generated.")
-    admissions = _counter(3, "Times that a sample was given a slot.")
-    preemptions = _counter(4, "Times that a sample lost its slot to one that ranks above it.")
-    finished = _counter(5, "Samples that ended.")
-    matched_tokens = _counter(6, "Tokens that were found in the prefix cache when a sample was admitted.")
-    proposed_tokens = _counter(7, "Tokens that speculation proposed.")
-    accepted_tokens = _counter(8, "Tokens of these that were what the model chose.")
-
-    @classmethod
-    def names(cls) -> tuple[str, ...]:
-        """Names of the counters, in order."""
-        return tuple(name for name, value in vars(cls).items() if isinstance(value, property))
-
-    def as_dict(self) -> dict[str, Any]:
-        """Every counter by its name, as Python integers; inside `jit`, traced int32."""
-        return {name: on_host(getattr(self, name)) for name in self.names()}
+    steps = counter(0, "Steps taken.")
+    computed_tokens = counter(1, "Tokens that the model ran on, rejected proposals included.")
+    new_tokens = counter(2, "Tokens generated.")
+    admissions = counter(3, "Times that a sample was given a slot.")
+    preemptions = counter(4, "Times that a sample lost its slot to one that ranks above it.")
+    finished = counter(5, "Samples that ended.")
+    matched_tokens = counter(6, "Tokens that were found in the prefix cache when a sample was admitted.")
+    proposed_tokens = counter(7, "Tokens that speculation proposed.")
+    accepted_tokens = counter(8, "Tokens of these that were what the model chose.")
 
     def plus(self, **amounts: Array) -> "ServingStats":
         """The counters with these amounts added."""

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxkv.arguments import integer
 from jaxkv.decode import Finish
-from jaxkv.entries import check_vectors, first_fault, rows_of
+from jaxkv.entries import DROP, check_vectors, first_fault, rows_of
 from jaxkv.pages import free
 from jaxkv.serving.config import ServingConfig
 from jaxkv.serving.demand import fits_alone
@@ -64,10 +64,10 @@ def _enter(
 
     def write_prompt(nth: Array, tokens: Array) -> Array:
         text = jnp.pad(rows_of(requests.tokens, entry[nth]), (0, tokens.shape[1] - width))
-        return tokens.at[row[nth]].set(text, mode="drop")
+        return tokens.at[row[nth]].set(text, **DROP)
 
     def put(into: Array, values: Array) -> Array:
-        return into.at[row].set(values.astype(into.dtype), mode="drop")
+        return into.at[row].set(values.astype(into.dtype), **DROP)
 
     of = jax.tree.map(lambda values: rows_of(values, entry), replace(requests, tokens=requests.lengths))
     fresh = jnp.zeros_like(row)
@@ -158,9 +158,9 @@ def _slots_left(table: RequestTable, ends: Array, none: int) -> Int[Array, " row
     row = jnp.arange(rows, dtype=jnp.int32)
     waits = (table.phase == Phase.RUNNING) & (table.leaders != table.slots) & ~ends
     heirs = jnp.full(none, rows, jnp.int32)
-    heirs = heirs.at[jnp.where(waits, table.leaders, none)].min(row, mode="drop")
+    heirs = heirs.at[jnp.where(waits, table.leaders, none)].min(row, **DROP)
     heir = jnp.where(ends, rows_of(heirs, table.slots, rows), rows)
-    slots = table.slots.at[heir].set(table.slots, mode="drop")
+    slots = table.slots.at[heir].set(table.slots, **DROP)
     return jnp.where(heir < rows, none, slots)
 
 
