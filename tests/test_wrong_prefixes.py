@@ -234,7 +234,7 @@ FAULTS = {
     "dropped tokens count as intact": (idle(sliding_window, "limit_intact"), drop_some_tokens),
     "shifted tokens count as intact": (idle(rewrite, "limit_intact"), shift_some_tokens),
     "what comes behind a shift counts as intact": (
-        changed(pages, "_truncate", "cut & (new_position == new[0])", "cut"),
+        changed(pages, "_truncate", "cut & (positions == new[0])", "cut"),
         cut_shifted_tokens,
     ),
 }
