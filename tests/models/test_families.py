@@ -273,6 +273,10 @@ def test_a_nested_config_is_its_text_part():
     assert ModelConfig.from_hf(nested) == ModelConfig.from_hf(nested["text_config"])
     with pytest.raises(ValueError, match="quantization_config"):
         ModelConfig.from_hf(nested | {"quantization_config": {"quant_method": "gptq"}})
+    softcapped = nested["text_config"] | {"final_logit_softcapping": 30.0}
+    assert ModelConfig.from_hf(softcapped).logit_softcap == 30.0
+    with pytest.raises(ValueError, match=r"final_logit_softcapping 30\.0 is not supported in a gemma3 config"):
+        ModelConfig.from_hf(nested | {"text_config": softcapped})
 
 
 @pytest.mark.parametrize(
@@ -287,6 +291,8 @@ def test_a_nested_config_is_its_text_part():
         ("gemma3", {"sliding_window": None}, "layer_types has sliding_attention, but sliding_window is null"),
         ("gemma3", {"rope_parameters": {"full_attention": {}, "sliding_attention": {"rope_type": "yarn"}}},
          "sliding_attention: 'yarn' is not supported"),
+        ("gemma3", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_theta' is of neither"),
+        ("olmo3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'rope_type' is of neither"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types 'chunked_attention' is not"),
         ("exaone4", {"sliding_window_pattern": "LLX", "layer_types": None},
          "sliding_window_pattern must be an integer, or letters L and G, not 'LLX'"),

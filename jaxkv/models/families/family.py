@@ -33,6 +33,7 @@ class Family:
         supports only whole heads.
       absent: values of fields that a `config.json` does not have.
       wrappers: `model_type` of a config whose `text_config` is of this family.
+      not_in_wrappers: fields that are refused, unless null, in the `text_config` of a wrapper.
       hf_names: tensor names in a Hugging Face checkpoint.
       hf_source: makes a checkpoint's tensors those that `hf_names` names, where they are stored otherwise.
       quantizations: `quant_method`s that `hf_source` reads.
@@ -50,6 +51,7 @@ class Family:
     partial_rotary: float | None = None
     absent: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     wrappers: tuple[str, ...] = ()
+    not_in_wrappers: tuple[str, ...] = ()
     hf_names: TensorNames = HF_NAMES
     hf_source: Callable[[TensorSource], TensorSource] = _as_they_are
     quantizations: tuple[str, ...] = ()

@@ -23,9 +23,21 @@ def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def by_kind(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of each kind of layer; empty if the config has them not apart."""
+    """The settings of each kind of layer; empty if the config has none.
+
+    Raises:
+      ValueError: for settings of no kind of layer, which `transformers` reads and does not apply.
+    """
     settings = raw.get("rope_parameters")
-    return settings if isinstance(settings, Mapping) else {}
+    if not isinstance(settings, Mapping):
+        return {}
+    for name, value in settings.items():
+        if name not in ("full_attention", "sliding_attention") and value is not None:
+            raise ValueError(
+                "rope_parameters must have settings for full_attention and for sliding_attention; "
+                f"{shown(name)} is of neither"
+            )
+    return settings
 
 
 def options(fields: Fields) -> dict[str, Any]:
@@ -79,6 +91,8 @@ FAMILY = Family(
         "max_position_embeddings": 131072,
     },
     wrappers=("gemma3",),
+    # `transformers` applies it to the language model alone.
+    not_in_wrappers=("final_logit_softcapping",),
     hf_names=gemma2.NAMES,
     architecture="gemma3",
     header=header,

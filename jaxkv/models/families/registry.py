@@ -56,7 +56,7 @@ FAMILIES: tuple[Family, ...] = (
 )
 BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES if family.architecture}
-_WRAPPERS = {kind for family in FAMILIES for kind in family.wrappers}
+_WRAPPERS = {kind: family for family in FAMILIES for kind in family.wrappers}
 
 
 def is_wrapper(raw: Mapping[str, Any]) -> bool:
@@ -66,9 +66,16 @@ def is_wrapper(raw: Mapping[str, Any]) -> bool:
 
 
 def text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The language model's config; fields that may lie outside it, as quantization, are taken along."""
+    """The language model's config; fields that may lie outside it, as quantization, are taken along.
+
+    Raises:
+      ValueError: for a field that the wrapping model does not apply.
+    """
     if not is_wrapper(raw):
         return raw
+    for name in _WRAPPERS[raw["model_type"]].not_in_wrappers:
+        if (value := raw["text_config"].get(name)) is not None:
+            raise ValueError(f"{name} {shown(value)} is not supported in a {raw['model_type']} config")
     outside = ("quantization_config", "quantization", "tie_word_embeddings")
     return {name: raw[name] for name in outside if name in raw} | dict(raw["text_config"])
 
