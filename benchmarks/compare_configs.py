@@ -45,8 +45,8 @@ def original(folder: Path, config: dict, tokens: np.ndarray) -> np.ndarray:
     Raises:
       Exception: whatever `transformers` raises for a config.
     """
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     path = folder / "config.json"
     path.write_text(json.dumps(config))
@@ -99,8 +99,8 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the changes (default: %(default)s)")
     parser.add_argument("--start", type=int, default=0, help="configs to skip first (default: %(default)s)")
     options = parser.parse_args()
-    import torch
-    import transformers
+    import torch  # pyright: ignore[reportMissingImports]
+    import transformers  # pyright: ignore[reportMissingImports]
 
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity_error()

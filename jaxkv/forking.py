@@ -17,10 +17,10 @@ from jaxkv.entries import (
     table_rows,
 )
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.intact import inherit_intact
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import share
 from jaxkv.pages import for_each_page
-from jaxkv.prefix_index import inherit_intact
 from jaxkv.state import KVCache, PageTable, PolicyState, Status
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, TypeAlias
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv import prefix_index
+from jaxkv import prefix_index, reclaimable
 from jaxkv.entries import DROP, rows_of
 from jaxkv.prefix_index import is_recorded
 from jaxkv.state import AllocationStats, PageTable, PrefixIndex
@@ -153,7 +153,7 @@ def release(
     left = is_recorded(table.prefixes, pages) & (rows_of(refcounts, pages) == 1)
     left = jnp.where(left, pages, num_pages)
     index = skip_where_idle(
-        jnp.any(left < num_pages), lambda index: prefix_index.enqueue(index, left), table.prefixes
+        jnp.any(left < num_pages), lambda index: reclaimable.enqueue(index, left), table.prefixes
     )
     return replace(table, prefixes=index)
 
@@ -161,7 +161,7 @@ def release(
 def share_found(table: PageTable, pages: Int[Array, " entries"]) -> tuple[PageTable, Int[Array, ""]]:
     """As `share`, for pages found in the index; also returns how many had no sequence before."""
     assert table.prefixes is not None
-    index, num_taken = prefix_index.dequeue(table.prefixes, pages)
+    index, num_taken = reclaimable.dequeue(table.prefixes, pages)
     return replace(share(table, pages), prefixes=index), num_taken
 
 
@@ -246,7 +246,7 @@ def _reclaim_some(table: PageTable, most: Int[Array, ""]) -> PageTable:
     """Reclaims up to so many, from a part of the queue."""
     assert table.prefixes is not None
     num_pages = table.refcounts.shape[0]
-    index, pages = prefix_index.next_reclaimed(table.prefixes, most)
+    index, pages = reclaimable.next_reclaimed(table.prefixes, most)
     goes = pages < num_pages
     rank = jnp.cumsum(goes, dtype=jnp.int32)
     place = jnp.where(goes, table.num_free + rank - 1, num_pages)

@@ -17,9 +17,9 @@ from jaxkv.entries import (
     table_rows,
 )
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.intact import cut_intact
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, release
-from jaxkv.prefix_index import cut_intact
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 from pallas_kernels import control_flow
 from pallas_kernels.ordering import after

@@ -8,7 +8,8 @@ A hash of all tokens so far picks a bucket of eight nodes. One of them is right 
 block and its parent is the node found for the block before: by induction all that precedes is equal too, so
 the hash decides nothing but speed. All blocks of all prompts are looked up at once.
 
-This module knows nodes; which pages are free or reclaimable is the business of `ownership`.
+This module knows nodes; `reclaimable` is the queue of pages that none but the index owns, and which pages are
+free is the business of `ownership`.
 """
 
 from dataclasses import replace
@@ -19,6 +20,7 @@ from jaxtyping import Array, Bool, Int, UInt32
 
 from jaxkv.config import CacheConfig
 from jaxkv.entries import rows_of
+from jaxkv.intact import NEVER_TOUCHED
 from jaxkv.prefix_sizes import WAYS, index_shapes
 from jaxkv.state import PrefixIndex
 from pallas_kernels import control_flow
@@ -26,7 +28,6 @@ from pallas_kernels.ordering import after
 
 # Pages that are taken from their nodes at a time.
 CHUNK = 128
-NEVER_TOUCHED = 2**31 - 1
 
 _SEEDS = (0x9E3779B9, 0x85EBCA6B, 0xC2B2AE35)
 
@@ -299,90 +300,6 @@ def _remove(index: PrefixIndex, node: Int[Array, " some"]) -> PrefixIndex:
     )
 
 
-# The queue of reclaimable pages -----------------------------------------------------------
-
-
-def enqueue(index: PrefixIndex, pages: Int[Array, " entries"]) -> PrefixIndex:
-    """Makes pages reclaimable, the first of them before the others; of a page named twice the last counts.
-
-    Args:
-      index: the index.
-      pages: pages that have lost their last sequence; `num_pages` for none.
-    """
-    num_pages, size = index.holders.shape[0], index.queue.shape[0]
-    queued_at, is_last = _mark_once(index.queued_at, pages)
-    rank = jnp.cumsum(is_last, dtype=jnp.int32)
-    index = replace(index, queued_at=queued_at)
-    index = control_flow.only_if(index.queue_ends[1] + rank[-1] > size, _tidy_queue, index)
-    at = jnp.where(is_last, index.queue_ends[1] + rank - 1, size)
-    return replace(
-        index,
-        queue=index.queue.at[at].set(pages, mode="drop"),
-        queued_at=index.queued_at.at[jnp.where(is_last, pages, num_pages)].set(at, mode="drop"),
-        queue_ends=index.queue_ends.at[1].add(rank[-1]),
-        num_reclaimable=index.num_reclaimable + rank[-1],
-    )
-
-
-def dequeue(index: PrefixIndex, pages: Int[Array, " entries"]) -> tuple[PrefixIndex, Int[Array, ""]]:
-    """Makes pages no longer reclaimable, those that were.
-
-    Returns:
-      The index, and how many were; a page named twice counts once.
-    """
-    num_pages = index.holders.shape[0]
-    waits = rows_of(index.queued_at, pages, -1) >= 0
-    pages = jnp.where(waits, pages, num_pages)
-    queued_at, is_last = _mark_once(index.queued_at, pages)
-    count = jnp.sum(is_last, dtype=jnp.int32)
-    queued_at = queued_at.at[jnp.where(is_last, pages, num_pages)].set(-1, mode="drop")
-    return replace(index, queued_at=queued_at, num_reclaimable=index.num_reclaimable - count), count
-
-
-def next_reclaimed(index: PrefixIndex, most: Int[Array, ""]) -> tuple[PrefixIndex, Int[Array, " chunk"]]:
-    """Takes up to `most` pages off the queue, from the next `CHUNK` of its entries; `num_pages` for none."""
-    num_pages = index.holders.shape[0]
-    at = index.queue_ends[0] + jnp.arange(CHUNK, dtype=jnp.int32)
-    page = rows_of(index.queue, jnp.where(at < index.queue_ends[1], at, index.queue.shape[0]), num_pages)
-    waits = rows_of(index.queued_at, page, -1) == at
-    rank = jnp.cumsum(waits, dtype=jnp.int32)
-    passed = jnp.sum(rank - waits.astype(jnp.int32) < most, dtype=jnp.int32)
-    pages = jnp.where(waits & (rank <= most), page, num_pages)
-    count = jnp.minimum(rank[-1], most)
-    start = jnp.minimum(index.queue_ends[0] + passed, index.queue_ends[1])
-    index = replace(
-        index,
-        queued_at=index.queued_at.at[after(pages, waits.astype(jnp.int32))].set(-1, mode="drop"),
-        queue_ends=index.queue_ends.at[0].set(start),
-        num_reclaimable=index.num_reclaimable - count,
-        num_reclaimed=index.num_reclaimed + count,
-    )
-    return index, pages
-
-
-def _mark_once(queued_at: Array, pages: Int[Array, " entries"]) -> tuple[Array, Bool[Array, " entries"]]:
-    """Marks pages in the queue's places, below -1; says which entry names its page last."""
-    mark = -2 - jnp.arange(pages.shape[0], dtype=jnp.int32)
-    queued_at = queued_at.at[pages].min(mark, mode="drop")
-    return queued_at, rows_of(queued_at, pages, -1) == mark
-
-
-def _tidy_queue(index: PrefixIndex) -> PrefixIndex:
-    """Moves the entries that count to the start. There is room for twice the pages: once in many calls."""
-    at = jnp.arange(index.queue.shape[0], dtype=jnp.int32)
-    counts = (at >= index.queue_ends[0]) & (at < index.queue_ends[1])
-    counts &= rows_of(index.queued_at, index.queue, -1) == at
-    rank = jnp.cumsum(counts, dtype=jnp.int32)
-    to = jnp.where(counts, rank - 1, at.shape[0])
-    pages = jnp.where(counts, index.queue, index.holders.shape[0])
-    return replace(
-        index,
-        queue=index.queue.at[to].set(index.queue, mode="drop"),
-        queued_at=index.queued_at.at[pages].set(to, mode="drop"),
-        queue_ends=jnp.stack([jnp.zeros_like(rank[-1]), rank[-1]]),
-    )
-
-
 def renumber_pages(index: PrefixIndex, target: Int[Array, " pages"]) -> PrefixIndex:
     """Each recorded page gets its `target` for an id."""
     num_pages = target.shape[0]
@@ -394,32 +311,3 @@ def renumber_pages(index: PrefixIndex, target: Int[Array, " pages"]) -> PrefixIn
         queue=rows_of(target, index.queue, num_pages),
         queued_at=jnp.full_like(index.queued_at, -1).at[target].set(index.queued_at, mode="drop"),
     )
-
-
-def limit_intact(
-    index: PrefixIndex | None, slot: Int[Array, " entries"], length: Int[Array, " entries"]
-) -> PrefixIndex | None:
-    """Notes that of these sequences no more than so many leading token slots are as they were."""
-    if index is None:
-        return None
-    return replace(index, intact=index.intact.at[slot].min(length, mode="drop"))
-
-
-def inherit_intact(
-    index: PrefixIndex | None, parent: Int[Array, " entries"], child: Int[Array, " entries"]
-) -> PrefixIndex | None:
-    """Each child's sequence is its parent's, read as before the call."""
-    if index is None:
-        return None
-    return replace(index, intact=index.intact.at[child].set(rows_of(index.intact, parent), mode="drop"))
-
-
-def cut_intact(
-    index: PrefixIndex | None, slot: Int[Array, " entries"], length: Int[Array, " entries"]
-) -> PrefixIndex | None:
-    """What is left of each sequence is intact if it ends before what was touched."""
-    if index is None:
-        return None
-    whole = length <= rows_of(index.intact, slot)
-    to = jnp.where(whole, slot, index.intact.shape[0])
-    return replace(index, intact=index.intact.at[to].set(NEVER_TOUCHED, mode="drop"))

@@ -19,10 +19,10 @@ from jaxkv.entries import (
 )
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.forking import inherited
+from jaxkv.intact import inherit_intact
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import count, release, share
 from jaxkv.pages import for_each_column
-from jaxkv.prefix_index import inherit_intact
 from jaxkv.state import AllocationStats, KVCache, PageTable, PolicyState, Status
 from pallas_kernels.ordering import after
 

@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Int, Shaped
 from jaxkv.config import CacheConfig
 from jaxkv.entries import full_rows, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
+from jaxkv.intact import limit_intact
 from jaxkv.ownership import count, forget, num_owners, release, take
-from jaxkv.prefix_index import limit_intact
 from jaxkv.state import KVCache, KVPool, PageTable, Status
 from pallas_kernels import control_flow
 

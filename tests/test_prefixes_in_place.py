@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxkv
-from jaxkv import prefix_index
+from jaxkv import reclaimable
 from jaxkv.hlo import copies_of, new_buffers
 
 # So many that nothing else is as large as a word for each.
@@ -67,7 +67,7 @@ def copied(operation, config, *arguments) -> list[str]:
 )
 def test_no_array_of_the_index_is_copied(operation, config, entries, monkeypatch, traced_anew):
     """Where the queue is not tidied: that visits all of it, once in as many releases as there are pages."""
-    monkeypatch.setattr(prefix_index, "_tidy_queue", lambda index: index)
+    monkeypatch.setattr(reclaimable, "_tidy_queue", lambda index: index)
     assert copied(operation, config, *arguments(operation, entries)) == []
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import jaxkv
-from jaxkv import CacheCorruptedError, Rope, ownership, pages, prefix_index, prefixes, rewrite
+from jaxkv import CacheCorruptedError, Rope, ownership, pages, prefix_index, prefixes, reclaimable, rewrite
 from jaxkv.policies import SlidingWindow, sliding_window
 from tests import jitted
 from tests.policy_twin import PolicyTwin
@@ -173,8 +173,8 @@ def idle(module, name):
 
 
 def stays_in_the_queue(monkeypatch):
-    proper = prefix_index.dequeue
-    monkeypatch.setattr(prefix_index, "dequeue", lambda index, pages: (index, proper(index, pages)[1]))
+    proper = reclaimable.dequeue
+    monkeypatch.setattr(reclaimable, "dequeue", lambda index, pages: (index, proper(index, pages)[1]))
 
 
 WHOLE = "(jnp.maximum(num_tokens, 1) - 1) // size"

@@ -16,7 +16,7 @@ import numpy as np
 
 import jaxkv
 from jaxkv import CacheConfig, Status
-from jaxkv.prefix_index import NEVER_TOUCHED, limit_intact
+from jaxkv.intact import NEVER_TOUCHED, limit_intact
 from tests.caches import SMALL, poison, poisoned_init
 from tests.oracle import Oracle
 

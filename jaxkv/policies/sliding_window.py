@@ -8,10 +8,10 @@ from jaxtyping import Array
 
 from jaxkv.config import CacheConfig
 from jaxkv.entries import full_rows, lengths_of, rows_of
+from jaxkv.intact import limit_intact
 from jaxkv.ownership import count
 from jaxkv.policies.base import Policy, Positions, check_counts, check_positions, count_evictions
 from jaxkv.positions import check_one_kind, check_rope, shift_positions
-from jaxkv.prefix_index import limit_intact
 from jaxkv.releasing import drop_pages
 from jaxkv.rope import Rope
 from jaxkv.state import Batch, KVCache

@@ -275,7 +275,7 @@ def test_a_nested_config_is_its_text_part():
         ModelConfig.from_hf(nested | {"quantization_config": {"quant_method": "gptq"}})
     softcapped = nested["text_config"] | {"final_logit_softcapping": 30.0}
     assert ModelConfig.from_hf(softcapped).logit_softcap == 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping 30\.0 is not supported in a gemma3 config"):
+    with pytest.raises(ValueError, match=r"final_logit_softcapping 30\.0 is not supported in a gemma3"):
         ModelConfig.from_hf(nested | {"text_config": softcapped})
 
 
@@ -293,6 +293,8 @@ def test_a_nested_config_is_its_text_part():
          "sliding_attention: 'yarn' is not supported"),
         ("gemma3", {"rope_parameters": {"rope_theta": 1e6}}, "'rope_theta' is of neither"),
         ("olmo3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "'rope_type' is of neither"),
+        ("olmo3", {"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}},
+         "rope_scaling must name its type as rope_type, not as type 'linear'"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "layer_types 'chunked_attention' is not"),
         ("exaone4", {"sliding_window_pattern": "LLX", "layer_types": None},
          "sliding_window_pattern must be an integer, or letters L and G, not 'LLX'"),

@@ -14,10 +14,20 @@ _LAYERS_OF_27B = 62
 
 
 def rotary(raw: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of layers with full attention; the older `rope_scaling` is theirs alone."""
+    """The settings of layers with full attention; the older `rope_scaling` is theirs alone.
+
+    Raises:
+      ValueError: for a `rope_scaling` that names its type by `type` alone, which `transformers` reads and
+        does not apply.
+    """
     settings, own = rotary_settings(raw), by_kind(raw).get("full_attention")
-    if isinstance(own, Mapping) and settings is raw.get("rope_scaling"):
-        settings = {**own, **settings}
+    if settings is raw.get("rope_scaling"):
+        own = own if isinstance(own, Mapping) else {}
+        rotary_type({**own, **settings})  # refuses a factor without a type
+        merged = {"rope_type": "default", **own, **settings}
+        if (kind := settings.get("type")) not in (None, merged["rope_type"]):
+            raise ValueError(f"rope_scaling must name its type as rope_type, not as type {shown(kind)}")
+        settings = merged
     # `transformers` reads it from the settings of all layers only, which these models do not have.
     return {name: value for name, value in of_full_attention(settings).items() if name != "truncate"}
 
