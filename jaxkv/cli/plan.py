@@ -10,8 +10,9 @@ from jaxkv import catalog
 from jaxkv.config import QUANTIZATIONS
 from jaxkv.groups import decode_pages
 from jaxkv.planner.kv_bytes import KV_BITS, SHORT, check_count, kv_cache_bytes
+from jaxkv.planner.memory_plan import Device, Plan
 from jaxkv.planner.page_size import PageSizeChoice, choose_page_size, expected_lengths
-from jaxkv.planner.planning import Device, Plan, plan
+from jaxkv.planner.planning import plan
 from jaxkv.planner.shape import ModelShape
 from jaxkv.planner.suggest import suggestions
 from jaxkv.units import format_bytes, format_mebibytes, parse_bytes

@@ -6,7 +6,7 @@ from typing import Any
 
 from jaxkv.config import QUANTIZATIONS
 from jaxkv.planner.kv_bytes import KV_BITS
-from jaxkv.planner.planning import Plan
+from jaxkv.planner.memory_plan import Plan
 from jaxkv.units import format_mebibytes
 
 _MOST_DEVICES, _MOST_SUGGESTIONS = 16, 6
