@@ -56,7 +56,9 @@ def original(folder: Path, config: dict, tokens: np.ndarray) -> np.ndarray:
     model = auto.from_config(read, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            weight.normal_(1.0 if weight.ndim == 1 and "norm" in name else 0.0, 0.3)
+            # Sums of as much as they add up: a wide head's scores would differ by rounding alone.
+            spread = 0.3 if weight.ndim == 1 else 1.5 / weight.shape[-1] ** 0.5
+            weight.normal_(1.0 if weight.ndim == 1 and "norm" in name else 0.0, spread)
         logits = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
     if not np.isfinite(logits).all():
         raise ValueError("logits are not finite")
