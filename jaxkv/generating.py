@@ -22,7 +22,7 @@ from jaxkv.packing import common_pages
 from jaxkv.policies import Policy
 from jaxkv.prefix_sizes import block_tokens
 from jaxkv.prompting import Prefilled, Prompts, run_prompts, vocabulary
-from jaxkv.queueing import generate_in_turns
+from jaxkv.queueing import generate_in_turns, must_take_turns
 from jaxkv.request import Request, check_model
 from jaxkv.sampling import GREEDY, Sampling, SamplingBatch
 from jaxkv.sizing import fitting_config
@@ -72,9 +72,10 @@ def generate(
     or a prompt and an earlier text of the cache; texts are recorded when their sequences end. Decoding is one
     compiled loop; control returns to the host between blocks.
 
-    More sequences than `config.max_seqs` take turns, as requests of a server do (`jaxkv.serving`): one that
-    finds too few pages waits and is computed again. Seeds are then drawn from `key` for each prompt, and
-    `keep`, `keep_logits` and `on_tokens` are a `ValueError`.
+    More sequences than a new cache has slots or, at their longest, pages for take turns, as requests of a
+    server do (`jaxkv.serving`): one that finds too few pages waits and is computed again. Seeds are then
+    drawn from `key` for each prompt. With `keep`, `keep_logits` or `on_tokens` none waits: too few slots are
+    a `ValueError`, and of sequences that find no page the last ends; with a policy it does so too.
 
     For several turns, `keep=True` leaves sequences in the cache when they end, and the next call continues:
 
@@ -129,7 +130,9 @@ def generate(
         prompts, config = config, prompts  # type: ignore[assignment]
     counts = dict(num_samples=num_samples, prefill_chunk=prefill_chunk, block=block)
     request = Request.of(prompts, max_new_tokens, sampling, stop_tokens, **counts)  # type: ignore[arg-type]
-    if _take_turns(request, config, cache, seqs, keep or keep_logits or on_tokens is not None):
+    watched = keep or keep_logits or on_tokens is not None
+    is_new = cache is None and seqs is None and not watched
+    if isinstance(config, CacheConfig) and is_new and must_take_turns(request, config, policy, share_prefix):
         options = dict(policy=policy, key=key, share_prefix=share_prefix, warm_up=warm_up)
         return generate_in_turns(model, request, config, **options)  # type: ignore[arg-type]
     turn = _turn(model, request, config, cache, seqs, policy, share_prefix)
@@ -176,13 +179,6 @@ def generate(
         found_tokens=done.num_found,
         held={**turn.held, **_held(plan)},
     )
-
-
-def _take_turns(request: Request, config: object, cache: object, seqs: object, watched: bool) -> bool:
-    """Whether there are more sequences than slots of a new cache, and nobody looks at them while they run."""
-    if not isinstance(config, CacheConfig) or cache is not None or seqs is not None or watched:
-        return False
-    return len(request.prompts) * request.num_samples > config.max_seqs
 
 
 def _held(plan: Prompts) -> dict[int, list[int]]:

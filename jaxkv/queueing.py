@@ -1,4 +1,4 @@
-"""`generate` for more sequences than a cache has slots: they take turns, as in a server."""
+"""`generate` for more sequences than a cache has slots or pages for: they take turns, as in a server."""
 
 import time
 from functools import partial
@@ -9,16 +9,41 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from jaxkv import serving
+from jaxkv.beginnings import beginnings
 from jaxkv.causal_lm import CausalLM
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Finish
 from jaxkv.generation import Generation
 from jaxkv.invariants import refusal
+from jaxkv.packing import common_pages
 from jaxkv.policies import Policy
+from jaxkv.prefix_sizes import block_tokens
 from jaxkv.request import Request, check_model
 from jaxkv.serving import programs
 from jaxkv.serving.running import vocabulary
 from jaxkv.state import Status
+
+
+def must_take_turns(request: Request, config: CacheConfig, policy: Policy | None, share_prefix: bool) -> bool:
+    """Whether a new cache may lack slots or pages for all sequences at once, each at its longest.
+
+    With a policy only slots count: it bounds the pages.
+    """
+    if len(request.prompts) * request.num_samples > config.max_seqs:
+        return True
+    if policy is not None:
+        return False
+    prompts = dict(enumerate(request.prompts))
+    longest = [len(prompt) + limit for prompt, limit in zip(request.prompts, request.limits, strict=True)]
+    rows = [config.pages_for_seq(min(most, config.max_tokens_per_seq)) for most in longest]
+    pages = request.num_samples * sum(rows) + max(map(config.pages_for_chunk, longest), default=0)
+    pages -= (request.num_samples - 1) * sum(len(prompt) // config.page_size for prompt in prompts.values())
+    if share_prefix and config.prefix_cache:
+        alike = beginnings(prompts, block_tokens(config))
+        pages -= sum(one.shared for one in alike.values()) // config.page_size
+    elif share_prefix:
+        pages -= (len(prompts) - 1) * common_pages(request.prompts, config, None, request.prefill_chunk)
+    return pages > config.num_pages
 
 
 def generate_in_turns(

@@ -129,7 +129,8 @@ def test_a_sequence_without_a_page_waits_for_one_that_stops(model, expected):
     prompts, stop = [PROMPTS[0], PROMPTS[3]], expected[0][8]
     assert stop not in expected[0][:8] and stop not in expected[3]
     config = cache_config(num_pages=6, max_pages_per_seq=6)
-    result = jaxkv.generate(model, config, prompts, max_new_tokens=12, stop_tokens=[stop])
+    options = dict(max_new_tokens=12, stop_tokens=[stop], on_tokens=lambda _: None)
+    result = jaxkv.generate(model, config, prompts, **options)
     assert result.tokens == [[expected[0][:9]], [expected[3]]]
     assert result.finish == [[Finish.STOP], [Finish.LENGTH]]
     assert result.decode_steps > 11
@@ -151,9 +152,28 @@ def test_more_prompts_than_slots_take_turns(model, expected):
         jaxkv.generate(model, config, [*prompts[:8], [99]])
 
 
-def test_when_all_wait_the_last_ends_and_makes_room(model, expected):
+def test_in_a_pool_too_small_for_all_none_ends_early(model, expected):
     config = cache_config(num_pages=4, max_pages_per_seq=4)
     result = jaxkv.generate(model, config, [PROMPTS[0], PROMPTS[3]], max_new_tokens=12)
+    assert result.finish == [[Finish.LENGTH]] * 2 and result.slots == [[-1]] * 2
+    assert result.tokens == [[expected[0]], [expected[3]]]
+    jaxkv.check_invariants(result.cache)
+
+
+def test_samples_of_a_pool_too_small_for_all_draw_as_many_tokens(model):
+    config = cache_config(num_pages=8, max_pages_per_seq=8)
+    result = jaxkv.generate(
+        model, config, [PROMPTS[0]], max_new_tokens=8, num_samples=3, sampling=jaxkv.Sampling(temperature=1.0)
+    )
+    assert [len(tokens) for tokens in result.tokens[0]] == [8] * 3
+    assert result.finish == [[Finish.LENGTH] * 3]
+
+
+def test_when_all_wait_the_last_ends_and_makes_room_for_those_that_are_watched(model, expected):
+    config = cache_config(num_pages=4, max_pages_per_seq=4)
+    result = jaxkv.generate(
+        model, config, [PROMPTS[0], PROMPTS[3]], max_new_tokens=12, on_tokens=lambda _: None
+    )
     assert result.finish == [[Finish.LENGTH], [Finish.OUT_OF_PAGES]]
     assert result.tokens[0] == [expected[0]]
     assert result.tokens[1][0] == expected[3][: len(result.tokens[1][0])]
@@ -320,7 +340,13 @@ def test_compacting_by_itself_changes_no_text(model, expected):
         ({}, [[1]] * 9, dict(keep=True), ValueError, "9 prompts x 1 samples need 9 slots"),
         ({}, [[1]] * 3, dict(num_samples=3, keep_logits=True), ValueError, "3 prompts x 3 samples"),
         ({}, [[1]] * 8 + [[]], {}, ValueError, "prompt 8 is empty"),
-        (dict(num_pages=5, max_pages_per_seq=5), [[1] * 12, [2] * 12], {}, jaxkv.OutOfPagesError, "6 pages"),
+        (
+            dict(num_pages=5, max_pages_per_seq=5),
+            [[1] * 12, [2] * 12],
+            dict(keep=True),
+            jaxkv.OutOfPagesError,
+            "6 pages",
+        ),
         ({}, [[1]], dict(max_new_tokens=-1), ValueError, "max_new_tokens=-1 must be a non-negative integer"),
         ({}, [[1]], dict(max_new_tokens=True), ValueError, "max_new_tokens=True"),
         ({}, [[1]] * 2, dict(max_new_tokens=[3, -1]), ValueError, r"max_new_tokens\[1\]=-1"),

@@ -141,7 +141,8 @@ def test_a_pool_that_fits_only_with_sharing_is_accepted(run):
     result = run(prompts, small)
     assert result.tokens == run(prompts, CONFIG).tokens
     with pytest.raises(jaxkv.OutOfPagesError):
-        run(prompts, small, share_prefix=False)
+        run(prompts, small, share_prefix=False, keep=True)
+    assert run(prompts, small, share_prefix=False).tokens == result.tokens
 
 
 def test_a_prompt_longer_than_a_row_is_refused_however_much_is_shared(run):
