@@ -80,9 +80,11 @@ def _fork(cache: KVCache, parents: Array, children: Array) -> tuple[PageTable, P
     size = row_page_sizes(config, parents.shape[0])
     owned = jnp.where(row < config.num_rows, pages_for(lengths, size), 0)
 
+    rows = jnp.stack([source, row], axis=1)
+
     def share_pages(table: PageTable, entry, place, _) -> PageTable:
-        page = rows_of(table.pages, (rows_of(source, entry, config.num_rows), place), num_pages)
-        at = rows_of(row, entry, config.num_rows)
+        origin, at = rows_of(rows, entry, config.num_rows).T
+        page = rows_of(table.pages, (origin, place), num_pages)
         return share(replace(table, pages=table.pages.at[at, place].set(page, **DROP)), page)
 
     table = for_each_page(share_pages, table, owned)
