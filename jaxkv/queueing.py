@@ -33,17 +33,22 @@ def must_take_turns(request: Request, config: CacheConfig, policy: Policy | None
         return True
     if policy is not None:
         return False
+    pages = sum(_most_pages(request, number, config) for number in range(len(request.prompts)))
+    pages += max((config.pages_for_chunk(len(prompt)) for prompt in request.prompts), default=0)
     prompts = dict(enumerate(request.prompts))
-    longest = [len(prompt) + limit for prompt, limit in zip(request.prompts, request.limits, strict=True)]
-    rows = [config.pages_for_seq(min(most, config.max_tokens_per_seq)) for most in longest]
-    pages = request.num_samples * sum(rows) + max(map(config.pages_for_chunk, longest), default=0)
-    pages -= (request.num_samples - 1) * sum(len(prompt) // config.page_size for prompt in prompts.values())
     if share_prefix and config.prefix_cache:
         alike = beginnings(prompts, block_tokens(config))
         pages -= sum(one.shared for one in alike.values()) // config.page_size
     elif share_prefix:
         pages -= (len(prompts) - 1) * common_pages(request.prompts, config, None, request.prefill_chunk)
     return pages > config.num_pages
+
+
+def _most_pages(request: Request, number: int, config: CacheConfig) -> int:
+    """Pages of all samples of a prompt at their longest, which share its whole pages."""
+    length, samples = len(request.prompts[number]), request.num_samples
+    longest = min(length + request.limits[number], config.max_tokens_per_seq)
+    return samples * config.pages_for_seq(longest) - (samples - 1) * (length // config.page_size)
 
 
 def generate_in_turns(
@@ -77,12 +82,12 @@ def generate_in_turns(
     check_model(model, policy)
     new = partial(serving.init, server)
     request.check_vocabulary(vocabulary(model, jax.eval_shape(new)), model)
-    asked = _asked(request, key, share_prefix)
+    asked = _asked(request, config, key, share_prefix)
     state, status = programs.submit(jax.jit(new)(), serving.Requests.of(asked, server))
     for one, refused in zip(asked, np.asarray(status).tolist(), strict=False):
         if refused != Status.OK:
             error = refusal(Status(refused))
-            raise type(error)(f"prompt {one.id}: {error}")
+            raise type(error)(f"prompt {(one.id or 0) // request.num_samples}: {error}")
     if warm_up:
         state = jax.block_until_ready(programs.run(model, state, _steps(0)))
     began = time.perf_counter()
@@ -103,25 +108,32 @@ def _server(request: Request, config: CacheConfig, policy: Policy | None) -> ser
     )
 
 
-def _asked(request: Request, key: PRNGKeyArray | None, share_prefix: bool) -> list[serving.Request]:
-    """The prompts of which anything is wanted, by their numbers."""
-    key = jax.random.key(0) if key is None else key
-    seeds = np.asarray(jax.random.bits(key, (len(request.prompts),), "uint32")).tolist()
-    return [
-        serving.Request(
-            tokens=request.prompts[number],
-            id=number,
-            max_new_tokens=limit,
-            sampling=request.samplings[number],
-            seed=seeds[number],
-            num_samples=request.num_samples,
-            stop_tokens=request.stop_tokens,
-            # Prompts of different salts share nothing.
-            salt=0 if share_prefix else number,
-        )
-        for number, limit in enumerate(request.limits)
-        if limit
-    ]
+def _asked(
+    request: Request, config: CacheConfig, key: PRNGKeyArray | None, share_prefix: bool
+) -> list[serving.Request]:
+    """The prompts of which anything is wanted; the id of a sample is its number among all samples.
+
+    Samples of one request run together. Where the pool may not hold them so, each is a request of its own.
+    """
+    key, samples = jax.random.key(0) if key is None else key, request.num_samples
+    seeds = np.asarray(jax.random.bits(key, (len(request.prompts), samples), "uint32")).tolist()
+    asked = []
+    for number in (number for number, limit in enumerate(request.limits) if limit):
+        together = _most_pages(request, number, config) <= config.num_pages and samples <= config.max_seqs
+        for sample in range(1 if together else samples):
+            one = serving.Request(
+                tokens=request.prompts[number],
+                id=number * samples + sample,
+                max_new_tokens=request.limits[number],
+                sampling=request.samplings[number],
+                seed=seeds[number][sample],
+                num_samples=samples if together else 1,
+                stop_tokens=request.stop_tokens,
+                # Prompts of different salts share nothing.
+                salt=0 if share_prefix else number,
+            )
+            asked.append(one)
+    return asked
 
 
 def _steps(until: int) -> Array:
@@ -135,7 +147,7 @@ def _generation(state: serving.ServingState, request: Request, seconds: float) -
     finish = [[Finish.LENGTH] * samples for _ in range(prompts)]
     table = jax.device_get(state.requests)
     for row in np.flatnonzero(table.phase == serving.Phase.FINISHED):
-        number, sample = int(table.ids[row]), int(table.samples[row])
+        number, sample = divmod(int(table.ids[row]) + int(table.samples[row]), samples)
         tokens[number][sample] = table.tokens[row, table.prompt_lengths[row] : table.lengths[row]].tolist()
         finish[number][sample] = Finish(int(table.finish[row]))
     stats, peak_pages = state.stats.as_dict(), int(state.cache.stats.peak_pages)

@@ -161,12 +161,13 @@ def test_in_a_pool_too_small_for_all_none_ends_early(model, expected):
 
 
 def test_samples_of_a_pool_too_small_for_all_draw_as_many_tokens(model):
-    config = cache_config(num_pages=8, max_pages_per_seq=8)
-    result = jaxkv.generate(
-        model, config, [PROMPTS[0]], max_new_tokens=8, num_samples=3, sampling=jaxkv.Sampling(temperature=1.0)
-    )
-    assert [len(tokens) for tokens in result.tokens[0]] == [8] * 3
-    assert result.finish == [[Finish.LENGTH] * 3]
+    """Each waits for itself: together they would all end for want of a page."""
+    config = cache_config(num_pages=6, max_pages_per_seq=6)
+    options = dict(max_new_tokens=8, num_samples=3, sampling=jaxkv.Sampling(temperature=1.0))
+    result = jaxkv.generate(model, config, [PROMPTS[0], PROMPTS[2]], **options)
+    assert [[len(tokens) for tokens in samples] for samples in result.tokens] == [[8] * 3] * 2
+    assert result.finish == [[Finish.LENGTH] * 3] * 2
+    assert len({tuple(tokens) for samples in result.tokens for tokens in samples}) == 6
 
 
 def test_when_all_wait_the_last_ends_and_makes_room_for_those_that_are_watched(model, expected):
