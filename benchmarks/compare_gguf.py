@@ -94,17 +94,22 @@ MODELS = {
 
 def jaxkv_log_probabilities(loaded: LoadedModel, tokens: list[int], first: int) -> np.ndarray:
     """After each token from `first` on, those of the next: `[positions, vocab]`."""
-    pages = -(-len(tokens) // 16)
-    cache = jaxkv.init(loaded.config.cache_config(num_pages=pages, max_seqs=1, dtype="float32"))
+    # The whole text is one chunk, which windows hold until it is done. A page a token is enough for all.
+    config = loaded.config.cache_config(
+        num_pages=len(tokens), max_seqs=1, max_chunk=len(tokens), dtype="float32"
+    )
+    cache = jaxkv.init(config)
 
     @jax.jit
     def step(model, cache, tokens):
         count = jnp.full(1, tokens.shape[0], jnp.int32)
         cache, batch = jaxkv.allocate(cache, jnp.zeros(1, jnp.int32), count, total_tokens=tokens.shape[0])
         logits, _ = model(tokens, cache, batch, rows=jnp.arange(first, tokens.shape[0], dtype=jnp.int32))
-        return jax.nn.log_softmax(logits, axis=-1)
+        return jax.nn.log_softmax(logits, axis=-1), batch.status
 
-    return np.asarray(step(loaded.model, cache, jnp.asarray(tokens, jnp.int32)))
+    found, status = step(loaded.model, cache, jnp.asarray(tokens, jnp.int32))
+    jaxkv.raise_for_status(status)
+    return np.asarray(found)
 
 
 def llama_cpp(path: Path, context: int) -> Any:
