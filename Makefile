@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
+# A process for each core, of two to four: each takes up to 3 GiB.
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 4 ? 4 : n)))
 
 .PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes serving perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners compare-configs clean
 
@@ -10,22 +12,22 @@ demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -q --durations=8 -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -q --durations=8 -m 'not slow'
 
 # What to run first, in under a minute: who owns which page, arguments, plans, and how the code hangs together.
 FAST := $(addprefix tests/, test_structure.py test_pages.py test_arguments.py test_config.py \
 	test_state.py test_packing.py test_merge.py test_plan_command.py kernels/test_tables.py \
 	models/test_gguf.py models/test_special_tokens.py)
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -q -m 'not slow' $(FAST)
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m 'not slow' $(FAST)
 
 # Real weights again: through interpreted kernels, quantized pools, and a compaction half way. More policies, and
 # rarer combinations of sizes, formats and options.
 test-slow: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -q --dist=load -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) -q --dist=load -m slow
 
 test-long: $(VENV)/.installed
-	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n 2 --dist=load -q tests/test_state_machine.py tests/test_prefix_machine.py
+	JAXKV_EXAMPLES=5000 $(BIN)/python -m pytest -n $(WORKERS) --dist=load -q tests/test_state_machine.py tests/test_prefix_machine.py
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

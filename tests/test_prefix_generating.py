@@ -123,6 +123,7 @@ def test_a_policy_computes_prompts_whole(run):
     jaxkv.check_invariants(found.cache)
 
 
+@pytest.mark.slow
 def test_pages_of_old_texts_make_room_for_new_ones(run):
     small = replace(FOUND, num_pages=14, max_pages_per_seq=14)
     cache, texts = None, [[number] * 30 for number in range(1, 6)]
