@@ -51,11 +51,7 @@ def check_fit(
     for number, prompt in prompts.items():
         before = int(held_now[slots[number]])
         if before + len(prompt) > config.max_tokens_per_seq and most is None:
-            after = f" after the {before} in its slot" if before else ""
-            raise SequenceTooLongError(
-                f"prompt {number} has {len(prompt)} tokens{after}; a sequence holds "
-                f"{config.max_tokens_per_seq} ({config.max_pages_per_seq} pages of {config.page_size})"
-            )
+            raise longer_than_a_row(config, number, len(prompt), before)
     saved = shared
     if found is not None:
         prompts = {number: prompt[found.get(number, 0) :] for number, prompt in prompts.items()}
@@ -76,6 +72,15 @@ def check_fit(
             f"the prompts need {pages} pages of {config.page_size} tokens ({saved} of them shared); "
             f"{free} of the pool's {config.num_pages} are free"
         )
+
+
+def longer_than_a_row(config: CacheConfig, number: int, length: int, before: int = 0) -> SequenceTooLongError:
+    """The error for a prompt of so many tokens, after those that its slot holds already."""
+    after = f" after the {before} in its slot" if before else ""
+    return SequenceTooLongError(
+        f"prompt {number} has {length} tokens{after}; a sequence holds "
+        f"{config.max_tokens_per_seq} ({config.max_pages_per_seq} pages of {config.page_size})"
+    )
 
 
 def rehearse(

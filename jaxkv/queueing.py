@@ -13,6 +13,7 @@ from jaxkv.beginnings import beginnings
 from jaxkv.causal_lm import CausalLM
 from jaxkv.config import CacheConfig
 from jaxkv.decode import Finish
+from jaxkv.fitting import longer_than_a_row
 from jaxkv.generation import Generation
 from jaxkv.invariants import refusal
 from jaxkv.packing import common_pages
@@ -33,22 +34,35 @@ def must_take_turns(request: Request, config: CacheConfig, policy: Policy | None
         return True
     if policy is not None:
         return False
-    pages = sum(_most_pages(request, number, config) for number in range(len(request.prompts)))
-    pages += max((config.pages_for_chunk(len(prompt)) for prompt in request.prompts), default=0)
-    prompts = dict(enumerate(request.prompts))
+    wanted = {number: request.prompts[number] for number, limit in enumerate(request.limits) if limit}
+    pages = max((config.pages_for_chunk(len(prompt)) for prompt in wanted.values()), default=0)
+    for number, prompt in wanted.items():
+        shared = (request.num_samples - 1) * _shared_pages(len(prompt), config)
+        pages += request.num_samples * config.pages_for_seq(_longest(request, number, config)) - shared
     if share_prefix and config.prefix_cache:
-        alike = beginnings(prompts, block_tokens(config))
-        pages -= sum(one.shared for one in alike.values()) // config.page_size
-    elif share_prefix:
-        pages -= (len(prompts) - 1) * common_pages(request.prompts, config, None, request.prefill_chunk)
+        alike = beginnings(wanted, block_tokens(config))
+        pages -= sum(_shared_pages(one.shared, config) for one in alike.values())
+    elif share_prefix and wanted:
+        common = common_pages(list(wanted.values()), config, None, request.prefill_chunk)
+        pages -= (len(wanted) - 1) * _shared_pages(common * config.page_size, config)
     return pages > config.num_pages
 
 
-def _most_pages(request: Request, number: int, config: CacheConfig) -> int:
-    """Pages of all samples of a prompt at their longest, which share its whole pages."""
-    length, samples = len(request.prompts[number]), request.num_samples
-    longest = min(length + request.limits[number], config.max_tokens_per_seq)
-    return samples * config.pages_for_seq(longest) - (samples - 1) * (length // config.page_size)
+def _longest(request: Request, number: int, config: CacheConfig) -> int:
+    """Tokens of a prompt with all that may follow it."""
+    return min(len(request.prompts[number]) + request.limits[number], config.max_tokens_per_seq)
+
+
+def _shared_pages(num_tokens: int, config: CacheConfig) -> int:
+    """Pages that sequences share which begin with so many equal tokens; windows release theirs."""
+    return sum(num_tokens // group.page_size for group in config.groups if group.window is None)
+
+
+def _fits_together(request: Request, number: int, config: CacheConfig) -> bool:
+    """Whether an empty cache surely holds all samples of a prompt at their longest."""
+    longest, shared = _longest(request, number, config), _shared_pages(len(request.prompts[number]), config)
+    own = config.pages_for_seq(longest) + config.pages_for_chunk(longest) - shared
+    return request.num_samples <= config.max_seqs and shared + request.num_samples * own <= config.num_pages
 
 
 def generate_in_turns(
@@ -78,6 +92,8 @@ def generate_in_turns(
     for number, prompt in enumerate(request.prompts):
         if not prompt:
             raise ValueError(f"prompt {number} is empty")
+        if len(prompt) > config.max_tokens_per_seq and (policy is None or policy.once):
+            raise longer_than_a_row(config, number, len(prompt))
     server = _server(request, config, policy)
     check_model(model, policy)
     new = partial(serving.init, server)
@@ -119,7 +135,7 @@ def _asked(
     seeds = np.asarray(jax.random.bits(key, (len(request.prompts), samples), "uint32")).tolist()
     asked = []
     for number in (number for number, limit in enumerate(request.limits) if limit):
-        together = _most_pages(request, number, config) <= config.num_pages and samples <= config.max_seqs
+        together = _fits_together(request, number, config)
         for sample in range(1 if together else samples):
             one = serving.Request(
                 tokens=request.prompts[number],

@@ -71,7 +71,7 @@ class ServingOracle:
         if length > min(self.config.max_tokens - 1, self.sizes.max_tokens_per_seq):
             return Status.SEQUENCE_TOO_LONG
         shared = self.shared_pages(length)
-        most = shared + request.num_samples * max(self.pages_of(length + 1) - shared, 1)
+        most = shared + request.num_samples * (self.pages_of(length + 1) - shared)
         return Status.OUT_OF_PAGES if most > self.sizes.num_pages else Status.OK
 
     def cancel(self, ids):

@@ -146,7 +146,7 @@ def test_more_prompts_than_slots_take_turns(model, expected):
     assert {reason for (reason,) in result.finish} == {Finish.LENGTH}
     assert int(result.cache.table.num_free) == 8
     jaxkv.check_invariants(result.cache)
-    with pytest.raises(jaxkv.SequenceTooLongError, match="prompt 8: the sequence would outgrow its row"):
+    with pytest.raises(jaxkv.SequenceTooLongError, match="prompt 8 has 30 tokens; a sequence holds 24"):
         jaxkv.generate(model, config, [*prompts[:8], [1] * 30])
     with pytest.raises(ValueError, match="prompt 8: token id 99 is beyond the vocabulary"):
         jaxkv.generate(model, config, [*prompts[:8], [99]])
@@ -168,6 +168,31 @@ def test_samples_of_a_pool_too_small_for_all_draw_as_many_tokens(model):
     assert [[len(tokens) for tokens in samples] for samples in result.tokens] == [[8] * 3] * 2
     assert result.finish == [[Finish.LENGTH] * 3] * 2
     assert len({tuple(tokens) for samples in result.tokens for tokens in samples}) == 6
+
+
+def test_samples_under_windows_that_an_empty_pool_cannot_hold_together_take_turns():
+    """Windows release pages, so samples share none of them for long."""
+    windowed = replace(TINY, window=6)
+    model, prompts = random_model(windowed, jax.random.key(2)), [list(range(20)), [3]]
+    sizes = dict(page_size=4, max_pages_per_seq=8, dtype="float32", num_pages=8, max_seqs=2)
+    result = jaxkv.generate(model, windowed.cache_config(**sizes), prompts, num_samples=2, max_new_tokens=4)
+    roomy = windowed.cache_config(**sizes | dict(num_pages=64, max_seqs=4))
+    whole = jaxkv.generate(model, roomy, prompts, num_samples=2, max_new_tokens=4)
+    assert result.tokens == whole.tokens and result.finish == whole.finish
+
+
+def test_a_prompt_that_fills_the_pool_draws_one_token_in_its_turn(model):
+    config = cache_config(num_pages=1, max_pages_per_seq=1)
+    result = jaxkv.generate(model, config, [[1], [2, 3], [4, 5, 6, 7]], max_new_tokens=9)
+    assert [len(tokens) for (tokens,) in result.tokens] == [4, 3, 1]
+    assert result.tokens[2] == jaxkv.generate(model, config, [[4, 5, 6, 7]], max_new_tokens=9).tokens[0]
+    assert result.finish == [[Finish.LENGTH]] * 3
+
+
+def test_what_need_not_run_takes_no_turn(model):
+    config = cache_config(num_pages=8, max_pages_per_seq=8)
+    result = jaxkv.generate(model, config, [list(range(28)), [1, 2]], max_new_tokens=[0, 8])
+    assert result.slots == [[0], [1]] and len(result.tokens[1][0]) == 8
 
 
 def test_when_all_wait_the_last_ends_and_makes_room_for_those_that_are_watched(model, expected):

@@ -34,10 +34,10 @@ def fits_alone(
 ) -> Bool[Array, " entries"]:
     """Whether an empty cache holds a prompt with one token more of each sample."""
     shared, one = shared_pages(lengths, config), pages_of(lengths + 1, config)
-    # Compared by division: the product might overflow.
-    own = jnp.maximum(one - shared, 1)
-    room = config.cache.num_pages - shared
-    return (room >= 0) & (jnp.maximum(samples, 1) <= room // own)
+    # Compared by division: the product might overflow. A prompt that fills its row needs no page more.
+    own, room = one - shared, config.cache.num_pages - shared
+    fits = (own == 0) | (jnp.maximum(samples, 1) <= room // jnp.maximum(own, 1))
+    return (room >= 0) & fits
 
 
 def needs(
