@@ -198,7 +198,9 @@ def _turn(
     if config is not None and not isinstance(config, CacheConfig):
         raise ValueError(f"config={config!r:.200} must be a jaxkv.CacheConfig")
     if isinstance(cache, Generation):
-        seqs = [slot for slots in cache.slots for slot in slots] if seqs is None else seqs
+        if seqs is None:
+            # Sequences that took turns have no slots; nothing of them is left in the cache.
+            seqs = [slot for slots in cache.slots for slot in slots if slot >= 0] or None
         return next_turn(request, cache.cache, config, seqs, cache.pending, cache.held)
     if cache is not None:
         return next_turn(request, cache, config, seqs, {})  # type: ignore[arg-type]

@@ -158,6 +158,8 @@ def test_in_a_pool_too_small_for_all_none_ends_early(model, expected):
     assert result.finish == [[Finish.LENGTH]] * 2 and result.slots == [[-1]] * 2
     assert result.tokens == [[expected[0]], [expected[3]]]
     jaxkv.check_invariants(result.cache)
+    again = jaxkv.generate(model, [PROMPTS[3]], cache=result, max_new_tokens=12)
+    assert again.tokens == [[expected[3]]]
 
 
 def test_samples_of_a_pool_too_small_for_all_draw_as_many_tokens(model):
