@@ -344,7 +344,13 @@ def test_the_groups_table_is_todays_where_every_layer_is_full():
     [
         pytest.param(6, (40, 41, 33, 47), 1, {}, marks=pytest.mark.slow),
         (6, (40, 41, 33, 47, 39, 40), 1, {"prefill_chunk": 32}),
-        (64, (100,), 20, {"prefill_chunk": 16, "policy": policies.HeavyHitter(8, 4)}),
+        pytest.param(
+            64,
+            (100,),
+            20,
+            {"prefill_chunk": 16, "policy": policies.HeavyHitter(8, 4)},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["in one step", "in short steps", "a policy keeps less than the window"],
 )

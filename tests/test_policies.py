@@ -447,7 +447,7 @@ def decode_programs():
     return _decode._cache_size()
 
 
-@generating("HeavyHitter", "PromptCompress")
+@generating("HeavyHitter")
 def test_prompts_longer_than_a_row_and_forks(model, policy):
     """A prefix that all share, prompts in chunks, samples: every sequence stays within its budget."""
     prompts = [[*range(1, 33), *range(40, 40 + count)] for count in (3, 9)]

@@ -82,6 +82,7 @@ class PolicyMachine(Machine):
 
 # A few histories of a window with sinks are in every run of `test_prefix_policy_machine`.
 SLOW = {
+    "window that moves up, int4",
     "window with sinks",
     "window of one, int8",
     "heavy hitter numbered anew",
