@@ -40,7 +40,8 @@ class Counts:
 
 
 jax.tree_util.register_static(Counts)
-CONFIG = Counts().cache_config(num_pages=8, page_size=4, max_seqs=4)
+# Room for the longest text of both prompts, so that none takes turns.
+CONFIG = Counts().cache_config(num_pages=96, page_size=4, max_seqs=4, max_pages_per_seq=8)
 
 
 @pytest.mark.parametrize("prefill_chunk", [256, 2])
