@@ -56,7 +56,7 @@ def original(folder: Path, config: dict, tokens: np.ndarray) -> np.ndarray:
     model = auto.from_config(read, attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            # Sums of as much as they add up: a wide head's scores would differ by rounding alone.
+            # Wide layers get smaller weights: large scores would differ by rounding alone.
             spread = 0.3 if weight.ndim == 1 else 1.5 / weight.shape[-1] ** 0.5
             weight.normal_(1.0 if weight.ndim == 1 and "norm" in name else 0.0, spread)
         logits = model(input_ids=torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
@@ -113,7 +113,7 @@ def main() -> int:
     drawn = islice(changed_configs(options.seed), options.start, options.start + options.count)
     for at, (name, config) in enumerate(drawn, options.start):
         torch.manual_seed(at)
-        # Program by program, primitives compile once for all configs, where whole models would for each.
+        # One primitive at a time: each compiles once for all configs, where a whole model would for each.
         with jax.disable_jit():
             end, word = verdict(config, tokens)
         counts[end] += 1
