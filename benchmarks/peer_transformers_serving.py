@@ -6,7 +6,7 @@ from typing import Any
 from benchmarks.serving_work import MAX_NEW, MAX_TOKENS, Serve, Served, Work
 from jaxkv.models.loading import find_model
 
-SLOTS, FIXED_BATCH = 16, 8
+SLOTS, FIXED_BATCH = 32, 8
 # Of continuous batching: tokens of a page (its default), and most tokens of a step.
 PAGE_SIZE, MAX_BATCH_TOKENS = 256, 256
 

@@ -1,8 +1,8 @@
 """Tokens per second of `serve` and of other servers: the same requests, the same SmolLM2 in float32, greedy.
 
-Each server has a process of its own, which stays. Requests are divided into slices; in each round every
-server gets the round's slice, in an order that rotates, while the others wait. All requests of a slice come
-at once. Tokens per second are those that the requests wanted, by the time until the last of them.
+Each server has a process of its own, which stays. In each round every server gets requests, in an order that
+rotates, while the others wait; ours get all of them, slow ones a part, another part in each round. The
+requests of a round come at once. Tokens per second are those that they wanted, by the time until the last.
 """
 
 import time
@@ -17,7 +17,7 @@ from jaxkv.models import load
 from jaxkv.serving import ServingState
 from jaxkv.tune.timing import Sample, times
 
-REQUESTS, ROUNDS = 200, 4
+REQUESTS, ROUNDS = 200, 2
 OURS = "jaxkv, serve"
 
 
@@ -26,7 +26,7 @@ class Server(NamedTuple):
 
     Attributes:
       module, function: what makes it; see `serving_worker`.
-      share: of each slice that it gets, below 1 where it takes long.
+      share: of the requests that it gets in a round, below 1 where it takes long.
       setting: how it is run.
     """
 
@@ -39,9 +39,9 @@ class Server(NamedTuple):
 SERVERS = {
     OURS: Server("serving_ours", "continuous", 1, f"{serving_ours.SLOTS} slots"),
     "jaxkv, generate": Server("serving_ours", "fixed", 1, "batches of 8"),
-    "transformers, continuous": Server("peer_transformers_serving", "continuous", 0.64, "16 at once"),
-    "transformers, fixed": Server("peer_transformers_serving", "fixed", 0.64, "batches of 8"),
-    "llama.cpp": Server("peer_llama_cpp", "continuous", 1, "8 slots, float32 weights"),
+    "transformers, continuous": Server("peer_transformers_serving", "continuous", 0.2, "32 at once"),
+    "transformers, fixed": Server("peer_transformers_serving", "fixed", 0.2, "batches of 8"),
+    "llama.cpp": Server("peer_llama_cpp", "continuous", 0.3, "8 slots, float32 weights"),
 }
 
 
@@ -49,7 +49,7 @@ def measure(requests: int | None, targets: Mapping[str, float], names: list[str]
     """Prints the tables.
 
     Args:
-      requests: how many, in fewer rounds where they are few. Default: `REQUESTS`.
+      requests: how many. Default: `REQUESTS`.
       targets: least ratio of our tokens per second to each server's.
       names: servers besides `serve`.
 
@@ -60,14 +60,14 @@ def measure(requests: int | None, targets: Mapping[str, float], names: list[str]
     tokenizer = load("smollm2-135m").tokenizer
     assert tokenizer is not None
     work = of_conversations(count, tokenizer)
-    slices = list(work.slices(-(-count // min(ROUNDS, max(1, count // 8)))))
     print(
         f"\n{count} requests, {sum(map(len, work.prompts)):,} tokens of prompts, "
-        f"{sum(work.new_tokens):,} new ones, in {len(slices)} rounds"
+        f"{sum(work.new_tokens):,} new ones, in {ROUNDS} rounds"
     )
     with ExitStack() as stack:
-        rounds = Rounds([OURS, *names], stack)
-        rounds.run(slices)
+        rounds = Rounds([OURS, *names], work, stack)
+        for _ in range(ROUNDS):
+            rounds.run()
     rows = _table(rounds, targets)
     rows += [{"name": name, "broken": reason, "held": False} for name, reason in rounds.broken.items()]
     return {
@@ -76,7 +76,7 @@ def measure(requests: int | None, targets: Mapping[str, float], names: list[str]
         "new_tokens": sum(work.new_tokens),
         "rows": rows,
         "absent": rounds.absent,
-        "where_time_goes": where_time_goes(slices[0]),
+        "where_time_goes": where_time_goes(work.part(1 / 3)[1]),
     }
 
 
@@ -85,35 +85,32 @@ class Rounds:
 
     Attributes:
       speeds: tokens per second, one value a round.
-      texts: new tokens of each request of each round.
+      texts: new tokens of each request that it had, by the request's number.
       absent, broken: servers that are not there or failed, and why.
     """
 
-    def __init__(self, names: list[str], stack: ExitStack):
+    def __init__(self, names: list[str], work: Work, stack: ExitStack):
         self.speeds: dict[str, list[float]] = {}
-        self.texts: dict[str, list[list[list[int]]]] = {}
+        self.texts: dict[str, dict[int, list[int]]] = {}
         self.absent: dict[str, str] = {}
         self.broken: dict[str, str] = {}
+        self._work, self._number = work, 0
         self._workers: dict[str, Worker] = {}
         for name in names:
             self._attempt(name, lambda name: self._start(name, stack))
 
-    def run(self, slices: list[Work]) -> None:
-        """A round for each slice."""
-        for number, whole in enumerate(slices):
-            order = list(self._workers)
-            turn = number % len(order)
-            for name in order[turn:] + order[:turn]:
-                self._attempt(name, lambda name, whole=whole: self._serve(name, whole))
+    def run(self) -> None:
+        """One round."""
+        order = list(self._workers)
+        turn = self._number % len(order)
+        for name in order[turn:] + order[:turn]:
+            self._attempt(name, self._serve)
+        self._number += 1
 
     def same_text(self, name: str) -> float:
         """The share of texts that are `serve`'s."""
-        pairs = [
-            pair
-            for ours, theirs in zip(self.texts[OURS], self.texts[name], strict=True)
-            for pair in zip(ours, theirs, strict=False)
-        ]
-        return sum(ours == theirs for ours, theirs in pairs) / len(pairs)
+        theirs, ours = self.texts[name], self.texts[OURS]
+        return sum(tokens == ours[number] for number, tokens in theirs.items()) / len(theirs)
 
     def _start(self, name: str, stack: ExitStack) -> None:
         worker = stack.enter_context(Worker(SERVERS[name].module, SERVERS[name].function))
@@ -123,15 +120,16 @@ class Rounds:
             return
         # Compiles, and touches the weights.
         worker.serve(Work([[1, 2, 3, 4, 5]] * 2, [4, 2]))
-        self._workers[name], self.speeds[name], self.texts[name] = worker, [], []
+        self._workers[name], self.speeds[name], self.texts[name] = worker, [], {}
 
-    def _serve(self, name: str, whole: Work) -> None:
-        work = whole.part(SERVERS[name].share)
+    def _serve(self, name: str) -> None:
+        share = SERVERS[name].share
+        first, work = self._work.part(share, self._number)
         served = self._workers[name].serve(work)
         _check(work, served)
         self.speeds[name].append(sum(work.new_tokens) / served.seconds)
-        self.texts[name].append(served.tokens)
-        print(f"round {len(self.speeds[name])}: {name}, {served.seconds:.1f} s", flush=True)
+        self.texts[name].update(enumerate(served.tokens, first))
+        print(f"round {self._number + 1}: {name}, {served.seconds:.1f} s", flush=True)
 
     def _attempt(self, name: str, function: Callable[[str], None]) -> None:
         """Calls the function; a server that fails takes part no more, unless it is ours."""
@@ -154,7 +152,7 @@ def _check(work: Work, served: Served) -> None:
 
 def _table(rounds: Rounds, targets: Mapping[str, float]) -> list[dict[str, Any]]:
     speeds = {name: Sample(tuple(values)) for name, values in rounds.speeds.items()}
-    print(f"{'server':<26}{'run in':<26}{'of slices':>9}{'tokens/s':>10}{'same text':>11}", end="")
+    print(f"{'server':<26}{'run in':<26}{'requests':>9}{'tokens/s':>10}{'same text':>11}", end="")
     print(f"   {'serve is':<20}target")
     rows = []
     for name, speed in speeds.items():

@@ -34,9 +34,12 @@ class Work(NamedTuple):
             stop = start + size
             yield Work(self.prompts[start:stop], self.new_tokens[start:stop])
 
-    def part(self, share: float) -> "Work":
-        """The first requests, that share of all and one at least."""
-        return next(self.slices(max(1, round(len(self.prompts) * share))))
+    def part(self, share: float, number: int = 0) -> tuple[int, "Work"]:
+        """That share of all, one at least: the first such part, or a later one; and where it begins."""
+        size = max(1, round(len(self.prompts) * share))
+        first = number * size % max(1, len(self.prompts) - size + 1)
+        stop = first + size
+        return first, Work(self.prompts[first:stop], self.new_tokens[first:stop])
 
 
 class Served(NamedTuple):

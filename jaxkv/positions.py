@@ -136,7 +136,7 @@ def _rotate_keys(pool: KVPool, config, rows, column, owned, by, rope: Rope, firs
         nth = nth + rows_of(column, entry)
         page, layer = rows_of(rows[layer.group], (entry, nth), config.num_pages), layer.nth
         old = [None if part is None else part.at[layer, page].get(mode="fill", fill_value=0) for part in keys]
-        rotated = rope.turn(numbers(config, *old), rows_of(by, entry)[:, None, None])
+        rotated = rope.shift(numbers(config, *old), rows_of(by, entry)[:, None, None])
         new = stored_as(config, rotated, keys=True)
         moves = (nth[:, None] * config.page_size + offset[None] >= first)[:, None, :]
         return tuple(

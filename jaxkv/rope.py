@@ -244,7 +244,7 @@ def _rotate_by(
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rope:
-    """How a model rotates its keys, for functions that move keys already in a cache; hashable.
+    """How a model rotates queries and keys; hashable. `shift_positions` moves keys in a cache with it.
 
     Attributes:
       frequencies: radians per position of each feature pair, `head_dim / 2` of them; fewer if the model
@@ -296,8 +296,25 @@ class Rope:
         frequencies = inverse_frequencies(head_dim, theta, scaling, max_context)
         return cls(tuple(frequencies.tolist()), pairing, getattr(scaling, "magnitude", 1.0))
 
-    def turn(
+    def rotate(
+        self, x: Float[Array, "tokens heads head_dim"], positions: Int[Array, " tokens"]
+    ) -> Float[Array, "tokens heads head_dim"]:
+        """Queries or keys rotated by their positions, as a model does before `append` and `attend`.
+
+        Args:
+          x: queries or keys.
+          positions: of each token, such as `batch.positions`.
+
+        Example:
+          >>> import jax.numpy as jnp
+          >>> rope = Rope.of(head_dim=2, theta=10000.0)
+          >>> rope.rotate(jnp.array([[[1.0, 0.0]]]), jnp.array([1])).round(2).tolist()
+          [[[0.5400000214576721, 0.8399999737739563]]]
+        """
+        return rotate(x, positions, np.asarray(self.frequencies, np.float32), self.pairing, self.magnitude)
+
+    def shift(
         self, keys: Float[Array, "*tokens head_dim"], by: Int[Array, "*#tokens"]
     ) -> Float[Array, "*tokens head_dim"]:
-        """Keys rotated as if their positions were larger by `by`."""
+        """Rotated keys, rotated on to positions that are larger by `by`."""
         return _rotate_by(keys, by, np.asarray(self.frequencies, np.float32), self.pairing)

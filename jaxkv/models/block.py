@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -18,7 +17,6 @@ from jaxkv.models.config import ModelConfig
 from jaxkv.models.mlp import Mixture, activate, value
 from jaxkv.models.norms import layer_norm, rms_norm
 from jaxkv.models.projection import project
-from jaxkv.rope import rotate
 
 ParameterSource = Callable[[str, tuple[int, ...]], jax.Array]
 """Returns the parameter of a name, such as `blocks.0.qkv`, in the given shape."""
@@ -95,8 +93,7 @@ class Block(nnx.Module):
         q, k, v = jnp.split(heads, [config.num_q_heads, config.num_q_heads + config.num_kv_heads], axis=1)
         q, k = self._heads_normed(q, self.q_norm), self._heads_normed(k, self.k_norm)
         if self.rope is not None:
-            rope, frequencies = self.rope, np.asarray(self.rope.frequencies, np.float32)
-            q, k = (rotate(part, positions, frequencies, rope.pairing, rope.magnitude) for part in (q, k))
+            q, k = (self.rope.rotate(part, positions) for part in (q, k))
         return q.astype(dtype), k.astype(dtype), v.astype(dtype)
 
     def mix(

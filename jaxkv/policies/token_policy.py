@@ -212,7 +212,7 @@ class TokenPolicy(Policy):
     def _renumber(self, config: CacheConfig, stored: KVPool, before: Array) -> KVPool:
         by = jnp.arange(self.budget, dtype=jnp.int32)[None, None] - before
         assert self.rope is not None
-        keys = self.rope.turn(numbers(config, stored.k, stored.k_scale), by)
+        keys = self.rope.shift(numbers(config, stored.k, stored.k_scale), by)
         k, k_scale = stored_as(config, keys, keys=True)
         rotated = replace(stored, k=k, k_scale=k_scale)
         # Keys that keep their position are not rounded again.

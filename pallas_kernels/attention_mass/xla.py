@@ -12,8 +12,7 @@ from pallas_kernels.attention_mass.call import Call
 from pallas_kernels.attention_mass.weights import log_weights
 from pallas_kernels.paged_attention.xla import (
     KeyTiles,
-    at,
-    pack,
+    by_head,
     plan,
     query_tile,
     score,
@@ -38,15 +37,16 @@ def run(call: Call, *, interpret: bool) -> Array:
     # Here a tile's row is the index of its sequence, which is also its row of `mass`.
     seqs = jnp.arange(num_seqs, dtype=jnp.int32)
     size, hides = query_tile(tokens, num_seqs), {"window": scoring.window, "sink_tokens": scoring.sink_tokens}
-    work = plan(tokens, size, sequences.kv_lengths, sequences.query_starts, seqs, keys, **hides)
-    queries = pack(q.astype(jnp.float32) * scoring.scale, work, kv_heads)
-    log_sums = pack(lse[..., None], work, kv_heads)
+    group = q.shape[1] // kv_heads
+    work = plan(tokens, size, sequences.kv_lengths, sequences.query_starts, seqs, keys, group, **hides)
+    queries = by_head(q.astype(jnp.float32) * scoring.scale, kv_heads, size)
+    log_sums = by_head(lse[..., None], kv_heads, size)
 
     def visit_tile(tile, mass):
         seq, num_keys = work.table_row[tile], work.num_keys[tile]
         page_row = page_table[table_rows[seq]]
-        row_indices = jnp.repeat(work.indices[tile], q.shape[1] // kv_heads)
-        q_tile, log_sum = at(queries, tile), at(log_sums, tile)
+        row_indices = jnp.repeat(work.indices(tile), group)
+        q_tile, log_sum = work.rows(queries, tile), work.rows(log_sums, tile)
 
         def visit(key_tile, mass):
             where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
@@ -65,7 +65,7 @@ def run(call: Call, *, interpret: bool) -> Array:
     # Room for all of the last tile.
     room = -(-max_tokens // keys.size) * keys.size
     mass = jnp.zeros((num_seqs, kv_heads, room), jnp.float32)
-    return control_flow.fori_loop(0, work.num_keys.shape[0], visit_tile, mass)[..., :max_tokens]
+    return control_flow.fori_loop(0, work.count, visit_tile, mass)[..., :max_tokens]
 
 
 def _sum_of_rows(weights):

@@ -61,9 +61,9 @@ class Items(NamedTuple):
     starts: Int[Array, " tiles+1"]
 
 
-def num_query_tiles(tokens: int, num_seqs: int, size: int) -> int:
-    """Most tiles: one per sequence and for the padding, and one per further `size` rows."""
-    runs = min(tokens, num_seqs + 1)
+def num_query_tiles(tokens: int, num_seqs: int, size: int, least: int = 1) -> int:
+    """Most tiles: one per sequence of `least` rows and for the padding, and one per further `size` rows."""
+    runs = min(tokens // least, num_seqs + 1)
     return runs + (tokens - runs) // size
 
 
@@ -77,6 +77,7 @@ def query_tiles(
     window: int | None = None,
     skipped: Int[Array, " seqs"] | None = None,
     causal: bool = True,
+    counts: tuple[int, int] | None = None,
 ) -> QueryTiles:
     """Divides the rows of `q` into tiles of at most `size`; every row is in one.
 
@@ -87,6 +88,8 @@ def query_tiles(
       skipped: first tokens of each sequence that are not visited.
       causal: whether the queries are the last tokens of their sequence. Else they come after it, and attend
         to all of it.
+      counts: least and most rows of a sequence, static: only sequences with so many have tiles, and padding
+        has some or none. Default: all.
     """
     num_seqs = kv_lengths.shape[0]
     # Rows past the last sequence form one more sequence, which is empty. `ends` excludes it: on a mesh XLA's
@@ -94,8 +97,13 @@ def query_tiles(
     starts = jnp.concatenate([query_starts, jnp.full(1, tokens, query_starts.dtype)]).astype(jnp.int32)
     num_queries = starts[1:] - starts[:-1]
     lengths = jnp.concatenate([kv_lengths.astype(jnp.int32), jnp.zeros(1, jnp.int32)])
-    ends = jnp.cumsum((num_queries[:num_seqs] + size - 1) // size, dtype=jnp.int32)
-    seq, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size))
+    num_tiles, least = (num_queries[:num_seqs] + size - 1) // size, 1
+    if counts is not None:
+        least, most = counts
+        own = (least <= num_queries[:num_seqs]) & (num_queries[:num_seqs] <= most)
+        num_tiles = jnp.where(own, num_tiles, 0)
+    ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
+    seq, nth = ragged_rows(ends, num_query_tiles(tokens, num_seqs, size, least))
     offset = nth * size
     num_rows = jnp.clip(num_queries[seq] - offset, 0, size)
     first_index = lengths[seq] - num_queries[seq] + offset if causal else lengths[seq]

@@ -33,6 +33,8 @@ from pallas_kernels.sizes import next_power_of_two
 # Tokens of a key tile, and most tokens of a query tile: a tile of K and V fits a core's cache.
 _KEY_TILE = 128
 _QUERY_TILE = 64
+# Least tokens of a query tile of sequences with several queries, where others have one.
+_CHUNK_TILE = 16
 # From this many bytes of K in float32 on, XLA splits the copy of a tile over threads.
 _SPLIT_BYTES = 512 * 1024
 # Up to this many pages of a tile are sliced one by one, which is faster than a gather.
@@ -58,63 +60,57 @@ def run(call: Call, *, interpret: bool):
     layer = jnp.clip(as_layer(call.layer), 0, num_layers - 1)
     group = q_heads // kv_heads
     keys, pool = KeyTiles.of_pool(call.pool), call.pool.arrays
-    q = side_by_side(queries).astype(jnp.float32) * scoring.scale
+    classes = tile_classes(tokens, sequences.count)
+    room = min(_QUERY_TILE, tokens) if call.prefixes else max(size for size, _ in classes)
+    q = by_head(side_by_side(queries).astype(jnp.float32) * scoring.scale, kv_heads, room)
 
-    def visit_tiles(work: Work, seen: softmax.Partial) -> softmax.Partial:
+    def visit_tiles(seen: softmax.Partial, work: Work) -> softmax.Partial:
         """Adds the keys of every tile to the partial results of its rows."""
-        queries = pack(q, work, kv_heads)
 
-        def visit_tile(tile, done):
+        def visit_tile(tile, seen):
             page_row, num_keys = page_table[work.table_row[tile]], work.num_keys[tile]
-            row_indices, q_tile = jnp.repeat(work.indices[tile], group), at(queries, tile)
+            row_indices, q_tile = jnp.repeat(work.indices(tile), group), work.rows(q, tile)
 
-            def visit(key_tile, seen):
+            def visit(key_tile, own):
                 where = keys.locate(page_row, work.stands_for(key_tile, tile), num_keys)
                 (k, k_scale), (v, v_scale) = keys.read(pool, layer, where)
                 visible = see(row_indices, keys.indices(where), **hides)
                 scores = score(q_tile, k, k_scale, visible, softcap=scoring.softcap)
                 weigh = _weigh if v_scale is None else lambda p, v: _weigh(p * v_scale.swapaxes(1, 2), v)
-                return softmax.extend(seen, scores, visible[None], v, product=weigh)
+                return softmax.extend(own, scores, visible[None], v, product=weigh)
 
-            first, own = work.first_key_tile[tile], jax.tree.map(lambda part: at(part, tile), seen)
+            # Rows past the tile's own attend to nothing here, and stay as they are.
+            own = jax.tree.map(lambda whole: work.rows(whole, tile), seen)
+            first = work.first_key_tile[tile]
             own = control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
-            return jax.tree.map(lambda whole, part: whole.at[tile].set(part), done, own)
+            return jax.tree.map(lambda whole, part: work.with_rows(whole, part, tile), seen, own)
 
-        return control_flow.fori_loop(0, work.num_keys.shape[0], visit_tile, seen)
+        return control_flow.fori_loop(0, work.count, visit_tile, seen)
 
-    def nothing_seen(work: Work) -> softmax.Partial:
-        num_tiles, size = work.indices.shape
-        return softmax.empty((num_tiles, kv_heads, size * group), head_dim)
-
-    size = query_tile(tokens, sequences.count)
-    if call.prefixes is None:
-        work = plan(tokens, size, *sequences.lengths, keys, **hides)
-        seen = nothing_seen(work)
-    else:
+    nothing_seen = seen = softmax.empty((kv_heads, q.shape[1]), head_dim)
+    skipped = None
+    if call.prefixes is not None:
         shared = call.prefixes(unit=keys.unit)
-        work = plan(tokens, size, *sequences.lengths, keys, skipped=shared.skipped)
+        skipped = shared.skipped
         runs = shared.lengths, shared.query_starts, shared.table_rows
-        shared_work = plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, causal=False)
+        shared_work = plan(tokens, min(_QUERY_TILE, tokens), *runs, keys, group, causal=False)
 
         def visit_shared():
-            seen = visit_tiles(shared_work, nothing_seen(shared_work))
-            by_token = (
-                _unpack(part, shared_work.rows, group)
-                for part in (seen.m[..., None], seen.l[..., None], seen.o)
-            )
-            m, l, o = (pack(part, work, kv_heads) for part in by_token)  # noqa: E741
+            seen = visit_tiles(nothing_seen, shared_work)
             # A run may include padding rows, which attend to nothing.
-            is_query = jnp.repeat(work.indices >= 0, group, axis=1)[:, None]
-            seen = softmax.Partial(m[..., 0], l[..., 0], o)
-            return jax.tree.map(partial(_where_rows, is_query), seen, nothing_seen(work))
+            seq, _ = ragged_rows(sequences.query_starts[1:], q.shape[1] // group)
+            has_keys = sequences.kv_lengths.at[seq].get(mode="fill", fill_value=0) > 0
+            is_query = jnp.repeat(has_keys, group)[None]
+            return jax.tree.map(partial(_where_rows, is_query), seen, nothing_seen)
 
-        seen = control_flow.cond(jnp.any(shared.lengths > 0), visit_shared, lambda: nothing_seen(work))
-    seen = visit_tiles(work, seen)
-    rows = work.rows
+        seen = control_flow.cond(jnp.any(shared.lengths > 0), visit_shared, lambda: nothing_seen)
+    for size, counts in classes:
+        work = plan(tokens, size, *sequences.lengths, keys, group, skipped=skipped, counts=counts, **hides)
+        seen = visit_tiles(seen, work)
     if sinks is not None:
-        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, work.indices.shape[1]))[None]
+        sinks = jnp.tile(sinks.astype(jnp.float32).reshape(kv_heads, group), (1, q.shape[1] // group))
     out, lse = (jnp.where(exists, part, jnp.nan) for part in softmax.finish(seen, sinks))
-    return _unpack(out, rows, group).astype(q_dtype), _unpack(lse[..., None], rows, group)[..., 0]
+    return by_token(out, tokens, group).astype(q_dtype), by_token(lse[..., None], tokens, group)[..., 0]
 
 
 def side_by_side(queries):
@@ -161,41 +157,69 @@ def _key_tile(width: int, storage: Format) -> int:
 
 
 def query_tile(tokens: int, num_seqs: int) -> int:
-    """Tokens of a query tile."""
+    """Tokens of a query tile, for sequences of about equally many queries."""
     return min(_QUERY_TILE, next_power_of_two(-(-tokens // num_seqs)))
 
 
-def at(array, index):
-    """The array at one index of its first axis."""
-    return jax.lax.dynamic_index_in_dim(array, index, 0, keepdims=False)
+def tile_classes(tokens: int, num_seqs: int) -> list[tuple[int, tuple[int, int]]]:
+    """Tokens of a query tile, and the least and most queries of the sequences that are divided into such.
+
+    A step of a server has one query of most sequences, and a chunk of a prompt: tiles of one row for those,
+    larger ones for these. Few tokens have one class, as each is a loop to compile.
+    """
+    size = query_tile(tokens, num_seqs)
+    if size == 1 or num_seqs == 1 or tokens <= _QUERY_TILE:
+        return [(size, (1, tokens))]
+    return [(1, (1, 1)), (max(size, _CHUNK_TILE), (2, tokens))]
 
 
 class Work(NamedTuple):
-    """The query tiles, each of up to `query_tile` adjacent tokens of one sequence.
+    """Query tiles, each of up to `size` adjacent tokens of one sequence.
+
+    A token of `group` query heads to a KV head is as many adjacent rows; see `by_head`.
 
     Attributes:
-      tokens: row of `q` of each tile's rows, `tokens` for padding.
-      indices: index of each row in its sequence, -1 for padding.
-      rows: `(tile, row)` of each token of `q`; every token is in a tile.
+      size, group: static.
+      first_token, num_tokens: of each tile.
+      first_index: index of its first token in the sequence.
       table_row, num_keys: row of the page table, and end of the keys that the tile's last row attends to.
       first_key_tile, num_key_tiles: the key tiles to visit.
       window_key_tile: with sink tokens, the first that stands for itself; see `schedule`.
+      count: the tiles up to the last with keys.
     """
 
-    tokens: Int[Array, "tiles query_tile"]
-    indices: Int[Array, "tiles query_tile"]
-    rows: tuple[Int[Array, " tokens"], Int[Array, " tokens"]]
+    size: int
+    group: int
+    first_token: Int[Array, " tiles"]
+    num_tokens: Int[Array, " tiles"]
+    first_index: Int[Array, " tiles"]
     table_row: Int[Array, " tiles"]
     num_keys: Int[Array, " tiles"]
     first_key_tile: Int[Array, " tiles"]
     num_key_tiles: Int[Array, " tiles"]
     window_key_tile: Int[Array, " tiles"] | None
+    count: Int[Array, ""]
 
     def stands_for(self, key_tile, tile):
         """The key tile that a visited number stands for."""
         if self.window_key_tile is None:
             return key_tile
         return schedule.stands_for(key_tile, self.window_key_tile[tile], self.first_key_tile[tile])
+
+    def indices(self, tile):
+        """The index of each token of a tile in its sequence, -1 for those past its end."""
+        nth = jnp.arange(self.size, dtype=jnp.int32)
+        return jnp.where(nth < self.num_tokens[tile], self.first_index[tile] + nth, -1)
+
+    def rows(self, whole, tile):
+        """`[kv_heads, size * group, ...]` of an array from `by_head`: the tile's rows and some after them."""
+        return jax.lax.dynamic_slice_in_dim(
+            whole, self.first_token[tile] * self.group, self.size * self.group, axis=1
+        )
+
+    def with_rows(self, whole, rows, tile):
+        """The array with these rows at the tile."""
+        return jax.lax.dynamic_update_slice_in_dim(whole, rows, self.first_token[tile] * self.group, axis=1)
 
 
 def plan(
@@ -205,44 +229,51 @@ def plan(
     query_starts,
     table_rows,
     keys: "KeyTiles",
+    group: int,
     *,
     sink_tokens: int = 0,
     **options,
 ) -> Work:
     """The query tiles of `size` tokens; `options` are those of `schedule.query_tiles`."""
     tiles = schedule.query_tiles(tokens, size, kv_lengths, query_starts, table_rows, **options)
-    offset = jnp.arange(size, dtype=jnp.int32)
-    exists = offset[None, :] < tiles.num_rows[:, None]
     has_keys = tiles.num_keys > 0
     window_key_tile = keys.containing(tiles.first_key)
     num_sinks = keys.containing(sink_tokens - 1) + 1 if sink_tokens else 0
     first_key_tile = schedule.first_visited(window_key_tile, num_sinks)
     last_key_tile = keys.containing(jnp.maximum(tiles.num_keys - 1, 0))
+    nth = jnp.arange(has_keys.shape[0], dtype=jnp.int32)
     return Work(
-        tokens=jnp.where(exists, tiles.first_row[:, None] + offset[None, :], tokens),
-        indices=jnp.where(exists & has_keys[:, None], tiles.first_index[:, None] + offset[None, :], -1),
-        rows=ragged_rows(jnp.cumsum(tiles.num_rows, dtype=jnp.int32), tokens),
+        size=size,
+        group=group,
+        first_token=tiles.first_row,
+        num_tokens=tiles.num_rows,
+        first_index=tiles.first_index,
         table_row=tiles.table_row,
         num_keys=tiles.num_keys,
         first_key_tile=first_key_tile,
         num_key_tiles=jnp.where(has_keys, last_key_tile - first_key_tile + 1, 0),
         window_key_tile=window_key_tile if sink_tokens else None,
+        count=jnp.max(jnp.where(has_keys, nth + 1, 0)),
     )
 
 
-def pack(q, work: Work, kv_heads: int):
-    """Query tiles `[tiles, kv_heads, query_tile * group, head_dim]`, grouped by KV head."""
-    head_dim = q.shape[-1]
-    tiles = q.at[work.tokens].get(mode="fill", fill_value=0)
-    tiles = tiles.reshape(*tiles.shape[:2], kv_heads, -1, head_dim)
-    return tiles.transpose(0, 2, 1, 3, 4).reshape(tiles.shape[0], kv_heads, -1, head_dim)
+def by_head(q, kv_heads: int, room: int):
+    """`[kv_heads, (tokens + room) * group, width]` of `[tokens, q_heads, width]`; the last rows are zero.
+
+    So the queries of adjacent tokens that read the same KV head are adjacent rows, and a slice of `room`
+    tokens may begin at any of them.
+    """
+    tokens, q_heads, width = q.shape
+    q = jnp.pad(q, ((0, room), (0, 0), (0, 0)))
+    q = q.reshape(tokens + room, kv_heads, q_heads // kv_heads, width)
+    return q.transpose(1, 0, 2, 3).reshape(kv_heads, -1, width)
 
 
-def _unpack(tiles, rows, group: int):
-    """From `pack`'s layout back to `[tokens, q_heads, ...]`."""
-    num_tiles, kv_heads, _, width = tiles.shape
-    tiles = tiles.reshape(num_tiles, kv_heads, -1, group, width).transpose(0, 2, 1, 3, 4)
-    return tiles.at[rows].get(mode="promise_in_bounds").reshape(rows[0].shape[0], -1, width)
+def by_token(rows, tokens: int, group: int):
+    """From `by_head`'s layout back to `[tokens, q_heads, width]`."""
+    kv_heads, _, width = rows.shape
+    rows = rows[:, : tokens * group].reshape(kv_heads, tokens, group, width)
+    return rows.transpose(1, 0, 2, 3).reshape(tokens, kv_heads * group, width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,59 +1,37 @@
 """The supported families. A new one is a file beside this one, and a line here."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from jaxkv.checkpoints.hf_folder import closest, shown
-from jaxkv.models.families import (
-    cohere2,
-    ernie4_5,
-    exaone4,
-    gemma2,
-    gemma3,
-    glm4,
-    gpt_oss,
-    granite,
-    granite_moe,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    olmo3,
-    phi3,
-    qwen2,
-    qwen2_moe,
-    qwen3,
-    qwen3_moe,
-    seed_oss,
-    smollm3,
-    starcoder2,
-)
 from jaxkv.models.families.family import Family
 
-FAMILIES: tuple[Family, ...] = (
-    llama.FAMILY,
-    mistral.FAMILY,
-    mixtral.FAMILY,
-    qwen2.FAMILY,
-    qwen2_moe.FAMILY,
-    qwen3.FAMILY,
-    qwen3_moe.FAMILY,
-    gemma2.FAMILY,
-    gemma3.FAMILY,
-    phi3.FAMILY,
-    olmo2.FAMILY,
-    olmo3.FAMILY,
-    granite.FAMILY,
-    granite_moe.FAMILY,
-    smollm3.FAMILY,
-    seed_oss.FAMILY,
-    exaone4.FAMILY,
-    ernie4_5.FAMILY,
-    gpt_oss.FAMILY,
-    cohere2.FAMILY,
-    glm4.FAMILY,
-    starcoder2.FAMILY,
+_FILES = (
+    "llama",
+    "mistral",
+    "mixtral",
+    "qwen2",
+    "qwen2_moe",
+    "qwen3",
+    "qwen3_moe",
+    "gemma2",
+    "gemma3",
+    "phi3",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "granite_moe",
+    "smollm3",
+    "seed_oss",
+    "exaone4",
+    "ernie4_5",
+    "gpt_oss",
+    "cohere2",
+    "glm4",
+    "starcoder2",
 )
+FAMILIES: tuple[Family, ...] = tuple(import_module(f"{__package__}.{file}").FAMILY for file in _FILES)
 BY_MODEL_TYPE = {kind: family for family in FAMILIES for kind in family.model_types}
 BY_ARCHITECTURE = {family.architecture: family for family in FAMILIES if family.architecture}
 _WRAPPERS = {kind: family for family in FAMILIES for kind in family.wrappers}
