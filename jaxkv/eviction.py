@@ -82,7 +82,7 @@ def _step(cache: KVCache, batch: Batch, mass: Array) -> Step:
         mass=jnp.swapaxes(mass, 0, 1).astype(jnp.float32),
         is_new=(place >= begins) & (place < ends),
         is_old=place < begins,
-        place=place,
+        indices=place,
     )
 
 

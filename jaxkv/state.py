@@ -307,3 +307,14 @@ class Batch:
         rows of a refused entry, and an entry without tokens gets another entry's row, or 0.
         """
         return jnp.clip(self.query_starts[..., 1:] - 1, 0, self.positions.shape[-1] - 1)
+
+    @property
+    def entries(self) -> Int[Array, " tokens"]:
+        """The entry that each token is of; the number of entries for padding.
+
+        With tokens `prompts [entries, width]`, of which a prefix cache already has some, those to compute are
+        `prompts.at[batch.entries, batch.positions].get(mode="fill", fill_value=0)`.
+        """
+        row = jnp.arange(self.positions.shape[-1], dtype=jnp.int32)
+        ended = self.query_starts[..., 1:, None] <= row
+        return jnp.sum(ended, axis=-2, dtype=jnp.int32)

@@ -546,7 +546,7 @@ class Oracle:
             saved_pages=sum(owners.values()) - len(owners),
             free_pages=self.num_free - self.num_reclaimable,
             reclaimable_pages=self.num_reclaimable,
-            unused_places=places - stored,
+            unused_token_slots=places - stored,
             fragmentation=(places - stored) / places if places else 0.0,
             efficiency=readable / places if places else 1.0,
         )

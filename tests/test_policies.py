@@ -579,8 +579,8 @@ def test_a_policy_of_ones_own(model):
     @dataclass(frozen=True)
     class Thin(TokenPolicy):
         def rank(self, tokens):
-            kept = (tokens.place < 4) | (tokens.place >= tokens.lengths - self.budget // 2)
-            return jnp.where(kept, 2, tokens.place % 2)
+            kept = (tokens.indices < 4) | (tokens.indices >= tokens.lengths - self.budget // 2)
+            return jnp.where(kept, 2, tokens.indices % 2)
 
     result = jaxkv.generate(
         model, cache_config(max_pages_per_seq=5), PROMPTS, max_new_tokens=40, policy=Thin(16)

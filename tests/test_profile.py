@@ -63,7 +63,7 @@ def test_a_shared_page_is_as_full_as_its_fullest_owner():
     cache, _ = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(7), total_tokens=8)
     cache, _ = jitted.fork(cache, ints(0), ints(1))
     profile = profile_of(jitted.truncate(cache, ints(1), ints(5))[0])
-    assert (profile.stored_tokens, profile.tokens, profile.unused_places) == (7, 12, 1)
+    assert (profile.stored_tokens, profile.tokens, profile.unused_token_slots) == (7, 12, 1)
 
 
 def test_a_profile_outlives_a_donated_cache():
@@ -132,7 +132,7 @@ def test_bytes_and_tokens_within_jit_may_pass_int32():
     lengths, stored = jnp.full(4096, 2**20, jnp.int32), jnp.int32(2**28)
     profile = MemoryProfile(lengths, lengths[None], one, one, one, stored, stored, stats, config)
     got = jax.jit(lambda profile: profile.as_dict())(profile)
-    for name in ("tokens", "unused_places", "used_bytes", "free_bytes", "efficiency", "fragmentation"):
+    for name in ("tokens", "unused_token_slots", "used_bytes", "free_bytes", "efficiency", "fragmentation"):
         np.testing.assert_allclose(got[name], getattr(profile, name), rtol=1e-6, err_msg=name)
 
 

@@ -35,6 +35,7 @@ def test_ok_and_last_rows_of_entries_of_every_kind():
     assert batch.ok.tolist() == [False, True, True, False, False, True, False]
     # Entries without tokens have another's row, or 0; refused ones the last that they asked for.
     assert batch.last_rows.tolist() == [0, 1, 1, 2, 19, 20, 20]
+    assert batch.entries.tolist() == [1] * 2 + [3] + [4] * 17 + [5] + [7] * 3
 
 
 def test_last_rows_are_rows_even_of_entries_that_reach_past_the_token_axis():

@@ -3,7 +3,6 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-
 import jaxkv
 
 CONFIG = jaxkv.CacheConfig(
@@ -15,7 +14,7 @@ HEADS, WIDTH, VOCAB = 4, 64, 256
 
 
 class Decoder(eqx.Module):
-    """Has the signature of `jaxkv.CausalLM`, so `generate`, `beam_search` and `serve` take it as it is."""
+    """Has the signature of `jaxkv.CausalLM`: `generate`, `beam_search`, `serve` take it."""
 
     embed: jax.Array
     positions: jax.Array
@@ -27,9 +26,12 @@ class Decoder(eqx.Module):
         size = (HEADS + 2 * CONFIG.num_kv_heads) * CONFIG.head_dim
         self.embed = 0.1 * jax.random.normal(next(keys), (VOCAB, WIDTH))
         self.positions = 0.1 * jax.random.normal(next(keys), (128, WIDTH))
-        self.qkv = [eqx.nn.Linear(WIDTH, size, key=next(keys)) for _ in range(CONFIG.num_layers)]
+        self.qkv = [
+            eqx.nn.Linear(WIDTH, size, key=next(keys)) for _ in range(CONFIG.num_layers)
+        ]
         self.out = [
-            eqx.nn.Linear(HEADS * CONFIG.head_dim, WIDTH, key=next(keys)) for _ in range(CONFIG.num_layers)
+            eqx.nn.Linear(HEADS * CONFIG.head_dim, WIDTH, key=next(keys))
+            for _ in range(CONFIG.num_layers)
         ]
 
     def __call__(self, tokens, cache, batch, *, rows=None):
@@ -38,7 +40,9 @@ class Decoder(eqx.Module):
             heads = jax.vmap(qkv)(x).reshape(len(x), -1, CONFIG.head_dim)
             q, k, v = jnp.split(heads, [HEADS, HEADS + CONFIG.num_kv_heads], axis=1)
             cache = jaxkv.append(cache, layer, batch, k, v)
-            x = x + jax.vmap(out)(jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1))
+            x = x + jax.vmap(out)(
+                jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1)
+            )
         return (x if rows is None else x[rows]) @ self.embed.T, cache
 
 
@@ -51,10 +55,14 @@ def step(model, cache, seqs, tokens, num_tokens):
 
 model = Decoder(jax.random.key(0))
 tokens, lengths = jaxkv.pack([[1, 2, 3], [4, 5]])
-cache, tokens, status = step(model, jaxkv.init(CONFIG), jnp.array([0, 1]), tokens, lengths)
+cache, tokens, status = step(
+    model, jaxkv.init(CONFIG), jnp.array([0, 1]), tokens, lengths
+)
 for _ in range(7):
     # Everything but the model is donated, so the slots are made anew.
-    cache, tokens, status = step(model, cache, jnp.array([0, 1]), tokens, jnp.array([1, 1]))
+    cache, tokens, status = step(
+        model, cache, jnp.array([0, 1]), tokens, jnp.array([1, 1])
+    )
 print(tokens)
 # --8<-- [end:model]
 

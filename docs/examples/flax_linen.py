@@ -5,7 +5,6 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
 import jaxkv
 
 CONFIG = jaxkv.CacheConfig(
@@ -20,11 +19,15 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, seqs, tokens, num_tokens):
         state = self.variable("cache", "kv", jaxkv.init, CONFIG)
-        cache, batch = jaxkv.allocate(state.value, seqs, num_tokens, total_tokens=tokens.shape[0])
+        cache, batch = jaxkv.allocate(
+            state.value, seqs, num_tokens, total_tokens=tokens.shape[0]
+        )
         embed = nn.Embed(VOCAB, WIDTH)
         x = embed(tokens) + nn.Embed(128, WIDTH, name="positions")(batch.positions)
         for layer in range(CONFIG.num_layers):
-            qkv = nn.Dense((HEADS + 2 * CONFIG.num_kv_heads) * CONFIG.head_dim, name=f"qkv_{layer}")(x)
+            qkv = nn.Dense(
+                (HEADS + 2 * CONFIG.num_kv_heads) * CONFIG.head_dim, name=f"qkv_{layer}"
+            )(x)
             qkv = qkv.reshape(len(x), -1, CONFIG.head_dim)
             q, k, v = jnp.split(qkv, [HEADS, HEADS + CONFIG.num_kv_heads], axis=1)
             cache = jaxkv.append(cache, layer, batch, k, v)
@@ -43,7 +46,9 @@ params, state = variables["params"], {"cache": variables["cache"]}
 
 @partial(jax.jit, donate_argnames="state")
 def step(params, state, seqs, tokens, num_tokens):
-    return model.apply({"params": params, **state}, seqs, tokens, num_tokens, mutable=["cache"])
+    return model.apply(
+        {"params": params, **state}, seqs, tokens, num_tokens, mutable=["cache"]
+    )
 
 
 (tokens, status), state = step(params, state, seqs, prompts, lengths)

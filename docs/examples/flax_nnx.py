@@ -1,12 +1,11 @@
-"""A decoder in Flax NNX. The cache is an argument and a result, or a variable of the module."""
+"""A decoder in Flax NNX. The cache is an argument, or a variable of the module."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
-
 import jaxkv
+from flax import nnx
 
 CONFIG = jaxkv.CacheConfig(
     num_layers=2, num_kv_heads=2, head_dim=16, num_pages=32, max_seqs=4, dtype="float32"
@@ -31,7 +30,7 @@ class Attention(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Has the signature of `jaxkv.CausalLM`, so `generate`, `beam_search` and `serve` take it as it is."""
+    """Has the signature of `jaxkv.CausalLM`: `generate`, `beam_search`, `serve` take it."""
 
     def __init__(self, vocab, width, heads, rngs):
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
@@ -63,7 +62,9 @@ class Chat(nnx.Module):
 
     def __call__(self, seqs, tokens, num_tokens):
         total = tokens.shape[0]
-        cache, batch = jaxkv.allocate(self.kv.get_value(), seqs, num_tokens, total_tokens=total)
+        cache, batch = jaxkv.allocate(
+            self.kv.get_value(), seqs, num_tokens, total_tokens=total
+        )
         logits, cache = self.decoder(tokens, cache, batch, rows=batch.last_rows)
         self.kv.set_value(cache)
         return jnp.argmax(logits, axis=-1), batch.status

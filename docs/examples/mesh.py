@@ -8,18 +8,24 @@ os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 # --8<-- [end:devices]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from dataclasses import replace  # noqa: E402
-from functools import partial  # noqa: E402
+from dataclasses import replace
+from functools import partial
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P  # noqa: E402
-
-import jaxkv  # noqa: E402
+import jax
+import jax.numpy as jnp
+import jaxkv
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 config = jaxkv.CacheConfig(
-    num_layers=2, num_kv_heads=4, head_dim=16, num_pages=32, page_size=4, max_seqs=4, dtype="float32"
+    num_layers=2,
+    num_kv_heads=4,
+    head_dim=16,
+    num_pages=32,
+    page_size=4,
+    max_seqs=4,
+    dtype="float32",
 )
 seqs, x = jnp.arange(4), jax.random.normal(jax.random.key(0), (4, 8, 16))
 
@@ -35,7 +41,7 @@ def step(cache, seqs, x):
 _, alone = jax.jit(step)(jaxkv.init(config), seqs, x)
 
 # --8<-- [start:heads]
-# Tensor parallelism: K, V and queries divided by head; the page table is on every device.
+# Tensor parallelism: K, V and queries divided by head; each device has the page table.
 mesh = jax.make_mesh((4,), ("model",), axis_types=(AxisType.Explicit,))
 cache = jaxkv.init(config)
 pool = jax.device_put(cache.pool, NamedSharding(mesh, P(None, None, "model")))
@@ -50,10 +56,12 @@ print(out.sharding.spec, cache.pool.k.sharding.spec)
 np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-5)
 
 # --8<-- [start:replicas]
-# Data parallelism: a cache of its own on each device, with a leading axis outside `shard_map`.
+# Data parallelism: each device has its own cache; outside, they have a leading axis.
 mesh = jax.make_mesh((4,), ("data",))
 caches = jax.tree.map(lambda array: jnp.stack([array] * 4), jaxkv.init(config))
-caches, inputs = jax.device_put((caches, jnp.stack([x] * 4)), NamedSharding(mesh, P("data")))
+caches, inputs = jax.device_put(
+    (caches, jnp.stack([x] * 4)), NamedSharding(mesh, P("data"))
+)
 
 
 @partial(jax.shard_map, mesh=mesh, in_specs=P("data"), out_specs=P("data"))

@@ -4,7 +4,6 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-
 import jaxkv
 
 LAYERS, VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 4, 256, 64, 4, 2, 16
@@ -22,7 +21,10 @@ def init_weights(key):
         "down": (LAYERS, 2 * WIDTH, WIDTH),
     }
     keys = jax.random.split(key, len(sizes))
-    return {name: 0.1 * jax.random.normal(k, size) for k, (name, size) in zip(keys, sizes.items())}
+    return {
+        name: 0.1 * jax.random.normal(k, size)
+        for k, (name, size) in zip(keys, sizes.items())
+    }
 
 
 def norm(x):
@@ -35,9 +37,16 @@ def forward(weights, cache, batch, tokens):
     for layer in range(LAYERS):
         heads = (norm(x) @ weights["qkv"][layer]).reshape(len(x), -1, HEAD_DIM)
         q, k, v = jnp.split(heads, [HEADS, HEADS + KV_HEADS], axis=1)
-        q, k = ROPE.rotate(q, batch.positions), ROPE.rotate(k, batch.positions)  # before the append
+        q, k = (
+            ROPE.rotate(q, batch.positions),
+            ROPE.rotate(k, batch.positions),
+        )  # before the append
         cache = jaxkv.append(cache, layer, batch, k, v)
-        x = x + jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1) @ weights["out"][layer]
+        x = (
+            x
+            + jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1)
+            @ weights["out"][layer]
+        )
         x = x + jax.nn.silu(norm(x) @ weights["up"][layer]) @ weights["down"][layer]
     return norm(x)[batch.last_rows] @ weights["embed"].T, cache
 
@@ -69,19 +78,28 @@ def decode(weights, cache, seqs, tokens, steps):
 
 
 config = jaxkv.CacheConfig(
-    num_layers=LAYERS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="float32",
-    num_pages=64, page_size=16, max_seqs=4,
-)  # fmt: skip
+    num_layers=LAYERS,
+    num_kv_heads=KV_HEADS,
+    head_dim=HEAD_DIM,
+    dtype="float32",
+    num_pages=64,
+    page_size=16,
+    max_seqs=4,
+)
 weights = init_weights(jax.random.key(0))
 seqs = jnp.array([0, 1])
-prompts, lengths = jaxkv.pack([[11, 12, 13, 14], [21, 22]])  # ragged, without padding between them
+prompts, lengths = jaxkv.pack(
+    [[11, 12, 13, 14], [21, 22]]
+)  # ragged, without padding between them
 
 cache, first, status = prefill(weights, jaxkv.init(config), seqs, prompts, lengths)
 cache, tokens, statuses = decode(weights, cache, seqs, first, steps=20)
 jaxkv.raise_for_status(status)
 jaxkv.raise_for_status(statuses)  # those of all steps
 print(tokens.T)
-print("token slots in use:", jaxkv.lengths(cache)[:2], "free pages:", cache.table.num_free)
+print(
+    "token slots in use:", jaxkv.lengths(cache)[:2], "free pages:", cache.table.num_free
+)
 cache = jaxkv.free(cache, seqs)
 # --8<-- [end:loop]
 

@@ -1,4 +1,4 @@
-"""How much memory, which context, how many sequences: from a model's config.json, without its weights."""
+"""Memory, context and sequences from a model's config.json."""
 
 import json
 import tempfile
@@ -6,17 +6,26 @@ from pathlib import Path
 
 from jaxkv import planner
 from jaxkv.planner import ModelShape
+from jaxkv.units import format_bytes
 
 # --8<-- [start:plan]
-# The name of a model that jaxkv knows, or the path of a config.json, its folder, or a GGUF file.
+# The name of a known model, or the path of a config.json, a folder or a GGUF file.
 shape = ModelShape.from_config("llama-3.1-8b")
 plan = planner.plan(shape, "H100", context=32_768, concurrency=16, kv_dtype="int8")
-print(plan)
+print("fits:", plan.fits)
+print("weights", format_bytes(plan.weights), "K and V", format_bytes(plan.kv.reserved))
+print(
+    "longest context:",
+    plan.max_context,
+    "tokens; most sequences:",
+    plan.max_concurrency,
+)
+config = plan.cache_config  # ready for `jaxkv.init`
 # --8<-- [end:plan]
 
 # --8<-- [start:suggest]
 tight = planner.plan(shape, "24GiB", context=32_768, concurrency=16)
-print(tight.fits)
+print("fits:", tight.fits)
 for change in planner.suggestions(tight):
     print("-", change.text)
 # --8<-- [end:suggest]

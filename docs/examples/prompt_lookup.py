@@ -4,16 +4,24 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.serving import PromptLookup, Request, ServingConfig, serve
 
 MODEL = ModelConfig(
-    vocab_size=64, hidden_size=32, num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=8,
-    intermediate_size=64, max_context=256,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    max_context=256,
+)
 model = random_model(MODEL, jax.random.key(0))
-requests = [Request(tokens=[1, 2, 3, 4] * 5, max_new_tokens=24), Request(tokens=[9, 8, 7], max_new_tokens=24)]
+requests = [
+    Request(tokens=[1, 2, 3, 4] * 5, max_new_tokens=24),
+    Request(tokens=[9, 8, 7], max_new_tokens=24),
+]
 cache = model.cache_config(num_pages=64, page_size=8, max_seqs=4, max_pages_per_seq=16)
 
 
@@ -31,8 +39,12 @@ def texts(config):
 
 # --8<-- [start:lookup]
 plain, steps = texts(ServingConfig(cache, token_budget=32))
-looked_up, fewer = texts(ServingConfig(cache, token_budget=32, speculate=PromptLookup(ngram=2, num_tokens=3)))
-print(f"{steps} steps, {fewer} with prompt lookup, and the same texts: {plain == looked_up}")
+looked_up, fewer = texts(
+    ServingConfig(cache, token_budget=32, speculate=PromptLookup(ngram=2, num_tokens=3))
+)
+print(
+    f"{steps} steps, {fewer} with prompt lookup, and the same texts: {plain == looked_up}"
+)
 # --8<-- [end:lookup]
 
 # --8<-- [start:drafter]
@@ -49,7 +61,9 @@ class Repeat:
         return None
 
     def propose(self, state, tokens, lengths):
-        newest = jnp.take_along_axis(tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1)
+        newest = jnp.take_along_axis(
+            tokens, jnp.maximum(lengths - 1, 0)[:, None], axis=1
+        )
         proposed = jnp.broadcast_to(newest, (len(lengths), self.num_tokens))
         return state, proposed, jnp.where(lengths > 0, self.num_tokens, 0)
 

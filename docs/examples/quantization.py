@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-
 import jaxkv
 from jaxkv.models import ModelConfig, random_model
 
@@ -14,17 +13,24 @@ for options in (
     *({"quantization": q} for q in ("int8", "fp8", "int4")),
 ):
     config = jaxkv.CacheConfig(**sizes, **options)
-    print(f"{options}: {config.estimated_memory() / 2**20:,.0f} MiB")
+    print(options, config.estimated_memory())
 # --8<-- [end:formats]
 
 # --8<-- [start:error]
 key = jax.random.key(0)
-k, v, q = (jax.random.normal(key, (48, heads, 64)) for key, heads in zip(jax.random.split(key, 3), (2, 2, 4)))
+k, v, q = (
+    jax.random.normal(key, (48, heads, 64))
+    for key, heads in zip(jax.random.split(key, 3), (2, 2, 4))
+)
 
 
 def attended(**options):
-    config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=2, head_dim=64, num_pages=4, **options)
-    cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([48]), total_tokens=48)
+    config = jaxkv.CacheConfig(
+        num_layers=1, num_kv_heads=2, head_dim=64, num_pages=4, **options
+    )
+    cache, batch = jaxkv.allocate(
+        jaxkv.init(config), jnp.array([0]), jnp.array([48]), total_tokens=48
+    )
     return jaxkv.attend(jaxkv.append(cache, 0, batch, k, v), 0, batch, q)
 
 
@@ -37,9 +43,15 @@ for name in ("int8", "fp8", "int4"):
 
 # --8<-- [start:generate]
 MODEL = ModelConfig(
-    vocab_size=64, hidden_size=32, num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=16,
-    intermediate_size=64, max_context=256,
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=2,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=64,
+    max_context=256,
+)
 model = random_model(MODEL, jax.random.key(0))
 config = model.cache_config(num_pages=16, max_seqs=2, quantization="int8")
 print(jaxkv.generate(model, [[1, 2, 3]], config, max_new_tokens=8).tokens)

@@ -1,20 +1,26 @@
-"""Speculative decoding by hand: a small model proposes, the large one verifies, `truncate` takes back."""
+"""Speculative decoding by hand: one model proposes, another verifies."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-
 import jaxkv
 from jaxkv.models import ModelConfig, random_model
 
-SIZES = dict(vocab_size=64, num_q_heads=4, num_kv_heads=2, head_dim=8, max_context=256)
-large = random_model(
-    ModelConfig(hidden_size=32, num_layers=3, intermediate_size=64, **SIZES), jax.random.key(0)
+MODEL = ModelConfig(
+    vocab_size=64,
+    hidden_size=32,
+    num_layers=3,
+    num_q_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=64,
+    max_context=256,
 )
-small = random_model(
-    ModelConfig(hidden_size=16, num_layers=1, intermediate_size=32, **SIZES), jax.random.key(1)
-)
+large = random_model(MODEL, jax.random.key(0))
+# In practice another model. Here the same one, with a cache of eight bits, which
+# mostly agrees.
+small, small_format = large, {"quantization": "int8"}
 prompt, new_tokens = [3, 1, 4, 1, 5], 24
 
 # --8<-- [start:loop]
@@ -45,14 +51,17 @@ def feed(model, cache, tokens):
     return cache, choices[: len(tokens)].tolist()
 
 
-verifier, drafter = (jaxkv.init(model.cache_config(**sizes)) for model in (large, small))
+verifier = jaxkv.init(large.cache_config(**sizes))
+drafter = jaxkv.init(small.cache_config(**sizes, **small_format))
 verifier, choices = feed(large, verifier, prompt)
 text, steps = [*prompt, choices[-1]], 0
 while len(text) < len(prompt) + new_tokens:
     draft = list(text)
     for _ in range(PROPOSED):
         unread = draft[int(jaxkv.lengths(drafter)[0]) :]
-        drafter, choices = feed(small, drafter, unread[:8]) if len(unread) <= 8 else (drafter, [])
+        drafter, choices = (
+            feed(small, drafter, unread[:8]) if len(unread) <= 8 else (drafter, [])
+        )
         draft.append(choices[-1])
     proposed = draft[len(text) :]
     # One ragged step of the large model: the newest token and all that was proposed.

@@ -25,7 +25,7 @@ class MemoryProfile:
 
     On the host the properties are Python numbers, and wait for the device. For stacked profiles, as from a
     scan or `vmap`, they are NumPy arrays of one value per profile. Inside `jit` they are traced: pages and
-    sequences int32, shares float32. Values that may exceed int32 (`tokens`, `unused_places`, bytes) are
+    sequences int32, shares float32. Values that may exceed int32 (`tokens`, `unused_token_slots`, bytes) are
     float32 there, exact to seven digits, or int64 with JAX's 64-bit types on.
 
     Attributes:
@@ -101,14 +101,14 @@ class MemoryProfile:
         return _number(self.num_spanned) - self.physical_pages - self.reclaimable_pages
 
     @property
-    def unused_places(self) -> int:
+    def unused_token_slots(self) -> int:
         """Token slots of owned pages that hold no token."""
         return self._owned_slots - _wide(self.stored_tokens)
 
     @property
     def fragmentation(self) -> float:
         """Share of the token slots of owned pages that hold no token."""
-        return _share(self.unused_places, self._owned_slots)
+        return _share(self.unused_token_slots, self._owned_slots)
 
     @property
     def scatter(self) -> float:
@@ -241,7 +241,7 @@ class MemoryProfile:
             (
                 "fragmentation",
                 f"{self.fragmentation:.1%}",
-                f"{self.unused_places:,} of {slots:,} owned token slots are unused",
+                f"{self.unused_token_slots:,} of {slots:,} owned token slots are unused",
             ),
             (
                 "scatter",

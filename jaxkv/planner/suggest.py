@@ -80,7 +80,9 @@ def _shorter(plan: Plan) -> Iterator[Suggestion]:
 
 def _fewer(plan: Plan) -> Iterator[Suggestion]:
     if plan.max_concurrency:
-        yield _suggestion(plan, f"serve {plan.max_concurrency:,} sequences", concurrency=plan.max_concurrency)
+        most = plan.max_concurrency
+        text = f"serve {most:,} sequences" if most > 1 else "serve one sequence"
+        yield _suggestion(plan, text, concurrency=most)
 
 
 def _narrower_kv(plan: Plan) -> Iterator[Suggestion]:

@@ -14,7 +14,7 @@ from jaxkv.state import Batch
 
 
 def zeros(config: CacheConfig, dtype=jnp.float32) -> Array:
-    """A number for each token place, layer and KV head, `[seqs, layers, kv_heads, max_tokens]`."""
+    """A number for each token slot, layer and KV head, `[seqs, layers, kv_heads, max_tokens]`."""
     shape = config.max_seqs, len(config.full_layers), config.num_kv_heads, config.max_tokens_per_seq
     return jnp.zeros(shape, dtype)
 
@@ -39,7 +39,7 @@ class MassPolicy(TokenPolicy):
 
     def spare_recent(self, rank: Array, tokens: Tokens) -> Array:
         """The rank, raised to infinity for the recent tokens."""
-        return jnp.where(tokens.place >= tokens.lengths - self.recent, jnp.inf, rank)
+        return jnp.where(tokens.indices >= tokens.lengths - self.recent, jnp.inf, rank)
 
     def __post_init__(self):
         super().__post_init__()

@@ -33,14 +33,14 @@ class Step(NamedTuple):
       slot: of each entry; `max_seqs` for padding and refused entries.
       mass: attention that each token slot received, `[entries, layers, kv_heads, max_tokens]`.
       is_new, is_old: `[entries, 1, 1, max_tokens]`, the step's own tokens and those before them.
-      place: index of each token slot in its sequence, `[1, 1, 1, max_tokens]`.
+      indices: of each token slot in its sequence, `[1, 1, 1, max_tokens]`.
     """
 
     slot: Int[Array, " entries"]
     mass: Float[Array, "entries layers kv_heads max_tokens"]
     is_new: Bool[Array, "entries 1 1 max_tokens"]
     is_old: Bool[Array, "entries 1 1 max_tokens"]
-    place: Int[Array, "1 1 1 max_tokens"]
+    indices: Int[Array, "1 1 1 max_tokens"]
 
 
 @dataclass(frozen=True)

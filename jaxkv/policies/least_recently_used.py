@@ -60,7 +60,7 @@ class LeastRecentlyUsed(TokenPolicy):
         before = batch.kv_lengths - batch.num_tokens
         began = jnp.where(before > 0, rows_of(values["clock"], step.slot), 0)
         now = began + batch.num_tokens
-        appended = began[:, None, None, None] + step.place - before[:, None, None, None] + 1
+        appended = began[:, None, None, None] + step.indices - before[:, None, None, None] + 1
         used = jnp.where(step.is_new, appended, rows_of(values["used"], step.slot))
         used = jnp.where(step.mass > self.threshold, now[:, None, None, None], used)
         return {
@@ -70,7 +70,7 @@ class LeastRecentlyUsed(TokenPolicy):
 
     def rank(self, tokens: Tokens) -> Array:
         """When the token was last used; of tokens used at the same time the later ranks higher."""
-        max_tokens = tokens.place.shape[-1]
-        used = jnp.where(tokens.place < tokens.lengths, tokens.values["used"], 0)
+        max_tokens = tokens.indices.shape[-1]
+        used = jnp.where(tokens.indices < tokens.lengths, tokens.values["used"], 0)
         age = jnp.minimum(jnp.max(used, axis=-1, keepdims=True) - used, _MOST // max_tokens - 1)
-        return tokens.place - age * max_tokens
+        return tokens.indices - age * max_tokens

@@ -94,7 +94,7 @@ class PromptCompress(TokenPolicy):
 
     def rank(self, tokens: Tokens) -> Array:
         """Attention that a token and its neighbours received; infinity for the observed tokens."""
-        observed = tokens.place >= tokens.lengths - self.observe_last
+        observed = tokens.indices >= tokens.lengths - self.observe_last
         mass = jnp.where(observed, 0.0, tokens.values["mass"])
         reach = self.kernel // 2
         padded = jnp.pad(mass, ((0, 0), (0, 0), (reach, reach)))

@@ -88,7 +88,7 @@ class SemanticMerge(MassPolicy):
             value, least, most = carry
             index = kept + nth
             inside = (index < end)[..., None]
-            one = read(jnp.where(index < end, index, tokens.place.shape[-1]))
+            one = read(jnp.where(index < end, index, tokens.indices.shape[-1]))
             share = jnp.take_along_axis(mass, index, axis=-1, mode="clip") / received
             alike = jnp.exp((_cosine(numbers(config, one.k, one.k_scale), key) - 1.0) / _REACH)
             weight = jnp.where(inside, (jnp.minimum(share, 1.0) * alike)[..., None], 0.0)
@@ -107,8 +107,8 @@ def _mean_value(
     config: CacheConfig, tokens: Tokens, mass: Array, read: Callable[[Array], KVPool]
 ) -> Float[Array, "entries kv_heads 1 head_dim"]:
     """Mean of a sequence's values, weighted by attention: about the mean output of its queries."""
-    row = read(jnp.broadcast_to(tokens.place, mass.shape))
-    used = tokens.place < tokens.lengths
+    row = read(jnp.broadcast_to(tokens.indices, mass.shape))
+    used = tokens.indices < tokens.lengths
     weights = jnp.where(used, mass, 0.0)[..., None]
     values = jnp.where(used[..., None], numbers(config, row.v, row.v_scale), 0.0)
     total = jnp.maximum(jnp.sum(weights, -2, keepdims=True), _LEAST_WEIGHT)

@@ -36,13 +36,13 @@ class Tokens(NamedTuple):
     Attributes:
       values: of the policy's state, each `[entries, kv_heads, max_tokens]`; undefined past a length.
       keys: float32 `[entries, kv_heads, max_tokens, head_dim]` for a policy that reads keys; else None.
-      place: index of each token slot, `[1, 1, max_tokens]`; 0 is a sequence's oldest token.
+      indices: of each token slot, `[1, 1, max_tokens]`; 0 is a sequence's oldest token.
       lengths: token slots in use, `[entries, 1, 1]`.
     """
 
     values: dict[str, Array]
     keys: Float[Array, "entries kv_heads max_tokens head_dim"] | None
-    place: Int[Array, "1 1 max_tokens"]
+    indices: Int[Array, "1 1 max_tokens"]
     lengths: Int[Array, "entries 1 1"]
 
 
@@ -58,8 +58,8 @@ class TokenPolicy(Policy):
       ... class Thin(TokenPolicy):
       ...     "Keeps the first four tokens, half a budget of last ones, and every other one between."
       ...     def rank(self, tokens):
-      ...         kept = (tokens.place < 4) | (tokens.place >= tokens.lengths - self.budget // 2)
-      ...         return jnp.where(kept, 2, tokens.place % 2)
+      ...         kept = (tokens.indices < 4) | (tokens.indices >= tokens.lengths - self.budget // 2)
+      ...         return jnp.where(kept, 2, tokens.indices % 2)
       >>> Thin(budget=64).budget
       64
 

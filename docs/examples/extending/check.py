@@ -1,4 +1,4 @@
-"""Adds the files of this folder to a copy of the source, each with its line in a registry, and uses them.
+"""Adds the files of this folder to a copy of the source, and uses them.
 
 python docs/examples/extending/check.py
 """
@@ -69,7 +69,7 @@ config = ModelConfig.from_hf({
 })
 assert config.qkv_bias and config.num_kv_heads == 2 and config.logit_multiplier == 0.5
 print("llama_with_biases:", config.num_layers, "layers")
-'''  # noqa: E501
+'''
 
 
 def main() -> None:
@@ -81,7 +81,9 @@ def main() -> None:
             shutil.copy(HERE / file, copy / into)
             text = (copy / registry).read_text(encoding="utf-8")
             assert text.count(after) == 1, (registry, after)
-            (copy / registry).write_text(text.replace(after, f"{after}\n{line}"), encoding="utf-8")
+            (copy / registry).write_text(
+                text.replace(after, f"{after}\n{line}"), encoding="utf-8"
+            )
         (copy / "use.py").write_text(USE, encoding="utf-8")
         subprocess.run([sys.executable, "use.py"], cwd=copy, check=True)
 

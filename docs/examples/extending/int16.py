@@ -1,9 +1,8 @@
-"""K and V as integers of 16 bits, with one scale per token and KV head: half of float32, and nearly exact."""
+"""K and V as integers of 16 bits, with one scale per token and KV head."""
 
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-
 from pallas_kernels.formats.base import Format
 
 

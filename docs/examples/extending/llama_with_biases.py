@@ -4,7 +4,7 @@ from jaxkv.models.families.family import Family
 
 
 def options(fields):
-    """The arguments of `ModelConfig` that the family sets, from the fields of a config.json."""
+    """The arguments of `ModelConfig` that the family sets."""
     return {
         "qkv_bias": fields.flag("attention_bias", True),
         "logit_multiplier": fields.number("logit_factor", 1.0),

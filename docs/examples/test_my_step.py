@@ -1,13 +1,12 @@
-"""Tests of your own code: what holds after every step, and what the compiled program must not do."""
+"""Tests of your own code, with `jaxkv.testing`."""
 
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import pytest
-
 import jaxkv
 import jaxkv.testing
+import pytest
 
 # --8<-- [start:tests]
 CONFIG = jaxkv.CacheConfig(
@@ -35,7 +34,9 @@ def test_every_page_is_accounted_for():
 
 
 def test_a_step_updates_the_pool_in_place():
-    cache = jax.eval_shape(lambda: jaxkv.init(CONFIG))  # shapes only: nothing is allocated
+    cache = jax.eval_shape(
+        lambda: jaxkv.init(CONFIG)
+    )  # shapes only: nothing is allocated
     jaxkv.testing.assert_in_place(step, cache, jnp.array([0, 3]), jnp.ones((2, 2, 64)))
 
 
@@ -48,11 +49,11 @@ def test_one_after_the_other_is_as_together():
 
 
 def test_a_full_pool_is_an_error_that_names_the_sequence():
-    cache, batch = jaxkv.allocate(jaxkv.init(CONFIG), jnp.array([0]), jnp.array([2000]), total_tokens=2000)
+    _, batch = jaxkv.allocate(
+        jaxkv.init(CONFIG), jnp.array([0]), jnp.array([2000]), total_tokens=2000
+    )
     with pytest.raises(jaxkv.OutOfPagesError):
         jaxkv.raise_for_status(batch.status)
 
 
 # --8<-- [end:tests]
-if __name__ == "__main__":
-    raise SystemExit(pytest.main(["-q", "-p", "no:cacheprovider", __file__]))
