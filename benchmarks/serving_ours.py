@@ -10,10 +10,10 @@ from benchmarks.serving_work import MAX_TOKENS, Serve, Served, Work
 from jaxkv.models import LoadedModel, load
 from jaxkv.serving import Request, ServingConfig, ServingState, serve
 
-SLOTS, FIXED_BATCH, PAGE_SIZE = 32, 8, 16
+SLOTS, FIXED_BATCH, PAGE_SIZE = 64, 8, 16
 # Steps of few and of many new tokens, and steps with a chunk of a prompt. On a CPU the time of a step grows
 # with its width from 16 tokens on, so that a step wider than needed loses time.
-WIDTHS = (8, 16, 32, 64, 128)
+WIDTHS = (16, 32, 64, 128, 256)
 
 
 def server(

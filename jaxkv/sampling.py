@@ -175,14 +175,14 @@ def _drawn(
 
 
 def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[Array], Array]) -> Array:
-    likeliest = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    greedy = likeliest(logits)
     logits = logits.astype(jnp.float32)
     # Sorting orders -0 before 0, but the logits are equal.
     logits = jnp.where(logits == 0, 0.0, logits)
     if isinstance(sampling, Sampling):
         settings = plain(sampling)
         if settings.temperature == 0:
-            return likeliest
+            return greedy
         # Hidden from the compiler: division by a constant may round differently from division by an array.
         temperature = jax.lax.optimization_barrier(jnp.float32(settings.temperature))
         scaled = all_scaled = _scale(logits, temperature)
@@ -198,7 +198,7 @@ def _choose(logits: Array, sampling: Sampling | SamplingBatch, draw: Callable[[A
         kept = _kept(logits, temperature, sampling.top_k[:, None], sampling.top_p[:, None])
         scaled = jnp.where(kept, scaled, -jnp.inf)
     scaled = jnp.where(_probable(all_scaled, sampling.min_p[:, None]), scaled, -jnp.inf)
-    return jnp.where(sampling.temperature == 0, likeliest, draw(scaled).astype(jnp.int32))
+    return jnp.where(sampling.temperature == 0, greedy, draw(scaled).astype(jnp.int32))
 
 
 def _probable(scaled: Array, min_p: Array) -> Bool[Array, "seqs vocab"]:

@@ -1,4 +1,4 @@
-"""The largest of many values, also within a compiled loop on a CPU."""
+"""The largest of many values, fast also on a CPU."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -26,3 +26,15 @@ def largest(
     index = jnp.take_along_axis(chosen, index // _BLOCK, axis=1) * _BLOCK + index % _BLOCK
     # Padding comes first only where every value left is -inf.
     return best, jnp.minimum(index, length - 1)
+
+
+def likeliest(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
+    """As `argmax`: the first index of each row's largest value, or of NaN.
+
+    A maximum, then a minimum of indices: XLA does not vectorize `argmax` on a CPU, which takes five times as
+    long.
+    """
+    best = jnp.max(logits, axis=-1, keepdims=True)
+    index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+    is_best = (logits == best) | (logits != logits)
+    return jnp.min(jnp.where(is_best, index[None], jnp.iinfo(jnp.int32).max), axis=-1)

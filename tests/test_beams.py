@@ -13,7 +13,7 @@ from jaxkv import Finish
 from jaxkv.beam_loop import search, start
 from jaxkv.models import dense_logits, random_model
 from jaxkv.policies import SlidingWindow
-from jaxkv.selection import largest
+from jaxkv.selection import largest, likeliest
 from jaxkv.testing import assert_in_place
 from tests import jitted
 from tests.plain_beams import ByHand, by_hand
@@ -245,6 +245,14 @@ def test_the_largest_of_many_values_are_found_by_blocks_and_ties_go_by_index():
     expected, first = jax.lax.top_k(values, 8)
     np.testing.assert_array_equal(best, expected)
     np.testing.assert_array_equal(index, jnp.where(expected > -jnp.inf, first, index))
+
+
+def test_the_likeliest_token_is_the_first_of_equal_ones_and_a_nan_before_all():
+    nan, inf = float("nan"), float("inf")
+    rows = [[1, 3, 3, 2], [-inf] * 4, [0.0, -0.0, -1, 0.0], [5, nan, 9, nan], [inf, 1, inf, 0], [nan] * 4]
+    values = jnp.array(rows, jnp.float32)
+    assert jax.jit(likeliest)(values).tolist() == jnp.argmax(values, axis=1).tolist() == [1, 0, 0, 1, 0, 0]
+
 
 
 @pytest.mark.parametrize(

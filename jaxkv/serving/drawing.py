@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxkv.decode import Finish
 from jaxkv.entries import DROP, rows_of
 from jaxkv.sampling import SamplingBatch, sample_each
+from jaxkv.selection import likeliest
 from jaxkv.serving.config import ServingConfig
 from jaxkv.serving.plan import Plan, Slots
 from jaxkv.serving.state import ALL_TOKENS, RequestTable
@@ -113,7 +114,7 @@ def _sampled(
         return sample_each(keys, logits, replace(settings, sorts=sorts))
 
     def unsorted() -> Array:
-        return cond(jnp.any(temperature > 0), partial(drawn, False), lambda: _likeliest(logits))
+        return cond(jnp.any(temperature > 0), partial(drawn, False), lambda: likeliest(logits))
 
     # A greedy request has neither.
     sorts = jnp.any((top_k < ALL_TOKENS) | (top_p < 1))
@@ -122,7 +123,3 @@ def _sampled(
 
 def _key(seed: Array, sample: Array, number: Array) -> Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), sample), number)
-
-
-def _likeliest(logits: Array) -> Int[Array, " draws"]:
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
