@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxkv.arguments import integer, real
 from jaxkv.operation import axis_of, operation
+from jaxkv.selection import likeliest
 
 # The smallest normal float32. Division by less may overflow, or be by zero where hardware flushes it to 0.
 _LEAST_TEMPERATURE = 2.0**-126
