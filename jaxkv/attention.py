@@ -86,7 +86,7 @@ def attend(
       window: a token attends to itself and the `window - 1` token slots before it; None for all of them.
         Default: the layer's own, as the config has it. A narrower one is allowed. In layers with full
         attention the window of the cache's policy holds, with its `sink_tokens`, where it is smaller.
-      sink_tokens: and to its sequence's first so many token slots, which the window does not hide
+      sink_tokens: first token slots of a sequence, attended to whatever the window
         (StreamingLLM, arXiv:2309.17453). Without a window it must be 0, and in a layer whose window releases
         them.
       softcap: scores become `softcap * tanh(scores / softcap)`.

@@ -236,7 +236,7 @@ class CacheConfig:
 
     @property
     def scale_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of K's and V's scales; none for a pool of numbers.
+        """Shapes of K's and V's scales; none without quantization.
 
         Where layers differ in shape, `[layers, pages, elements]` for the kind that needs most.
         """
@@ -315,7 +315,7 @@ class CacheConfig:
         return sum(grouping.decode_pages(self, group.shape, num_tokens) for group in self.groups)
 
     def pages_for_chunk(self, num_tokens: int) -> int:
-        """Pages more that it holds while a chunk of its prompt is prefilled: none without windows."""
+        """Further pages that it holds while a chunk of its prompt is prefilled: none without windows."""
         most = sum(min(group.columns, -(-num_tokens // group.page_size)) for group in self.groups)
         return most - self.pages_for_seq(num_tokens)
 

@@ -98,7 +98,7 @@ def gather(
       `(k, v, lengths)`; K and V are zero past each length. `max_tokens` is `config.max_tokens_per_seq`. In a
       layer with a window of its own tokens are at their positions, and zeros where they were released; its
       length is then the sequence's tokens so far. Positions from `max_tokens` on, which a sequence reaches
-      only with a policy, have no place and are left out.
+      only with a policy, are left out.
 
     Raises:
       ValueError: for a traced layer where layers differ in shape.

@@ -87,7 +87,7 @@ def record_prefix(
       cache: the cache, of a config with `prefix_cache`.
       seqs: slots; padding and empty slots are passed over.
       tokens: token ids of each sequence, from its first one on, padded at the end: those that were appended
-        in every layer. The caller vouches for them.
+        in every layer. They are not checked.
       num_tokens: how many of each are to be recorded, no more than the sequence holds. Tokens from the first
         that was dropped, rewritten or shifted on are never recorded.
       salt: see `match_prefix`.
