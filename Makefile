@@ -36,7 +36,7 @@ lint: $(VENV)/.lint
 
 # The site, into site/: built strictly, its notebooks run, and no link leads nowhere.
 docs: .venv-docs/.installed
-	.venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	.venv-docs/bin/python -m docs.links site
 
 # Wheel and sdist, into dist/: what is in them, and the README's examples from each in an empty environment.
