@@ -12,5 +12,8 @@ class Examples(griffe.Extension):
         """Called for every object once it is loaded."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(
-                r"^( *)Example:$", r"\1Examples:", obj.docstring.value, flags=re.MULTILINE
+                r"^( *)Example:$",
+                r"\1Examples:",
+                obj.docstring.value,
+                flags=re.MULTILINE,
             )

@@ -9,10 +9,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from docs.pages import PAGES  # noqa: E402
 from jaxkv.cli.command_line import COMMANDS  # noqa: E402
 from jaxkv.cli.reporting import Parser  # noqa: E402
-
-from docs.pages import PAGES  # noqa: E402
 
 
 def commands() -> str:
@@ -40,12 +39,16 @@ def commands() -> str:
 
 
 def on_files(files, config):
-    files.append(File.generated(config, "api/commands.md", content=commands()))
+    files.append(
+        File.generated(config, "api/commands.md", content=commands())
+    )
     for page, source in PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8")
         files.append(File.generated(config, page, content=text))
     for picture in (ROOT / "benchmarks" / "results").glob("*.png"):
         files.append(
-            File.generated(config, f"results/{picture.name}", abs_src_path=str(picture))
+            File.generated(
+                config, f"results/{picture.name}", abs_src_path=str(picture)
+            )
         )
     return files

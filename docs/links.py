@@ -19,7 +19,9 @@ class _Page(HTMLParser):
         self.anchors = {""}
         self.feed(text)
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+    def handle_starttag(
+        self, tag: str, attrs: list[tuple[str, str | None]]
+    ) -> None:
         values = dict(attrs)
         self.anchors |= {values.get("id") or "", values.get("name") or ""}
         for name in ("href", "src"):
@@ -41,9 +43,17 @@ def dead_links(site: Path) -> list[str]:
                 continue
             target = unquote(parts.path)
             base = site if target.startswith("/") else path.parent
-            to = (base / target.lstrip("/")).resolve() if target else path.resolve()
+            to = (
+                (base / target.lstrip("/")).resolve()
+                if target
+                else path.resolve()
+            )
             to = to / "index.html" if to.is_dir() else to
-            anchors = pages[to].anchors if to in pages else {unquote(parts.fragment)}
+            anchors = (
+                pages[to].anchors
+                if to in pages
+                else {unquote(parts.fragment)}
+            )
             if not to.exists() or unquote(parts.fragment) not in anchors:
                 dead.append(f"{path.relative_to(site)}: {link}")
     return dead

@@ -4,8 +4,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jaxkv
 import numpy as np
+
+import jaxkv
 from jaxkv.models import ModelConfig, random_model
 
 MODEL = ModelConfig(
@@ -37,7 +38,10 @@ beams = jnp.arange(width, dtype=jnp.int32)  # each in a slot of the cache
 @partial(jax.jit, donate_argnames="cache")
 def prefill(model, cache, tokens):
     cache, batch = jaxkv.allocate(
-        cache, beams[:1], jnp.array([tokens.shape[0]]), total_tokens=tokens.shape[0]
+        cache,
+        beams[:1],
+        jnp.array([tokens.shape[0]]),
+        total_tokens=tokens.shape[0],
     )
     logits, cache = model(tokens, cache, batch, rows=batch.last_rows)
     log_probs, first = jax.lax.top_k(jax.nn.log_softmax(logits[0]), width)
@@ -60,10 +64,14 @@ def step(model, cache, scores, tokens):
     return cache, scores, tokens, parents, status
 
 
-cache, scores, tokens, status = prefill(model, jaxkv.init(config), jnp.array(prompt))
+cache, scores, tokens, status = prefill(
+    model, jaxkv.init(config), jnp.array(prompt)
+)
 texts = np.asarray(tokens)[:, None]
 for _ in range(steps - 1):
-    cache, scores, tokens, parents, status = step(model, cache, scores, tokens)
+    cache, scores, tokens, parents, status = step(
+        model, cache, scores, tokens
+    )
     texts = np.concatenate(
         [texts[np.asarray(parents)], np.asarray(tokens)[:, None]], axis=1
     )

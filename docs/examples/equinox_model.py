@@ -3,10 +3,16 @@
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 
 CONFIG = jaxkv.CacheConfig(
-    num_layers=2, num_kv_heads=2, head_dim=16, num_pages=32, max_seqs=4, dtype="float32"
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    num_pages=32,
+    max_seqs=4,
+    dtype="float32",
 )
 HEADS, WIDTH, VOCAB = 4, 64, 256
 
@@ -27,7 +33,8 @@ class Decoder(eqx.Module):
         self.embed = 0.1 * jax.random.normal(next(keys), (VOCAB, WIDTH))
         self.positions = 0.1 * jax.random.normal(next(keys), (128, WIDTH))
         self.qkv = [
-            eqx.nn.Linear(WIDTH, size, key=next(keys)) for _ in range(CONFIG.num_layers)
+            eqx.nn.Linear(WIDTH, size, key=next(keys))
+            for _ in range(CONFIG.num_layers)
         ]
         self.out = [
             eqx.nn.Linear(HEADS * CONFIG.head_dim, WIDTH, key=next(keys))
@@ -38,7 +45,9 @@ class Decoder(eqx.Module):
         x = self.embed[tokens] + self.positions[batch.positions]
         for layer, (qkv, out) in enumerate(zip(self.qkv, self.out)):
             heads = jax.vmap(qkv)(x).reshape(len(x), -1, CONFIG.head_dim)
-            q, k, v = jnp.split(heads, [HEADS, HEADS + CONFIG.num_kv_heads], axis=1)
+            q, k, v = jnp.split(
+                heads, [HEADS, HEADS + CONFIG.num_kv_heads], axis=1
+            )
             cache = jaxkv.append(cache, layer, batch, k, v)
             x = x + jax.vmap(out)(
                 jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1)
@@ -48,7 +57,9 @@ class Decoder(eqx.Module):
 
 @eqx.filter_jit(donate="all-except-first")
 def step(model, cache, seqs, tokens, num_tokens):
-    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=tokens.shape[0])
+    cache, batch = jaxkv.allocate(
+        cache, seqs, num_tokens, total_tokens=tokens.shape[0]
+    )
     logits, cache = model(tokens, cache, batch, rows=batch.last_rows)
     return cache, jnp.argmax(logits, axis=-1), batch.status
 

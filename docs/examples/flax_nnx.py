@@ -4,11 +4,17 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jaxkv
 from flax import nnx
 
+import jaxkv
+
 CONFIG = jaxkv.CacheConfig(
-    num_layers=2, num_kv_heads=2, head_dim=16, num_pages=32, max_seqs=4, dtype="float32"
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    num_pages=32,
+    max_seqs=4,
+    dtype="float32",
 )
 
 # --8<-- [start:model]
@@ -19,7 +25,9 @@ class Attention(nnx.Module):
         self.layer, self.split = layer, [heads, heads + CONFIG.num_kv_heads]
         size = (heads + 2 * CONFIG.num_kv_heads) * CONFIG.head_dim
         self.qkv = nnx.Linear(width, size, use_bias=False, rngs=rngs)
-        self.out = nnx.Linear(heads * CONFIG.head_dim, width, use_bias=False, rngs=rngs)
+        self.out = nnx.Linear(
+            heads * CONFIG.head_dim, width, use_bias=False, rngs=rngs
+        )
 
     def __call__(self, x, cache, batch):
         heads = self.qkv(x).reshape(len(x), -1, CONFIG.head_dim)
@@ -35,7 +43,9 @@ class Decoder(nnx.Module):
     def __init__(self, vocab, width, heads, rngs):
         self.embed = nnx.Embed(vocab, width, rngs=rngs)
         self.positions = nnx.Embed(128, width, rngs=rngs)
-        blocks = [Attention(n, width, heads, rngs) for n in range(CONFIG.num_layers)]
+        blocks = [
+            Attention(n, width, heads, rngs) for n in range(CONFIG.num_layers)
+        ]
         self.blocks = nnx.List(blocks)
 
     def __call__(self, tokens, cache, batch, *, rows=None):
@@ -65,7 +75,9 @@ class Chat(nnx.Module):
         cache, batch = jaxkv.allocate(
             self.kv.get_value(), seqs, num_tokens, total_tokens=total
         )
-        logits, cache = self.decoder(tokens, cache, batch, rows=batch.last_rows)
+        logits, cache = self.decoder(
+            tokens, cache, batch, rows=batch.last_rows
+        )
         self.kv.set_value(cache)
         return jnp.argmax(logits, axis=-1), batch.status
 
@@ -90,4 +102,6 @@ for _ in range(8):
     num_tokens = jnp.ones_like(seqs)
 # --8<-- [end:variable]
 
-assert [samples[0] for samples in result.tokens] == jnp.stack(texts, axis=1).tolist()
+assert [samples[0] for samples in result.tokens] == jnp.stack(
+    texts, axis=1
+).tolist()

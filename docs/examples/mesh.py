@@ -13,10 +13,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import jaxkv
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+import jaxkv
 
 config = jaxkv.CacheConfig(
     num_layers=2,
@@ -58,7 +59,9 @@ np.testing.assert_allclose(out, alone, rtol=1e-5, atol=1e-5)
 # --8<-- [start:replicas]
 # Data parallelism: each device has its own cache; outside, they have a leading axis.
 mesh = jax.make_mesh((4,), ("data",))
-caches = jax.tree.map(lambda array: jnp.stack([array] * 4), jaxkv.init(config))
+caches = jax.tree.map(
+    lambda array: jnp.stack([array] * 4), jaxkv.init(config)
+)
 caches, inputs = jax.device_put(
     (caches, jnp.stack([x] * 4)), NamedSharding(mesh, P("data"))
 )

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 
 LAYERS, VOCAB, WIDTH, HEADS, KV_HEADS, HEAD_DIM = 4, 256, 64, 4, 2, 16
@@ -35,19 +36,20 @@ def forward(weights, cache, batch, tokens):
     """Logits of the last token of every sequence, and the cache."""
     x = weights["embed"][tokens]
     for layer in range(LAYERS):
-        heads = (norm(x) @ weights["qkv"][layer]).reshape(len(x), -1, HEAD_DIM)
+        heads = (norm(x) @ weights["qkv"][layer]).reshape(
+            len(x), -1, HEAD_DIM
+        )
         q, k, v = jnp.split(heads, [HEADS, HEADS + KV_HEADS], axis=1)
-        q, k = (
-            ROPE.rotate(q, batch.positions),
-            ROPE.rotate(k, batch.positions),
-        )  # before the append
+        # Rotated before they are stored.
+        q, k = (ROPE.rotate(part, batch.positions) for part in (q, k))
         cache = jaxkv.append(cache, layer, batch, k, v)
+        attended = jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1)
+        x = x + attended @ weights["out"][layer]
         x = (
             x
-            + jaxkv.attend(cache, layer, batch, q).reshape(len(x), -1)
-            @ weights["out"][layer]
+            + jax.nn.silu(norm(x) @ weights["up"][layer])
+            @ weights["down"][layer]
         )
-        x = x + jax.nn.silu(norm(x) @ weights["up"][layer]) @ weights["down"][layer]
     return norm(x)[batch.last_rows] @ weights["embed"].T, cache
 
 
@@ -57,7 +59,9 @@ def forward(weights, cache, batch, tokens):
 
 @partial(jax.jit, donate_argnames="cache")
 def prefill(weights, cache, seqs, tokens, lengths):
-    cache, batch = jaxkv.allocate(cache, seqs, lengths, total_tokens=tokens.shape[0])
+    cache, batch = jaxkv.allocate(
+        cache, seqs, lengths, total_tokens=tokens.shape[0]
+    )
     logits, cache = forward(weights, cache, batch, tokens)
     return cache, jnp.argmax(logits, axis=-1), batch.status
 
@@ -73,7 +77,9 @@ def decode(weights, cache, seqs, tokens, steps):
         tokens = jnp.argmax(logits, axis=-1)
         return (cache, tokens), (tokens, batch.status)
 
-    (cache, _), (tokens, status) = jax.lax.scan(step, (cache, tokens), length=steps)
+    (cache, _), (tokens, status) = jax.lax.scan(
+        step, (cache, tokens), length=steps
+    )
     return cache, tokens, status
 
 
@@ -92,13 +98,18 @@ prompts, lengths = jaxkv.pack(
     [[11, 12, 13, 14], [21, 22]]
 )  # ragged, without padding between them
 
-cache, first, status = prefill(weights, jaxkv.init(config), seqs, prompts, lengths)
+cache, first, status = prefill(
+    weights, jaxkv.init(config), seqs, prompts, lengths
+)
 cache, tokens, statuses = decode(weights, cache, seqs, first, steps=20)
 jaxkv.raise_for_status(status)
 jaxkv.raise_for_status(statuses)  # those of all steps
 print(tokens.T)
 print(
-    "token slots in use:", jaxkv.lengths(cache)[:2], "free pages:", cache.table.num_free
+    "token slots in use:",
+    jaxkv.lengths(cache)[:2],
+    "free pages:",
+    cache.table.num_free,
 )
 cache = jaxkv.free(cache, seqs)
 # --8<-- [end:loop]

@@ -11,9 +11,16 @@ from jaxkv.units import format_bytes
 # --8<-- [start:plan]
 # The name of a known model, or the path of a config.json, a folder or a GGUF file.
 shape = ModelShape.from_config("llama-3.1-8b")
-plan = planner.plan(shape, "H100", context=32_768, concurrency=16, kv_dtype="int8")
+plan = planner.plan(
+    shape, "H100", context=32_768, concurrency=16, kv_dtype="int8"
+)
 print("fits:", plan.fits)
-print("weights", format_bytes(plan.weights), "K and V", format_bytes(plan.kv.reserved))
+print(
+    "weights",
+    format_bytes(plan.weights),
+    "K and V",
+    format_bytes(plan.kv.reserved),
+)
 print(
     "longest context:",
     plan.max_context,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.policies import HeavyHitter, SlidingWindow, TokenPolicy
@@ -24,7 +25,12 @@ config = model.cache_config(num_pages=32, page_size=8, max_seqs=2)
 # --8<-- [start:generate]
 for policy in (None, SlidingWindow(32, sinks=4), HeavyHitter(32, recent=16)):
     result = jaxkv.generate(
-        model, [[1, 2, 3]], config, max_new_tokens=100, policy=policy, keep=True
+        model,
+        [[1, 2, 3]],
+        config,
+        max_new_tokens=100,
+        policy=policy,
+        keep=True,
     )
     kept, stats = jaxkv.lengths(result.cache)[0], result.cache.stats
     print(
@@ -47,7 +53,12 @@ class Thin(TokenPolicy):
 
 
 result = jaxkv.generate(
-    model, [[1, 2, 3]], config, max_new_tokens=100, policy=Thin(budget=32), keep=True
+    model,
+    [[1, 2, 3]],
+    config,
+    max_new_tokens=100,
+    policy=Thin(budget=32),
+    keep=True,
 )
 # --8<-- [end:own]
 assert int(jaxkv.lengths(result.cache).max()) <= 40
@@ -61,7 +72,9 @@ def step(model, cache, seqs, tokens):
     cache, batch = jaxkv.allocate(
         cache, seqs, jnp.ones_like(seqs)
     )  # evicts what is due
-    logits, cache = model(tokens, cache, batch)  # `attend` applies the policy's window
+    logits, cache = model(
+        tokens, cache, batch
+    )  # `attend` applies the policy's window
     return cache, jnp.argmax(logits, axis=-1)
 
 

@@ -6,12 +6,18 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 from jaxkv.memory import page_map, plot_pages
 from jaxkv.telemetry import Telemetry
 
 config = jaxkv.CacheConfig(
-    num_layers=2, num_kv_heads=2, head_dim=16, num_pages=32, page_size=4, max_seqs=4
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    num_pages=32,
+    page_size=4,
+    max_seqs=4,
 )
 
 # --8<-- [start:profile]
@@ -25,7 +31,9 @@ def step(cache, seqs, num_tokens):
     )  # arrays: it can be summed, stacked by a scan, logged later
 
 
-cache, profile = step(jaxkv.init(config), jnp.array([0, 1]), jnp.array([9, 3]))
+cache, profile = step(
+    jaxkv.init(config), jnp.array([0, 1]), jnp.array([9, 3])
+)
 cache, status = jaxkv.fork(cache, jnp.array([0]), jnp.array([2]))
 print(jaxkv.memory_profile(cache).report())
 print(cache.stats)
@@ -41,9 +49,12 @@ with tempfile.TemporaryDirectory() as folder:
 # `observe` does not wait for the device: a profile is published once it has arrived.
 used = []
 telemetry = Telemetry(
-    every=2, on_profile=lambda name, profile: used.append(int(profile.physical_pages))
+    every=2,
+    on_profile=lambda name, profile: used.append(int(profile.physical_pages)),
 )
-with telemetry.serve(port=0):  # Prometheus reads http://127.0.0.1:port/metrics
+with telemetry.serve(
+    port=0
+):  # Prometheus reads http://127.0.0.1:port/metrics
     for _ in range(6):
         cache, profile = step(cache, jnp.array([0, 1]), jnp.array([1, 1]))
         telemetry.observe(cache)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.serving import PromptLookup, Request, ServingConfig, serve
 
@@ -22,7 +23,9 @@ requests = [
     Request(tokens=[1, 2, 3, 4] * 5, max_new_tokens=24),
     Request(tokens=[9, 8, 7], max_new_tokens=24),
 ]
-cache = model.cache_config(num_pages=64, page_size=8, max_seqs=4, max_pages_per_seq=16)
+cache = model.cache_config(
+    num_pages=64, page_size=8, max_seqs=4, max_pages_per_seq=16
+)
 
 
 def texts(config):
@@ -40,7 +43,9 @@ def texts(config):
 # --8<-- [start:lookup]
 plain, steps = texts(ServingConfig(cache, token_budget=32))
 looked_up, fewer = texts(
-    ServingConfig(cache, token_budget=32, speculate=PromptLookup(ngram=2, num_tokens=3))
+    ServingConfig(
+        cache, token_budget=32, speculate=PromptLookup(ngram=2, num_tokens=3)
+    )
 )
 print(
     f"{steps} steps, {fewer} with prompt lookup, and the same texts: {plain == looked_up}"
@@ -68,7 +73,9 @@ class Repeat:
         return state, proposed, jnp.where(lengths > 0, self.num_tokens, 0)
 
 
-repeated, steps = texts(ServingConfig(cache, token_budget=32, speculate=Repeat()))
+repeated, steps = texts(
+    ServingConfig(cache, token_budget=32, speculate=Repeat())
+)
 # --8<-- [end:drafter]
 
 assert plain == looked_up == repeated

@@ -2,11 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 from jaxkv.models import ModelConfig, random_model
 
 # --8<-- [start:formats]
-sizes = dict(num_layers=32, num_kv_heads=8, head_dim=128, num_pages=1024, page_size=16)
+sizes = dict(
+    num_layers=32, num_kv_heads=8, head_dim=128, num_pages=1024, page_size=16
+)
 for options in (
     {"dtype": "float32"},
     {"dtype": "bfloat16"},
@@ -36,7 +39,10 @@ def attended(**options):
 
 exact = attended(dtype="float32")
 for name in ("int8", "fp8", "int4"):
-    error = jnp.abs(attended(quantization=name) - exact).max() / jnp.abs(exact).max()
+    error = (
+        jnp.abs(attended(quantization=name) - exact).max()
+        / jnp.abs(exact).max()
+    )
     print(f"{name}: {error:.1%}")
     assert error < 0.25
 # --8<-- [end:error]

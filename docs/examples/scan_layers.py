@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 import jaxkv.testing
 
@@ -19,8 +20,11 @@ CONFIG = jaxkv.CacheConfig(
 keys = jax.random.split(jax.random.key(0), 2)
 weights = {
     "qkv": 0.1
-    * jax.random.normal(keys[0], (LAYERS, WIDTH, (HEADS + 2 * KV_HEADS) * HEAD_DIM)),
-    "out": 0.1 * jax.random.normal(keys[1], (LAYERS, HEADS * HEAD_DIM, WIDTH)),
+    * jax.random.normal(
+        keys[0], (LAYERS, WIDTH, (HEADS + 2 * KV_HEADS) * HEAD_DIM)
+    ),
+    "out": 0.1
+    * jax.random.normal(keys[1], (LAYERS, HEADS * HEAD_DIM, WIDTH)),
 }
 
 # --8<-- [start:scan]
@@ -35,7 +39,8 @@ def forward(weights, cache, batch, x):
         cache = jaxkv.append(cache, number, batch, k, v)
         x = (
             x
-            + jaxkv.attend(cache, number, batch, q).reshape(len(x), -1) @ weights["out"]
+            + jaxkv.attend(cache, number, batch, q).reshape(len(x), -1)
+            @ weights["out"]
         )
         return (cache, x), None
 

@@ -4,8 +4,9 @@ from collections import defaultdict
 from dataclasses import replace
 
 import jax
-import jaxkv
 import numpy as np
+
+import jaxkv
 from jaxkv import serving
 from jaxkv.models import ModelConfig, random_model
 from jaxkv.serving import Request, Requests, ServingConfig
@@ -25,7 +26,11 @@ model = random_model(MODEL, jax.random.key(0))
 # --8<-- [start:serve]
 config = ServingConfig(
     model.cache_config(
-        num_pages=48, page_size=8, max_seqs=4, max_pages_per_seq=16, prefix_cache=True
+        num_pages=48,
+        page_size=8,
+        max_seqs=4,
+        max_pages_per_seq=16,
+        prefix_cache=True,
     ),
     max_requests=16,
     token_budget=32,  # most tokens of a step: new ones, and chunks of prompts
@@ -54,7 +59,9 @@ submit = jax.jit(serving.submit, donate_argnums=0)
 run = jax.jit(serving.run, donate_argnums=1)
 take = jax.jit(serving.take, donate_argnums=0)
 
-numbered = [replace(request, id=number) for number, request in enumerate(requests)]
+numbered = [
+    replace(request, id=number) for number, request in enumerate(requests)
+]
 state, status = submit(serving.init(config), Requests.of(numbered, config))
 jaxkv.raise_for_status(status)
 texts = defaultdict(list)

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 from jaxkv.models import ModelConfig, random_model
 
@@ -32,7 +33,9 @@ seqs = jnp.array([0])
 @partial(jax.jit, donate_argnames="cache")
 def step(model, cache, tokens, num_tokens):
     """Logits after every token."""
-    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=tokens.shape[0])
+    cache, batch = jaxkv.allocate(
+        cache, seqs, num_tokens, total_tokens=tokens.shape[0]
+    )
     logits, cache = model(tokens, cache, batch)
     return cache, jnp.argmax(logits, axis=-1), batch.status
 
@@ -60,7 +63,9 @@ while len(text) < len(prompt) + new_tokens:
     for _ in range(PROPOSED):
         unread = draft[int(jaxkv.lengths(drafter)[0]) :]
         drafter, choices = (
-            feed(small, drafter, unread[:8]) if len(unread) <= 8 else (drafter, [])
+            feed(small, drafter, unread[:8])
+            if len(unread) <= 8
+            else (drafter, [])
         )
         draft.append(choices[-1])
     proposed = draft[len(text) :]
@@ -73,9 +78,13 @@ while len(text) < len(prompt) + new_tokens:
     steps += 1
     # Both caches forget what was not accepted; the newest token is in neither.
     verifier = back_to(verifier, jnp.array([len(text) - 1]))
-    drafter = back_to(drafter, jnp.minimum(jaxkv.lengths(drafter), len(text) - 1))
+    drafter = back_to(
+        drafter, jnp.minimum(jaxkv.lengths(drafter), len(text) - 1)
+    )
 # --8<-- [end:loop]
 print(f"{len(text) - len(prompt)} tokens in {steps} steps of the large model")
 
-plain = jaxkv.generate(large, [prompt], max_new_tokens=new_tokens).tokens[0][0]
+plain = jaxkv.generate(large, [prompt], max_new_tokens=new_tokens).tokens[0][
+    0
+]
 assert text[len(prompt) :][:new_tokens] == plain

@@ -4,13 +4,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import pytest
+
 import jaxkv
 import jaxkv.testing
-import pytest
 
 # --8<-- [start:tests]
 CONFIG = jaxkv.CacheConfig(
-    num_layers=2, num_kv_heads=2, head_dim=64, num_pages=64, max_seqs=4, dtype="float32"
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=64,
+    num_pages=64,
+    max_seqs=4,
+    dtype="float32",
 )
 
 
@@ -37,7 +43,9 @@ def test_a_step_updates_the_pool_in_place():
     cache = jax.eval_shape(
         lambda: jaxkv.init(CONFIG)
     )  # shapes only: nothing is allocated
-    jaxkv.testing.assert_in_place(step, cache, jnp.array([0, 3]), jnp.ones((2, 2, 64)))
+    jaxkv.testing.assert_in_place(
+        step, cache, jnp.array([0, 3]), jnp.ones((2, 2, 64))
+    )
 
 
 def test_one_after_the_other_is_as_together():
@@ -50,7 +58,10 @@ def test_one_after_the_other_is_as_together():
 
 def test_a_full_pool_is_an_error_that_names_the_sequence():
     _, batch = jaxkv.allocate(
-        jaxkv.init(CONFIG), jnp.array([0]), jnp.array([2000]), total_tokens=2000
+        jaxkv.init(CONFIG),
+        jnp.array([0]),
+        jnp.array([2000]),
+        total_tokens=2000,
     )
     with pytest.raises(jaxkv.OutOfPagesError):
         jaxkv.raise_for_status(batch.status)

@@ -4,6 +4,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+
 import jaxkv
 
 # --8<-- [start:config]
@@ -29,7 +30,9 @@ print(config.groups)  # layers of a kind that share a row of the page table
 
 @partial(jax.jit, donate_argnames="cache")
 def step(cache, seqs, x, num_tokens):
-    cache, batch = jaxkv.allocate(cache, seqs, num_tokens, total_tokens=x.shape[0])
+    cache, batch = jaxkv.allocate(
+        cache, seqs, num_tokens, total_tokens=x.shape[0]
+    )
     for layer in range(config.num_layers):
         cache = jaxkv.append(cache, layer, batch, x, x)
         x = x + jaxkv.attend(

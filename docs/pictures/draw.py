@@ -31,7 +31,12 @@ class Picture:
         self.size, self.title, self.parts = (width, height), title, []
 
     def text(
-        self, x: float, y: float, text: str, kind: str = "", middle: bool = False
+        self,
+        x: float,
+        y: float,
+        text: str,
+        kind: str = "",
+        middle: bool = False,
     ) -> None:
         anchor = ' text-anchor="middle"' if middle else ""
         self.parts.append(
@@ -55,7 +60,11 @@ class Picture:
         self.text(x + width / 2, y + 20, text, middle=True)
 
     def boxes(
-        self, x: float, y: float, cells: Iterable[tuple[str, str]], width: float = CELL
+        self,
+        x: float,
+        y: float,
+        cells: Iterable[tuple[str, str]],
+        width: float = CELL,
     ) -> None:
         for nth, (text, colour) in enumerate(cells):
             self.box(x + nth * width, y, text, colour, width)
@@ -81,7 +90,9 @@ class Picture:
 
 def pages() -> None:
     """A pool, the page table of three sequences, and the free stack."""
-    picture = Picture(760, 250, "A pool of pages, a page table and the free stack")
+    picture = Picture(
+        760, 258, "A pool of pages, a page table and the free stack"
+    )
     picture.text(20, 28, "page table", "b")
     rows = [
         ("sequence 0", "10 tokens", ["3", "0", "5"], "a"),
@@ -92,7 +103,9 @@ def pages() -> None:
         y = 42 + nth * (ROW + GAP)
         picture.text(20, y + 14, name)
         picture.text(20, y + 27, tokens, "s")
-        cells = [(page, colour) for page in ids] + [("", "free")] * (4 - len(ids))
+        cells = [(page, colour) for page in ids] + [("", "free")] * (
+            4 - len(ids)
+        )
         picture.boxes(110, y, cells)
     picture.text(340, 28, "free stack", "b")
     picture.boxes(340, 42, [("4", "free"), ("6", "free")])
@@ -100,7 +113,9 @@ def pages() -> None:
     picture.text(340, 128, "refcounts", "b")
     picture.boxes(340, 138, [(n, "free") for n in "11110101"], 34)
     picture.text(340, 184, "sequences that own each page", "s")
-    picture.text(20, 182, "pool: K and V of all layers, 4 token slots a page", "b")
+    picture.text(
+        20, 206, "pool: K and V of all layers, 4 token slots a page", "b"
+    )
     held = [
         ("0: t4-7", "a"),
         ("1: t4-5", "c"),
@@ -111,7 +126,7 @@ def pages() -> None:
         ("6", "free"),
         ("7: t0-3", "c"),
     ]
-    picture.boxes(20, 200, held, 90)
+    picture.boxes(20, 214, held, 90)
     picture.write("pages.svg")
 
 
@@ -122,7 +137,9 @@ def fork() -> None:
     for nth in range(2):
         y = 40 + nth * (ROW + GAP)
         picture.text(20, y + 20, f"sequence {nth}")
-        picture.boxes(110, y, [("3", "shared"), ("0", "shared"), ("5", "shared")])
+        picture.boxes(
+            110, y, [("3", "shared"), ("0", "shared"), ("5", "shared")]
+        )
     picture.text(110, 132, "same pages, 2 owners each;", "s")
     picture.text(110, 147, "nothing was copied", "s")
     picture.arrow(290, 78, 390, 78)
@@ -133,35 +150,54 @@ def fork() -> None:
         y = 40 + nth * (ROW + GAP)
         picture.text(420, y + 20, f"sequence {nth}")
         picture.boxes(510, y, [("3", "shared"), ("0", "shared"), last[nth]])
-    picture.text(510, 132, "full pages stay shared; the partly filled page 5 was", "s")
-    picture.text(510, 147, "copied to page 6 before sequence 1 wrote to it", "s")
+    picture.text(
+        420, 132, "full pages stay shared; page 5, partly filled, was", "s"
+    )
+    picture.text(
+        420, 147, "copied to page 6 before sequence 1 wrote to it", "s"
+    )
     picture.text(20, 182, "page 5", "b")
-    picture.boxes(80, 164, [("t8", "a"), ("t9", "a"), ("x", "a"), ("", "free")])
+    picture.boxes(
+        80, 164, [("t8", "a"), ("t9", "a"), ("x", "a"), ("", "free")]
+    )
     picture.text(300, 182, "page 6", "b")
-    picture.boxes(360, 164, [("t8", "b"), ("t9", "b"), ("y", "b"), ("", "free")])
-    picture.text(20, 222, "x and y are the new tokens of sequences 0 and 1", "s")
+    picture.boxes(
+        360, 164, [("t8", "b"), ("t9", "b"), ("y", "b"), ("", "free")]
+    )
+    picture.text(
+        20, 222, "x and y are the new tokens of sequences 0 and 1", "s"
+    )
     picture.write("fork.svg")
 
 
 def groups() -> None:
     """Pages of layers with and without a window."""
     picture = Picture(760, 214, "Layers with a window release pages")
-    picture.text(20, 26, "one sequence of 24 tokens, pages of 4, windows of 8", "b")
+    picture.text(
+        20, 26, "one sequence of 24 tokens, pages of 4, windows of 8", "b"
+    )
     picture.text(20, 62, "group 0: full attention")
     picture.boxes(230, 42, [(n, "c") for n in ("8", "2", "5", "0", "9", "4")])
     picture.text(520, 62, "6 pages: every token", "s")
     picture.text(20, 110, "group 1: layers 0 to 3")
     old = [("free", "gone")] * 3
-    picture.boxes(230, 90, [*old, ("3", "window"), ("6", "window"), ("1", "window")])
+    picture.boxes(
+        230, 90, [*old, ("3", "window"), ("6", "window"), ("1", "window")]
+    )
     picture.text(520, 110, "3 pages: the window and what lies across", "s")
     picture.text(520, 125, "its edge; the others went back to the stack", "s")
     picture.text(
-        20, 162, "one pool, one free stack: a page serves whichever group takes it"
+        20,
+        162,
+        "one pool, one free stack: a page serves whichever group takes it",
     )
     picture.boxes(
         230,
         172,
-        [(f"{n}", "c" if n in (0, 2, 4, 5, 8, 9) else "free") for n in range(10)],
+        [
+            (f"{n}", "c" if n in (0, 2, 4, 5, 8, 9) else "free")
+            for n in range(10)
+        ],
     )
     for n in (1, 3, 6):
         picture.box(230 + n * CELL, 172, str(n), "window")
@@ -172,11 +208,17 @@ def groups() -> None:
 def prefixes() -> None:
     """The index keeps pages after their sequences are gone."""
     picture = Picture(760, 226, "The prefix cache")
-    picture.text(20, 26, "recorded, then freed: the index alone owns the pages", "b")
+    picture.text(
+        20, 26, "recorded, then freed: the index alone owns the pages", "b"
+    )
     picture.boxes(
         20,
         40,
-        [("You are a", "index"), ("helpful as", "index"), ("sistant. W", "index")],
+        [
+            ("You are a", "index"),
+            ("helpful as", "index"),
+            ("sistant. W", "index"),
+        ],
         96,
     )
     picture.text(
@@ -185,7 +227,7 @@ def prefixes() -> None:
         "pages 3, 0, 5: reclaimable, taken in LRU order when the stack is empty",
         "s",
     )
-    picture.text(20, 106, "a new prompt", "b")
+    picture.text(230, 106, "a new prompt", "b")
     cells = [
         ("You are a", "index"),
         ("helpful as", "index"),
@@ -195,12 +237,19 @@ def prefixes() -> None:
     picture.boxes(20, 118, cells, 96)
     picture.arrow(68, 112, 68, 74)
     picture.arrow(164, 112, 164, 74)
-    picture.text(420, 130, "match_prefix compares tokens, whole pages only:", "s")
+    picture.text(
+        420, 130, "match_prefix compares tokens, whole pages only:", "s"
+    )
     picture.text(420, 145, "8 tokens found, the rest is left to compute", "s")
     picture.text(20, 184, "its row of the page table", "b")
-    picture.boxes(20, 194, [("3", "shared"), ("0", "shared"), ("7", "b"), ("2", "b")])
+    picture.boxes(
+        20, 194, [("3", "shared"), ("0", "shared"), ("7", "b"), ("2", "b")]
+    )
     picture.text(
-        220, 214, "pages 3 and 0 are shared with the index; 7 and 2 are its own", "s"
+        220,
+        214,
+        "pages 3 and 0 are shared with the index; 7 and 2 are its own",
+        "s",
     )
     picture.write("prefixes.svg")
 
@@ -229,11 +278,11 @@ def serving() -> None:
     for nth, (text, colour) in enumerate(steps):
         picture.box(206, 40 + nth * (ROW + 6), text, colour, 320)
     picture.arrow(532, 100, 580, 100)
-    picture.text(590, 26, "token budget of the step", "b")
+    picture.text(590, 26, "tokens of the step", "b")
     picture.boxes(590, 40, [("r7", "a"), ("r8", "b")], 30)
     picture.box(650, 40, "r9: chunk", "c", 96)
-    picture.text(590, 90, "one token for each sample that", "s")
-    picture.text(590, 105, "decodes, the rest for prompts", "s")
+    picture.text(590, 90, "one for each sample that", "s")
+    picture.text(590, 105, "decodes, then prompts", "s")
     picture.text(
         206,
         240,

@@ -11,6 +11,8 @@ def run(call, *, interpret):
     skipped = (sources < 0) | (sources >= num_pages) | (destinations < 0)
     into = num_pages * skipped + destinations * ~skipped
     return tuple(
-        pages.at[:, into].set(pages.at[:, sources].get(mode="clip"), mode="drop")
+        pages.at[:, into].set(
+            pages.at[:, sources].get(mode="clip"), mode="drop"
+        )
         for pages in call.pool.arrays
     )

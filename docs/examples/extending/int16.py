@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import jax.numpy as jnp
+
 from pallas_kernels.formats.base import Format
 
 
@@ -27,7 +28,9 @@ class Int16(Format):
         return codes.astype(jnp.float32)
 
     def lacks(self, device, row_size, *, converts=True):
-        return self.name if converts else None  # on a GPU "auto" then takes `xla`
+        return (
+            self.name if converts else None
+        )  # on a GPU "auto" then takes `xla`
 
 
 FORMATS = (Int16(),)
