@@ -251,7 +251,7 @@ class MemoryProfile:
             (
                 "sharing saved",
                 f"{self.saved_pages:,} pages",
-                f"{format_bytes(self.saved_bytes, unit)}; {self.shared_pages:,} pages are shared",
+                f"{format_bytes(self.saved_bytes, unit)}; pages shared: {self.shared_pages:,}",
             ),
             ("efficiency", f"{self.efficiency:.2f}", "tokens per owned token slot"),
         ]
