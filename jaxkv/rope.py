@@ -308,8 +308,8 @@ class Rope:
         Example:
           >>> import jax.numpy as jnp
           >>> rope = Rope.of(head_dim=2, theta=10000.0)
-          >>> rope.rotate(jnp.array([[[1.0, 0.0]]]), jnp.array([1])).round(2).tolist()
-          [[[0.5400000214576721, 0.8399999737739563]]]
+          >>> [round(float(x), 2) for x in rope.rotate(jnp.array([[[1.0, 0.0]]]), jnp.array([1]))[0, 0]]
+          [0.54, 0.84]
         """
         return rotate(x, positions, np.asarray(self.frequencies, np.float32), self.pairing, self.magnitude)
 

@@ -316,5 +316,5 @@ class Batch:
         `prompts.at[batch.entries, batch.positions].get(mode="fill", fill_value=0)`.
         """
         row = jnp.arange(self.positions.shape[-1], dtype=jnp.int32)
-        ended = self.query_starts[..., 1:, None] <= row
+        ended = self.query_starts[..., 1:, None] <= row.reshape(*(1,) * self.query_starts.ndim, -1)
         return jnp.sum(ended, axis=-2, dtype=jnp.int32)
