@@ -42,8 +42,9 @@ class BeamSearch:
         token included. One without a stop token at its end was cut short by what `finish` says.
       scores: `scores[prompt][rank]` is the sum of the sequence's log-probabilities, in nats, divided by
         `length ** length_penalty`.
-      finish: why the search of each prompt ended. STOP: no beam could still be among the best. LENGTH: the sequences
-        reached `max_new_tokens` or filled their rows. OUT_OF_PAGES: no page was free for the next token.
+      finish: why the search of each prompt ended. STOP: no beam could still be among the best. LENGTH: the
+        sequences reached `max_new_tokens` or filled their rows. OUT_OF_PAGES: no page was free for the next
+        token.
       cache: the cache at the end; the slots of all beams are empty.
       peak_pages: most pages in use at once since the cache was made.
       peak_pages_unshared: most pages the same sequences would have used at once without sharing.

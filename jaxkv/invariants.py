@@ -50,7 +50,8 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
 
     Args:
       batch_or_status: what `allocate`, `fork`, `reorder`, `truncate` or `serving.submit` returned, or an
-        array of `Status`. They may be stacked, as `scan` and `vmap` do; an entry is then named by its whole index, step first.
+        array of `Status`. They may be stacked, as `scan` and `vmap` do; an entry is then named by its whole
+        index, step first.
 
     Raises:
       JaxKVError: the error of the entry's status (see `jaxkv.errors`), with the entry and, from a `Batch`,

@@ -254,7 +254,6 @@ def test_the_likeliest_token_is_the_first_of_equal_ones_and_a_nan_before_all():
     assert jax.jit(likeliest)(values).tolist() == jnp.argmax(values, axis=1).tolist() == [1, 0, 0, 1, 0, 0]
 
 
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -65,7 +65,7 @@ def run(call: Call, *, interpret: bool) -> Array:
     # Room for all of the last tile.
     room = -(-max_tokens // keys.size) * keys.size
     mass = jnp.zeros((num_seqs, kv_heads, room), jnp.float32)
-    return control_flow.fori_loop(0, work.count, visit_tile, mass)[..., :max_tokens]
+    return control_flow.fori_loop(0, work.num_tiles, visit_tile, mass)[..., :max_tokens]
 
 
 def _sum_of_rows(weights):

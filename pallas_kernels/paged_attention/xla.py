@@ -85,7 +85,7 @@ def run(call: Call, *, interpret: bool):
             own = control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
             return jax.tree.map(lambda whole, part: work.with_rows(whole, part, tile), seen, own)
 
-        return control_flow.fori_loop(0, work.count, visit_tile, seen)
+        return control_flow.fori_loop(0, work.num_tiles, visit_tile, seen)
 
     nothing_seen = seen = softmax.empty((kv_heads, q.shape[1]), head_dim)
     skipped = None
@@ -185,7 +185,7 @@ class Work(NamedTuple):
       table_row, num_keys: row of the page table, and end of the keys that the tile's last row attends to.
       first_key_tile, num_key_tiles: the key tiles to visit.
       window_key_tile: with sink tokens, the first that stands for itself; see `schedule`.
-      count: the tiles up to the last with keys.
+      num_tiles: those up to the last with keys.
     """
 
     size: int
@@ -198,7 +198,7 @@ class Work(NamedTuple):
     first_key_tile: Int[Array, " tiles"]
     num_key_tiles: Int[Array, " tiles"]
     window_key_tile: Int[Array, " tiles"] | None
-    count: Int[Array, ""]
+    num_tiles: Int[Array, ""]
 
     def stands_for(self, key_tile, tile):
         """The key tile that a visited number stands for."""
@@ -253,7 +253,7 @@ def plan(
         first_key_tile=first_key_tile,
         num_key_tiles=jnp.where(has_keys, last_key_tile - first_key_tile + 1, 0),
         window_key_tile=window_key_tile if sink_tokens else None,
-        count=jnp.max(jnp.where(has_keys, nth + 1, 0)),
+        num_tiles=jnp.max(jnp.where(has_keys, nth + 1, 0)),
     )
 
 
