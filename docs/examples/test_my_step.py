@@ -57,14 +57,15 @@ def test_one_after_the_other_is_as_together():
 
 
 def test_a_full_pool_is_an_error_that_names_the_sequence():
+    seqs, counts = (
+        jnp.array([0, 3]),
+        jnp.array([600, 600]),
+    )  # of 1,024 token slots
     _, batch = jaxkv.allocate(
-        jaxkv.init(CONFIG),
-        jnp.array([0]),
-        jnp.array([2000]),
-        total_tokens=2000,
+        jaxkv.init(CONFIG), seqs, counts, total_tokens=1200
     )
-    with pytest.raises(jaxkv.OutOfPagesError):
-        jaxkv.raise_for_status(batch.status)
+    with pytest.raises(jaxkv.OutOfPagesError, match="slot 3"):
+        jaxkv.raise_for_status(batch)
 
 
 # --8<-- [end:tests]
