@@ -31,8 +31,8 @@ def largest(
 def likeliest(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
     """As `argmax`: the first index of each row's largest value, or of NaN.
 
-    A maximum, then a minimum of indices: XLA does not vectorize `argmax` on a CPU, which takes five times as
-    long.
+    A maximum, then a minimum of indices: XLA does not vectorize `argmax` on a CPU, which takes several times
+    as long.
     """
     best = jnp.max(logits, axis=-1, keepdims=True)
     index = jnp.arange(logits.shape[-1], dtype=jnp.int32)

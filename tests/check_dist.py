@@ -75,9 +75,10 @@ def run_examples(requirements: list[str], without_dependencies: list[str], examp
         here = Path(folder)
         venv.create(here / "venv", with_pip=True)
         python = here / "venv" / "bin" / "python"
-        for options in (requirements, ["--no-deps", *without_dependencies]):
-            if options != ["--no-deps"]:
-                subprocess.run([python, "-m", "pip", "install", "-q", *options], check=True)
+        install = [python, "-m", "pip", "install", "-q"]
+        subprocess.run([*install, *requirements], check=True)
+        if without_dependencies:
+            subprocess.run([*install, "--no-deps", *without_dependencies], check=True)
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         for number, example in enumerate(examples):
             file = here / f"example_{number}.py"
