@@ -17,10 +17,10 @@ from jaxkv.entries import (
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.granting import Grant, Request, Tokens, decide, place_tokens, read_request
 from jaxkv.layers import copy_within
-from jaxkv.operation import REPLICATED, as_given, operation
+from jaxkv.operation import REPLICATED, as_given, is_known, is_traced, operation
 from jaxkv.ownership import count, forget, num_available, release
 from jaxkv.releasing import release_windows
-from jaxkv.state import Batch, KVCache, KVPool, PageTable, Status
+from jaxkv.state import AllocationStats, Batch, KVCache, KVPool, PageTable, PolicyState, Status
 from pallas_kernels.control_flow import skip_where_idle
 
 
@@ -75,12 +75,38 @@ def allocate(
     """
     seqs, num_tokens = check_vectors(seqs=seqs, num_tokens=num_tokens)
     total = _check_total(total_tokens, seqs.shape[0])
+    evicts = cache.policy is not None and not cache.policy.rule.once
+    if not evicts and not is_traced((cache, seqs, num_tokens)):
+        # Nothing is donated here, so a program that returns the pool has to copy all of it.
+        (table, stats, policy), batch, num_copies = _allocate_only(cache, seqs, num_tokens, total=total)
+        if is_known(num_copies) and not num_copies:
+            return replace(cache, table=table, stats=stats, policy=policy), batch
     return _allocate(cache, seqs, num_tokens, total=total)
 
 
 @operation(results=lambda cache, *_: (as_given(cache), REPLICATED), static=("total",))
 @jax.named_scope("jaxkv.allocate")
 def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> tuple[KVCache, Batch]:
+    return _run(cache, seqs, num_tokens, total, copy_tails=True)[:2]
+
+
+@operation(
+    results=lambda cache, *_: (as_given((cache.table, cache.stats, cache.policy)), REPLICATED, REPLICATED),
+    static=("total",),
+)
+@jax.named_scope("jaxkv.allocate")
+def _allocate_only(
+    cache: KVCache, seqs: Array, num_tokens: Array, *, total: int
+) -> tuple[tuple[PageTable, AllocationStats, PolicyState | None], Batch, Array]:
+    """All but the pool, right where no tail page is to be copied; and how many are."""
+    cache, batch, num_copies = _run(cache, seqs, num_tokens, total, copy_tails=False)
+    return (cache.table, cache.stats, cache.policy), batch, num_copies
+
+
+def _run(
+    cache: KVCache, seqs: Array, num_tokens: Array, total: int, *, copy_tails: bool
+) -> tuple[KVCache, Batch, Array]:
+    """The allocation; and how many tail pages are to be copied, which `copy_tails` does."""
     request = read_request(cache.config, *_at_least_two(seqs, num_tokens), total)
     cache, request = make_room(cache, request)
     table, grant = decide(cache, request, total)
@@ -88,9 +114,10 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
     refused = (grant.status != Status.OK) & (grant.status != Status.PADDING)
     counted = jnp.stack([jnp.sum(grant.copies, axis=0, dtype=jnp.int32), refused.astype(jnp.int32)])
     num_copies, num_refused = jnp.sum(counted, axis=1, dtype=jnp.int32)
-    pool, table = skip_where_idle(
-        num_copies > 0, partial(_copy_tails, grant=grant, config=cache.config), (cache.pool, table)
-    )
+    pool = cache.pool
+    if copy_tails:
+        copy = partial(_copy_tails, grant=grant, config=cache.config)
+        pool, table = skip_where_idle(num_copies > 0, copy, (pool, table))
     table = forget(_enter(table, grant, tokens), grant.leaves.reshape(-1))
     facts = grant.slot, grant.num_tokens, grant.first_page[0], grant.tail[0]
     table = stamp(table, Operation.ALLOCATE, grant.num_tokens > 0, *facts)
@@ -104,7 +131,7 @@ def _allocate(cache: KVCache, seqs: Array, num_tokens: Array, *, total: int) -> 
         refused_allocations=num_refused,
     )
     cache = replace(cache, pool=pool, table=table, stats=stats)
-    return cache, _batch(cache, seqs, num_tokens, grant, tokens, total)
+    return cache, _batch(cache, seqs, num_tokens, grant, tokens, total), num_copies
 
 
 def make_room(cache: KVCache, request: Request) -> tuple[KVCache, Request]:

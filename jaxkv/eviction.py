@@ -50,8 +50,8 @@ def observe(
     name = type(cache.policy.rule).__name__
     if mass is None:
         raise ValueError(
-            f"{name} goes by the attention that tokens received; observe got no mass: ask "
-            "jaxkv.attention_mass for it in each layer"
+            f"{name} ranks tokens by the attention that they received, so observe needs mass: that of "
+            "jaxkv.attention_mass in each layer"
         )
     mass = jnp.asarray(mass)
     shape = len(config.full_layers), entries, config.num_kv_heads, config.max_tokens_per_seq

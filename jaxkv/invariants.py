@@ -201,9 +201,7 @@ def _check_rows(cache: KVCache, table) -> np.ndarray:
     for number in np.flatnonzero(used > 1):
         ids, times = np.unique(table.pages[number, : used[number]], return_counts=True)
         if times.max() > 1:
-            raise CacheCorruptedError(
-                f"{_row(config, number)}: page {ids[times.argmax()]} is twice in its row"
-            )
+            raise CacheCorruptedError(f"{_row(config, number)}: page {ids[times.argmax()]} is listed twice")
     return owned
 
 

@@ -60,6 +60,16 @@ def axis_of(array: Any, number: int) -> Any:
     return spec[number] if number < len(spec) else None
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether any array is of a function being traced."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def is_known(array: Any) -> bool:
+    """Whether this process can read the array's value now."""
+    return not is_traced(array) and (array.is_fully_addressable or array.is_fully_replicated)
+
+
 def _explicit_mesh(arrays: Any) -> AbstractMesh | None:
     for leaf in jax.tree.leaves(arrays):
         mesh = jax.typeof(leaf).sharding.mesh

@@ -52,7 +52,7 @@ def _live_nodes(index: Any) -> np.ndarray:
         raise CacheCorruptedError(f"num_free_nodes {num_free} is not in 0..{nodes}")
     free = index.free_nodes[:num_free]
     if len(np.unique(free)) < num_free or (num_free and not 0 <= free.min() <= free.max() < nodes):
-        raise CacheCorruptedError("the stack of free nodes names one twice, or one that there is not")
+        raise CacheCorruptedError("the stack of free nodes has a node twice, or one out of range")
     live = np.ones(nodes, bool)
     live[free] = False
     return live
@@ -131,4 +131,4 @@ def _check_queue(config: CacheConfig, table: Any, owned: np.ndarray) -> None:
             f"num_reclaimable is {int(index.num_reclaimable)}, but the index alone holds {alone.sum()} pages"
         )
     for slot in np.flatnonzero(index.intact < 0)[:1]:
-        raise CacheCorruptedError(f"slot {slot}: {index.intact[slot]} intact tokens")
+        raise CacheCorruptedError(f"slot {slot}: {index.intact[slot]} intact tokens, fewer than none")

@@ -116,7 +116,7 @@ def _first_that_serves(operation: str, call: Any) -> ModuleType:
         # A module is imported only if it can run on this platform.
         if _runs_here(one) and (module := _module(operation, one.name)) and module.lacks(call) is None:
             return module
-    raise NotImplementedError(f"no backend of {operation} serves this call")
+    raise NotImplementedError(f"no backend of {operation} supports this call")
 
 
 def _asked_for(operation: str, call: Any, name: str, interpret: bool) -> ModuleType:

@@ -303,7 +303,7 @@ class Variants(chex.TestCase):
 )
 def test_tiles_of_any_size_give_the_same(page_size, stored, monkeypatch):
     """Large heads are copied without a branch, and int8 in smaller tiles."""
-    xla = import_module("pallas_kernels.paged_attention.xla")
+    key_tiles = import_module("pallas_kernels.paged_attention.xla.key_tiles")
     shape, codes = (1, -(-600 // page_size), 2, page_size, 16), stored != "float32"
     pages = [normal(*shape, seed=seed) for seed in (0, 1)]
     scales = {}
@@ -322,7 +322,7 @@ def test_tiles_of_any_size_give_the_same(page_size, stored, monkeypatch):
 
     expected = attend()
     for split in (1, 2 * 16 * 128 * 4):
-        monkeypatch.setattr(xla, "_SPLIT_BYTES", split)
+        monkeypatch.setattr(key_tiles, "_SPLIT_BYTES", split)
         np.testing.assert_allclose(attend(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -295,7 +295,7 @@ def test_a_policy_needs_layers_with_full_attention():
 
 
 def test_a_policy_that_observes_more_than_a_chunk_at_once_is_refused():
-    with pytest.raises(ValueError, match=r"observes the last 10 tokens .* takes max_chunk=9 at once"):
+    with pytest.raises(ValueError, match=r"observes the last 10 tokens .* takes at most max_chunk=9 a step"):
         jaxkv.init(WITH_POLICY, policies.PromptCompress(12, observe_last=10))
     jaxkv.init(WITH_POLICY, policies.PromptCompress(12, observe_last=9))
 

@@ -406,7 +406,7 @@ def test_a_gguf_file_says_the_same_as_its_config():
         ({"hidden_size": 65}, "hidden_size=65"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings must be true or false"),
         ({"torch_dtype": "float7"}, "dtype 'float7' is not known"),
-        ({"layer_types": ["full_attention"]}, "layer_types must name the 2 layers' kinds, not 1"),
+        ({"layer_types": ["full_attention"]}, "layer_types must have an entry for each of 2 layers, not 1"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear_attention"),
         ({"quantization_config": 4}, "quantization_config must be an object, not 4"),
         ({"quantization_config": {"quant_method": 4}}, "quantization_config's quant_method must be a string"),

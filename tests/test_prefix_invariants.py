@@ -42,7 +42,7 @@ CORRUPTIONS = {
     # what: (field of the index, index, its new value or how it changes, what the error must say)
     "more free nodes than there are": ("num_free_nodes", ..., 9, r"num_free_nodes 9 is not in 0\.\.8"),
     "fewer free nodes than none": ("num_free_nodes", ..., -1, "num_free_nodes -1"),
-    "a node free twice": ("free_nodes", 0, 6, "free nodes names one twice"),
+    "a node free twice": ("free_nodes", 0, 6, "free nodes has a node twice"),
     "a free node that there is not": ("free_nodes", 0, 8, "one that there is not"),
     "a negative free node": ("free_nodes", 0, -1, "one that there is not"),
     "a live node that is free": ("free_nodes", 0, 4, "node 4 is free, but has a page or a child"),

@@ -343,7 +343,7 @@ def test_default_sizes_hold_every_slot_at_its_longest_within_a_bound(monkeypatch
     assert config_of(tiny_model).cache.num_pages == 20
     monkeypatch.setattr("jaxkv.cli.serve._MOST_BYTES", 1)
     assert config_of(tiny_model).cache.num_pages == 8  # one sample at its longest
-    few = config_of(tiny_model, "--pages", "3", "--kv-dtype", "int8").cache
+    few = config_of(tiny_model, "--num-pages", "3", "--kv-dtype", "int8").cache
     assert (few.num_pages, few.max_pages_per_seq, few.quantization) == (3, 3, "int8")
 
 

@@ -1,5 +1,7 @@
 """A step is traced once, whatever happens to be in the cache."""
 
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import chex
@@ -37,6 +39,63 @@ def decode(cache, seqs, q):
         cache = jaxkv.append(cache, layer, batch, k, v)
         q = jaxkv.attend(cache, layer, batch, q)
     return cache, batch.status, q
+
+
+@contextmanager
+def compilations():
+    """A list of what is compiled in the meantime."""
+    seen = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_outside_jit_nothing_compiles_again_and_only_writes_copy_the_pool():
+    """Eagerly nothing is donated: an operation that leaves the pool as it is returns the same arrays."""
+    cache = jaxkv.init(replace(CONFIG, num_pages=41))  # of no other test, so that the first round compiles
+
+    def steps(cache):
+        grown, batch = jaxkv.allocate(cache, ints(0, 1), ints(5, 3), total_tokens=8)
+        kept, q = [grown], normal(8, 4, 8)
+        written = jaxkv.append(grown, 0, batch, q[:, :2], q[:, 2:])
+        attended = jaxkv.attend(written, 0, batch, q)
+        for operation in (
+            lambda cache: jaxkv.fork(cache, ints(0), ints(2))[0],
+            lambda cache: jaxkv.truncate(cache, ints(1), ints(2))[0],
+            lambda cache: jaxkv.reorder(cache, ints(0, 1), ints(0, 1))[0],
+            lambda cache: jaxkv.free(cache, ints(0)),
+        ):
+            kept.append(operation(kept[-1]))
+        return kept, written, attended
+
+    with compilations() as at_first:
+        first = steps(cache)
+    with compilations() as again:
+        chex.assert_trees_all_equal(first, steps(cache))
+    assert at_first and not again
+    for at in first[0]:
+        assert at.pool is cache.pool
+
+
+def test_outside_jit_the_first_write_to_a_shared_tail_page_goes_to_a_copy():
+    cache, batch = jaxkv.allocate(jaxkv.init(CONFIG), ints(0), ints(5), total_tokens=5)
+    k = normal(5, 2, 8)
+    for layer in range(CONFIG.num_layers):
+        cache = jaxkv.append(cache, layer, batch, k, -k)
+    cache, _ = jaxkv.fork(cache, ints(0), ints(1))
+    alone, batch = jaxkv.allocate(cache, ints(1), ints(1))
+    inside, same = jax.jit(jaxkv.allocate)(cache, ints(1), ints(1))
+    chex.assert_trees_all_equal((alone, batch), (inside, same))
+    assert alone.stats.copy_on_write_copies == 1
+    assert alone.pool is not cache.pool
+    np.testing.assert_array_equal(jaxkv.gather(alone, 1, ints(1))[0][0, :5], k)
 
 
 def test_a_hundred_decode_steps_trace_once():

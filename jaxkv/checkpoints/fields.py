@@ -89,7 +89,7 @@ class Fields:
             raise ValueError(f"layer_types must be a list of strings, not {shown(kinds)}")
         if len(kinds) != layers:
             raise ValueError(
-                f"layer_types must name the {shown(layers)} layers' kinds, not {len(kinds)} of them"
+                f"layer_types must have an entry for each of {shown(layers)} layers, not {len(kinds)}"
             )
         # Older files call full attention "attention".
         return ["full_attention" if kind == "attention" else kind for kind in kinds]

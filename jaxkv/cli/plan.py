@@ -17,7 +17,7 @@ from jaxkv.planner.shape import ModelShape
 from jaxkv.planner.suggest import suggestions
 from jaxkv.units import format_bytes, format_mebibytes, parse_bytes
 
-HELP = "does a model fit a device, how many sequences, how long?"
+HELP = "whether a model fits a device, for how many sequences of what length"
 _FLAGS = {
     "context": "--context",
     "concurrency": "--concurrency",
@@ -63,7 +63,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--kv-dtype", default="auto", metavar="DTYPE", help=text)
     text = f"how weights are stored: {dtypes} (default: auto, as in the files)"
     add("--weights-dtype", default="auto", metavar="DTYPE", help=text)
-    add("--tp", default="1", metavar="N", help="devices that share the model (default: 1)")
+    add("--tp", default="1", metavar="N", help="devices for tensor parallelism (default: 1)")
     add("--page-size", default="16", metavar="N", help="tokens per page, or auto (default: 16)")
     text = "expected lengths, for --page-size auto (default: several up to --context)"
     add("--lengths", metavar="N,N,...", help=text)

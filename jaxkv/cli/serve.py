@@ -43,7 +43,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `jaxkv serve`."""
     command.description = (
         'A request is a line like {"id": 1, "prompt": "Once"}. Its fields: '
-        f"{', '.join(FIELDS)}; one of the first three is needed. An event is a line with id, sample, text, "
+        f"{', '.join(FIELDS)}; exactly one of the first three. An event is a line with id, sample, text, "
         'tokens and finish, which is null while the sample goes on, or with an error. "text" is what is new.'
     )
     command.epilog = EPILOG
@@ -59,7 +59,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         "pages in the pool (default: what --slots samples of --max-tokens need, within half of the device's "
         "free memory, or 4 GiB on a CPU)"
     )
-    add("--pages", type=count, metavar="N", help=text)
+    add("--num-pages", type=count, metavar="N", help=text)
     text = "most tokens of a step, prompts and new ones (default: 256, or what --slots need if that is more)"
     add("--token-budget", type=count, metavar="N", help=text)
     text = "share the pages of prompts that begin alike (default: on)"
@@ -152,8 +152,8 @@ def _cache_config(loaded: "LoadedModel", tokens: int, options: argparse.Namespac
     )
     pages = one.pages_for(tokens)
     row = replace(one, num_pages=pages, max_pages_per_seq=pages)
-    if options.pages is not None:
-        return replace(row, num_pages=options.pages, max_pages_per_seq=min(pages, options.pages))
+    if options.num_pages is not None:
+        return replace(row, num_pages=options.num_pages, max_pages_per_seq=min(pages, options.num_pages))
     least, most = (sizing.pages_for_seqs(row, tokens, seqs) for seqs in (1, options.slots))
     # Each page takes its bytes, a refcount and an entry of the free stack.
     return replace(row, num_pages=max(least, min(most, _free_bytes() // (row.page_bytes + 8))))

@@ -83,13 +83,13 @@ class Policy:
             )
         if config.prefix_cache and self.needs_mass:
             raise ValueError(
-                f"{self} goes by the attention that tokens received, which nobody saw of matched ones; the "
-                "cache has prefix_cache=True"
+                f"{self} ranks tokens by the attention that they received, which is not known of tokens "
+                "found in a prefix cache; the cache has prefix_cache=True"
             )
         if config.layer_windows is not None and self.last_step() > config.max_chunk:
             raise ValueError(
                 f"{self} observes the last {self.last_step()} tokens of a prompt in one step; the cache "
-                f"takes max_chunk={config.max_chunk} at once"
+                f"takes at most max_chunk={config.max_chunk} a step"
             )
         kept, most = self.most_kept(config), self.capacity(config)
         if kept >= most:

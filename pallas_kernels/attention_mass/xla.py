@@ -10,15 +10,9 @@ from jaxtyping import Array
 from pallas_kernels import control_flow
 from pallas_kernels.attention_mass.call import Call
 from pallas_kernels.attention_mass.weights import log_weights
-from pallas_kernels.paged_attention.xla import (
-    KeyTiles,
-    by_head,
-    plan,
-    query_tile,
-    score,
-    see,
-    side_by_side,
-)
+from pallas_kernels.paged_attention.xla.key_tiles import KeyTiles
+from pallas_kernels.paged_attention.xla.query_tiles import by_head, plan, query_tile
+from pallas_kernels.paged_attention.xla.scores import score, see, side_by_side
 
 
 def lacks(call: Call) -> str | None:

@@ -60,7 +60,7 @@ def of(dtype: DTypeLike, name: str | None = None) -> Format:
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"k_pages must be floating point, not {dtype}")
     codes = ", ".join(f"{one.storage_dtype} ({one.name})" for one in FORMATS.values() if one.quantized)
-    raise ValueError(f"k_pages of {dtype} are not served; codes: {codes}")
+    raise ValueError(f"k_pages of {dtype} are not supported; supported codes: {codes}")
 
 
 def named(name: str) -> Format:

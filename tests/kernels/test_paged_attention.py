@@ -491,7 +491,7 @@ def test_codes_and_scales_must_go_together():
             scales | {"v_scales": scales["v_scales"][:1]},
             r"v_scales must be float32\[3, 9, 2, 5\]",
         ),
-        ((k.view(jnp.float8_e4m3fnuz),) * 2 + (move,), scales, "float8_e4m3fnuz are not served"),
+        ((k.view(jnp.float8_e4m3fnuz),) * 2 + (move,), scales, "float8_e4m3fnuz are not supported"),
     ]:
         with pytest.raises(ValueError, match=said):
             move_pages(*map(jnp.asarray, arguments), **jax.tree.map(jnp.asarray, options))

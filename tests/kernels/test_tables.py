@@ -82,7 +82,7 @@ def test_a_kernel_is_cut_up_as_the_table_says_and_right(table):
         ("device = ", "is not TOML"),
         ("[[shape]]", "needs device"),
         ('device = "a"\ntile = 4', "'tile' is not one of device, shape"),
-        ('device = "a"\nshape = [1]', "shape 1 is no table"),
+        ('device = "a"\nshape = [1]', "shape 1 is not a table"),
         ("num_warps = 4", None),
         ("key_tile = 48", "key_tile=48 must be a power of two"),
         ("key_tile = 8", "key_tile=8 must be 16 or more"),
@@ -92,8 +92,8 @@ def test_a_kernel_is_cut_up_as_the_table_says_and_right(table):
         ("warps = 4", "'warps' is not one of queries,"),
         ("queries = 'two'", "queries='two' must be 'one' or 'many'"),
         ("group = 3", "group=3 must be a power of two"),
-        ("pool = 'float99'", "pool='float99' is no dtype"),
-        ("dtype = 1", "dtype=1 is no dtype"),
+        ("pool = 'float99'", "pool='float99' is not a dtype"),
+        ("dtype = 1", "dtype=1 is not a dtype"),
     ],
 )
 @pytest.mark.usefixtures("no_shape_checks")

@@ -94,7 +94,7 @@ def test_several_wrong_values_at_once_are_read_or_refused():
     ("change", "message"),
     [
         ({"layer_types": 5}, "layer_types must be a list of strings, not 5"),
-        ({"layer_types": ["full_attention"]}, "layer_types must name the 32 layers' kinds, not 1 of them"),
+        ({"layer_types": ["full_attention"]}, "layer_types must have an entry for each of 32 layers, not 1"),
         ({"rope_theta": 10**400}, "rope_theta must be a number, not an integer of 1,329 bits"),
         ({"quantization": {"bits": 4, "group_size": 64, "mode": "affine", "more": {}}},
          "quantization {'bits': 4, 'group_size': 64, ...} is not supported"),

@@ -76,7 +76,7 @@ class Shape:
             try:
                 jnp.dtype(getattr(self, name))
             except TypeError:
-                raise ValueError(f"{name}={getattr(self, name)!r} is no dtype") from None
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a dtype") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +162,7 @@ def write(path: Path, device: str, table: Mapping[Shape, Values], comment: str =
 def _row(path: Path, number: int, row: Any) -> tuple[Shape, Values]:
     where = f"{path}: shape {number}"
     if not isinstance(row, dict):
-        raise ValueError(f"{where} is no table")
+        raise ValueError(f"{where} is not a table")
     needed, others = ([field.name for field in fields(kind)] for kind in (Shape, Values))
     if missing := [name for name in needed if name not in row]:
         raise ValueError(f"{where} lacks {missing[0]}")
