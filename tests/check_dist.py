@@ -50,6 +50,8 @@ def check_wheel(path: Path) -> None:
     assert own == expected, f"missing {sorted(expected - own)}, not expected {sorted(own - expected)}"
     assert {f"{package}/py.typed" for package in PACKAGES} <= own, "py.typed is missing"
     assert any(name.endswith("LICENSE") for name in names), "the licence is missing"
+    version = (ROOT / "jaxkv" / "__init__.py").read_text(encoding="utf-8")
+    assert f'__version__ = "{meta["Version"]}"' in version, meta["Version"]
     assert meta["Name"] == "jaxkv" and meta["License-Expression"] == "Apache-2.0", meta.items()
     assert meta["Requires-Python"] == ">=3.11" and "jaxkv = jaxkv.cli:entry_point" in entry_points
     required = [line for line in meta.get_all("Requires-Dist", []) if "extra ==" not in line]
