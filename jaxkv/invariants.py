@@ -83,7 +83,8 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     if batch is not None:
         where += f" (slot {int(batch.seqs[entry])}, {int(batch.num_tokens[entry])} more tokens)"
         reason += _numbers(batch, entry, error)
-    others = f"; {len(failed) - 1} more entries failed" if len(failed) > 1 else ""
+    more = len(failed) - 1
+    others = f"; {more} more {'entry' if more == 1 else 'entries'} failed" if more else ""
     raise error(f"{where}: {reason}{others}")
 
 

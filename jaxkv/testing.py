@@ -134,7 +134,8 @@ def assert_in_place(
     if memory.temp_size_in_bytes > allowed:
         raise AssertionError(
             f"the compiled program takes {memory.temp_size_in_bytes} bytes of temporary memory, "
-            f"more than {allowed}; the pool has {sum(sizes)}"
+            f"more than {allowed}; the pool has {sum(sizes)}: does a larger one, given as shapes by "
+            "jax.eval_shape, change that? Else something as large as a layer of the pool is copied"
         )
 
 
