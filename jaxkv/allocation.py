@@ -11,7 +11,7 @@ from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
 from jaxkv.entries import (
     DROP,
-    check_vectors,
+    check_call,
     lengths_of,
 )
 from jaxkv.fingerprint import Operation, stamp
@@ -39,24 +39,26 @@ def allocate(
         after    A [a b c d][e f 6 7][8 . . .]             B [a b c d][e f . .]
                             copied   fresh
 
-    In all groups of layers or in none, and all or nothing for each sequence, earlier entries first: from the
-    first entry that finds too few free pages, every later entry that needs a page is refused too. A refused
-    sequence is exactly as it was. The first write to a part-full tail page that others share goes to a copy.
+    A sequence gets all of its pages, in all groups of layers, or none. Entries are served in order: from the
+    first that finds too few free pages, every later entry that needs a page is refused too. A refused
+    sequence is unchanged. The first write to a partly filled last page that others share goes to a copy.
 
-    What the window of a layer hides from every token to come is released first, for each valid entry with
-    tokens, and is free for this call. It goes by the position before the call: the tokens of this call can be
-    taken back. It stands even if the entry is then refused.
+    Two things are released before pages are counted, from each valid entry with tokens, even if it is then
+    refused. Pages that a layer's window hides from all later tokens: judged by the position before the call,
+    so that the tokens of this call can be taken back. With a policy, the tokens that it evicts, if the new
+    ones do not fit the last page. An entry whose policy must copy tokens out of shared pages and finds no
+    room is `OUT_OF_PAGES`; it holds back no other.
 
-    A cache with a policy evicts what is due first, from each valid entry whose tokens do not fit its tail
-    page; what is given up is free for this call. It stands even if the entry is then refused. One that finds
-    too few free pages for what it keeps of shared pages is `OUT_OF_PAGES`, and holds back no other.
+    Outside `jit` the cache that is returned shares the pool with the one given, as after a `fork`, unless a
+    page was copied: a step that donates one of the two takes the other with it.
 
     Args:
       cache: the cache.
       seqs: slots; a negative one is padding. A slot may be named once a call.
       num_tokens: tokens to make room for, one element an entry. Where a layer has a window at most
         `config.max_chunk`.
-      total_tokens: static length of the token axis. Default: `len(seqs)`, plain decode.
+      total_tokens: static length of the token axis, at least the sum of `num_tokens`; the rest is padding.
+        Each value is compiled once. Default: `len(seqs)`, one token for each entry.
 
     Returns:
       The cache and the `Batch` that `append` and `attend` take. `batch.status` says what became of
@@ -73,7 +75,7 @@ def allocate(
       >>> [jaxkv.Status(int(status)).name for status in batch.status]
       ['OK', 'OUT_OF_PAGES']
     """
-    seqs, num_tokens = check_vectors(seqs=seqs, num_tokens=num_tokens)
+    seqs, num_tokens = check_call(cache, seqs=seqs, num_tokens=num_tokens)
     total = _check_total(total_tokens, seqs.shape[0])
     evicts = cache.policy is not None and not cache.policy.rule.once
     if not evicts and not is_traced((cache, seqs, num_tokens)):

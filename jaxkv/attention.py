@@ -10,9 +10,19 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 import pallas_kernels
-from jaxkv.entries import clean_slots, rows_of
+from jaxkv.entries import check_cache, clean_slots, rows_of
 from jaxkv.groups import Group
-from jaxkv.layers import Located, Place, by_position, kinds_for, locate, of_shape, serve_batch, view
+from jaxkv.layers import (
+    Located,
+    Place,
+    by_position,
+    check_batch,
+    kinds_for,
+    locate,
+    of_shape,
+    serve_batch,
+    view,
+)
 from jaxkv.operation import axis_of, operation
 from jaxkv.state import Batch, KVCache, KVPool
 from pallas_kernels import paged_attention
@@ -78,17 +88,19 @@ def attend(
 
     Args:
       cache: the cache after this layer's `append`.
-      layer: Python int or traced int32. Of a traced one that is no layer every result is NaN. Where layers
-        are of several kinds, `window` must say which kind a traced one is of; of another all is NaN.
+      layer: Python int or traced int32. For a traced one out of range every result is NaN. Where layers
+        differ in window or shape, pass `window` with a traced one, to say which kind it is of; for a layer of
+        another kind every result is NaN.
       batch: of this step. Once the page table has changed it is stale, and every result is NaN.
       q: queries, after RoPE; `q_heads` a multiple of the cache's KV heads.
       scale: of the scores. Default: `1 / sqrt(head_dim)`.
       window: a token attends to itself and the `window - 1` token slots before it; None for all of them.
-        Default: the layer's own, as the config has it. A narrower one is allowed. In layers with full
-        attention the window of the cache's policy holds, with its `sink_tokens`, where it is smaller.
+        Default: the layer's own, as the config has it; a narrower one is allowed, a wider one is an error. In
+        layers with full attention the window of the cache's policy and its sink tokens apply if it is
+        smaller.
       sink_tokens: first token slots of a sequence, attended to whatever the window
-        (StreamingLLM, arXiv:2309.17453). Without a window it must be 0, and in a layer whose window releases
-        them.
+        (StreamingLLM, arXiv:2309.17453). It must be 0 without a window, and in layers whose window releases
+        the first pages.
       softcap: scores become `softcap * tanh(scores / softcap)`.
       sink_logits: one logit per query head, added to the softmax's denominator (gpt-oss).
       backend: "auto", "xla", or "triton" on a GPU.
@@ -111,7 +123,7 @@ def attend(
       >>> float(jaxkv.attend(cache, 0, batch, jnp.ones((1, 2, 8)))[0, 1, 0])
       3.0
     """
-    q = _queries(q, batch)
+    q = _queries(cache, q, batch)
     (place, kind), options = _located(cache, layer, batch, q, scale, window, sink_tokens, softcap)
     sink_logits = None if sink_logits is None else jnp.asarray(sink_logits)
     out, lse = _attend(cache, place, batch, q, sink_logits, kind=kind, backend=backend, options=options)
@@ -162,16 +174,18 @@ def attention_mass(
       >>> jaxkv.attention_mass(cache, 0, batch, q, lse)[0, 0, :3].tolist()
       [1.5, 0.5, 0.0]
     """
-    q, lse = _queries(q, batch), jnp.asarray(lse)
+    q, lse = _queries(cache, q, batch), jnp.asarray(lse)
     (place, kind), options = _located(cache, layer, batch, q, scale, window, sink_tokens, softcap)
     with _naming_both_sides(backend):
         return _attention_mass(cache, place, batch, q, lse, kind=kind, backend=backend, options=options)
 
 
-def _queries(q: Array, batch: Batch) -> Array:
+def _queries(cache: KVCache, q: Array, batch: Batch) -> Array:
+    check_cache(cache)
+    check_batch(batch)
     q, tokens = jnp.asarray(q), batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:
-        raise ValueError(f"q must have the batch's {tokens} tokens, not {q.shape[0]}")
+        raise ValueError(f"q must have the {tokens} tokens of the batch, not {q.shape[0]}")
     return q
 
 

@@ -19,7 +19,7 @@ from jaxkv.decode import Finish
 from jaxkv.generating import PREFILL_CHUNK, plan_prompts
 from jaxkv.initial import init
 from jaxkv.prompting import run_prompts, vocabulary
-from jaxkv.request import Request
+from jaxkv.request import Request, check_model
 from jaxkv.sampling import GREEDY
 from jaxkv.sizing import fitting_config
 from jaxkv.state import KVCache
@@ -155,6 +155,7 @@ def beam_search(
     request = Request.of(prompts, max_new_tokens, GREEDY, stop_tokens, **counts)  # type: ignore[arg-type]
     if min(request.limits) < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens!r:.200} must be at least 1 for each prompt")
+    check_model(model, None)
     turn, slots = _turn(model, request, config, cache)
     plan = plan_prompts(turn, None, True, False)
     new = partial(init, turn.config)

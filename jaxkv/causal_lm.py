@@ -52,8 +52,13 @@ class CausalLM(Protocol):
 
 def takes_mass(model: CausalLM) -> bool:
     """Whether the model can be called with `return_mass=True`."""
+    return accepts(model, "return_mass")
+
+
+def accepts(model: CausalLM, keyword: str) -> bool:
+    """Whether the model can be called with a keyword."""
     parameters = inspect.signature(model).parameters.values()
-    return any(p.name == "return_mass" or p.kind is p.VAR_KEYWORD for p in parameters)
+    return any(p.name == keyword or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def run_model(

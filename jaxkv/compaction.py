@@ -5,7 +5,7 @@ from dataclasses import replace
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from jaxkv.entries import rows_of
+from jaxkv.entries import check_cache, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.layers import move_within
 from jaxkv.operation import REPLICATED, as_given, operation
@@ -22,6 +22,7 @@ def should_compact(cache: KVCache) -> Bool[Array, ""]:
     Returns:
       A boolean scalar, for the host; inside `jit`, `maybe_compact` asks it. It looks at every page once.
     """
+    check_cache(cache)
     return _should_compact(cache)
 
 
@@ -55,6 +56,7 @@ def compact(cache: KVCache) -> tuple[KVCache, Int[Array, ""]]:
       >>> int(num_moved), int(cache.table.pages[1, 0])
       (1, 0)
     """
+    check_cache(cache)
     return _compact(cache)
 
 
@@ -87,6 +89,7 @@ def maybe_compact(cache: KVCache) -> KVCache:
       >>> int(cache.table.pages[1, 0]), int(jaxkv.maybe_compact(cache).stats.compactions)
       (0, 1)
     """
+    check_cache(cache)
     return _maybe_compact(cache)
 
 

@@ -35,9 +35,10 @@ class CacheConfig:
       head_dim: elements per head. With `layer_head_dims` likewise.
       num_pages: pages in the pool, shared by all sequences and groups of layers.
       page_size: token slots per page, in layers of the first kind. Kinds with smaller heads have more.
-      max_seqs: sequences.
-      max_pages_per_seq: pages of a sequence in a group with full attention. Default: the whole pool.
-      dtype: of K and V: "float32", "bfloat16" or "float16".
+      max_seqs: sequence slots: how many sequences the cache holds at once, forks included.
+      max_pages_per_seq: pages of the longest sequence, in a group with full attention; its tokens are at most
+        `max_pages_per_seq * page_size`. Default: the whole pool, which makes the page table large.
+      dtype: of K and V: "float32", "bfloat16" or "float16". Other dtypes are converted by `append`.
       quantization: None stores K and V as `dtype`. "int8" and "fp8" (E4M3FN) store one byte per element and
         a float32 scale per token and KV head. "int4" rotates each row and stores two elements per byte, with
         a step and zero point per group of about 32; `head_dim` must be a multiple of 8. With quantization
@@ -326,6 +327,9 @@ class CacheConfig:
 
 
 def _count(name: str, value: object, least: int = 1) -> int:
+    if value is None and name in ("num_kv_heads", "head_dim"):
+        each = "layer_kv_heads" if name == "num_kv_heads" else "layer_head_dims"
+        raise ValueError(f"{name} is missing; where layers differ, {each} may be given instead")
     number = whole(value)
     if number is None or number < least:
         raise ValueError(

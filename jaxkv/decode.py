@@ -31,6 +31,7 @@ class Finish(IntEnum):
       LENGTH: at its limit, or its row of the page table is full.
       OUT_OF_PAGES: no page was free for its next token.
       CANCELLED: by `jaxkv.serving.cancel`.
+      REFUSED: it never began; `jaxkv.serving.Event.error` says why.
     """
 
     RUNNING = 0
@@ -38,6 +39,7 @@ class Finish(IntEnum):
     LENGTH = 2
     OUT_OF_PAGES = 3
     CANCELLED = 4
+    REFUSED = 5
 
 
 @jax.tree_util.register_dataclass

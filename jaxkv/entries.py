@@ -13,11 +13,24 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from jaxkv.config import CacheConfig
-from jaxkv.state import PageTable, Status
+from jaxkv.state import KVCache, PageTable, Status
 from pallas_kernels.checks import as_int32
 
 # How values are written: `array.at[index].set(values, **DROP)`.
 DROP: dict[str, Any] = dict(mode="drop", wrap_negative_indices=False)
+
+
+def check_cache(cache: object) -> None:
+    """Refuses what is not a cache, such as the pair that most operations return."""
+    if not isinstance(cache, KVCache):
+        hint = ": it is the first of what allocate returns" if isinstance(cache, tuple) else ""
+        raise ValueError(f"cache must be a jaxkv.KVCache, not a {type(cache).__name__}{hint}")
+
+
+def check_call(cache: object, **vectors: Array) -> list[Array]:
+    """As `check_vectors`, of a call on a cache, which is checked too."""
+    check_cache(cache)
+    return check_vectors(**vectors)
 
 
 def check_vectors(**vectors: Array) -> list[Array]:
@@ -29,7 +42,10 @@ def check_vectors(**vectors: Array) -> list[Array]:
     length = None
     for name, array in arrays.items():
         if array.ndim != 1 or array.shape[0] == 0 or not jnp.issubdtype(array.dtype, jnp.integer):
-            raise ValueError(f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}")
+            hint = ": one slot is jnp.array([0])" if array.ndim == 0 else ""
+            raise ValueError(
+                f"{name} must be a non-empty int32 vector, not {array.dtype}{list(array.shape)}{hint}"
+            )
         if length not in (None, array.shape[0]):
             raise ValueError(
                 f"{' and '.join(arrays)} must be of one length, not {length} and {array.shape[0]}"

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxkv.entries import check_vectors, clean_slots
+from jaxkv.entries import check_call, clean_slots
 from jaxkv.fingerprint import is_current
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.policies.base import Step
@@ -89,8 +89,9 @@ def _step(cache: KVCache, batch: Batch, mass: Array) -> Step:
 def evict(cache: KVCache, seqs: Int[Array, " entries"]) -> tuple[KVCache, Int[Array, " entries"]]:
     """Drops what is beyond the budget of some sequences now, all of it or nothing for each.
 
-    `allocate` does so by itself, but for a policy that cuts a prompt once (`PromptCompress`): call it after
-    the prompt's last tokens were observed. Before a `fork` it lets children share what is left.
+    `allocate` evicts by itself, except for `PromptCompress`, which compresses a prompt once: call `evict`
+    after the prompt's last tokens were observed. Call it before a `fork` if children should share what is
+    left.
 
     Args:
       cache: the cache; no `Batch` of it may be in use.
@@ -113,7 +114,7 @@ def evict(cache: KVCache, seqs: Int[Array, " entries"]) -> tuple[KVCache, Int[Ar
       >>> num_dropped.tolist(), int(cache.table.num_free)
       ([4], 5)
     """
-    (seqs,) = check_vectors(seqs=seqs)
+    (seqs,) = check_call(cache, seqs=seqs)
     idle = cache.policy is None and cache.config.layer_windows is None
     return (cache, jnp.zeros_like(seqs)) if idle else _evict(cache, seqs)
 

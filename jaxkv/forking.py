@@ -8,7 +8,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.entries import (
     DROP,
-    check_vectors,
+    check_call,
     clean_slots,
     first_fault,
     pages_for,
@@ -56,7 +56,7 @@ def fork(
       >>> [jaxkv.Status(int(s)).name for s in status], int(cache.table.refcounts[0])
       (['OK', 'OCCUPIED'], 2)
     """
-    table, policy, status = _fork(cache, *check_vectors(parents=parents, children=children))
+    table, policy, status = _fork(cache, *check_call(cache, parents=parents, children=children))
     return replace(cache, table=table, policy=policy), status
 
 

@@ -23,7 +23,7 @@ from jaxkv.policies import Policy
 from jaxkv.prefix_sizes import block_tokens
 from jaxkv.prompting import Prefilled, Prompts, run_prompts, vocabulary
 from jaxkv.queueing import generate_in_turns, must_take_turns
-from jaxkv.request import Request, check_model
+from jaxkv.request import Request, check_key, check_model, check_policy
 from jaxkv.sampling import GREEDY, Sampling, SamplingBatch
 from jaxkv.sizing import fitting_config
 from jaxkv.state import KVCache
@@ -128,6 +128,8 @@ def generate(
     """
     if isinstance(prompts, CacheConfig):
         prompts, config = config, prompts  # type: ignore[assignment]
+    check_policy(policy)
+    check_key(key)
     counts = dict(num_samples=num_samples, prefill_chunk=prefill_chunk, block=block)
     request = Request.of(prompts, max_new_tokens, sampling, stop_tokens, **counts)  # type: ignore[arg-type]
     watched = keep or keep_logits or on_tokens is not None

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from jaxkv.config import CacheConfig
+from jaxkv.entries import check_cache
 from jaxkv.errors import (
     CacheCorruptedError,
     InvalidLengthError,
@@ -65,6 +66,11 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
       jaxkv.errors.OutOfPagesError: entry 1: the pool has too few free pages
     """
     batch = batch_or_status if isinstance(batch_or_status, Batch) else None
+    if isinstance(batch_or_status, tuple):
+        raise ValueError(
+            "raise_for_status takes a Batch or an array of Status, not a tuple: give it one result of "
+            "allocate, fork, reorder or truncate"
+        )
     try:
         status = np.asarray(batch.status if batch is not None else batch_or_status)
     except jax.errors.TracerArrayConversionError:
@@ -82,26 +88,35 @@ def raise_for_status(batch_or_status: Batch | jax.Array | np.ndarray) -> None:
     where = f"entry {entry[0] if len(entry) == 1 else entry}"
     if batch is not None:
         where += f" (slot {int(batch.seqs[entry])}, {int(batch.num_tokens[entry])} more tokens)"
-        reason += _numbers(batch, entry, error)
+        reason = _with_numbers(reason, batch, entry, error)
     more = len(failed) - 1
     others = f"; {more} more {'entry' if more == 1 else 'entries'} failed" if more else ""
     raise error(f"{where}: {reason}{others}")
 
 
-def _numbers(batch: Batch, entry: tuple[int, ...], error: type[JaxKVError]) -> str:
-    config = batch.config
+def _with_numbers(reason: str, batch: Batch, entry: tuple[int, ...], error: type[JaxKVError]) -> str:
+    """The reason, as far as the batch tells it apart and knows its numbers."""
+    config, nth = batch.config, entry[-1]
+    seqs, num_tokens = (np.asarray(whole)[entry[:-1]] for whole in (batch.seqs, batch.num_tokens))
     if error is OutOfPagesError:
         left = int(batch.num_free[entry[:-1]])
-        return f": {left} of {config.num_pages} are left, of {config.page_size} tokens each"
+        return f"{reason}: {left} of {config.num_pages} are left, of {config.page_size} tokens each"
     if error is SequenceTooLongError:
-        return f": at most {config.max_tokens_per_seq} tokens"
+        sizes = f"max_pages_per_seq={config.max_pages_per_seq} * page_size={config.page_size}"
+        return f"{reason}, which holds {config.max_tokens_per_seq} tokens ({sizes})"
     if error is InvalidSequenceError:
-        return f" (max_seqs is {config.max_seqs})"
+        if seqs[nth] >= config.max_seqs:
+            return f"slots are below max_seqs={config.max_seqs}"
+        return f"entry {np.flatnonzero(seqs == seqs[nth])[0]} of the call names the same slot"
     if error is InvalidLengthError:
-        most = batch.positions.shape[-1]
-        windowed = config.layer_windows is not None
-        return f" (total_tokens is {most}" + (f", max_chunk {config.max_chunk})" if windowed else ")")
-    return ""
+        total = batch.positions.shape[-1]
+        if num_tokens[nth] < 0:
+            return "num_tokens is negative"
+        if config.layer_windows is not None and num_tokens[nth] > config.max_chunk:
+            return f"a call takes at most max_chunk={config.max_chunk} tokens of each: prefill in chunks"
+        end = int(np.sum(np.maximum(num_tokens[: nth + 1], 0)))
+        return f"the entries up to this one have {end} tokens; give allocate(total_tokens=...), now {total}"
+    return reason
 
 
 def check_invariants(cache: KVCache) -> None:
@@ -115,6 +130,7 @@ def check_invariants(cache: KVCache) -> None:
       >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4)
       >>> jaxkv.check_invariants(jaxkv.init(config))
     """
+    check_cache(cache)
     table, stats = jax.device_get((cache.table, cache.stats))
     _check_shapes(cache)
     owned = _check_rows(cache, table)

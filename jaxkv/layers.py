@@ -1,6 +1,6 @@
 """Where a layer's K and V are: the rows of its group, and its view of the pool."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import jax
@@ -97,14 +97,28 @@ def widest(kinds: list[Group]) -> Group:
     return max(kinds, key=lambda kind: kind.columns)
 
 
+def check_batch(batch: object) -> None:
+    """Refuses what is not a batch."""
+    if not isinstance(batch, Batch):
+        raise ValueError(
+            f"batch must be the jaxkv.Batch that allocate returned, not a {type(batch).__name__}"
+        )
+
+
 def serve_batch(cache: KVCache, located: Located, batch: Batch) -> Located:
     """The layer; none for a batch that the cache cannot serve, which no kernel reads or writes.
 
     Raises:
       ValueError: for a batch of another config.
     """
+    check_batch(batch)
     if batch.config != cache.config:
-        raise ValueError(f"the batch is of another cache: {batch.config}, not {cache.config}")
+        differing = ", ".join(
+            f"{field.name}={getattr(batch.config, field.name)!r} (not {getattr(cache.config, field.name)!r})"
+            for field in fields(CacheConfig)
+            if getattr(batch.config, field.name) != getattr(cache.config, field.name)
+        )
+        raise ValueError(f"the batch is of another cache, with {differing}")
     place, past = located.place, jnp.int32(cache.config.pool_shape[0])
     index = jnp.where(is_current(cache.table, batch), place.index, past)
     return Located(Place(place.group, index), located.kind)

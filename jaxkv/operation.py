@@ -14,6 +14,7 @@ from functools import partial, wraps
 from typing import Any, TypeVar
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, PartitionSpec
 
 _Function = TypeVar("_Function", bound=Callable)
@@ -44,7 +45,8 @@ def operation(
             with nullcontext() if known else jax.sharding.use_abstract_mesh(mesh):
                 return automatic(*arrays)
 
-        return jax.jit(run, static_argnames=static)  # type: ignore[return-value]
+        # Arrays that a function leaves unused still say on which devices it runs.
+        return jax.jit(run, static_argnames=static, keep_unused=True)  # type: ignore[return-value]
 
     return decorate
 
@@ -62,7 +64,7 @@ def axis_of(array: Any, number: int) -> Any:
 
 def is_traced(tree: Any) -> bool:
     """Whether any array is of a function being traced."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def is_known(array: Any) -> bool:

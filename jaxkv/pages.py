@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Int
 from jaxkv.config import CacheConfig
 from jaxkv.entries import (
     DROP,
-    check_vectors,
+    check_call,
     clean_slots,
     first_fault,
     page_sizes,
@@ -48,7 +48,7 @@ def free(cache: KVCache, seqs: Int[Array, " seqs"]) -> KVCache:
       >>> int(jaxkv.free(cache, jnp.array([0, 0])).table.num_free)
       2
     """
-    (seqs,) = check_vectors(seqs=seqs)
+    (seqs,) = check_call(cache, seqs=seqs)
     return truncate(cache, seqs, jnp.zeros_like(seqs))[0]
 
 
@@ -57,9 +57,9 @@ def truncate(
 ) -> tuple[KVCache, Int[Array, " seqs"]]:
     """Takes back the last tokens of sequences, as after rejected speculative tokens.
 
-    Pages left empty are released. A longer length than now does nothing. Of several lengths for one slot the
-    smallest holds. The tokens of the last `allocate` can always be taken back, and where a layer has a window
-    `CacheConfig.rollback` more. To 0 tokens any sequence can be cut.
+    Pages left empty are released. A length beyond the present one changes nothing. Of several lengths for one
+    slot the smallest applies. The tokens of the last `allocate` can always be taken back, and where a layer
+    has a window `CacheConfig.rollback` more. Any sequence can be cut to 0 tokens, which is `free`.
 
     Args:
       cache: the cache.
@@ -82,7 +82,7 @@ def truncate(
       >>> int(status[0]), int(cache.table.lengths[0]), int(cache.table.num_free)
       (0, 3, 1)
     """
-    table, stats, policy, status = _truncate(cache, *check_vectors(seqs=seqs, lengths=lengths))
+    table, stats, policy, status = _truncate(cache, *check_call(cache, seqs=seqs, lengths=lengths))
     return replace(cache, table=table, stats=stats, policy=policy), status
 
 

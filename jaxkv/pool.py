@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from jaxkv.entries import check_vectors, clean_slots, rows_of
+from jaxkv.entries import check_cache, check_call, clean_slots, rows_of
 from jaxkv.groups import Group
 from jaxkv.layers import Place, by_position, kinds_for, locate, of_shape, serve_batch, view, whole, widest
 from jaxkv.operation import REPLICATED, as_given, axis_of, operation
@@ -35,8 +35,8 @@ def append(
 
     Args:
       cache: the cache that `allocate` returned with `batch`.
-      layer: Python int or traced int32. Of a traced one that is no layer, or one whose heads are of another
-        shape than `k`, nothing is written.
+      layer: Python int or traced int32. For a traced one out of range, or of a layer whose heads have
+        another shape than `k`, nothing is written.
       batch: of this step. Once the page table has changed it is stale, and nothing is written.
       k, v: new keys (after RoPE) and values, converted to the pool's dtype or quantized. Rows of
         padding and of refused sequences are not written.
@@ -53,6 +53,7 @@ def append(
       >>> cache, batch = jaxkv.allocate(jaxkv.init(config), jnp.array([0]), jnp.array([1]))
       >>> cache = jaxkv.append(cache, 0, batch, jnp.ones((1, 2, 8)), jnp.ones((1, 2, 8)))
     """
+    check_cache(cache)
     k, v, config = jnp.asarray(k), jnp.asarray(v), cache.config
     kinds = kinds_for(config, layer)
     if len(kinds) > 1 and k.ndim == 3:
@@ -110,7 +111,7 @@ def gather(
       >>> k.shape
       (1, 32, 2, 8)
     """
-    (seqs,) = check_vectors(seqs=seqs)
+    (seqs,) = check_call(cache, seqs=seqs)
     kinds = kinds_for(cache.config, layer)
     if len({(kind.num_kv_heads, kind.head_dim) for kind in kinds}) > 1:
         raise ValueError("gather takes a traced layer only where all layers have heads of one shape")

@@ -7,7 +7,7 @@ from jaxtyping import Array, Int
 
 from jaxkv.arguments import whole
 from jaxkv.config import CacheConfig
-from jaxkv.entries import check_vectors, clean_slots, first_fault, lengths_of, pages_for, rows_of
+from jaxkv.entries import check_call, clean_slots, first_fault, lengths_of, pages_for, rows_of
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.layers import copy_within
 from jaxkv.operation import REPLICATED, as_given, operation
@@ -65,7 +65,7 @@ def shift_positions(
       >>> int(status[0]), int(cache.table.positions[0])
       (0, 6)
     """
-    seqs, by = check_vectors(seqs=seqs, by=by)
+    seqs, by = check_call(cache, seqs=seqs, by=by)
     config = cache.config
     check_one_kind(config, "shift_positions")
     check_rope(rope, config.head_dim)

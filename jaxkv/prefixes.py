@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from jaxkv import prefix_index
 from jaxkv.config import CacheConfig
-from jaxkv.entries import check_vectors, clean_slots, rows_of, table_rows
+from jaxkv.entries import check_cache, check_vectors, clean_slots, rows_of, table_rows
 from jaxkv.fingerprint import Operation, stamp
 from jaxkv.operation import REPLICATED, as_given, operation
 from jaxkv.ownership import clear_index, count, hold, reclaim_nodes, share_found
@@ -135,6 +135,7 @@ def _checked(name: str, cache: KVCache, seqs, tokens, num_tokens, salt) -> tuple
 
 
 def _check_config(name: str, cache: KVCache) -> None:
+    check_cache(cache)
     if not cache.config.prefix_cache:
         raise ValueError(f"{name} needs a cache of CacheConfig(prefix_cache=True)")
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 from jaxkv.config import CacheConfig
 from jaxkv.entries import (
     DROP,
-    check_vectors,
+    check_call,
     clean_slots,
     first_fault,
     pages_for,
@@ -63,7 +63,7 @@ def reorder(
       >>> cache.table.refcounts.tolist(), int(cache.table.num_free)
       ([0, 2], 1)
     """
-    table, stats, policy, status = _reorder(cache, *check_vectors(seqs=seqs, parents=parents))
+    table, stats, policy, status = _reorder(cache, *check_call(cache, seqs=seqs, parents=parents))
     return replace(cache, table=table, stats=stats, policy=policy), status
 
 

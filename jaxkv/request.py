@@ -1,11 +1,14 @@
 """Checks the arguments of `generate` before anything is computed."""
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
+
 from jaxkv.arguments import integer
-from jaxkv.causal_lm import CausalLM, takes_mass
+from jaxkv.causal_lm import CausalLM, accepts, takes_mass
 from jaxkv.policies import Policy
 from jaxkv.sampling import Sampling
 
@@ -42,10 +45,10 @@ class Request:
         **counts: int,
     ) -> "Request":
         """Checks and converts the arguments; raises `ValueError` naming the wrong one."""
-        try:
-            ids = [token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
-        except TypeError:
-            raise ValueError("prompts must be a sequence of sequences of token ids") from None
+        prompts = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+        if not all(isinstance(prompt, Iterable) for prompt in prompts):
+            raise ValueError("prompts must be a sequence of sequences of token ids")
+        ids = [token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
         if not ids:
             raise ValueError("there are no prompts")
         return cls(
@@ -72,6 +75,8 @@ class Request:
 def token_ids(tokens: Iterable[int], name: str) -> list[int]:
     """Token ids as Python integers; raises `ValueError` naming the argument for one that is none."""
     ids = []
+    if not isinstance(tokens, Iterable):
+        raise ValueError(f"{name}={tokens!r} must be a sequence of token ids")
     for token in tokens:
         try:
             if isinstance(token, bool):
@@ -94,7 +99,7 @@ def _limits(max_new_tokens: object, count: int) -> list[int]:
 def _samplings(sampling: object, count: int) -> list[Sampling]:
     if isinstance(sampling, Sampling):
         return [sampling] * count
-    values = _one_each("sampling", sampling, count)
+    values = None if isinstance(sampling, Mapping) else _one_each("sampling", sampling, count)
     for value in [sampling] if values is None else values:
         if not isinstance(value, Sampling):
             raise ValueError(f"sampling={value!r} must be a jaxkv.Sampling, or a sequence of one per prompt")
@@ -114,8 +119,28 @@ def _one_each(name: str, value: object, count: int) -> list | None:
     return elements
 
 
+def check_key(key: object) -> None:
+    """Raises `ValueError` for a seed, or anything else that is no key. Keys of `PRNGKey` are uint32."""
+    dtype, axes = getattr(key, "dtype", None), getattr(key, "ndim", 0)
+    is_key = dtype is not None and (
+        jnp.issubdtype(dtype, jax.dtypes.prng_key) or (dtype == "uint32" and axes == 1)
+    )
+    if key is not None and not is_key:
+        raise ValueError(f"key must be a key such as jax.random.key(0), not {key!r:.60}")
+
+
+def check_policy(policy: object) -> None:
+    """Raises `ValueError` for what is no policy, such as the text that the commands take."""
+    if policy is not None and not isinstance(policy, Policy):
+        raise ValueError(
+            f"policy={policy!r:.200} must be a jaxkv.Policy, such as jaxkv.policies.SlidingWindow(1024)"
+        )
+
+
 def check_model(model: CausalLM, policy: Policy | None) -> None:
-    """Raises `ValueError` if the policy needs the attention mass and the model cannot return it."""
+    """Raises `ValueError` if the model cannot be called as it will be: with `rows`, and `return_mass`."""
+    if not accepts(model, "rows"):
+        raise ValueError(f"{type(model).__name__} does not accept rows, as jaxkv.CausalLM does")
     if policy is not None and policy.needs_mass and not takes_mass(model):
         raise ValueError(
             f"{type(policy).__name__} ranks tokens by the attention that they received, but "

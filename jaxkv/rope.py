@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxkv.arguments import real
+from jaxkv.arguments import real, whole
 
 RopePairing = Literal["half", "interleaved"]
 
@@ -293,7 +293,14 @@ class Rope:
           theta, scaling, max_context: as for `inverse_frequencies`.
           pairing: as for `rotate`.
         """
-        frequencies = inverse_frequencies(head_dim, theta, scaling, max_context)
+        if (features := whole(head_dim)) is None or features < 2 or features % 2:
+            raise ValueError(f"head_dim={head_dim!r} must be an even number of features, 2 or more")
+        if scaling is not None:
+            if not isinstance(scaling, RopeScaling):
+                kinds = ", ".join(kind.__name__ for kind in get_args(RopeScaling))
+                raise ValueError(f"scaling={scaling!r:.200} must be one of jaxkv.rope's {kinds}")
+            check_scaling(scaling, features)
+        frequencies = inverse_frequencies(features, theta, scaling, max_context)
         return cls(tuple(frequencies.tolist()), pairing, getattr(scaling, "magnitude", 1.0))
 
     def rotate(
@@ -311,6 +318,12 @@ class Rope:
           >>> [round(float(x), 2) for x in rope.rotate(jnp.array([[[1.0, 0.0]]]), jnp.array([1]))[0, 0]]
           [0.54, 0.84]
         """
+        x, positions, features = jnp.asarray(x), jnp.asarray(positions), 2 * len(self.frequencies)
+        if x.ndim != 3 or x.shape[2] < features or positions.shape != x.shape[:1]:
+            raise ValueError(
+                f"x must be [tokens, heads, head_dim], of at least the {features} features that are rotated, "
+                f"and positions [tokens], not {list(x.shape)} and {list(positions.shape)}"
+            )
         return rotate(x, positions, np.asarray(self.frequencies, np.float32), self.pairing, self.magnitude)
 
     def shift(

@@ -26,7 +26,7 @@ _ALL = 2**31 - 1
 @jax.tree_util.register_static
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen; static.
+    """How the next token is chosen; static. The default is greedy, which ignores the other fields.
 
     `top_k` and `top_p` order the tokens by logit, equal logits by index, and keep the first: for logits
     `log([.4, .2, .2, .2])` a `top_p` of 0.5 keeps two. Values may be NumPy or JAX scalars.

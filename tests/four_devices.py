@@ -142,6 +142,26 @@ def over_axes(kind, operation, cache, x):
     return [results]
 
 
+def check_outside_jit(kind, cache):
+    """Operations one by one, with K and V on a mesh and the page table where `init` put it."""
+    mesh = jax.make_mesh((2,), ("model",), axis_types=(kind,))
+    heads = NamedSharding(mesh, PartitionSpec(None, None, "model"))
+
+    def operate(cache):
+        cache = jaxkv.free(cache, jnp.array([1]))
+        cache, forked = jaxkv.fork(cache, jnp.array([0]), jnp.array([1]))
+        cache, copying = jaxkv.allocate(cache, SEQS, jnp.ones_like(SEQS))
+        cache, plain = jaxkv.allocate(cache, SEQS, jnp.ones_like(SEQS))
+        cache, cut = jaxkv.truncate(cache, SEQS, SEQS + 2)
+        return cache, (forked, copying.status, plain.status, cut)
+
+    got = operate(replace(cache, pool=jax.device_put(cache.pool, heads)))
+    assert_same(got, operate(cache))
+    assert got[0].stats.copy_on_write_copies > cache.stats.copy_on_write_copies
+    assert got[0].pool.k.sharding.is_equivalent_to(heads, 5)
+    print(f"outside jit, {kind.name} axes: as without a mesh", flush=True)
+
+
 WAYS = {
     "in shard_map": in_shard_map,
     "over explicit axes": partial(over_axes, AxisType.Explicit),
@@ -164,6 +184,8 @@ def main(quantization, *names):
     normal = partial(jax.random.normal, dtype=jnp.float32)
     cache, _ = jax.jit(decode)(jaxkv.init(config), SEQS, normal(jax.random.key(0), (20, 4, 16)))
     x = normal(jax.random.key(1), (TOKENS, 4, 16))
+    for kind in (AxisType.Explicit, AxisType.Auto):
+        check_outside_jit(kind, cache)
     for name in names:
         operation = OPERATIONS.get(name, evicting)
         cache = replace(cache, policy=jaxkv.init(config, POLICIES.get(name)).policy)

@@ -40,6 +40,7 @@ class Counts:
 
 
 jax.tree_util.register_static(Counts)
+KEYS = jax.random.key(3), jax.random.PRNGKey(3)
 # Room for the longest text of both prompts, so that none takes turns.
 CONFIG = Counts().cache_config(num_pages=96, page_size=4, max_seqs=4, max_pages_per_seq=8)
 
@@ -55,6 +56,23 @@ def test_a_model_that_ignores_rows_is_refused_with_both_shapes(prefill_chunk):
     with pytest.raises(ValueError, match="rows"):
         ints = jnp.arange(2, dtype=jnp.int32)
         jax.eval_shape(prefill, model, jaxkv.init(CONFIG), ints, ints, ints)
+
+
+def test_a_model_without_rows_is_refused_by_name():
+    @jax.tree_util.register_static
+    class Short(Counts):
+        def __call__(self, tokens, cache, batch):
+            return super().__call__(tokens, cache, batch)
+
+    for call in (jaxkv.generate, jaxkv.beam_search):
+        with pytest.raises(ValueError, match="Short does not accept rows, as"):
+            call(Short(), PROMPTS, CONFIG)
+
+
+def test_keys_of_both_kinds_draw():
+    options = dict(max_new_tokens=4, sampling=jaxkv.Sampling(temperature=1.0))
+    new, old = (jaxkv.generate(Counts(), PROMPTS, CONFIG, key=key, **options).tokens for key in KEYS)
+    assert new == old
 
 
 def test_a_decode_step_whose_logits_are_not_one_row_a_sequence_is_refused():

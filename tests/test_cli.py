@@ -65,7 +65,7 @@ def fails(capsys, *arguments: str) -> str:
         (["serve", "--model", "x"], "--requests"),
         (["serve", "--model", "", "--requests", "-"], "--model is empty"),
         (["serve", "--model", "x", "--requests", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["serve", "--model", "x", "--requests", "tests"], "Is a directory"),
+        (["serve", "--model", "x", "--requests", "tests"], "tests: is a directory"),
         (["serve", "--model", "x", "--requests", "a\0b"], "--requests 'a"),
         (["serve", "--model", "x", "--requests", "-", "--system", "b"], "--system needs --chat"),
         (["serve", "--model", "x", "--requests", "-", "--speculate", "3"], "'3' is not NGRAM:TOKENS"),

@@ -36,3 +36,4 @@ def test_every_operation_does_on_four_devices_what_it_does_on_one(quantization, 
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("as on one device") == len(WAYS) * len(names)
+    assert done.stdout.count("as without a mesh") == 2

@@ -138,15 +138,58 @@ def test_a_good_batch_is_no_error():
 def test_the_errors_of_a_batch_say_what_there_was():
     room = SMALL.max_tokens_per_seq
     _, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(room + 1), total_tokens=room + 1)
-    with pytest.raises(SequenceTooLongError, match=rf"at most {room} tokens"):
+    with pytest.raises(SequenceTooLongError, match=rf"which holds {room} tokens"):
         jaxkv.raise_for_status(batch)
     config = replace(SMALL, num_pages=SMALL.max_pages_per_seq)
     _, batch = jitted.allocate(jaxkv.init(config), ints(0, 1), ints(room - 1, 1), total_tokens=room)
     with pytest.raises(OutOfPagesError, match=rf"entry 1 .*: 0 of {config.num_pages} are left"):
         jaxkv.raise_for_status(batch)
     _, batch = jitted.allocate(jaxkv.init(SMALL), ints(SMALL.max_seqs), ints(1))
-    with pytest.raises(InvalidSequenceError, match=rf"max_seqs is {SMALL.max_seqs}"):
+    with pytest.raises(InvalidSequenceError, match=rf"slots are below max_seqs={SMALL.max_seqs}"):
         jaxkv.raise_for_status(batch)
+    _, batch = jitted.allocate(jaxkv.init(SMALL), ints(2, 0, 2), ints(1, 1, 1))
+    with pytest.raises(InvalidSequenceError, match=r"entry 2 \(slot 2.*entry 0 of the call names the same"):
+        jaxkv.raise_for_status(batch)
+
+
+def test_the_errors_of_lengths_say_which_of_the_limits_it_was():
+    lengths = jnp.array([[3, 2], [1, -1]])
+    _, batches = jax.vmap(lambda n: jaxkv.allocate(jaxkv.init(SMALL), ints(0, 1), n))(lengths)
+    with pytest.raises(InvalidLengthError, match=r"have 3 tokens; give allocate\(total_tokens=...\), now 2"):
+        jaxkv.raise_for_status(batches)
+    alone = jax.tree.map(lambda whole: whole[1], batches)
+    with pytest.raises(InvalidLengthError, match=r"entry 1 .*: num_tokens is negative"):
+        jaxkv.raise_for_status(alone)
+    windowed = replace(SMALL, layer_windows=(4,) * SMALL.num_layers, max_chunk=3)
+    _, batch = jitted.allocate(jaxkv.init(windowed), ints(0), ints(4), total_tokens=4)
+    with pytest.raises(InvalidLengthError, match="at most max_chunk=3 tokens of each"):
+        jaxkv.raise_for_status(batch)
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_what_is_no_cache_and_no_batch_is_named():
+    cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
+    k = jnp.ones((1, SMALL.num_kv_heads, SMALL.head_dim))
+    pair = r"must be a jaxkv.KVCache, not a tuple: it is the first of what allocate returns"
+    for call in (
+        lambda: jaxkv.append((cache, batch), 0, batch, k, k),
+        lambda: jaxkv.attend((cache, batch), 0, batch, k),
+        lambda: jaxkv.free((cache, batch), ints(0)),
+        lambda: jaxkv.allocate((cache, batch), ints(0), ints(1)),
+        lambda: jaxkv.compact((cache, batch)),
+        lambda: jaxkv.memory_profile((cache, batch)),
+        lambda: jaxkv.check_invariants((cache, batch)),
+    ):
+        with pytest.raises(ValueError, match=pair):
+            call()
+    with pytest.raises(ValueError, match="that allocate returned, not a KVCache"):
+        jaxkv.append(cache, 0, cache, k, k)
+    with pytest.raises(ValueError, match="layer must be an integer scalar, not a Batch"):
+        jaxkv.append(cache, batch, 0, k, k)
+    with pytest.raises(ValueError, match="not a tuple: give it one result"):
+        jaxkv.raise_for_status((cache, batch))
+    with pytest.raises(ValueError, match=r"one slot is jnp.array\(\[0\]\)"):
+        jaxkv.allocate(cache, 0, 1)
 
 
 def test_a_batch_of_another_cache_is_refused():

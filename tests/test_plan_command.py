@@ -147,7 +147,7 @@ def test_bad_input_is_one_line_and_exit_code_2(capsys, command, complaint):
     [
         ("{not json", "is not JSON"),
         ("[]", "must hold a JSON object"),
-        ("{}", "model_type None is not known"),
+        ("{}", "field 'model_type' is missing"),
         (json.dumps({k: v for k, v in LLAMA.items() if k != "vocab_size"}), "field 'vocab_size' is missing"),
         (json.dumps(LLAMA | {"num_hidden_layers": -4}), "num_hidden_layers must be an integer from 1"),
         (json.dumps(LLAMA | {"hidden_size": 10**12}), "hidden_size must be an integer from 1 to 131072"),

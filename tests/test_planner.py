@@ -392,7 +392,7 @@ def test_a_gguf_file_says_the_same_as_its_config():
     ("fields", "complaint"),
     [
         ({"model_type": "mamba"}, r"model_type 'mamba' is not known; known: .* and \d+ others"),
-        ({"model_type": None}, "model_type None"),
+        ({"model_type": None}, "'model_type' is missing"),
         ({"model_type": ["llama"]}, "model_type"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"vocab_size": -1}, "vocab_size must be an integer from 1"),

@@ -8,6 +8,7 @@ from jaxkv.rope import (
     FrequencyFactors,
     LinearScaling,
     Llama3Scaling,
+    Rope,
     inverse_frequencies,
     rotate,
 )
@@ -64,3 +65,28 @@ def test_scaling_divides_frequencies():
     assert np.all(np.diff(ratio) >= -1e-5)
     listed = inverse_frequencies(128, 500000.0, FrequencyFactors(factors=tuple(ratio.tolist())))
     np.testing.assert_allclose(listed, llama3, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(head_dim=7), "head_dim=7 must be an even number"),
+        (dict(head_dim=0), "head_dim=0 must be an even number"),
+        (
+            dict(head_dim=8, scaling={"rope_type": "llama3"}),
+            "must be one of jaxkv.rope's LinearScaling, Llama3",
+        ),
+        (dict(head_dim=8, scaling=LinearScaling(factor=-1.0)), "factor must be positive"),
+    ],
+)
+def test_a_rope_of_wrong_values_says_what_is_wrong(options, message):
+    with pytest.raises(ValueError, match=message):
+        Rope.of(theta=10_000.0, **options)
+
+
+@pytest.mark.parametrize("shape", [(2, 8), (2, 1, 6), (3, 1, 8)])
+def test_rotate_refuses_other_shapes(shape):
+    with pytest.raises(
+        ValueError, match=r"x must be \[tokens, heads, head_dim\], of at least the 8 features"
+    ):
+        Rope.of(head_dim=8, theta=10_000.0).rotate(jnp.ones(shape), jnp.arange(2))

@@ -296,12 +296,13 @@ def test_serve_says_why_it_refuses():
         Request(tokens=[1], id=5, max_new_tokens=2),
         Request(tokens=[1], id=5, max_new_tokens=2),
     ]
-    _, ends = served(requests[:5])
+    events, ends = served(requests[:5])
     assert [str(ends[number, 0]) for number in range(1, 5)] == [
         f"tokens: token id {VOCAB} is beyond the vocabulary of {VOCAB} tokens",
         "stop strings need a tokenizer",
         "9 stop tokens are more than max_stop_tokens=8",
-        "the sequence would outgrow its row of the page table",
+        "the prompt has 40 tokens; with one more it exceeds max_tokens=30, or the 32 tokens of a row of "
+        "the page table",
     ]
     assert ends[5, 0] == Finish.LENGTH
     events = list(serve(MODEL, CONFIG, requests[4:]))
@@ -435,7 +436,7 @@ def test_stop_strings_end_a_sample_and_leave_the_others():
         (dict(token_budget=3), "token_budget=3 must be at least 4"),
         (dict(widths=(4, 9)), "widths=.* the largest token_budget=12"),
         (dict(max_tokens=1), "max_tokens=1 must be at least 2"),
-        (dict(widths=12), "widths=12 must be numbers of tokens"),
+        (dict(widths=12), "widths=12 must be positive numbers of tokens"),
         (dict(speculate="ngram"), "speculate='ngram' must be a jaxkv.serving.Drafter"),
         (dict(policy="lru"), "policy='lru' must be a jaxkv.Policy"),
         (dict(cache=None), "cache=None must be a jaxkv.CacheConfig"),

@@ -1,6 +1,7 @@
 """Bounding a sequence's memory: policies that are there, and one of your own."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ assert int(jaxkv.lengths(result.cache).max()) <= 40
 cache = jaxkv.init(config, SlidingWindow(32, sinks=4))
 
 
-@jax.jit
+@partial(jax.jit, donate_argnames="cache")
 def step(model, cache, seqs, tokens):
     cache, batch = jaxkv.allocate(
         cache, seqs, jnp.ones_like(seqs)
@@ -75,12 +76,13 @@ def step(model, cache, seqs, tokens):
     logits, cache = model(
         tokens, cache, batch
     )  # `attend` applies the policy's window
-    return cache, jnp.argmax(logits, axis=-1)
+    return cache, jnp.argmax(logits, axis=-1), batch.status
 
 
 seqs, tokens = jnp.array([0]), jnp.array([1])
 for _ in range(80):
-    cache, tokens = step(model, cache, seqs, tokens)
+    cache, tokens, status = step(model, cache, seqs, tokens)
+jaxkv.raise_for_status(status)
 print("after 80 tokens:", jaxkv.lengths(cache)[0], "in the cache")
 # --8<-- [end:loop]
 assert int(jaxkv.lengths(cache)[0]) <= 48

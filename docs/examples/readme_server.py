@@ -7,4 +7,4 @@ questions = "Why is the sky blue?", "What is the capital of France?"
 prompts = [loaded.tokenizer.encode_chat([{"role": "user", "content": question}]) for question in questions]
 requests = (Request(tokens=p, max_new_tokens=32, stop_tokens=loaded.tokenizer.stop_tokens) for p in prompts)
 for event in serve(loaded.model, ServingConfig(sizes), requests, tokenizer=loaded.tokenizer):
-    print(event.id, repr(event.text), event.finish.name)
+    print(event.id, event.error or repr(event.text), event.finish.name)

@@ -21,7 +21,7 @@ from jaxkv.cli.options import (
 )
 from jaxkv.cli.pool import fitting_config
 from jaxkv.cli.prompts import check_stop, read_prompts, token_ids
-from jaxkv.cli.report import found, pages, speed
+from jaxkv.cli.report import cut, found, pages, speed
 from jaxkv.decode import Decoding
 from jaxkv.generating import generate
 from jaxkv.generation import Generation
@@ -108,6 +108,8 @@ def _generate(options: argparse.Namespace, prompts: list[str], sampling: Samplin
         for number, text in enumerate(watch.texts.texts):
             print(f"\n> {prompts[number // options.num_samples]}\n{text.strip()}")
     print(f"\n{speed(result)}\n{pages(config, result)}", file=sys.stderr)
+    if ended := cut(result, options.max_new_tokens):
+        print(ended, file=sys.stderr)
     if result.found_tokens:
         print(found(result), file=sys.stderr)
     if policy is not None:

@@ -41,6 +41,7 @@ _OF_A_DEVICE += (
 def add_arguments(command: argparse.ArgumentParser) -> None:
     """Adds the options of `jaxkv plan`."""
     dtypes = "auto, f32, bf16, f16, fp8, int8, int4"
+    command.epilog = "Exit status: 0, 1 if a model does not fit the device, 2 for a mistake."
     add = command.add_argument
     add(
         "model",

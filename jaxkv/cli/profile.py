@@ -47,7 +47,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--temperature", type=float, default=0.8, metavar="T", help=text)
     add_seed(command)
     add_num_pages(command)
-    add("--plot", type=Path, metavar="FILE", help="plot to .png, .svg or .pdf (default: only text)")
+    add(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help="plot to .png, .svg, .pdf or another kind of matplotlib's (default: only text)",
+    )
     add_common(command)
 
 

@@ -23,6 +23,25 @@ def found(result: Generation) -> str:
     return f"{result.found_tokens} of {whole} tokens were in the cache already, and not computed"
 
 
+def cut(result: Generation, most: int) -> str:
+    """How many texts ended because a row of the page table was full; nothing if none did.
+
+    Args:
+      result: of `generate`.
+      most: new tokens asked for.
+    """
+    ends = [
+        (reason, len(tokens))
+        for reasons, samples in zip(result.finish, result.tokens, strict=True)
+        for reason, tokens in zip(reasons, samples, strict=True)
+    ]
+    count = sum(reason is Finish.LENGTH and length < most for reason, length in ends)
+    if not count:
+        return ""
+    room = result.cache.config.max_tokens_per_seq
+    return f"{count} of {len(ends)} texts ended early: a sequence holds {room} tokens (see --num-pages)"
+
+
 def pages(config: CacheConfig, result: Generation) -> str:
     """Pages at the peak, and the pages that sharing saved."""
     used, alone = result.peak_pages, result.peak_pages_unshared

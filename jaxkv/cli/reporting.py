@@ -27,12 +27,19 @@ def exit_code(name: str, run: Callable[[], int]) -> int:
         # Whoever read has seen enough, as `head` does. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (ValueError, JaxKVError, OSError) as error:
+    except OSError as error:
+        named = error.filename is not None and error.strerror is not None
+        reason = f"{error.filename}: {error.strerror.lower()}" if named else str(error)
+        return _failed(name, " ".join(reason.split()))
+    except (ValueError, JaxKVError) as error:
         return _failed(name, " ".join(str(error).split()))
     except ModuleNotFoundError as error:
         return _failed(name, missing(error))
     except jax.errors.JaxRuntimeError as error:
-        return _failed(name, f"the device refused: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        if reason.startswith("RESOURCE_EXHAUSTED"):
+            reason += " (fewer pages, or a smaller --kv-dtype, take less memory)"
+        return _failed(name, f"the device refused: {reason}")
     except KeyboardInterrupt:
         print(f"\n{name}: stopped", file=sys.stderr)
         return 130

@@ -44,7 +44,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.description = (
         'A request is a line like {"id": 1, "prompt": "Once"}. Its fields: '
         f"{', '.join(FIELDS)}; exactly one of the first three. An event is a line with id, sample, text, "
-        'tokens and finish, which is null while the sample goes on, or with an error. "text" is what is new.'
+        "tokens and finish. Text and tokens are what is new; finish is null while the sample goes on, then "
+        "stop, length or out_of_pages. A request that is refused has an event with id and error; one without "
+        "an id is named by its line. The exit status is 0 though requests were refused."
     )
     command.epilog = EPILOG
     add = command.add_argument
@@ -66,7 +68,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add("--prefix-cache", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "propose TOKENS that followed the last NGRAM tokens earlier, like 3:4 (default: one token a step)"
     add("--speculate", type=_speculation, metavar="NGRAM:TOKENS", help=text)
-    text = "add the log-probability of each token to events (default: off)"
+    text = "add log_probs, the log-probability of each token, to events (default: off)"
     add("--log-probs", action="store_true", help=text)
     add_chat(command)
     add_metrics_port(command)
@@ -166,9 +168,11 @@ def _free_bytes() -> int:
 
 def _sizes(config: ServingConfig) -> str:
     cache = config.cache
+    most = min(config.max_tokens, cache.max_tokens_per_seq)
     return (
         f"{cache.max_seqs} slots, {cache.num_pages} pages of {cache.page_size} tokens "
-        f"({cache.estimated_memory()}), up to {config.max_tokens} tokens a sample"
+        f"({cache.estimated_memory()}), up to {most} tokens a sample"
+        + (f" (--max-tokens {config.max_tokens} needs more pages)" if most < config.max_tokens else "")
     )
 
 

@@ -112,7 +112,7 @@ class Session:
     def _refuse(self, name: dict[str, Any], error: str) -> None:
         self._refused += 1
         self._write(name | {"error": error})
-        self._observers.see(Event(-1, error=error))
+        self._observers.see(Event(-1, finish=Finish.REFUSED, error=error))
 
     def answer(self, event: Event) -> None:
         """Writes an event."""

@@ -11,6 +11,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Int
 
 from jaxkv.config import CacheConfig
+from jaxkv.entries import check_cache
 from jaxkv.operation import REPLICATED, operation
 from jaxkv.ownership import num_spanned, num_users
 from jaxkv.pages import lengths
@@ -287,6 +288,7 @@ def memory_profile(cache: KVCache) -> MemoryProfile:
       >>> profile.physical_pages, profile.logical_pages, profile.fragmentation
       (2, 4, 0.25)
     """
+    check_cache(cache)
     return _memory_profile(cache)
 
 

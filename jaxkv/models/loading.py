@@ -53,7 +53,7 @@ def load(
     max_context: int | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """Loads a model and its tokenizer.
+    """Loads a model and its tokenizer. Nothing is downloaded.
 
     Args:
       path_or_name: a GGUF file, a Hugging Face folder, or one of `KNOWN_MODELS`.
@@ -114,7 +114,10 @@ def find_model(path_or_name: str | PathLike[str]) -> Path:
 def _check_path(path: Path) -> None:
     if not path.exists():
         known = ", ".join(KNOWN_MODELS)
-        raise ModelLoadError(f"{path}: no such file or folder, nor a known model (known: {known})")
+        raise ModelLoadError(
+            f"{path}: no such file or folder, nor a known model (known: {known}); nothing is downloaded: "
+            "fetch a model from a hub first, and give its folder"
+        )
     if path.is_file() and path.suffix in (".json", ".safetensors"):
         raise ModelLoadError(f"{path}: is a part of a model; give its folder")
     if path.is_dir() and not (path / "config.json").exists():

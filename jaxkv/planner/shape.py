@@ -119,6 +119,8 @@ class ModelShape:
         raw, notes = _text_part(outer)
         kind = raw.get("model_type")
         architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
+        if kind is None:
+            raise ValueError("field 'model_type' is missing")
         if architecture is None:
             raise ValueError(f"model_type {shown(kind)} is not known; known: {closest(kind, ARCHITECTURES)}")
         raw = _complete(raw, architecture, nested=raw is not outer)

@@ -90,7 +90,7 @@ class ServingConfig:
         widths = tuple(sorted({whole(width) or 0 for width in given}))
         if not widths or widths[0] < 1 or widths[-1] != self.token_budget:
             raise ValueError(
-                f"widths={self.widths!r} must be numbers of tokens, the largest "
+                f"widths={self.widths!r} must be positive numbers of tokens, the largest "
                 f"token_budget={self.token_budget}"
             )
         return widths

@@ -36,7 +36,7 @@ class Event:
       id: the request's.
       sample: number of the sample among those of its request.
       tokens: new ones; after a stop string, to the end of the block.
-      finish: why the sample ended; RUNNING if it goes on.
+      finish: why the sample ended; RUNNING if it goes on, REFUSED if the request was refused.
       text: what the tokens say, with a tokenizer: whole characters, up to a stop string. The pieces of a
         sample join to its text.
       log_probs: of the tokens, with `ServingConfig.log_probs`.
@@ -96,7 +96,7 @@ class Host:
         request = replace(request, id=number)
         self._next_id = max(self._next_id, number + 1) % 2**31
         if fault := self._fault(request):
-            self._refused.append(Event(number, error=fault))
+            self._refused.append(Event(number, finish=Finish.REFUSED, error=fault))
             return
         self._pending.append(request)
         self._running[number] = request.num_samples
@@ -122,6 +122,22 @@ class Host:
             if ids and max(ids) >= self._vocab:
                 return f"{name}: token id {max(ids)} is beyond the vocabulary of {self._vocab} tokens"
         return None
+
+    def _why(self, request: Request, status: Status) -> str:
+        """What `submit` refused, with its numbers where the status alone has none."""
+        cache, length = self._config.cache, len(request.tokens)
+        if status == Status.SEQUENCE_TOO_LONG:
+            return (
+                f"the prompt has {length} tokens; with one more it exceeds "
+                f"max_tokens={self._config.max_tokens}, or the {cache.max_tokens_per_seq} tokens of a row of "
+                "the page table"
+            )
+        if status == Status.OUT_OF_PAGES:
+            return (
+                f"the prompt has {length} tokens; a pool of {cache.num_pages} pages of {cache.page_size} "
+                f"tokens never holds it with one token of each of {request.num_samples} samples"
+            )
+        return str(refusal(status))
 
     def advance(self) -> list[Event]:
         """A block of steps."""
@@ -158,7 +174,8 @@ class Host:
                 del self._running[request.id], self._taken[request.id]
                 for sample in range(request.num_samples):
                     del self._streams[request.id, sample]
-                refused.append(Event(request.id, error=str(refusal(Status(one)))))
+                error = self._why(request, Status(one))
+                refused.append(Event(request.id, finish=Finish.REFUSED, error=error))
         return refused
 
     def _events_of(self, new: Events) -> list[Event]:

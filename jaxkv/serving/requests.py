@@ -20,15 +20,19 @@ class Request:
 
     Attributes:
       tokens: token ids of the prompt, at least one.
-      id: what events and `cancel` name it by, from 0 up. None: `serve` numbers it; else 0.
-      priority: larger goes first.
+      id: what events and `cancel` name it by, from 0 up. None: `serve` numbers requests from 0;
+        `Requests.of` takes 0 for it, so give ids there.
+      priority: larger goes first, equal ones in order of arrival; a smaller one may be preempted.
       max_new_tokens: most new tokens of each sample.
       sampling: how tokens are chosen. Default: greedy.
       seed: for sampling, from 0 up to 2**32 - 1. Equal requests of equal seeds have equal results.
       num_samples: continuations of the prompt, which share its pages.
       stop_tokens: ids that end a sample; the one that does is its last token.
       stop: texts that end a sample, which `serve` looks for with a tokenizer; its text ends before them.
-      salt: only what was computed with the same salt is shared (`match_prefix`).
+        Without one the request is refused.
+      salt: only what was computed with the same salt is shared. Each LoRA adapter and each set of images
+        needs its own, since equal ids then have other K and V; so does each user whose prompts others must
+        not learn of from timing.
 
     Raises:
       ValueError: naming the field and what is allowed.
@@ -117,6 +121,10 @@ class Requests:
         tokens = np.zeros((count, config.max_tokens), np.int32)
         stops = np.full((count, config.max_stop_tokens), -1, np.int32)
         for row, one in enumerate(requests):
+            if not isinstance(one, Request):
+                raise ValueError(
+                    f"requests[{row}] must be a jaxkv.serving.Request, not a {type(one).__name__}"
+                )
             if len(one.stop_tokens) > config.max_stop_tokens:
                 raise ValueError(
                     f"request {one.id} has {len(one.stop_tokens)} stop tokens, more than "

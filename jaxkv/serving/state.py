@@ -18,7 +18,14 @@ ALL_TOKENS = 2**31 - 1
 
 
 class Phase(IntEnum):
-    """Where a row of the request table is in its life."""
+    """What a row of the request table holds.
+
+    Attributes:
+      EMPTY: no sample.
+      WAITING: one that waits for a slot, new or preempted.
+      RUNNING: one that has a slot.
+      FINISHED: one that ended and is not yet taken.
+    """
 
     EMPTY = 0
     WAITING = 1

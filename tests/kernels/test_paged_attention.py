@@ -630,6 +630,47 @@ def test_any_tuning_is_right(case, tuning):
     assert_close(got[1], want[1], "float32")
 
 
+# Few queries and many, in one class of tiles and in two; a run of joint tiles before another sequence.
+NEIGHBOURS = [
+    Case("short chunks", (3, 9, 5, 0, 6), (3, 1, 2, 0, 2), padding_rows=2),
+    Case("a chunk among single tokens", (9, 40, 12, *[20] * 30), (1, 35, 3, *[1] * 30), q_heads=2),
+    Case(
+        "joint tiles",
+        (40, 38, 20),
+        (2, 3, 2),
+        page_size=16,
+        begins_like={1: (0, 2)},
+        options={"shared_prefix": True},
+    ),
+]
+
+
+@backends
+@pytest.mark.parametrize("case", NEIGHBOURS, ids=lambda case: case.name)
+@pytest.mark.parametrize("of", ["q", "k_pages", "v_pages"])
+def test_what_is_not_finite_stays_in_its_sequence(backend, case, of):
+    """An infinity or a NaN among a sequence's keys, values or queries reaches no row of another."""
+    clean = make(case)
+    run = partial(attend, layer=case.layer, return_lse=True, **on(backend), **clean.options)
+    want = run(*clean.arrays)
+    for poison in (np.inf, np.nan):
+        for seq, length in enumerate(case.lengths):
+            if not length:
+                continue
+            array = getattr(clean, of).copy()
+            if of == "q":
+                array[clean.query_starts[seq]] = poison
+            else:
+                # Its last token, on a page that no other sequence has.
+                page = clean.page_table[seq, (length - 1) // case.page_size]
+                array[case.layer, page, :, (length - 1) % case.page_size] = poison
+            got = run(*replace(clean, **{of: array}).arrays)
+            others = np.ones(len(clean.q), bool)
+            others[clean.query_starts[seq] : clean.query_starts[seq + 1]] = False
+            for part, whole in zip(got, want, strict=True):
+                np.testing.assert_array_equal(np.asarray(part)[others], np.asarray(whole)[others])
+
+
 @backends
 @pytest.mark.parametrize("score", [-2e30, -3e38], ids=str)
 @pytest.mark.parametrize(

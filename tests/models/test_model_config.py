@@ -97,7 +97,7 @@ def test_cache_config_takes_the_models_sizes():
             {"model_type": "rwkv"},
             "model_type 'rwkv' is not supported; supported: ",
         ),
-        ({"model_type": None}, "model_type None"),
+        ({"model_type": None}, "'model_type' is missing"),
         ({"hidden_size": None}, "field 'hidden_size' is missing"),
         ({"hidden_size": 0}, "hidden_size must be an integer from 1 to 131072, not 0"),
         ({"hidden_size": "4096"}, "hidden_size must be an integer, not '4096'"),

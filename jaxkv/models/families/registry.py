@@ -65,6 +65,8 @@ def family_of(raw: Mapping[str, Any]) -> Family:
       ValueError: for an unsupported `model_type`, naming the supported ones most like it.
     """
     kind = raw.get("model_type")
+    if kind is None:
+        raise ValueError("field 'model_type' is missing")
     if not isinstance(kind, str) or kind not in BY_MODEL_TYPE:
         supported = closest(kind, BY_MODEL_TYPE)
         raise ValueError(f"model_type {shown(kind)} is not supported; supported: {supported}")

@@ -74,10 +74,13 @@ def run(call: Call, *, interpret: bool):
                 scaled = weigh if v_scale is None else lambda p, v: weigh(p * v_scale.swapaxes(1, 2), v)
                 return softmax.extend(own, scores, visible[None], v, product=scaled)
 
-            # Rows past the tile's own attend to nothing here, and stay as they are.
-            own = jax.tree.map(lambda whole: work.rows(whole, tile), seen)
+            before = jax.tree.map(lambda whole: work.rows(whole, tile), seen)
             first = work.first_key_tile[tile]
-            own = control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, own)
+            own = control_flow.fori_loop(first, first + work.num_key_tiles[tile], visit, before)
+            if work.size > 1:
+                # Rows past the tile's own are of other sequences. Their weights are 0 here, but 0 times a
+                # value that is not finite is NaN.
+                own = jax.tree.map(partial(_where_rows, (row_indices >= 0)[None]), own, before)
             return jax.tree.map(lambda whole, part: work.with_rows(whole, part, tile), seen, own)
 
         return control_flow.fori_loop(0, work.num_tiles, visit_tile, seen)
