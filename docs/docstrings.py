@@ -1,5 +1,6 @@
-"""An extension of griffe, which reads the docstrings: an `Example:` is a section of examples."""
+"""Extensions of griffe, which reads the docstrings."""
 
+import ast
 import re
 
 import griffe
@@ -17,3 +18,21 @@ class Examples(griffe.Extension):
                 obj.docstring.value,
                 flags=re.MULTILINE,
             )
+
+
+class Counters(griffe.Extension):
+    """The text of a counter, `name = counter(number, "text")`, is its docstring."""
+
+    def on_attribute_instance(
+        self, *, node: ast.AST, attr: griffe.Attribute, **_
+    ) -> None:
+        """Called for every attribute once it is loaded."""
+        value = getattr(node, "value", None)
+        if (
+            isinstance(value, ast.Call)
+            and getattr(value.func, "id", "") == "counter"
+        ):
+            text = ast.literal_eval(value.args[1])
+            attr.docstring = griffe.Docstring(text, parent=attr)
+            attr.value = None
+            attr.annotation = 'Int[Array, ""]'

@@ -1,11 +1,14 @@
 """Assertions for tests of code that uses the cache. Import it explicitly: `import jaxkv.testing`."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
+from jaxkv.entries import check_cache
 from jaxkv.errors import CacheCorruptedError
 from jaxkv.hlo import copies_of
 from jaxkv.invariants import check_invariants
@@ -14,6 +17,39 @@ from jaxkv.pool import gather
 from jaxkv.state import KVCache, KVPool
 
 _gather = jax.jit(gather, static_argnums=1)
+# Codes whose value is NaN or infinite, or that have a scale of NaN beside them.
+_WORST_CODE = {"uint16": 0xFFFF, "int8": -128, "uint8": 0, "int32": -1}
+
+
+def poison_free_pages(cache: KVCache) -> KVCache:
+    """NaN in every page that nobody owns, so that a read of one shows in the output; may be called in `jit`.
+
+    Args:
+      cache: the cache. After `free`, `truncate` or an eviction its pages are poisoned again by another call.
+
+    Returns:
+      The cache. Quantized pages decode to NaN, those of int4 to infinity.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxkv, jaxkv.testing
+      >>> config = jaxkv.CacheConfig(num_layers=1, num_kv_heads=1, head_dim=8, num_pages=4, dtype="float32")
+      >>> cache = jaxkv.testing.poison_free_pages(jaxkv.init(config))
+      >>> bool(jnp.all(jnp.isnan(cache.pool.k)))
+      True
+    """
+    check_cache(cache)
+    return poison_pages(cache, cache.table.refcounts == 0)
+
+
+def poison_pages(cache: KVCache, pages: Bool[Array, " pages"]) -> KVCache:
+    """As `poison_free_pages`, of the pages that are marked."""
+
+    def spoil(pool: Array) -> Array:
+        mark = pages.reshape(1, -1, *[1] * (pool.ndim - 2))
+        worst = jnp.nan if jnp.issubdtype(pool.dtype, jnp.floating) else _WORST_CODE[str(pool.dtype)]
+        return jnp.where(mark, jnp.asarray(worst, pool.dtype), pool)
+
+    return replace(cache, pool=jax.tree.map(spoil, cache.pool))
 
 
 def assert_caches_equivalent(a: KVCache, b: KVCache) -> None:

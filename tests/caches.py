@@ -9,6 +9,7 @@ import numpy as np
 
 import jaxkv
 from jaxkv import CacheConfig
+from jaxkv.testing import poison_free_pages
 from tests import jitted
 
 SMALL = CacheConfig(
@@ -23,9 +24,6 @@ SMALL = CacheConfig(
 )
 PAGE_OF_ONE = replace(SMALL, page_size=1, max_pages_per_seq=None)  # rows as wide as the pool
 ONE_SEQUENCE = replace(SMALL, max_seqs=1, num_pages=3, max_pages_per_seq=3)
-
-
-WORST_CODE = {"uint16": 0xFFFF, "int8": -128, "uint8": 0, "int32": -1}
 
 
 def ints(*values):
@@ -53,20 +51,8 @@ def filled(config, lengths, seed=0, policy=None):
     return cache, written
 
 
-def poison(cache, pages):
-    """NaN in the pages that are marked, [pages] of bool. Codes without one have NaN for a scale, or infinity
-    where it is a word of ones."""
-
-    def spoil(pool):
-        mark = pages.reshape(1, -1, *[1] * (pool.ndim - 2))
-        worst = jnp.nan if jnp.issubdtype(pool.dtype, jnp.floating) else WORST_CODE[str(pool.dtype)]
-        return jnp.where(mark, jnp.asarray(worst, pool.dtype), pool)
-
-    return replace(cache, pool=jax.tree.map(spoil, cache.pool))
-
-
 @partial(jax.jit, static_argnums=(0, 1))
 def poisoned_init(config, policy=None):
     """An empty cache whose pool holds NaN instead of zeros."""
     cache = jaxkv.init(config, policy)
-    return poison(cache, cache.table.refcounts == 0)
+    return poison_free_pages(cache)

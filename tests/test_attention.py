@@ -14,11 +14,12 @@ import pytest
 
 import jaxkv
 from jaxkv import CacheConfig
+from jaxkv.testing import poison_free_pages
 from pallas_kernels import formats, paged_attention, reference, use_backend
 from pallas_kernels.paged_attention import prefixes
 from pallas_kernels.reference.cases import TOLERANCE
 from tests import jitted
-from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poison, poisoned_init
+from tests.caches import ONE_SEQUENCE, PAGE_OF_ONE, SMALL, filled, ints, normal, poisoned_init
 from tests.twin import Twin
 
 HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
@@ -353,7 +354,7 @@ def test_forks_attend_once_to_what_they_share(backend, monkeypatch, traced_anew)
     cache, _ = filled(config, (150,))
     cache, _ = jitted.fork(cache, ints(0, 0, 0), ints(3, 1, 4))
     cache = jitted.free(cache, ints(0))
-    cache = poison(cache, cache.table.refcounts == 0)
+    cache = poison_free_pages(cache)
     seqs, counts = ints(4, -1, 1, 3), ints(3, 1, 1, 1)
     cache, batch = jitted.allocate(cache, seqs, counts, total_tokens=7)
     k, v, q = random_step(config, 7, 4, 0)

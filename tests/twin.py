@@ -17,7 +17,8 @@ import numpy as np
 import jaxkv
 from jaxkv import CacheConfig, Status
 from jaxkv.intact import NEVER_TOUCHED, limit_intact
-from tests.caches import SMALL, poison, poisoned_init
+from jaxkv.testing import poison_pages
+from tests.caches import SMALL, poisoned_init
 from tests.oracle import Oracle
 
 LOOKS = 2  # tokens at the end of each sequence that ask for attention again after every operation
@@ -35,7 +36,7 @@ def poisoning(operation):
     def run(cache, *args, **options):
         live = cache.table.refcounts > 0
         cache, *rest = operation(cache, *args, **options)
-        return poison(cache, live & (cache.table.refcounts == 0)), *rest
+        return poison_pages(cache, live & (cache.table.refcounts == 0)), *rest
 
     return run
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from jaxkv import planner
 from jaxkv.planner import ModelShape
-from jaxkv.units import format_bytes
 
 # --8<-- [start:plan]
 # The name of a known model, or the path of a config.json, a folder or a GGUF file.
@@ -15,12 +14,7 @@ plan = planner.plan(
     shape, "H100", context=32_768, concurrency=16, kv_dtype="int8"
 )
 print("fits:", plan.fits)
-print(
-    "weights",
-    format_bytes(plan.weights),
-    "K and V",
-    format_bytes(plan.kv.reserved),
-)
+print(f"weights {plan.weights:,} bytes, K and V {plan.kv.reserved:,}")
 print(
     "longest context:",
     plan.max_context,

@@ -64,6 +64,43 @@ result = jaxkv.generate(
 # --8<-- [end:own]
 assert int(jaxkv.lengths(result.cache).max()) <= 40
 
+# --8<-- [start:attention]
+
+
+@dataclass(frozen=True)
+class Fading(TokenPolicy):
+    """Keeps what got attention; what it got counts nine tenths a step later."""
+
+    needs_mass = True
+
+    def first_values(self, config):
+        shape = config.num_kv_heads, config.max_tokens_per_seq
+        return {
+            "score": jnp.zeros((config.max_seqs, config.num_layers, *shape))
+        }
+
+    def note(self, values, step, batch):
+        """After each step, with the attention that each token got in it."""
+        score = values["score"]
+        old = score.at[step.slot].get(mode="fill", fill_value=0)
+        new = jnp.where(step.is_old, 0.9 * old, 0) + step.mass
+        return {"score": score.at[step.slot].set(new, mode="drop")}
+
+    def rank(self, tokens):
+        return tokens.values["score"]
+
+
+result = jaxkv.generate(
+    model,
+    [[1, 2, 3]],
+    config,
+    max_new_tokens=100,
+    policy=Fading(budget=32),
+    keep=True,
+)
+# --8<-- [end:attention]
+assert int(jaxkv.lengths(result.cache).max()) <= 40
+
 # --8<-- [start:loop]
 cache = jaxkv.init(config, SlidingWindow(32, sinks=4))
 

@@ -36,6 +36,8 @@ def test_every_page_is_accounted_for():
         cache, x, status = step(cache, seqs, jnp.ones((2, 2, 64)))
         jaxkv.raise_for_status(status)
         jaxkv.check_invariants(cache)
+        cache = jaxkv.testing.poison_free_pages(cache)
+        assert jnp.all(jnp.isfinite(x))
     assert jaxkv.lengths(cache).tolist() == [40, 0, 0, 40]
 
 
