@@ -185,7 +185,7 @@ def _queries(cache: KVCache, q: Array, batch: Batch) -> Array:
     check_batch(batch)
     q, tokens = jnp.asarray(q), batch.positions.shape[0]
     if q.ndim == 3 and q.shape[0] != tokens:
-        raise ValueError(f"q must have the {tokens} tokens of the batch, not {q.shape[0]}")
+        raise ValueError(f"q has {q.shape[0]} tokens, the batch {tokens}")
     return q
 
 

@@ -82,8 +82,8 @@ def generate(
         first = generate(model, prompts, config, keep=True)
         second = generate(model, replies, cache=first, keep=True)
 
-    Positions are not checked against the context that a model was trained on: bound them by `max_new_tokens`, or
-    by a policy with `positions="cache"`.
+    Positions are not checked against the context that a model was trained on: bound them by `max_new_tokens`,
+    or by a policy with `positions="cache"`.
 
     The newest token of a sequence is not in the cache yet. A `Generation` given as `cache` holds it, and the
     call puts it before the slot's next prompt. So two turns give the result of one prompt of all their

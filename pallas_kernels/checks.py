@@ -118,7 +118,8 @@ def check_layer(layer: object, num_layers: int) -> None:
         return
     dtype, shape = getattr(layer, "dtype", None), getattr(layer, "shape", None)
     if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.integer):
-        found = f"{layer!r:.60}" if dtype is not None else f"a {type(layer).__name__}"
+        shown = dtype is not None or isinstance(layer, (float, str, bool, type(None)))
+        found = f"{layer!r:.60}" if shown else f"a {type(layer).__name__}"
         raise ValueError(f"layer must be an integer scalar, not {found}")
     if not isinstance(layer, Tracer):
         check_layer(int(layer), num_layers)  # type: ignore[call-overload]

@@ -460,7 +460,7 @@ def test_mass_of_other_shapes_than_the_batchs_is_refused(no_shape_checks):
     cache, batch = jitted.allocate(jaxkv.init(SMALL), ints(0), ints(1))
     q, lse = jnp.zeros((1, 4, 4)), jnp.zeros((1, 4))
     for message, arguments in {
-        "1 tokens, not 2": (jnp.zeros((2, 4, 4)), lse),
+        "q has 2 tokens, the batch 1": (jnp.zeros((2, 4, 4)), lse),
         r"lse must be float32\[1, 4\], not float32\[1, 2\]": (q, lse[:, :2]),
         r"lse must be float32\[1, 4\], not int32": (q, lse.astype(int)),
     }.items():

@@ -146,7 +146,7 @@ def mistakes(cache, batch):
         "k .*int32": lambda: append(cache, 0, batch, good.astype(jnp.int32), good),
         "layer=2": lambda: append(cache, 2, batch, good, good),
         "layer=-1": lambda: gather(cache, -1, ints(0)),
-        "layer=0.0": lambda: gather(cache, 0.0, ints(0)),
+        "layer must be an integer scalar, not 0.0": lambda: gather(cache, 0.0, ints(0)),
         "seqs .*float32": lambda: gather(cache, 0, jnp.zeros(2)),
         r"seqs .*\[1, 1\]": lambda: gather(cache, 0, ints([0])),
     }

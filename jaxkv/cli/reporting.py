@@ -28,8 +28,8 @@ def exit_code(name: str, run: Callable[[], int]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        named = error.filename is not None and error.strerror is not None
-        reason = f"{error.filename}: {error.strerror.lower()}" if named else str(error)
+        what, where = error.strerror, error.filename
+        reason = str(error) if what is None or where is None else f"{where}: {what.lower()}"
         return _failed(name, " ".join(reason.split()))
     except (ValueError, JaxKVError) as error:
         return _failed(name, " ".join(str(error).split()))
