@@ -26,8 +26,11 @@ PUBLIC = (
 )
 # Modules without an `__init__.py` of exports: their functions and classes.
 MODULES = ("jaxkv.errors", "jaxkv.sizing", "jaxkv.testing", "pallas_kernels.formats")
+# Those of the README are run by its own tests.
 SCRIPTS = [
-    path for path in sorted(EXAMPLES.rglob("*.py")) if path.parent == EXAMPLES or path.name == "check.py"
+    path
+    for path in sorted(EXAMPLES.rglob("*.py"))
+    if (path.parent == EXAMPLES or path.name == "check.py") and not path.name.startswith("readme_")
 ]
 README = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
 
