@@ -45,9 +45,10 @@ class Request:
         **counts: int,
     ) -> "Request":
         """Checks and converts the arguments; raises `ValueError` naming the wrong one."""
-        prompts = list(prompts) if isinstance(prompts, Iterable) else [prompts]
-        if not all(isinstance(prompt, Iterable) for prompt in prompts):
-            raise ValueError("prompts must be a sequence of sequences of token ids")
+        try:
+            prompts = [list(prompt) for prompt in prompts]
+        except TypeError:
+            raise ValueError("prompts must be a sequence of sequences of token ids") from None
         ids = [token_ids(prompt, f"prompt {number}") for number, prompt in enumerate(prompts)]
         if not ids:
             raise ValueError("there are no prompts")
@@ -74,10 +75,12 @@ class Request:
 
 def token_ids(tokens: Iterable[int], name: str) -> list[int]:
     """Token ids as Python integers; raises `ValueError` naming the argument for one that is none."""
+    try:
+        given = list(tokens)
+    except TypeError:
+        raise ValueError(f"{name}={tokens!r} must be a sequence of token ids") from None
     ids = []
-    if not isinstance(tokens, Iterable):
-        raise ValueError(f"{name}={tokens!r} must be a sequence of token ids")
-    for token in tokens:
+    for token in given:
         try:
             if isinstance(token, bool):
                 raise TypeError

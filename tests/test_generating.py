@@ -389,6 +389,7 @@ def test_compacting_by_itself_changes_no_text(model, expected):
         ({}, [[1]], dict(stop_tokens=[2**40]), ValueError, "stop_tokens: token id"),
         ({}, [1, 2], {}, ValueError, "prompts must be a sequence of sequences"),
         ({}, 1, {}, ValueError, "prompts must be a sequence of sequences"),
+        ({}, [np.int32(1)], {}, ValueError, "prompts must be a sequence of sequences"),
         ({}, [[1]], dict(stop_tokens=5), ValueError, "stop_tokens=5 must be a sequence of token ids"),
         ({}, [[1]], dict(key=0), ValueError, r"key must be a key such as jax.random.key\(0\), not 0"),
         ({}, [[1]], dict(sampling={"temperature": 1}), ValueError, "must be a jaxkv.Sampling"),
